@@ -1,0 +1,1 @@
+"""The embedded data set emoji32: one WebP sheet, one JSON index, the upstream licences. README.md is the data card."""

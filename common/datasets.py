@@ -1,0 +1,292 @@
+"""What there is to train on: `load_data(config)` gives a training part and a held-out part of labelled square uint8 images.
+
+emoji32    the embedded data set (emoji32.py, data/README.md), in memory
+folder     any folder of images with one sub-folder a class, decoded on demand
+synthetic  coloured shapes of any size, drawn on demand
+
+Nothing here is random: order, split and pixels depend on the configuration and the files alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common import synthetic
+from common.crop import read_square
+from common.emoji32 import HELD_OUT_SHARE, IMAGE_SIZE, SHA256, load_emoji32
+from common.errors import UserError, close_match
+from common.splits import held_out
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+HELD_OUT_FOLDERS = ("val", "validation", "test")
+SYNTHETIC_TRAIN, SYNTHETIC_HELD_OUT = 4600, 500
+
+
+class DataSettings(Protocol):
+    """The part of the configuration that this module reads (`data.*`)."""
+
+    name: str
+    path: str | None
+    image_size: int | None
+    num_classes: int | None
+    balanced: bool | None
+    holdout: float
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What the data are, without the images."""
+
+    name: str
+    num_classes: int
+    image_size: int  # pixels, square
+    num_train: int
+    num_heldout: int
+    class_names: tuple[str, ...]
+    digest: str  # SHA-256 over the identity of both parts
+
+
+class ImageSet:
+    """Labelled square images. A subclass says how an image is read."""
+
+    def __init__(self, labels: NDArray[np.int64], image_size: int, identity: str) -> None:
+        """`identity`: a text that determines every image of the set."""
+        self.labels = labels
+        self.image_size = image_size
+        self._identity = identity
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what determines the images, their labels, order and size."""
+        text = f"{self._identity}\n{self.image_size}\n".encode()
+        return hashlib.sha256(text + self.labels.astype("<i8").tobytes()).hexdigest()
+
+    def fetch(self, indices: Sequence[int] | NDArray[np.int64], flips: Sequence[bool] | NDArray[np.bool_] | None = None) -> NDArray[np.uint8]:
+        """Images (B, 3, H, W) uint8 at these positions, mirrored left to right where `flips` (B,) is true."""
+        images = self._read(np.asarray(indices, dtype=np.int64))
+        if flips is not None:
+            mirrored = np.asarray(flips, dtype=bool)
+            images[mirrored] = images[mirrored, :, :, ::-1]
+        return images
+
+    def _read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Fresh copies of the images, (B, 3, H, W)."""
+        images = np.empty((len(indices), 3, self.image_size, self.image_size), dtype=np.uint8)
+        for row, index in enumerate(indices):
+            images[row] = self._read_one(int(index))
+        return images
+
+    def _read_one(self, index: int) -> NDArray[np.uint8]:
+        raise NotImplementedError
+
+
+class ArrayImages(ImageSet):
+    """Images in memory."""
+
+    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64], identity: str) -> None:
+        super().__init__(labels, images.shape[-1], identity)
+        self.images = images
+
+    def _read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return self.images[indices]
+
+
+class FolderImages(ImageSet):
+    """Image files, decoded and cropped on demand."""
+
+    def __init__(self, root: Path, files: Sequence[str], labels: NDArray[np.int64], image_size: int, identity: str) -> None:
+        super().__init__(labels, image_size, identity)
+        self.root = root
+        self.files = files  # relative to root, with "/"
+
+    def _read_one(self, index: int) -> NDArray[np.uint8]:
+        return read_square(self.root / self.files[index], self.image_size)
+
+
+class SyntheticImages(ImageSet):
+    """Shapes, drawn on demand; image i of the set is number start + i of the sequence."""
+
+    def __init__(self, start: int, count: int, image_size: int) -> None:
+        labels = np.arange(start, start + count, dtype=np.int64) % len(synthetic.CLASS_NAMES)
+        super().__init__(labels, image_size, f"synthetic/{start}/{count}")
+        self.start = start
+
+    def _read_one(self, index: int) -> NDArray[np.uint8]:
+        return synthetic.draw(self.start + index, self.image_size)
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A data set, split. `balanced`: whether training should draw classes uniformly."""
+
+    info: DataSummary
+    train: ImageSet
+    heldout: ImageSet
+    balanced: bool
+
+
+def load_data(config: DataSettings) -> DataSource:
+    """The data set that the configuration names. Folders are listed and measured, not decoded."""
+    if not 0 <= config.holdout < 1:
+        raise UserError(f"data.holdout={config.holdout} is not a fraction. Set it to at least 0 and below 1, for instance data.holdout=0.1.")
+    if config.image_size is not None and config.image_size < 1:
+        raise UserError(f"data.image_size={config.image_size} is not a size in pixels. Set it to a positive number, for instance 256.")
+    loaders = {"emoji32": _load_emoji32, "folder": _load_folder, "synthetic": _load_synthetic}
+    if config.name not in loaders:
+        raise UserError(f"data={config.name!r} is not a data set.{close_match(config.name, loaders)} Data sets: {', '.join(loaders)}.")
+    if config.path and config.name != "folder":
+        raise UserError(f"data.path={config.path!r} is not read by data={config.name}. Add data=folder, or leave the path out.")
+    source = loaders[config.name](config)
+    found = source.info.num_classes
+    if config.num_classes not in (None, found):
+        raise UserError(f"data.num_classes={config.num_classes}, but {config.path or config.name} has {found} classes. Set {found} or leave it out.")
+    return source
+
+
+def _source(name: str, class_names: Sequence[str], train: ImageSet, heldout: ImageSet, balanced: bool) -> DataSource:
+    digest = hashlib.sha256(f"{train.digest}\n{heldout.digest}\n".encode()).hexdigest()
+    info = DataSummary(name, len(class_names), train.image_size, len(train), len(heldout), tuple(class_names), digest)
+    return DataSource(info, train, heldout, balanced)
+
+
+def _load_emoji32(config: DataSettings) -> DataSource:
+    """Classes are drawn uniformly by default, because they differ sixfold in size."""
+    if config.image_size not in (None, IMAGE_SIZE):
+        raise UserError(
+            f"data.image_size={config.image_size}, but emoji32 has {IMAGE_SIZE}x{IMAGE_SIZE} pixels. Leave the size out, or use data=folder or data=synthetic."
+        )
+    data = load_emoji32()
+    mask = held_out(data.concepts, data.labels, HELD_OUT_SHARE)
+
+    def part(chosen: NDArray[np.bool_]) -> ArrayImages:
+        identity = "\n".join([*SHA256.values(), hashlib.sha256(chosen.tobytes()).hexdigest()])
+        return ArrayImages(data.images[chosen], data.labels[chosen], identity)
+
+    return _source("emoji32", data.class_names, part(~mask), part(mask), balanced=config.balanced is not False)
+
+
+def _load_synthetic(config: DataSettings) -> DataSource:
+    size = config.image_size or IMAGE_SIZE
+    train, heldout = SyntheticImages(0, SYNTHETIC_TRAIN, size), SyntheticImages(SYNTHETIC_TRAIN, SYNTHETIC_HELD_OUT, size)
+    return _source("synthetic", synthetic.CLASS_NAMES, train, heldout, balanced=bool(config.balanced))
+
+
+# -- folders --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Image files under one folder of classes."""
+
+    root: Path
+    class_names: tuple[str, ...]
+    files: list[str]  # relative to root, with "/"
+    sizes: list[int]  # bytes
+    labels: NDArray[np.int64]
+
+    def part(self, mask: NDArray[np.bool_]) -> Listing:
+        """The files where the mask (N,) is true."""
+        chosen = np.flatnonzero(mask)
+        files, sizes = [self.files[i] for i in chosen], [self.sizes[i] for i in chosen]
+        return Listing(self.root, self.class_names, files, sizes, self.labels[chosen])
+
+    def images(self, image_size: int) -> FolderImages:
+        """The image set. Its identity is names and sizes in bytes: hashing the contents of 1.28 million files would take hours."""
+        hasher = hashlib.sha256()
+        for file, size in zip(self.files, self.sizes, strict=True):
+            hasher.update(f"{file}\0{size}\n".encode())
+        return FolderImages(self.root, self.files, self.labels, image_size, hasher.hexdigest())
+
+
+def _load_folder(config: DataSettings) -> DataSource:
+    """`train/` and `val/` (or `validation/`, `test/`) sub-folders where they exist, else a split by the hash of the file names."""
+    if not config.path:
+        raise UserError("data=folder needs data.path=FOLDER: a folder with one sub-folder of images for each class.")
+    if config.image_size is None:
+        raise UserError("data=folder needs data.image_size=PIXELS: images are scaled and centre-cropped to that square, for instance 256.")
+    root = Path(config.path).expanduser()
+    train_root, heldout_root = _parts_of(root)
+    train = list_folder(train_root)
+    if heldout_root is None:
+        mask = held_out(train.files, train.labels, config.holdout)
+        heldout = train.part(mask)
+        train = train.part(~mask)
+    else:
+        heldout = list_folder(heldout_root)
+        _check_same_classes(train, heldout)
+    parts = (train.images(config.image_size), heldout.images(config.image_size))
+    return _source(root.resolve().name, train.class_names, *parts, balanced=bool(config.balanced))
+
+
+def _parts_of(root: Path) -> tuple[Path, Path | None]:
+    """The folder of training classes and that of held-out classes, if the data come split."""
+    names = _sub_folders(root)
+    if "train" not in names or not _sub_folders(root / "train"):
+        return root, None
+    heldout = [name for name in HELD_OUT_FOLDERS if name in names]
+    return root / "train", root / heldout[0] if heldout else None
+
+
+def list_folder(root: Path) -> Listing:
+    """All images below the sub-folders of `root`, classes in sorted order. Hidden folders and files that are not images are passed over."""
+    class_names = _sub_folders(root)
+    if not class_names:
+        raise UserError(f"{root} has no sub-folders. data=folder takes the classes from sub-folders: move the images to {root}/CLASS/.")
+    files: list[str] = []
+    sizes: list[int] = []
+    labels: list[int] = []
+    for label, name in enumerate(class_names):
+        found = sorted(_images_below(root / name, f"{name}/"))
+        if not found:
+            raise UserError(f"class folder {root / name} holds no image ({', '.join(IMAGE_SUFFIXES)}). Add images or remove the folder.")
+        files += [file for file, _ in found]
+        sizes += [size for _, size in found]
+        labels += [label] * len(found)
+    return Listing(root, tuple(class_names), files, sizes, np.array(labels, dtype=np.int64))
+
+
+def _sub_folders(root: Path) -> list[str]:
+    try:
+        with os.scandir(root) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"data.path={str(root)!r} cannot be listed: {error.strerror}. Give a folder that exists and that you may read.") from error
+
+
+def _images_below(folder: Path, prefix: str) -> list[tuple[str, int]]:
+    """(relative name, size in bytes) of every image file, at any depth."""
+    found = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    found += _images_below(Path(entry.path), f"{prefix}{entry.name}/")
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    found.append((prefix + entry.name, entry.stat().st_size))
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} cannot be read: {error.strerror}. Check that the file exists and its permissions.") from error
+    return found
+
+
+def _check_same_classes(train: Listing, heldout: Listing) -> None:
+    missing = sorted(set(train.class_names) ^ set(heldout.class_names))
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise UserError(
+            f"{train.root} has {len(train.class_names)} classes and {heldout.root} has {len(heldout.class_names)}; only one of them has: {shown}. "
+            "Both need the same sub-folders."
+        )

@@ -1,0 +1,16 @@
+"""The one exception that a user sees without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake outside the code: says what is wrong, where, with which value, and how to mend it."""
+
+
+def close_match(word: str, options: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the option nearest to `word`, or an empty string."""
+    matches = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,166 @@
+"""From a data set to training batches: which images a step sees is a pure function of the seed and the step.
+
+`TrainingPlan` decides, `training_batches` reads. Resuming at a step, the number of processes and the number of loader processes change nothing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import signal
+import weakref
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from common.datasets import ImageSet
+from common.errors import UserError
+from common.seeds import derive
+
+GRACE_SECONDS = 30  # how long loader processes outlive a SIGTERM; Slurm's default KillWait
+
+Request = tuple[NDArray[np.int64], NDArray[np.bool_]]  # indices (m,) and flips (m,) of one micro-batch
+
+
+class TrainingPlan:
+    """The images of every training step. It has no state but a cache."""
+
+    def __init__(self, labels: NDArray[np.int64], batch: int, seed: int, balanced: bool, flip: bool = False) -> None:
+        """
+        labels (N,): the classes of the training images.
+        batch: images a step, over all processes.
+        balanced: draw a class uniformly, then one of its images, with replacement; otherwise every epoch is a new permutation of all images.
+        flip: mirror each drawn image with probability one half.
+        """
+        if len(labels) == 0:
+            raise UserError("there are no training images. Lower data.holdout or add images.")
+        self.batch = batch
+        self.seed = seed
+        self.balanced = balanced
+        self.flip = flip
+        self._num_images = len(labels)
+        self._by_class = np.argsort(labels, kind="stable")
+        _, self._class_start, self._class_count = np.unique(labels[self._by_class], return_index=True, return_counts=True)
+        self._cached_epoch = -1
+        self._permutation = self._by_class
+
+    def indices(self, step: int) -> Request:
+        """The global batch of a step: positions in the training set (batch,) int64, and whether each is mirrored (batch,) bool."""
+        rng = np.random.Generator(np.random.PCG64(derive("batch", self.seed, step)))
+        flips = rng.random(self.batch) < (0.5 if self.flip else 0.0)
+        return (self._balanced_draw(rng) if self.balanced else self._epoch_walk(step)), flips
+
+    def _balanced_draw(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        classes = rng.integers(len(self._class_count), size=self.batch)
+        return self._by_class[self._class_start[classes] + rng.integers(self._class_count[classes])]
+
+    def _epoch_walk(self, step: int) -> NDArray[np.int64]:
+        """Positions step * batch ... of the endless sequence of permutations; a batch may span the end of an epoch."""
+        parts, position, missing = [], step * self.batch, self.batch
+        while missing:
+            epoch, offset = divmod(position, self._num_images)
+            part = self._epoch(epoch)[offset : offset + missing]
+            parts.append(part)
+            position, missing = position + len(part), missing - len(part)
+        return np.concatenate(parts)
+
+    def _epoch(self, epoch: int) -> NDArray[np.int64]:
+        if epoch != self._cached_epoch:
+            rng = np.random.Generator(np.random.PCG64(derive("epoch", self.seed, epoch)))
+            self._permutation = rng.permutation(self._num_images)
+            self._cached_epoch = epoch
+        return self._permutation
+
+
+def training_batches(
+    images: ImageSet,
+    plan: TrainingPlan,
+    start_step: int,
+    micro_batch: int,
+    accumulation: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[list[dict[str, Tensor]]]:
+    """Endless: for every step from `start_step` on, this process' `accumulation` micro-batches.
+
+    A micro-batch is {"image": uint8 (m, 3, H, W), "label": int64 (m,), "index": int64 (m,)}. The global batch is cut into world * accumulation
+    micro-batches, of which number j * world + rank is the j-th of process `rank`; so two processes with one micro-batch each see what one process
+    with two sees. With `workers` > 0 that many processes read ahead. An unreadable image is a UserError in the process that trains.
+    """
+    if micro_batch * accumulation * world != plan.batch:
+        raise UserError(
+            f"{world} processes x {accumulation} micro-batches x {micro_batch} images = {world * accumulation * micro_batch}, "
+            f"but the global batch is {plan.batch}. Set train.batch and train.micro_batch so that they agree."
+        )
+    requests = _requests(plan, start_step, micro_batch, accumulation, rank, world)
+    loader = DataLoader(
+        _Reader(images),
+        batch_size=None,  # a request is a whole micro-batch
+        sampler=requests,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_outlive_signals,
+        generator=torch.Generator(),  # else the loader would draw from the global one
+    )
+    steps = _steps(iter(loader), accumulation)
+    atexit.register(_close, weakref.ref(steps))
+    return steps
+
+
+def _steps(micro_batches: Iterator[dict[str, Any]], accumulation: int) -> Generator[list[dict[str, Tensor]], None, None]:
+    while True:
+        yield [_checked(next(micro_batches)) for _ in range(accumulation)]
+
+
+def _requests(plan: TrainingPlan, start_step: int, micro_batch: int, accumulation: int, rank: int, world: int) -> Iterator[Request]:
+    for step in itertools.count(start_step):
+        indices, flips = plan.indices(step)
+        for j in range(accumulation):
+            first = (j * world + rank) * micro_batch
+            yield indices[first : first + micro_batch], flips[first : first + micro_batch]
+
+
+class _Reader(Dataset[dict[str, Any]]):
+    """Turns requests into micro-batches, in this process or in a loader process.
+
+    A UserError travels as a value, because an exception that crosses the process boundary arrives wrapped in the traceback of the other process.
+    """
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+
+    def __getitem__(self, request: Request) -> dict[str, Any]:
+        indices, flips = request
+        try:
+            pixels = self.images.fetch(indices, flips)
+        except UserError as error:
+            return {"error": str(error)}
+        labels = self.images.labels[indices]
+        return {"image": torch.from_numpy(pixels), "label": torch.from_numpy(labels), "index": torch.from_numpy(indices.copy())}
+
+
+def _checked(micro_batch: dict[str, Any]) -> dict[str, Tensor]:
+    if "error" in micro_batch:
+        raise UserError(micro_batch["error"])
+    return micro_batch
+
+
+def _close(steps: weakref.ref[Generator[Any, None, None]]) -> None:
+    """Ends the loader processes of an iterator that is still alive at exit, where otherwise they would sit out their grace period."""
+    generator = steps()
+    if generator is not None:
+        generator.close()
+
+
+def _outlive_signals(worker: int) -> None:
+    """A scheduler signals every process of a job, and the trainer still needs its loader processes to finish the step and save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))

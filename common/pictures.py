@@ -1,0 +1,242 @@
+"""The pictures of a run: sample grids, nearest training images, training curves.
+
+matplotlib is imported when a curve is drawn, so that grids do not wait for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from common.datasets import ImageSet
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BACKGROUND, FRAME, INK, FAINT, ALARM = (242, 242, 239), (222, 222, 218), (40, 40, 40), (110, 110, 110), (204, 41, 41)
+TILE_PIXELS = 96  # small images are enlarged to about this
+MARGIN = 16
+TEXT_SIZE = 15
+PAIR_GAP = 4
+BLOCK_VALUES = 2**24  # pixel values of training images in memory at once, in float64
+
+# -- grids ----------------------------------------------------------------------------------------------------------------------
+
+
+def image_grid(
+    images: NDArray[np.uint8], columns: int, row_labels: Sequence[str] | None = None, scale: int | None = None, gap: int | None = None
+) -> Image.Image:
+    """Images (N, 3, H, W) uint8 in rows of `columns`, with a name at the left of each row.
+
+    scale: whole-number enlargement without smoothing; none: to about 96 pixels. gap: pixels between images; none: a twelfth of an image.
+    """
+    if len(images) == 0 or columns < 1:
+        raise UserError(f"a grid needs images and columns, not {len(images)} images in {columns} columns.")
+    scale = scale or max(1, round(TILE_PIXELS / images.shape[-1]))
+    tile = images.shape[-1] * scale
+    gap = tile // 12 if gap is None else gap
+    rows = -(-len(images) // columns)
+    font = ImageFont.load_default(TEXT_SIZE)
+    left = MARGIN + (max(round(font.getlength(label)) for label in row_labels) + MARGIN if row_labels else 0)
+    canvas = Image.new("RGB", (left + columns * (tile + gap) - gap + MARGIN, 2 * MARGIN + rows * (tile + gap) - gap), BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        canvas.paste(_tile(image, scale), (left + column * (tile + gap), MARGIN + row * (tile + gap)))
+    for row, label in enumerate(row_labels or ()):
+        draw.text((left - MARGIN, MARGIN + row * (tile + gap) + tile // 2), label, INK, font, anchor="rm")
+    return canvas
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Writes the file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    image.save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def _tile(image: NDArray[np.uint8], scale: int) -> Image.Image:
+    """(3, H, W) uint8 as a picture, each pixel a square of `scale` pixels."""
+    return Image.fromarray(image.transpose(1, 2, 0).repeat(scale, 0).repeat(scale, 1))
+
+
+# -- nearest training images ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The nearest training image of each of N samples."""
+
+    indices: NDArray[np.int64]  # (N,) positions in the training set
+    mirrored: NDArray[np.bool_]  # (N,) the mirror image is the nearer one
+    distances: NDArray[np.float64]  # (N,) root mean square difference of the pixels, in [0, 1]: 0 is a copy, 1 is black against white
+
+
+def nearest(samples: NDArray[np.uint8], train: ImageSet, mirrored: bool = False, positions: NDArray[np.int64] | None = None) -> Neighbours:
+    """The exact nearest training image of each sample (N, 3, H, W) uint8 by pixel distance, the lowest position among equals.
+
+    mirrored: compare with the mirror images too, as training saw them. positions: search only these, where the training set is too large to read.
+    """
+    flat = _flat(samples)
+    best = np.full(len(samples), np.inf)
+    indices = np.zeros(len(samples), dtype=np.int64)
+    flipped = np.zeros(len(samples), dtype=bool)
+    positions = np.arange(len(train)) if positions is None else positions
+    block = max(1, BLOCK_VALUES // flat.shape[1])
+    for start in range(0, len(positions), block):
+        chosen = positions[start : start + block]
+        images = train.fetch(chosen)
+        for flip in (False, True) if mirrored else (False,):
+            squared = _squared_distances(flat, _flat(images[..., ::-1] if flip else images))
+            column = squared.argmin(1)
+            found = squared[np.arange(len(flat)), column]
+            nearer = found < best
+            best[nearer], indices[nearer], flipped[nearer] = found[nearer], chosen[column[nearer]], flip
+    return Neighbours(indices, flipped, np.sqrt(best / flat.shape[1]) / 255)
+
+
+def _flat(images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """(N, pixels) in float64, in which sums of squares of uint8 are exact."""
+    return images.reshape(len(images), -1).astype(np.float64)
+
+
+def _squared_distances(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N, D) and (M, D) to (N, M): |a|^2 - 2 ab + |b|^2."""
+    return np.square(a).sum(1)[:, None] - 2 * (a @ b.T) + np.square(b).sum(1)[None]
+
+
+def neighbour_picture(
+    samples: NDArray[np.uint8],
+    neighbours: NDArray[np.uint8],
+    distances: NDArray[np.float64],
+    reference: NDArray[np.float64] | None = None,
+    pairs_a_row: int = 5,
+) -> Image.Image:
+    """Pairs of sample (left) and nearest training image (right), both (N, 3, H, W) uint8, with their distance (N,) below.
+
+    reference: the distances of real held-out images to their nearest training images. A pair nearer than 95 % of those gets a red frame.
+    """
+    bound = float(np.quantile(reference, 0.05)) if reference is not None and len(reference) else None
+    lines = _neighbour_caption(distances, reference, bound)
+    scale = max(1, round(TILE_PIXELS / samples.shape[-1]))
+    tile, font, line_height = samples.shape[-1] * scale, ImageFont.load_default(TEXT_SIZE), TEXT_SIZE + 8
+    pairs_a_row = min(pairs_a_row, len(samples))
+    pair_width, pair_height = 2 * tile + PAIR_GAP, tile + 2 * line_height
+    top = 2 * MARGIN + len(lines) * line_height
+    width = max(pairs_a_row * (pair_width + 2 * MARGIN), round(max(font.getlength(line) for line in lines)) + 2 * MARGIN)
+    canvas = Image.new("RGB", (width, top + -(-len(samples) // pairs_a_row) * pair_height), BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    for number, line in enumerate(lines):
+        draw.text((MARGIN, MARGIN + number * line_height), line, INK, font)
+    for number, (sample, neighbour, distance) in enumerate(zip(samples, neighbours, distances, strict=True)):
+        row, column = divmod(number, pairs_a_row)
+        x, y = MARGIN + column * (pair_width + 2 * MARGIN), top + row * pair_height
+        near = bound is not None and distance < bound
+        draw.rectangle((x - PAIR_GAP, y - PAIR_GAP, x + pair_width + PAIR_GAP - 1, y + tile + PAIR_GAP - 1), ALARM if near else FRAME)
+        canvas.paste(_tile(sample, scale), (x, y))
+        canvas.paste(_tile(neighbour, scale), (x + tile + PAIR_GAP, y))
+        draw.text((x + pair_width // 2, y + tile + PAIR_GAP + 5), f"{distance:.3f}", ALARM if near else FAINT, font, anchor="ma")
+    return canvas
+
+
+def _neighbour_caption(distances: NDArray[np.float64], reference: NDArray[np.float64] | None, bound: float | None) -> list[str]:
+    """The lines above the pairs."""
+    lines = [
+        "In each pair: a generated sample, and at its right the nearest training image.",
+        f"Number: root mean square difference of the pixels. 0 is a copy. Median of these samples {np.median(distances):.3f}.",
+    ]
+    if reference is not None and bound is not None:
+        count = int((distances < bound).sum())
+        lines += [
+            f"Real images that were held out: median {np.median(reference):.3f}, and 5% of them below {bound:.3f}.",
+            f"{count} of these {len(distances)} samples ({count / len(distances):.0%}) are below that too, and framed in red.",
+        ]
+    return lines
+
+
+# -- curves ---------------------------------------------------------------------------------------------------------------------
+
+NOT_DRAWN = {"images", "step", "seconds"}
+PANEL_TITLES = {"loss": "loss", "grad_norm": "gradient norm", "lr": "learning rate", "images_per_s": "images per second"}
+FROM_ZERO = (PANEL_TITLES["lr"], PANEL_TITLES["images_per_s"])
+
+
+def training_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws the rows of a metrics.jsonl over the images seen: all losses in one panel, each other quantity in its own, one line a phase."""
+    if not rows:
+        raise UserError(f"{path}: there are no metrics to draw. metrics.jsonl gets its first line after train.log_images images.")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = _panels(rows)
+    columns = min(2, len(panels))
+    figure = Figure(figsize=(5.5 * columns, 3.2 * -(-len(panels) // columns)), dpi=120, layout="constrained")
+    for number, (title, names) in enumerate(panels.items()):
+        axes = figure.add_subplot(-(-len(panels) // columns), columns, number + 1)
+        _draw_panel(axes, title, names, rows)
+        _draw_x_axis(axes, [row["images"] for row in rows])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    save_png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)
+
+
+def _panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Panel title -> the keys drawn in it. "generator/adv_loss" is a loss of a phase; losses come first, learning rate and speed last."""
+    found = dict.fromkeys(name for row in rows for name, value in row.items() if name not in NOT_DRAWN and isinstance(value, int | float))
+    panels: dict[str, list[str]] = {"loss": []}
+    for name in sorted(found, key=lambda name: name in ("lr", "images_per_s")):
+        quantity = name.rpartition("/")[2]
+        quantity = "loss" if "loss" in quantity else quantity
+        panels.setdefault(PANEL_TITLES.get(quantity, quantity), []).append(name)
+    return {title: names for title, names in panels.items() if names}
+
+
+def _draw_panel(axes: Axes, title: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line a key; noisy quantities as a pale line with their running mean over it. A learning rate and a speed start at zero instead."""
+    exact = title in FROM_ZERO
+    for number, name in enumerate(names):
+        points = np.array([(row["images"], row[name]) for row in rows if name in row and math.isfinite(row[name])], dtype=float).reshape(-1, 2)
+        smooth = not exact and len(points) >= 20
+        if smooth:
+            axes.plot(*points.T, color=f"C{number}", alpha=0.3, linewidth=1)
+        values = _running_mean(points[:, 1], len(points) // 20) if smooth else points[:, 1]
+        axes.plot(points[:, 0], values, color=f"C{number}", marker="o" if len(points) == 1 else None, linewidth=1.8, label=name)
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel("images seen", fontsize=9)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(names) > 1:
+        axes.legend(fontsize=8, frameon=False)
+    values = np.array([row[name] for row in rows for name in names if name in row and math.isfinite(row[name])])
+    if exact:
+        axes.set_ylim(bottom=0, top=1.1 * values.max(initial=0) or 1)
+    elif values.min(initial=np.inf) > 0 and values.max(initial=0) > 10 * values.min(initial=np.inf):
+        axes.set_yscale("log")
+
+
+def _draw_x_axis(axes: Axes, images: Sequence[int]) -> None:
+    """Logarithmic for long runs: most of what happens, happens early."""
+    from matplotlib.ticker import EngFormatter
+
+    if images[0] > 0 and images[-1] > 100 * images[0]:
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
+    """(N,) to (N,): each value's mean with its neighbours up to `reach` away; the start, where curves are steep, is averaged over fewer."""
+    position = np.arange(len(values))
+    reaches = np.minimum(position, reach)
+    first, last = position - reaches, np.minimum(position + reaches + 1, len(values))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[last] - sums[first]) / (last - first)

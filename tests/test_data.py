@@ -1,0 +1,331 @@
+"""Data sets: the embedded one, image folders, synthetic shapes, and the ADM centre crop."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common import synthetic
+from common.config import DataConfig
+from common.crop import center_crop, read_square, to_rgb
+from common.datasets import FolderImages, load_data
+from common.emoji32 import concept, load_emoji32
+from common.errors import UserError
+from common.splits import held_out
+
+TRAIN_COUNTS = [456, 816, 164, 347, 427, 195, 396, 938, 618, 242]
+HELD_OUT_COUNTS = [48, 91, 18, 42, 47, 21, 42, 104, 67, 27]
+
+
+def noise_image(width: int, height: int) -> Image.Image:
+    rng = np.random.Generator(np.random.PCG64(width * 1000 + height))
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def make_folder(root: Path, classes: dict[str, int], size: tuple[int, int] = (20, 24)) -> Path:
+    """A folder of noise images: class name -> number of images."""
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            noise_image(size[0] + number, size[1]).save(root / name / f"{number:03d}.png")
+    return root
+
+
+def folder_config(root: Path, **changes: object) -> DataConfig:
+    return replace(DataConfig(name="folder", path=str(root), image_size=8, holdout=0.25), **changes)  # type: ignore[arg-type]
+
+
+# -- emoji32 --------------------------------------------------------------------------------------------------------------------
+
+
+def test_emoji32_counts_per_class() -> None:
+    data = load_data(DataConfig())
+    assert np.bincount(data.train.labels).tolist() == TRAIN_COUNTS
+    assert np.bincount(data.heldout.labels).tolist() == HELD_OUT_COUNTS
+    assert data.balanced
+    assert (data.info.num_classes, data.info.image_size, data.info.num_train, data.info.num_heldout) == (10, 32, 4599, 507)
+
+
+def test_emoji32_pixels_and_digest_are_frozen() -> None:
+    emoji = load_emoji32()
+    assert emoji.images.shape == (5106, 3, 32, 32)
+    assert hashlib.sha256(emoji.images.tobytes()).hexdigest() == "785e05f0858aa21c4cd656b89baae3eab6dd77606cfa332fa8f6e470f73b982f"
+    assert load_data(DataConfig()).info.digest == "11f8250c7ee051440a60012c986aad24610a349fac4bff6331751b32644d6745"
+
+
+def test_emoji32_concepts_never_straddle_the_split() -> None:
+    emoji = load_emoji32()
+    mask = held_out(emoji.concepts, emoji.labels, 0.1)
+    sides = list(zip(emoji.concepts, emoji.codes, mask, strict=True))
+    assert not {name for name, _, held in sides if held} & {name for name, _, held in sides if not held}
+    assert not {code for _, code, held in sides if held} & {code for _, code, held in sides if not held}
+
+
+def test_emoji32_has_no_near_copies_across_the_split() -> None:
+    data = load_data(DataConfig())
+    train, heldout = (part.fetch(np.arange(len(part))).reshape(len(part), -1).astype(np.float32) / 255 for part in (data.train, data.heldout))
+    squared = np.square(heldout).sum(1)[:, None] - 2 * heldout @ train.T + np.square(train).sum(1)
+    assert np.sqrt(squared.min() / train.shape[1]) > 0.035
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("1f468-200d-1f680", "1f9d1-1f680"),  # man astronaut
+        ("1f3c3-200d-2640-200d-27a1", "1f3c3"),  # woman running to the right
+        ("1f468-200d-1f469-200d-1f467-200d-1f466", "1f9d1-1f9d2"),  # a family
+        ("27a1", "27a1"),  # the arrow itself
+        ("1f1e9-1f1ea", "1f1e9-1f1ea"),  # a flag
+    ],
+)
+def test_concept(code: str, expected: str) -> None:
+    assert concept(code) == expected
+
+
+def test_a_damaged_sheet_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("common.emoji32", fromlist=["SHA256"]).SHA256, "emoji32.json", "0" * 64)
+    with pytest.raises(UserError, match=r"emoji32\.json is damaged"):
+        load_emoji32()
+
+
+def test_fetch_mirrors_only_the_chosen_images_and_never_the_set() -> None:
+    train = load_data(DataConfig()).train
+    before = train.fetch([5, 6])
+    mirrored = train.fetch([5, 6], [True, False])
+    np.testing.assert_array_equal(mirrored[0], before[0, :, :, ::-1])
+    np.testing.assert_array_equal(mirrored[1], before[1])
+    np.testing.assert_array_equal(train.fetch([5, 6]), before)
+
+
+# -- the split ------------------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_respects_quota_and_keeps_singles() -> None:
+    labels = np.repeat([0, 1, 2], [40, 1, 3])
+    mask = held_out([f"file{i}" for i in range(44)], labels, 0.1)
+    assert [int(mask[labels == label].sum()) for label in range(3)] == [4, 0, 1]
+    assert not held_out(["a", "b"], np.array([0, 0]), 0.0).any()
+
+
+def test_held_out_does_not_depend_on_the_order_of_the_images() -> None:
+    names = [f"file{i}" for i in range(50)]
+    labels = np.arange(50) % 3
+    mask = held_out(names, labels, 0.2)
+    order = np.random.Generator(np.random.PCG64(0)).permutation(50)
+    shuffled = held_out([names[i] for i in order], labels[order], 0.2)
+    np.testing.assert_array_equal(shuffled, mask[order])
+
+
+# -- the crop -------------------------------------------------------------------------------------------------------------------
+
+# SHA-256 of the (size, size, 3) pixels that the ADM code's whole-image resizes give under Pillow 12.3.0. Pillow 13.0.0 alone differs on the tall ones.
+PILLOW_12 = {
+    (50, 173, 32): "8f9916d9f479",
+    (173, 50, 32): "c343e83e1c36",
+    (97, 300, 32): "70e481e27abd",
+    (64, 64, 32): "e408b2acc2bc",
+    (40, 41, 32): "e4a67c1c39c6",
+    (500, 375, 256): "67084050f251",
+    (33, 400, 64): "367ad2420491",
+    (300, 1111, 128): "a3fb488d2144",
+    (20, 90, 64): "a5a432a46380",
+}
+
+
+@pytest.mark.parametrize(("case", "expected"), PILLOW_12.items(), ids=str)
+def test_center_crop_equals_adm_under_pillow_12(case: tuple[int, int, int], expected: str) -> None:
+    width, height, size = case
+    pixels = np.ascontiguousarray(center_crop(noise_image(width, height), size).transpose(1, 2, 0))
+    assert hashlib.sha256(pixels.tobytes()).hexdigest().startswith(expected)
+
+
+def cubic(x: np.ndarray) -> np.ndarray:
+    """Keys' kernel with a = -0.5."""
+    x = abs(x)
+    return np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0))
+
+
+def resize_rows(pixels: np.ndarray, length: int) -> np.ndarray:
+    """Antialiased bicubic along axis 0 in float64, rounded and clipped to 8 bits."""
+    scale = max(len(pixels) / length, 1)
+    centers = (np.arange(length) + 0.5) * len(pixels) / length
+    weights = cubic((np.arange(len(pixels))[None] + 0.5 - centers[:, None]) / scale)
+    weights /= weights.sum(1, keepdims=True)
+    return np.clip(np.floor(np.tensordot(weights, pixels, 1) + 0.5), 0, 255)
+
+
+def test_center_crop_of_a_tall_image_is_the_filter_width_first() -> None:
+    image = noise_image(40, 120)
+    pixels = np.asarray(image).astype(np.float64)
+    wide = resize_rows(pixels.transpose(1, 0, 2), 32).transpose(1, 0, 2)
+    expected = resize_rows(wide, 96)[32:64].transpose(2, 0, 1)
+    found = center_crop(image, 32)
+    assert abs(found - expected).max() <= 1  # Pillow's weights are 22-bit integers
+    assert (found == expected).mean() > 0.99
+
+
+def test_crop_takes_the_centre() -> None:
+    pixels = np.zeros((8, 16, 3), dtype=np.uint8)
+    pixels[:, 4:12] = 200
+    assert (center_crop(Image.fromarray(pixels), 8) == 200).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16"])
+def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
+    grey = np.full((9, 9), 128, dtype=np.uint8)
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    image = deep if mode == deep.mode else Image.fromarray(np.stack([grey] * 3, -1)).convert(mode)
+    path = tmp_path / "image.tif"
+    image.save(path)
+    with Image.open(path) as stored:
+        assert stored.mode == mode
+        assert to_rgb(stored).mode == "RGB"
+    pixels = read_square(path, 4)
+    assert pixels.shape == (3, 4, 4)
+    if mode != "1":  # a dithered grey
+        assert abs(pixels.astype(int) - 128).max() <= 2
+
+
+def test_transparency_is_dropped_as_in_adm() -> None:
+    image = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    assert to_rgb(image).getpixel((0, 0)) == (10, 20, 30)
+
+
+# -- folders --------------------------------------------------------------------------------------------------------------------
+
+
+def test_folder_classes_are_sorted_and_images_cropped(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "set", {"dog": 8, "cat": 12})
+    (root / "cat" / "notes.txt").write_text("not an image")
+    (root / ".cache").mkdir()
+    data = load_data(folder_config(root))
+    assert data.info.class_names == ("cat", "dog")
+    assert (data.info.num_train, data.info.num_heldout) == (15, 5)
+    assert not data.balanced
+    assert isinstance(data.train, FolderImages)
+    first = data.train.files[0]
+    np.testing.assert_array_equal(data.train.fetch([0])[0], read_square(root / first, 8))
+    assert first.startswith("cat/")
+
+
+def test_folder_finds_images_at_any_depth(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, {"a": 2, "b/inner": 2, "b/other": 1})
+    data = load_data(folder_config(root, holdout=0.0))
+    assert np.bincount(data.train.labels).tolist() == [2, 3]
+    assert len(data.heldout) == 0
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "test"])
+def test_folder_with_its_own_held_out_part(tmp_path: Path, name: str) -> None:
+    make_folder(tmp_path / "train", {"a": 3, "b": 3})
+    make_folder(tmp_path / name, {"a": 1, "b": 2})
+    data = load_data(folder_config(tmp_path))
+    assert (data.info.num_train, data.info.num_heldout, data.info.class_names) == (6, 3, ("a", "b"))
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"boat": 4, "train": 4})
+    assert load_data(folder_config(tmp_path)).info.class_names == ("boat", "train")
+
+
+def test_folder_digest_follows_names_sizes_split_and_image_size(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, {"a": 4, "b": 4})
+    digests = [load_data(folder_config(root)).info.digest, load_data(folder_config(root, image_size=16)).info.digest]
+    digests.append(load_data(folder_config(root, holdout=0.5)).info.digest)
+    assert load_data(folder_config(root)).info.digest == digests[0]
+    (root / "a" / "000.png").rename(root / "a" / "renamed.png")
+    digests.append(load_data(folder_config(root)).info.digest)
+    noise_image(60, 60).save(root / "a" / "renamed.png")
+    digests.append(load_data(folder_config(root)).info.digest)
+    assert len(set(digests)) == len(digests)
+
+
+def test_folder_digest_is_the_same_elsewhere(tmp_path: Path) -> None:
+    here, there = (load_data(folder_config(make_folder(tmp_path / name, {"a": 4, "b": 4}))).train.digest for name in ("here", "there"))
+    assert here == there
+
+
+@pytest.mark.parametrize("fault", ["empty", "text", "truncated png", "truncated jpeg", "vanished"])
+def test_an_unreadable_image_is_named(tmp_path: Path, fault: str) -> None:
+    path = make_folder(tmp_path, {"a": 1}) / "a" / "000.png"
+    if fault == "empty":
+        path.write_bytes(b"")
+    elif fault == "text":
+        path.write_text("<html>not found</html>")
+    elif fault == "vanished":
+        pass
+    else:
+        noise_image(64, 64).save(path, format=fault.split()[1])
+        path.write_bytes(path.read_bytes()[:2000])
+    images = load_data(folder_config(tmp_path, holdout=0.0)).train
+    if fault == "vanished":
+        path.unlink()
+    with pytest.raises(UserError, match=r"000\.png"):
+        images.fetch([0])
+
+
+def empty_class(root: Path) -> None:
+    (make_folder(root, {"a": 2}) / "hollow").mkdir()
+
+
+def other_classes(root: Path) -> None:
+    make_folder(root / "train", {"a": 2, "b": 2})
+    make_folder(root / "val", {"a": 2, "c": 2})
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda root: None, "cannot be listed: No such file"),
+        (lambda root: root.mkdir(), "has no sub-folders"),
+        (lambda root: (root.mkdir(), noise_image(9, 9).save(root / "x.png")), "has no sub-folders"),
+        (empty_class, "hollow holds no image"),
+        (other_classes, "only one of them has: b, c"),
+    ],
+)
+def test_folder_mistakes_are_explained(tmp_path: Path, build, message: str) -> None:  # type: ignore[no-untyped-def]
+    build(tmp_path / "set")
+    with pytest.raises(UserError, match=message):
+        load_data(folder_config(tmp_path / "set"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (DataConfig(name="emoji"), "Did you mean 'emoji32'"),
+        (DataConfig(image_size=64), "emoji32 has 32x32"),
+        (DataConfig(path="somewhere"), "Add data=folder"),
+        (DataConfig(num_classes=1000), "has 10 classes"),
+        (DataConfig(name="folder", image_size=8), r"needs data\.path"),
+        (DataConfig(name="folder", path="x"), r"needs data\.image_size"),
+        (DataConfig(name="synthetic", image_size=0), "not a size in pixels"),
+        (DataConfig(name="synthetic", holdout=1.0), "not a fraction"),
+    ],
+)
+def test_configuration_mistakes_are_explained(config: DataConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_data(config)
+
+
+# -- synthetic ------------------------------------------------------------------------------------------------------------------
+
+
+def test_synthetic_images_depend_on_their_index_alone() -> None:
+    data = load_data(DataConfig(name="synthetic", image_size=24))
+    assert (data.info.num_classes, data.info.image_size) == (10, 24)
+    np.testing.assert_array_equal(data.train.fetch([13, 4])[0], synthetic.draw(13, 24))
+    np.testing.assert_array_equal(data.heldout.fetch([0])[0], synthetic.draw(len(data.train), 24))
+    assert data.heldout.labels[:3].tolist() == [(len(data.train) + i) % 10 for i in range(3)]
+
+
+def test_synthetic_classes_differ_in_shape() -> None:
+    """Two colours an image, and the shape covers neither all nor nothing."""
+    for index in range(40):
+        image = synthetic.draw(index, 64).reshape(3, -1)
+        inside = (image != image[:, :1]).any(0).mean() if (image[:, :1] != image).any() else 0.0
+        assert 0.005 < inside < 0.95, (index, inside)

@@ -1,0 +1,167 @@
+"""Grids, nearest training images and training curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.datasets import ArrayImages
+from common.errors import UserError
+from common.pictures import ALARM, BACKGROUND, _panels, _running_mean, image_grid, nearest, neighbour_picture, save_png, training_curves
+
+
+def noise(count: int, size: int = 8, seed: int = 0) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64(seed)).integers(0, 256, (count, 3, size, size), dtype=np.uint8)
+
+
+def image_set(pixels: np.ndarray) -> ArrayImages:
+    return ArrayImages(pixels, np.zeros(len(pixels), dtype=np.int64), "test")
+
+
+# -- grids ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_grid_shows_every_pixel_as_a_square_of_its_color() -> None:
+    images = noise(5)
+    canvas = np.asarray(image_grid(images, columns=3, scale=4, gap=2))
+    tile, margin = 32, 16
+    assert canvas.shape == (2 * margin + 2 * tile + 2, 2 * margin + 3 * tile + 4, 3)
+    for number, image in enumerate(images):
+        row, column = divmod(number, 3)
+        top, left = margin + row * (tile + 2), margin + column * (tile + 2)
+        shown = canvas[top : top + tile, left : left + tile].reshape(8, 4, 8, 4, 3)
+        assert (shown == image.transpose(1, 2, 0)[:, None, :, None]).all()
+    assert (canvas[margin + tile + 2 :, -margin - tile :] == BACKGROUND).all()  # the sixth place is empty
+
+
+@pytest.mark.parametrize(("size", "tile"), [(8, 96), (32, 96), (64, 128), (256, 256)])
+def test_grid_enlarges_small_images_only(size: int, tile: int) -> None:
+    assert image_grid(noise(1, size), columns=1).size == (tile + 32, tile + 32)
+
+
+def test_grid_writes_names_left_of_the_rows() -> None:
+    images = noise(4)
+    plain, named = image_grid(images, 2), image_grid(images, 2, ["cat", "a rather long name"])
+    added = named.width - plain.width
+    assert added > 100
+    strip = np.asarray(named)[:, : added + 8]
+    half = len(strip) // 2
+    assert all((part < 128).any() for part in (strip[:half], strip[half:]))
+    np.testing.assert_array_equal(np.asarray(named)[:, added + 16 :], np.asarray(plain)[:, 16:])
+
+
+def test_grid_of_nothing_is_explained() -> None:
+    with pytest.raises(UserError, match="0 images"):
+        image_grid(noise(0), 3)
+
+
+def test_png_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "grid.png"
+    save_png(Image.new("RGB", (2, 2), (1, 2, 3)), path)
+    monkeypatch.setattr(Image.Image, "save", lambda self, file, format: file.write_bytes(b"half") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_png(Image.new("RGB", (2, 2)), path)
+    with Image.open(path) as image:
+        assert image.getpixel((0, 0)) == (1, 2, 3)
+
+
+# -- nearest training images ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_nearest_equals_brute_force(mirrored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.pictures.BLOCK_VALUES", 5 * 3 * 8 * 8)
+    train, samples = noise(23, seed=1), noise(7, seed=2)
+    found = nearest(samples, image_set(train), mirrored=mirrored)
+    candidates = np.concatenate([train, train[..., ::-1]]) if mirrored else train
+    difference = samples[:, None].astype(np.float64) - candidates[None]
+    distances = np.sqrt(np.square(difference).mean((2, 3, 4))) / 255
+    np.testing.assert_array_equal(found.indices, distances.argmin(1) % len(train))
+    np.testing.assert_array_equal(found.mirrored, distances.argmin(1) >= len(train))
+    np.testing.assert_allclose(found.distances, distances.min(1), rtol=1e-14)
+
+
+def test_nearest_finds_copies_at_distance_zero() -> None:
+    train = noise(40)
+    samples = np.stack([train[31], train[7][..., ::-1]])
+    found = nearest(samples, image_set(train), mirrored=True)
+    assert found.indices.tolist() == [31, 7]
+    assert found.mirrored.tolist() == [False, True]
+    assert found.distances.tolist() == [0.0, 0.0]
+
+
+def test_nearest_searches_only_the_positions_given() -> None:
+    train = noise(40)
+    found = nearest(train[[3]], image_set(train), positions=np.array([1, 20, 35]))
+    assert found.indices[0] in (1, 20, 35)
+
+
+def test_distance_of_black_and_white_is_one() -> None:
+    black, white = np.zeros((1, 3, 4, 4), dtype=np.uint8), np.full((1, 3, 4, 4), 255, dtype=np.uint8)
+    assert nearest(black, image_set(white)).distances.tolist() == [1.0]
+
+
+def has_alarm(picture: Image.Image) -> bool:
+    return bool((np.asarray(picture) == ALARM).all(-1).any())
+
+
+def test_copies_are_framed_in_red() -> None:
+    images = np.full((3, 3, 8, 8), 128, dtype=np.uint8)
+    reference = np.linspace(0.1, 0.3, 50)
+    assert has_alarm(neighbour_picture(images, images, np.array([0.0, 0.2, 0.2]), reference))
+    assert not has_alarm(neighbour_picture(images, images, np.array([0.15, 0.2, 0.2]), reference))
+    assert not has_alarm(neighbour_picture(images, images, np.zeros(3)))
+
+
+def test_sample_and_neighbour_stand_side_by_side() -> None:
+    samples, neighbours = np.full((2, 3, 8, 8), 10, dtype=np.uint8), np.full((2, 3, 8, 8), 200, dtype=np.uint8)
+    pixels = np.asarray(neighbour_picture(samples, neighbours, np.array([0.5, 0.5])))
+    row = pixels[np.flatnonzero((pixels == 200).all(-1).sum(1) == 2 * 96)[0]]
+    left, right = np.flatnonzero((row == 10).all(-1)), np.flatnonzero((row == 200).all(-1))
+    assert left[0] < right[0] < left[96] < right[96]
+
+
+# -- curves ---------------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(count: int) -> list[dict[str, float]]:
+    return [{"step": i, "images": 64 * i, "loss": 1 / i, "grad_norm": 1.0, "lr": 1e-3, "images_per_s": 200.0, "seconds": i} for i in range(1, count + 1)]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("count", [1, 2, 60, 3000])
+def test_curves_of_any_length(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "training.png"
+    training_curves(rows_of(count), path)
+    with Image.open(path) as image:
+        assert image.size == (1320, 768)
+        assert np.asarray(image).std() > 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_curves_of_two_phases_with_gaps_and_non_finite_values(tmp_path: Path) -> None:
+    rows = [
+        {"images": 64, "generator/loss": 1.0, "generator/adv_loss": float("nan"), "lr": 0.0, "images_per_s": 0.0},
+        {"images": 128, "generator/loss": 0.5, "discriminator/loss": float("inf"), "discriminator/accuracy": 0.5, "lr": 0.0, "images_per_s": 3.0},
+    ]
+    training_curves(rows, tmp_path / "training.png")
+    assert _panels(rows) == {
+        "loss": ["generator/loss", "generator/adv_loss", "discriminator/loss"],
+        "accuracy": ["discriminator/accuracy"],
+        "learning rate": ["lr"],
+        "images per second": ["images_per_s"],
+    }
+
+
+def test_curves_of_nothing_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no metrics to draw"):
+        training_curves([], tmp_path / "training.png")
+
+
+def test_running_mean_keeps_lines_and_shrinks_at_the_start() -> None:
+    values = np.array([8.0, 0.0, 4.0, 0.0, 2.0, 6.0])
+    np.testing.assert_allclose(_running_mean(values, 1), [8, 4, 4 / 3, 2, 8 / 3, 4], rtol=1e-14)
+    np.testing.assert_array_equal(_running_mean(values, 0), values)
