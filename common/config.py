@@ -1,0 +1,268 @@
+"""The run configuration: dataclasses, presets and `key=value` overrides, strict and torch-free.
+
+Order of precedence: the defaults below, the method's own defaults, the preset, the command line.
+The comment behind a field is its help text (`python launch/run.py --help`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from common.errors import UserError, close_match
+
+
+@dataclass
+class DataConfig:
+    name: str = "emoji32"  # emoji32 (embedded), folder (your images, one sub-folder a class) or synthetic
+    path: str | None = None  # root of an image folder, for data=folder
+    image_size: int | None = None  # pixels; emoji32 has 32, a folder needs it
+    num_classes: int | None = None  # expected number of classes; another number in the data is an error
+    flip: bool = False  # mirror half of the training images
+    balanced: bool | None = None  # draw classes uniformly; none: yes for emoji32, no otherwise
+    holdout: float = 0.05  # held-out share of a folder that has no val/ of its own
+    workers: int = 0  # loader processes; 0 loads in the training process
+
+
+@dataclass
+class TrainConfig:
+    images: int = 50_000  # training images shown in total; 0 evaluates the untrained network
+    batch: int = 64  # global batch: images a step over all processes
+    micro_batch: int | None = None  # images a process takes at once; none: batch / processes
+    lr: float = 1e-3  # peak learning rate
+    warmup_images: int = 0  # linear warm-up from 0
+    schedule: str = "constant"  # constant, cosine or linear, from the end of the warm-up to the last image
+    min_lr: float = 0.0  # where cosine and linear end
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW
+    eps: float = 1e-8  # AdamW
+    weight_decay: float = 0.0  # AdamW, unless a parameter group says otherwise
+    clip_grad: float = 0.0  # global gradient norm; 0 does not clip
+    ema_decay: list[float] = field(default_factory=list)  # one average a decay per step, e.g. [0.9999,0.9996]
+    ema_halflife_images: list[float] = field(default_factory=list)  # one average a half-life in images, e.g. [5e5]
+    ema_rampup: float = 0.0  # a half-life is at most this share of the images seen so far; 0 is off
+    precision: str = "auto"  # auto, bf16 or fp32; auto: bf16 autocast on GPUs that have it, fp32 elsewhere
+    compile: bool = False  # torch.compile for each block of the network
+    threads: int | None = None  # CPU threads; none: torch's choice
+    log_images: int = 3200  # a line of metrics.jsonl every so many images
+    checkpoint_images: int = 16_000  # a checkpoint every so many images
+    keep_checkpoints: int = 2  # newest checkpoints that stay
+    preview_images: int = 16_000  # a sample grid every so many images; 0 is off
+    trackers: list[str] = field(default_factory=list)  # tensorboard, wandb (pip install 'pixlat[trackers]')
+
+
+@dataclass
+class EvalConfig:
+    protocol: str = "embedded"  # how the score is computed; see evaluation/README.md
+    num_images: int = 1000  # generated images; 0 skips the evaluation
+    batch: int = 50  # images sampled at once
+    seed: int = 0  # of the noise and of the label order
+    ema: str | None = None  # which average to sample with, e.g. 0.999; none: the first one, or the raw weights if there is none; raw: the raw weights
+    grid_columns: int = 10  # images a class in the sample grid
+
+
+@dataclass
+class RunConfig:
+    method: str = "jit"  # what to train; see the list of methods
+    preset: str = "demo"  # named settings of the method; see the list of presets
+    name: str | None = None  # run folder under `out`; none: from method, data, preset, seed and settings
+    out: str = "runs"  # where run folders are made
+    seed: int = 0  # of weights, data order, noise and dropout
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    model: Any = None  # the method's own settings
+    sample: Any = None  # the method's sampler
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    dry_run: bool = False  # print what would run and what it costs; write nothing
+
+
+# Settings that change neither a weight nor a score: two runs that differ only here are the same run.
+INERT_KEYS = ("name", "out", "dry_run", "data.workers", "train.threads", "train.trackers", "train.keep_checkpoints", "eval.grid_columns")
+
+# `data=folder` is short for `data.name=folder`.
+GROUPS_WITH_NAME = ("data",)
+
+
+def split_overrides(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """`["seed=0,1", "train.lr=1e-3"]` to `{"seed": ["0", "1"], "train.lr": ["1e-3"]}`; commas inside brackets and quotes do not split."""
+    overrides: dict[str, list[str]] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        key = key.strip().lstrip("-")
+        if not equals or not key:
+            raise UserError(f"{argument!r} is not of the form key=value, for example train.lr=1e-4. `--help` lists every key.")
+        if key in overrides:
+            raise UserError(f"{key} is given twice: {'='.join((key, ','.join(overrides[key])))} and {argument}. Keep one, or sweep with a comma list.")
+        key = f"{key}.name" if key in GROUPS_WITH_NAME else key
+        overrides[key] = re.split(r""",(?![^\[{]*[\]}])(?=(?:[^"']|"[^"]*"|'[^']*')*$)""", value)
+    return overrides
+
+
+def sweep(overrides: Mapping[str, Sequence[str]]) -> Iterator[dict[str, str]]:
+    """Every combination of the comma lists, the last key varying fastest."""
+    for values in itertools.product(*overrides.values()):
+        yield dict(zip(overrides, values, strict=True))
+
+
+def load_presets(path: str) -> dict[str, dict[str, Any]]:
+    """All presets of a presets.yaml, with `extends` resolved."""
+    raw: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
+
+    def resolve(name: str) -> dict[str, Any]:
+        preset = dict(raw[name])
+        parent = preset.pop("extends", None)
+        if parent is None:
+            return preset
+        merged = OmegaConf.merge(OmegaConf.create({k: v for k, v in resolve(parent).items() if k != "expected"}), OmegaConf.create(preset))
+        return OmegaConf.to_container(merged)  # type: ignore[return-value]
+
+    return {name: resolve(name) for name in raw}
+
+
+class Spec(Protocol):
+    """What the configuration needs to know of a method (`methods.MethodSpec`)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def config(self) -> type: ...
+    @property
+    def sample(self) -> type: ...
+    @property
+    def presets(self) -> str: ...
+
+
+def resolve(spec: Spec, overrides: Mapping[str, str]) -> RunConfig:
+    """The full configuration of one run of a method. Unknown presets and keys and wrong types are UserErrors with the nearest valid word."""
+    presets = load_presets(spec.presets)
+    preset_name = overrides.get("preset", RunConfig.preset)
+    if preset_name not in presets:
+        raise UserError(f"method={spec.name} has no preset {preset_name!r}.{close_match(preset_name, presets)} Presets: {', '.join(presets)}.")
+    config = OmegaConf.structured(RunConfig)
+    config.model = OmegaConf.structured(spec.config)
+    config.sample = OmegaConf.structured(spec.sample)
+    settings = {k: v for k, v in presets[preset_name].items() if k not in ("about", "expected")}
+    config = _merge(config, settings, where=f"preset {preset_name} in {spec.presets}")
+    config.method = spec.name
+    parsed = [f"{key}={value}" for key, value in overrides.items()]
+    config = _merge(config, OmegaConf.from_dotlist(parsed), where="the command line")
+    run: RunConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
+    check(run)
+    return run
+
+
+def _merge(config: DictConfig, settings: Any, where: str) -> DictConfig:
+    settings = OmegaConf.create(settings)
+    known = dict(flatten(OmegaConf.to_container(config)))
+    for key, _ in flatten(OmegaConf.to_container(settings)):
+        if inside := next((name for name in known if name.startswith(f"{key}.")), None):
+            raise UserError(f"{where}: {key} is a group of keys; set one of them, for example {inside}={known[inside]}.")
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}.{close_match(key, known)} `python launch/run.py --help` lists every key.")
+    try:
+        return OmegaConf.merge(config, settings)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{where}: {getattr(error, 'full_key', None) or 'a value'} does not fit: {reason}.") from error
+
+
+def check(run: RunConfig) -> None:
+    """Values that no type can check. Every message names the key, its value and what is allowed."""
+    train = run.train
+    at_least: dict[str, tuple[float, float]] = {
+        "train.images": (train.images, 0), "train.batch": (train.batch, 1), "train.lr": (train.lr, 0), "train.warmup_images": (train.warmup_images, 0),
+        "train.clip_grad": (train.clip_grad, 0), "train.log_images": (train.log_images, 1), "train.checkpoint_images": (train.checkpoint_images, 1),
+        "train.keep_checkpoints": (train.keep_checkpoints, 1), "train.preview_images": (train.preview_images, 0), "eval.num_images": (run.eval.num_images, 0),
+        "eval.batch": (run.eval.batch, 1), "eval.grid_columns": (run.eval.grid_columns, 1), "data.workers": (run.data.workers, 0), "seed": (run.seed, 0),
+    }  # fmt: skip
+    for key, (value, lowest) in at_least.items():
+        if value < lowest:
+            raise UserError(f"{key}={value} is too small; it must be at least {lowest}.")
+    one_of("train.schedule", train.schedule, ("constant", "cosine", "linear"))
+    one_of("train.precision", train.precision, ("auto", "bf16", "fp32"))
+    one_of("data.name", run.data.name, ("emoji32", "folder", "synthetic"))
+    one_of("eval.protocol", run.eval.protocol, ("embedded",))
+    for tracker in train.trackers:
+        one_of("train.trackers", tracker, ("tensorboard", "wandb"))
+    if train.micro_batch is not None and (train.micro_batch < 1 or train.batch % train.micro_batch):
+        raise UserError(f"train.micro_batch={train.micro_batch} does not divide train.batch={train.batch}.")
+    if any(not 0 <= decay < 1 for decay in train.ema_decay):
+        raise UserError(f"train.ema_decay={train.ema_decay}: every decay must be in [0, 1).")
+    averages = ema_names(train)
+    if run.eval.ema not in (None, "raw", *averages):
+        raise UserError(f"eval.ema={run.eval.ema!r} is not an average of this run. Averages: {', '.join(averages) or 'none'}, and raw for the raw weights.")
+
+
+def one_of(key: str, value: str, options: Sequence[str]) -> None:
+    """Raises a UserError unless the value is one of the options."""
+    if value not in options:
+        raise UserError(f"{key}={value!r} is not one of {', '.join(options)}.{close_match(value, options)}")
+
+
+def ema_names(train: TrainConfig) -> list[str]:
+    """The names of a run's weight averages, in order: "0.9999" for a decay, "500000img" for a half-life in images."""
+    return [f"{decay:g}" for decay in train.ema_decay] + [f"{halflife:.0f}img" for halflife in train.ema_halflife_images]
+
+
+def evaluated_ema(run: RunConfig) -> str:
+    """The name of the average that is sampled with, or "raw"."""
+    return run.eval.ema or next(iter(ema_names(run.train)), "raw")
+
+
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as (dotted key, leaf) pairs, in order."""
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+def to_dict(run: RunConfig) -> dict[str, Any]:
+    """The configuration as plain nested dictionaries."""
+    return dataclasses.asdict(run)
+
+
+def identity(run: RunConfig) -> str:
+    """12 hex digits over everything that can change a weight or a score."""
+    settings = {key: value for key, value in flatten(to_dict(run)) if key not in INERT_KEYS}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def run_folder(run: RunConfig) -> Path:
+    """Where the run lives. The same command always gets the same folder, and another configuration another one."""
+    return Path(run.out) / (run.name or f"{run.method}-{run.data.name}-{run.preset}-seed{run.seed}-{identity(run)[:6]}")
+
+
+def to_yaml(run: RunConfig) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(run)))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`"train.lr: 0.001 -> 0.002"` for every key that matters and differs."""
+    before, after = dict(flatten(old)), dict(flatten(new))
+    keys = [key for key in {**before, **after} if key not in INERT_KEYS]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+
+
+def describe(config: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, help) of every field of a config dataclass, nested ones expanded; the help is the field's trailing comment."""
+    comments = dict(re.findall(r"^    (\w+)\s*:[^#\n]*#\s*(.+)$", inspect.getsource(config), flags=re.MULTILINE))
+    for item in dataclasses.fields(config):
+        key = f"{prefix}.{item.name}" if prefix else item.name
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        if dataclasses.is_dataclass(default):
+            yield from describe(type(default), key)
+        elif item.name not in ("model", "sample"):
+            yield key, str(item.type), "none" if default is None else str(default), comments.get(item.name, "")

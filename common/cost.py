@@ -1,0 +1,173 @@
+"""What a method costs, counted by running it without data: on the meta device and with fake tensors, so size and speed of the machine do not matter.
+
+The unit is the MAC, one multiply-accumulate of a matrix product, convolution or attention; element-wise work counts nothing. The papers
+print MACs as "Gflops". Real tensors are no base for counting: on a CPU PyTorch's counter gives fused attention 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.seeds import Noise
+
+if TYPE_CHECKING:
+    from methods.base import Batch, DataInfo, Method
+
+BATCH = 2  # images in a counted batch
+
+
+def count_macs(run: Callable[[], object]) -> int:
+    """MACs of everything that `run` executes on meta tensors, backward passes included."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() // 2
+
+
+def on_meta(method_class: type[Method], config: Any, data: DataInfo) -> Method:
+    """The method with shapes but without numbers."""
+    with torch.device("meta"):
+        return method_class(config, data)
+
+
+def empty_batch(data: DataInfo, size: int, device: str) -> Batch:
+    """A training batch of the right shapes."""
+    image = torch.zeros(size, data.channels, data.image_size, data.image_size, device=device)
+    index = torch.zeros(size, dtype=torch.int64, device=device)
+    return {"image": image, "label": index, "index": index}
+
+
+def training_cost(method_class: type[Method], config: Any, data: DataInfo) -> int:
+    """MACs per training image: forward and backward of every phase, frozen networks included."""
+    method = on_meta(method_class, config, data).train()
+    batch = empty_batch(data, BATCH, "meta")
+
+    def step() -> None:
+        for phase in method.phases:
+            method(phase, batch, 0)["loss"].backward()
+
+    return count_macs(step) // BATCH
+
+
+@dataclass(frozen=True)
+class SamplingCost:
+    """What one image costs. Forwards are images through a network, so a batch doubled by guidance counts twice an image."""
+
+    net_forwards: dict[str, float]  # executed, by network
+    macs_per_forward: dict[str, int]  # mean over the executed forwards
+    macs_decoder: int
+    macs_per_image: int  # all networks, guidance and decoder included
+    nfe: int  # velocity evaluations; guidance branches do not count
+
+
+def sampling_cost(method: Method, sample_config: Any) -> SamplingCost:
+    """Runs the sampler once for a batch. `method` must be on the meta device (`on_meta`)."""
+    with recorded(method.sampling_networks()) as networks, torch.no_grad():
+        method.eval().sample(torch.zeros(BATCH, dtype=torch.int64, device="meta"), Noise(range(BATCH), "meta"), sample_config)
+    return SamplingCost(
+        net_forwards={name: network.images / BATCH for name, network in networks.items()},
+        macs_per_forward={name: network.macs // max(network.images, 1) for name, network in networks.items()},
+        macs_decoder=networks["decoder"].macs // BATCH if "decoder" in networks else 0,
+        macs_per_image=sum(network.macs for network in networks.values()) // BATCH,
+        nfe=method.evaluations(sample_config),
+    )
+
+
+class Recorded:
+    """Stands in for the forward of a network on meta tensors: counts calls, and runs the network only for input shapes it has not seen."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+        self.images = 0
+        self.macs = 0
+        self.seen: dict[str, tuple[Any, int]] = {}  # input signature -> output, MACs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        signature = repr(tree_map_only(Tensor, lambda tensor: (tensor.shape, tensor.dtype), (args, kwargs)))
+        if signature not in self.seen:
+            outputs: list[Any] = []
+            macs = count_macs(lambda: outputs.append(self.forward(*args, **kwargs)))
+            self.seen[signature] = outputs[0], macs
+        output, macs = self.seen[signature]
+        self.images += next(len(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        self.macs += macs
+        return output
+
+
+@contextmanager
+def recorded(networks: Mapping[str, nn.Module]) -> Iterator[dict[str, Recorded]]:
+    """Within the block, calls of the networks are recorded."""
+    records = {name: Recorded(network.forward) for name, network in networks.items()}
+    try:
+        for name, network in networks.items():
+            network.forward = records[name]
+        yield records
+    finally:
+        for network in networks.values():
+            del network.forward  # uncovers the class's own
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """The split of the leaderboard. A tensor that two networks share counts once."""
+
+    gen_trainable: int  # of the networks that sample, without the decoder
+    gen_total: int  # the same with frozen parameters and stored tables (position tables, latent statistics)
+    decoder: int
+    aux_train_only: int  # everything else: discriminators, teachers, projectors
+
+
+def parameter_counts(method: Method) -> ParameterCounts:
+    """Counts numbers in state dicts, so a table that is recomputed on loading is free."""
+    networks = method.sampling_networks()
+    decoder = _stored(networks.pop("decoder", nn.Module()))
+    generator = {key: tensor for network in networks.values() for key, tensor in _stored(network).items()}
+    rest = {key: tensor for key, tensor in _stored(method).items() if key not in generator and key not in decoder}
+    trainable = [tensor for tensor in generator.values() if tensor.requires_grad]
+    return ParameterCounts(_numel(trainable), _numel(generator.values()), _numel(decoder.values()), _numel(rest.values()))
+
+
+def _stored(module: nn.Module) -> dict[int, Tensor]:
+    """Floating-point parameters and persistent buffers by identity."""
+    return {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values() if tensor.is_floating_point()}
+
+
+def _numel(tensors: Any) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def activation_bytes(method_class: type[Method], config: Any, data: DataInfo, batch: int, bf16: bool = False) -> int:
+    """Bytes that autograd keeps from the forward to the backward of a micro-batch, in the phase that keeps most; parameters not counted.
+
+    Fake CPU tensors instead of meta ones: attention is then the fused kernel, which keeps no weights.
+    """
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        method = method_class(config, data).train()
+        inputs = empty_batch(data, batch, "cpu")
+        return max(_saved_bytes(method, partial(method, phase, inputs, 0)) for phase in method.phases)
+
+
+def _saved_bytes(method: nn.Module, forward: Callable[[], object]) -> int:
+    """Sizes of the distinct storages that the graph of `forward` saves, except the module's own."""
+    own = {tensor.untyped_storage()._cdata for tensor in (*method.parameters(), *method.buffers())}
+    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            storages[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(storage.nbytes() for storage in storages.values())

@@ -1,0 +1,61 @@
+"""The registry of methods. Importing it imports neither torch nor any method."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, cast
+
+from common.errors import UserError, close_match
+
+if TYPE_CHECKING:
+    from methods.base import Method
+
+ENTRY_POINT_GROUP = "pixlat.methods"
+
+# name -> "module:attribute" of a MethodSpec. Another package registers its method through an entry point of the group above.
+METHODS: dict[str, str] = {
+    "jit": "methods.jit.config:SPEC",
+}
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method as the command line sees it. The module that holds it must not import torch: `--help` answers in under a second."""
+
+    name: str
+    title: str  # one line for --help
+    paper: str  # title and arXiv id
+    implementation: str  # "module:Class", imported when the method is built
+    config: type  # dataclass of the method's own settings (`model.*`)
+    sample: type  # dataclass of its sampler's settings (`sample.*`)
+    presets: str  # path of presets.yaml
+
+
+def registered() -> dict[str, str]:
+    """All methods, built in and from other packages' entry points, name -> "module:attribute"."""
+    found = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
+    return {**found, **METHODS}
+
+
+def load_object(path: str) -> object:
+    """The object that "module:attribute" names."""
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def get_spec(name: str) -> MethodSpec:
+    """The spec of a registered method; an unknown name is a UserError with the nearest one."""
+    options = registered()
+    if name not in options:
+        raise UserError(f"method={name!r} is not registered.{close_match(name, options)} Methods: {', '.join(sorted(options))}.")
+    spec = load_object(options[name])
+    if not isinstance(spec, MethodSpec):
+        raise UserError(f"method={name!r} is registered as {options[name]!r}, which is a {type(spec).__name__} and not a MethodSpec.")
+    return spec
+
+
+def get_class(name: str) -> type[Method]:
+    """The Method subclass behind a name. Imports torch."""
+    return cast("type[Method]", load_object(get_spec(name).implementation))

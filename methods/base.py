@@ -1,0 +1,111 @@
+"""The seam: what the trainer, the evaluator and the launcher may ask of a method, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from common.seeds import Noise
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a method may know of the data before it is built."""
+
+    name: str
+    num_classes: int
+    image_size: int  # pixels, square
+    num_train: int
+    channels: int = 3
+
+
+@dataclass
+class ParamGroup:
+    """Parameters that one optimizer treats alike."""
+
+    params: list[nn.Parameter]
+    kind: str = "adamw"  # "adamw" | "muon"
+    lr_scale: float = 1.0
+    weight_decay: float | None = None  # None: the run's `train.weight_decay`
+
+
+class Method(nn.Module):
+    """A generative method: networks, loss, sampler. It owns no optimizer, schedule, device, file or metric.
+
+    A subclass sets `phases` where more than one network is trained (a GAN has `("generator", "discriminator")`), implements
+    `forward`, `sample` and `network_calls`, and overrides the rest where it differs from the default.
+    """
+
+    phases: ClassVar[tuple[str, ...]] = ("main",)
+    space: ClassVar[str] = "pixel"  # "pixel" | "latent_vae" | "latent_rae" | "latent_self", the leaderboard's column
+
+    def __init__(self, config: Any, data: DataInfo) -> None:
+        super().__init__()
+        self.config = config
+        self.data = data
+
+    # -- training ---------------------------------------------------------------------------------------------------------------
+
+    def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
+        """The loss of one phase. `forward` is the loss, so that a distributed wrapper sees every gradient.
+
+        batch: "image" (B, C, H, W) float in [-1, 1], "label" (B,) int64 and "index" (B,) int64, the images' positions in the training set.
+        Returns {"loss": scalar with gradient, "<name>": detached scalars to log}. All randomness comes from torch's global generator, which
+        the trainer has just reseeded; by convention `forward` makes its draws first and hands them to a pure `objective`.
+        """
+        raise NotImplementedError
+
+    def parameters_of(self, phase: str) -> list[ParamGroup]:
+        """The parameters that the optimizer of this phase steps; default: every parameter that requires a gradient."""
+        return [ParamGroup([p for p in self.parameters() if p.requires_grad])]
+
+    def phase_active(self, phase: str, images_seen: int) -> bool:
+        """Whether the phase is stepped at this point ("the discriminator starts at image N")."""
+        return True
+
+    def before_training(self, batches: Iterator[Batch]) -> None:
+        """Called once before step 0 of a fresh run (latent statistics into buffers). Not called on resume."""
+
+    def after_step(self, step: int) -> None:
+        """Called after the optimizers of a step (a teacher that is part of the loss). State goes into buffers or parameters."""
+
+    def averaged_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that the trainer's EMAs follow; default: all trainable ones. A discriminator leaves itself out."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks, in order: the unit of compilation, activation checkpointing and sharding."""
+        return []
+
+    # -- sampling ---------------------------------------------------------------------------------------------------------------
+
+    def sample(self, labels: Tensor, noise: Noise, config: Any) -> Tensor:
+        """Images (B, C, H, W) float, nominally in [-1, 1] and not clamped, for labels (B,) int64; `config` is the method's Sample dataclass."""
+        raise NotImplementedError
+
+    def evaluations(self, config: Any) -> int:
+        """Velocity (or score, or one-step) evaluations per image with this sample config; guidance branches do not count twice."""
+        raise NotImplementedError
+
+    def sampling_networks(self) -> dict[str, nn.Module]:
+        """The networks that sampling may call, by name; cost counting hooks them to count executed forwards. Decoders are called "decoder"."""
+        raise NotImplementedError
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] to the space in which the method generates; the identity for pixel methods."""
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The inverse of `encode`, up to the autoencoder's error."""
+        return latents
+
+    # -- released weights -------------------------------------------------------------------------------------------------------
+
+    def from_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The authors' released names to ours. Any missing, extra or misshapen key is a UserError that lists it."""
+        raise NotImplementedError

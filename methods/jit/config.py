@@ -1,0 +1,99 @@
+"""JiT's settings. Torch-free, so that `--help` is quick; presets.yaml holds the published sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config import one_of
+from common.errors import UserError
+from methods import MethodSpec
+
+SPACES = ("x", "eps", "v")
+
+
+def require(holds: bool, where: str, value: object, rule: str) -> None:
+    """Raises UserError "model.depth=0: must be at least 1." unless the condition holds."""
+    if not holds:
+        raise UserError(f"{where}={value!r}: {rule}.")
+
+
+@dataclass
+class JiTConfig:
+    """The network and its objective. Image size and class count come from the data."""
+
+    depth: int = 12
+    width: int = 768
+    heads: int = 12
+    patch: int = 16  # pixels; the papers keep 16 x 16 tokens: patch = image size / 16
+    mlp_ratio: float = 4.0  # SwiGLU's hidden width is 2/3 of width * mlp_ratio
+    bottleneck: int = 128  # channels between the two linear maps of the patch embedding; 0: one linear map
+    context_tokens: int = 32  # class tokens put in front of the image tokens; 0: none
+    context_start: int = 4  # index of the block before which they are put
+    rope: bool = True
+    qk_norm: bool = True
+    dropout: float = 0.0  # in the middle half of the blocks: after the attention projection and on SwiGLU's hidden vector
+    attn_dropout: float = 0.0  # on the attention weights, in the same blocks
+    attention: str = "fused"  # fused | reference (logits and softmax in float32 under bf16; slower)
+    prediction: str = "x"  # x | eps | v: what the network returns
+    loss_space: str = "v"  # x | eps | v: where the squared error is taken
+    preconditioner: str = "none"  # none | edm | linear: x = c_skip z + c_out * output (ablation; needs prediction=x)
+    noise_scale: float | None = None  # standard deviation of the noise; none: image size / 256
+    time_mean: float = -0.8  # of the logit of the paper's time (1 = data)
+    time_std: float = 0.8
+    clip: float = 0.05  # floor of every denominator t and 1 - t
+    label_drop: float = 0.1  # probability of training without the class
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "width", "heads", "patch"):
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        for name in ("bottleneck", "context_tokens"):
+            require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must be 0 (off) or more")
+        for name in ("dropout", "attn_dropout", "label_drop"):
+            require(0 <= getattr(self, name) <= 1, f"model.{name}", getattr(self, name), "is a probability, so between 0 and 1")
+        for name in ("mlp_ratio", "time_std", "clip"):
+            require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
+        require(self.noise_scale is None or self.noise_scale > 0, "model.noise_scale", self.noise_scale, "must be positive")
+        require(self.width % self.heads == 0, "model.heads", self.heads, f"must divide model.width={self.width}")
+        require(self.width % 4 == 0, "model.width", self.width, "must be a multiple of 4 for the 2-D position table")
+        head_dim = self.width // self.heads
+        require(not self.rope or head_dim % 4 == 0, "model.heads", self.heads, f"gives heads of {head_dim} channels; RoPE needs a multiple of 4")
+        inside = 0 <= self.context_start < self.depth
+        require(inside, "model.context_start", self.context_start, f"must be the index of one of the {self.depth} blocks, from 0")
+        one_of("model.attention", self.attention, ("fused", "reference"))
+        one_of("model.prediction", self.prediction, SPACES)
+        one_of("model.loss_space", self.loss_space, SPACES)
+        one_of("model.preconditioner", self.preconditioner, ("none", "edm", "linear"))
+        alone = self.preconditioner == "none" or self.prediction == "x"
+        require(alone, "model.preconditioner", self.preconditioner, f"needs model.prediction=x, which is {self.prediction!r}")
+
+
+@dataclass
+class JiTSample:
+    """The sampler. The defaults are the released one, up to the guidance scale, which depends on the size (presets.yaml)."""
+
+    steps: int = 50
+    solver: str = "heun"  # heun (the last step is Euler's) | euler
+    guidance: float = 3.0  # 1: off
+    interval: tuple[float, float] = (0.1, 1.0)  # where guidance is on, in the paper's time (1 = data), ends excluded; a lower end of 0 includes 0
+    ending: str = "official"  # official: the clip leaves 1.7 % of the noise in the image | clean (ours): the last step lands on the prediction
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "sample.steps", self.steps, "must be at least 1")
+        require(self.guidance >= 1, "sample.guidance", self.guidance, "must be 1 (off) or more")
+        require(len(self.interval) == 2, "sample.interval", self.interval, "must be two numbers, [low, high]")
+        self.interval = (self.interval[0], self.interval[1])
+        require(0 <= self.interval[0] < self.interval[1] <= 1, "sample.interval", self.interval, "must satisfy 0 <= low < high <= 1")
+        one_of("sample.solver", self.solver, ("heun", "euler"))
+        one_of("sample.ending", self.ending, ("official", "clean"))
+
+
+SPEC = MethodSpec(
+    name="jit",
+    title="JiT: a plain Transformer that predicts clean pixels, flow loss, Heun sampler",
+    paper="Back to Basics: Let Denoising Generative Models Denoise (arXiv 2511.13720)",
+    implementation="methods.jit.method:JiTMethod",
+    config=JiTConfig,
+    sample=JiTSample,
+    presets=str(Path(__file__).with_name("presets.yaml")),
+)

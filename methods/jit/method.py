@@ -1,0 +1,107 @@
+"""JiT's objective and sampler (arXiv 2511.13720, sections 3 and 4).
+
+Time runs as everywhere in `common/`: t = 1 is noise. The paper counts the other way; 1 - t is what the network receives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from common import flow
+from common.guidance import classifier_free
+from common.samplers import euler, heun
+from common.seeds import Noise
+from methods.base import Batch, DataInfo, Method
+from methods.jit.config import JiTConfig, JiTSample, require
+from methods.jit.network import JiT
+from methods.jit.reference import from_released
+
+EDM_DATA_STD = 0.5
+
+
+class JiTMethod(Method):
+    """x-prediction with v-loss by default; `config.prediction` and `config.loss_space` give the paper's nine combinations."""
+
+    def __init__(self, config: JiTConfig, data: DataInfo) -> None:
+        super().__init__(config, data)
+        require(data.image_size % config.patch == 0, "model.patch", config.patch, f"must divide the image size {data.image_size}")
+        self.noise_scale = data.image_size / 256 if config.noise_scale is None else config.noise_scale
+        self.network = JiT(config, data.image_size, data.channels, data.num_classes)
+
+    # -- training ---------------------------------------------------------------------------------------------------------------
+
+    def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
+        return {"loss": self.objective(batch["image"], *self.draw(batch))}
+
+    def draw(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels after the drop (B,) int64, times (B,) and noise (B, C, S, S), on the images' device."""
+        x, labels = batch["image"], batch["label"]
+        dropped = torch.rand(len(labels), device=x.device) < self.config.label_drop
+        t = flow.logit_normal(-self.config.time_mean, self.config.time_std, len(labels), device=x.device)
+        return labels.masked_fill(dropped, self.data.num_classes), t, self.noise_scale * torch.randn_like(x)
+
+    def objective(self, x: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """mean || q(output) - q(target) ||^2 where q converts to the loss space with clipped denominators; the scaled noise is given."""
+        z = flow.interpolate(x, noise, t)
+        error = self.predict(z, t, labels) - flow.target(self.config.prediction, x, noise)
+        gain = flow.error_gain(self.config.prediction, self.config.loss_space, t, self.config.clip)
+        return (flow.match_dims(gain, error) * error).square().mean()
+
+    def predict(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """The network's prediction in `config.prediction`, (B, C, S, S) in z's type (autocast's bf16 ends here)."""
+        output = self.network(z, 1 - t, labels).to(z.dtype)
+        if self.config.preconditioner == "none":
+            return output
+        noise, data = flow.match_dims(t, z), flow.match_dims(1 - t, z)
+        if self.config.preconditioner == "linear":
+            return data * z + noise * output
+        # EDM's c_skip and c_out at sigma = t / (1 - t), both fractions multiplied out so that t = 1 is regular.
+        variance = (data * EDM_DATA_STD) ** 2 + noise**2
+        return data * EDM_DATA_STD**2 / variance * z + noise * EDM_DATA_STD / variance**0.5 * output
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.network.blocks)
+
+    # -- sampling ---------------------------------------------------------------------------------------------------------------
+
+    def sample(self, labels: Tensor, noise: Noise, config: JiTSample) -> Tensor:
+        z = self.noise_scale * noise.normal(self.data.channels, self.data.image_size, self.data.image_size)
+        solve = heun if config.solver == "heun" else euler
+        return solve(lambda z, t: self.velocity(z, t, labels, config), z, time_grid(config.steps))
+
+    def velocity(self, z: Tensor, t: float, labels: Tensor, config: JiTSample) -> Tensor:
+        """The guided velocity dz/dt; guidance acts on the prediction, in which the velocity is affine."""
+
+        def predict(z: Tensor, labels: Tensor) -> Tensor:
+            return self.predict(z, torch.full((len(z),), t, device=z.device), labels)
+
+        scale = config.guidance if in_interval(t, *config.interval) else 1.0
+        prediction = classifier_free(predict, z, labels, self.data.num_classes, scale)
+        clip = 0.0 if config.ending == "clean" and t < 0.5 else self.config.clip
+        return flow.to_velocity(prediction, self.config.prediction, z, t, clip)
+
+    def evaluations(self, config: JiTSample) -> int:
+        return 2 * config.steps - 1 if config.solver == "heun" else config.steps
+
+    def sampling_networks(self) -> dict[str, nn.Module]:
+        return {"network": self.network}
+
+    # -- released weights -------------------------------------------------------------------------------------------------------
+
+    def from_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return from_released(state, self.state_dict())
+
+
+def time_grid(steps: int) -> list[float]:
+    """From t = 1 to 0. The paper's float32 grid, 1 - t in Python floats, so that 1 - t gives back its points exactly."""
+    return [1.0 - tau for tau in torch.linspace(0, 1, steps + 1, dtype=torch.float32, device="cpu").tolist()]
+
+
+def in_interval(t: float, low: float, high: float) -> bool:
+    """Whether low < 1 - t < high, strictly, as the released sampler tests it in float32; a lower end of 0 includes 1 - t = 0."""
+    low32, high32 = torch.tensor((low, high), dtype=torch.float32, device="cpu").tolist()
+    tau = 1.0 - t
+    return (low == 0 or tau > low32) and tau < high32

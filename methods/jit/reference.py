@@ -1,0 +1,121 @@
+"""The authors' released checkpoints: opening the file, recognising the architecture, and their parameter names as ours."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.blocks import sincos_table
+from common.errors import UserError, close_match
+
+FILE_NAME = "checkpoint-last.pth"
+WEIGHTS = ("model_ema1", "model_ema2", "model")  # EMA 0.9999 (the published numbers), EMA 0.9996, raw
+
+# Ours to theirs, applied in order to a name of `JiTMethod.state_dict()`.
+RENAMES = (
+    (r"^network\.", "net."),
+    (r"\.context$", ".in_context_posemb"),
+    (r"\.time_embed\.", ".t_embedder."),
+    (r"\.class_embed\.", ".y_embedder.embedding_table."),
+    (r"\.patch_embed\.down\.", ".x_embedder.proj1."),
+    (r"\.patch_embed\.up\.", ".x_embedder.proj2."),
+    (r"\.modulation\.", ".adaLN_modulation.1."),
+    (r"\.final\.norm\.", ".final_layer.norm_final."),
+    (r"\.final\.", ".final_layer."),
+)
+POSITIONS = "net.pos_embed"
+POSITION_TOLERANCE = 1e-5  # their table is float64 sines rounded to float32, and so is ours
+
+
+def read_checkpoint(path: str | Path, weights: str = "model_ema1") -> dict[str, Tensor]:
+    """One of the three state dicts of a released file (or of the folder that holds it), memory-mapped; no code in the file is run."""
+    if weights not in WEIGHTS:
+        raise UserError(f"weights={weights!r} is not in a JiT checkpoint.{close_match(weights, WEIGHTS)} Choose {', '.join(WEIGHTS)}.")
+    path = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Give the released {FILE_NAME} or its folder.")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}). Download it again.") from error
+    if not isinstance(content, dict) or not isinstance(content.get(weights), dict):
+        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{path}: holds no {weights!r}, so it is not a released JiT checkpoint. It holds: {found}.")
+    return content[weights]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the shapes of a released state dict tell; the block where the context tokens enter and the dropout they do not."""
+
+    depth: int
+    width: int
+    heads: int
+    patch: int
+    bottleneck: int
+    context_tokens: int
+    num_classes: int
+    image_size: int
+
+
+def recognise(state: Mapping[str, Tensor]) -> Architecture:
+    """The architecture of a released state dict."""
+    try:
+        tokens, width = state[POSITIONS].shape[1:]
+        bottleneck, _, patch, _ = state["net.x_embedder.proj1.weight"].shape
+        return Architecture(
+            depth=len({match[1] for match in map(re.compile(r"net\.blocks\.(\d+)\.").match, state) if match}),
+            width=width,
+            heads=width // state["net.blocks.0.attn.q_norm.weight"].shape[0],
+            patch=patch,
+            bottleneck=bottleneck,
+            context_tokens=state["net.in_context_posemb"].shape[1],
+            num_classes=state["net.y_embedder.embedding_table.weight"].shape[0] - 1,
+            image_size=patch * round(tokens**0.5),
+        )
+    except (KeyError, ValueError, IndexError) as error:
+        begin = ", ".join(sorted(state)[:3])
+        raise UserError(f"This is not the state dict of a released JiT: {error!r} while reading its shapes. Its keys: {begin}, ...") from error
+
+
+def released_name(name: str) -> str:
+    """Their name of one of our parameters."""
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def released_shape(name: str, shape: torch.Size) -> torch.Size:
+    """Their shape of one of our parameters: the second patch map is a 1 x 1 convolution there and linear here."""
+    return torch.Size((*shape, 1, 1)) if name.endswith("patch_embed.up.weight") else shape
+
+
+def from_released(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The released tensors under the names and shapes of `ours`, a `JiTMethod.state_dict()` (it may be on the meta device).
+
+    UserError lists every missing, extra and misshapen key; the fixed position table must equal ours.
+    """
+    shapes = {released_name(name): released_shape(name, tensor.shape) for name, tensor in ours.items()}
+    faults = [f"missing {name} {tuple(shape)}" for name, shape in shapes.items() if name not in state]
+    faults += [f"not known {name} {tuple(tensor.shape)}" for name, tensor in state.items() if name not in shapes]
+    faults += [f"{name} is {tuple(state[name].shape)}, expected {tuple(s)}" for name, s in shapes.items() if name in state and state[name].shape != s]
+    if faults:
+        raise UserError("\n  ".join([f"The released weights do not fit this model, {len(faults)} keys differ:", *faults]))
+    check_positions(state[POSITIONS])
+    return {name: state[released_name(name)].reshape(tensor.shape) for name, tensor in ours.items()}
+
+
+def check_positions(table: Tensor) -> None:
+    """The stored position table (1, g * g, D) against ours; another one would mean another layout of the tokens."""
+    _, tokens, width = table.shape
+    difference = (table[0].float() - sincos_table(round(tokens**0.5), width)).abs().max().item()
+    if not difference <= POSITION_TOLERANCE:
+        raise UserError(f"{POSITIONS} differs from the 2-D sine-cosine table by {difference:.2g}: the weights belong to another layout of tokens.")
