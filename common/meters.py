@@ -1,0 +1,67 @@
+"""Running means of what a step reports, and the file they are written to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Meters:
+    """Sums of scalars that stay on the device until somebody asks. Asking is the only host sync of the training loop."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, scalars: Mapping[str, Tensor]) -> None:
+        """Adds one observation of each scalar."""
+        for name, value in scalars.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """The means since the last `clear`, over all processes, by name in sorted order."""
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        means = torch.stack([self.sums[name] / self.counts[name] for name in names])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        return dict(zip(names, means.tolist(), strict=True))
+
+    def clear(self) -> None:
+        """Starts a new window."""
+        self.sums.clear()
+        self.counts.clear()
+
+
+def append_row(file: Path, row: Mapping[str, Any]) -> None:
+    """Appends one line of JSON."""
+    with file.open("a") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not file.exists():
+        return []
+    lines = file.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def truncate_rows(file: Path, step: int) -> None:
+    """Drops the lines after `step`: they will be written again by the resumed run."""
+    rows = [row for row in read_rows(file) if row["step"] <= step]
+    if file.exists():
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        temporary.replace(file)

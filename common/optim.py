@@ -1,0 +1,55 @@
+"""Optimizers and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import AdamW, Optimizer
+
+from common.config import TrainConfig
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from methods.base import ParamGroup
+
+
+def learning_rate(train: TrainConfig, images_seen: int) -> float:
+    """The learning rate of the step that starts after `images_seen` images: linear warm-up from 0, then constant, cosine or linear."""
+    if images_seen < train.warmup_images:
+        return train.lr * images_seen / train.warmup_images
+    progress = min(1.0, (images_seen - train.warmup_images) / max(1, train.images - train.warmup_images))
+    if train.schedule == "cosine":
+        return train.min_lr + (train.lr - train.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    if train.schedule == "linear":
+        return train.lr + (train.min_lr - train.lr) * progress
+    return train.lr
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Sets lr times each group's own scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def build_optimizers(groups: Iterable[ParamGroup], train: TrainConfig) -> list[Optimizer]:
+    """One optimizer a kind, for one phase of a method."""
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for group in groups:
+        weight_decay = train.weight_decay if group.weight_decay is None else group.weight_decay
+        options = {"params": group.params, "lr_scale": group.lr_scale, "weight_decay": weight_decay}
+        by_kind.setdefault(group.kind, []).append(options)
+    if unknown := by_kind.keys() - BUILDERS.keys():
+        raise UserError(f"optimizer kinds {sorted(unknown)} are not known. Kinds: {', '.join(BUILDERS)}.")
+    return [BUILDERS[kind](options, train) for kind, options in by_kind.items()]
+
+
+def _adamw(groups: list[dict[str, Any]], train: TrainConfig) -> Optimizer:
+    devices = {p.device.type for group in groups for p in group["params"]}
+    fused = devices <= {"cpu", "cuda"} and all(torch.is_floating_point(p) for group in groups for p in group["params"])
+    return AdamW(groups, lr=train.lr, betas=(train.betas[0], train.betas[1]), eps=train.eps, fused=fused)
+
+
+BUILDERS: dict[str, Callable[[list[dict[str, Any]], TrainConfig], Optimizer]] = {"adamw": _adamw}

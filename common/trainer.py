@@ -1,0 +1,297 @@
+"""The training loop: one for all methods. It knows phases, optimizers, averages and checkpoints; it knows no method, loss or network."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from common import checkpoint
+from common.checkpoint import Checkpoint
+from common.config import TrainConfig
+from common.ema import Ema, build_emas
+from common.errors import UserError
+from common.meters import Meters, append_row, truncate_rows
+from common.optim import build_optimizers, learning_rate, set_learning_rate
+from common.seeds import seed_step
+from common.signals import StopRequest
+
+if TYPE_CHECKING:
+    from methods.base import Batch, Method
+
+# (first step, micro-batches of this process a step) -> for each step its micro-batches: uint8 "image", "label", "index"
+MakeBatches = Callable[[int, int], Iterator[list[dict[str, Tensor]]]]
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and everything is saved."""
+
+    def __init__(self, signal_name: str, saved: Path) -> None:
+        super().__init__(f"stopped by {signal_name}; saved {saved}. Run the same command again to go on.")
+        self.signal_number = int(signal.Signals[signal_name])
+
+
+def make_accelerator(settings: TrainConfig, folder: Path | None = None, phases: int = 1) -> Accelerator:
+    """Processes, device, mixed precision and trackers. bf16 only where the hardware multiplies it fast; parameters and optimizer state stay fp32."""
+    for package in settings.trackers:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"train.trackers=[{package}] needs the package {package}: pip install 'pixlat[trackers]'.")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    unused = DistributedDataParallelKwargs(find_unused_parameters=phases > 1)  # a phase leaves the other phase's networks alone
+    return Accelerator(mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[unused], log_with=list(settings.trackers) or None, project_dir=folder)
+
+
+def split_batch(settings: TrainConfig, processes: int) -> tuple[int, int]:
+    """(images a process takes at once, how often it does so each step), from the global batch."""
+    micro_batch = settings.micro_batch or settings.batch // processes
+    if micro_batch == 0 or settings.batch % (micro_batch * processes):
+        raise UserError(
+            f"train.batch={settings.batch} is not a multiple of train.micro_batch={micro_batch} times {processes} processes. "
+            "Choose a micro-batch that divides the global batch evenly."
+        )
+    return micro_batch, settings.batch // (micro_batch * processes)
+
+
+def total_steps(settings: TrainConfig) -> int:
+    """Optimizer steps until `train.images` images have been shown; the last step may go beyond by part of a batch."""
+    return math.ceil(settings.images / settings.batch)
+
+
+def due(every_images: int, settings: TrainConfig, step: int) -> bool:
+    """Whether the step that has just ended was the one that passed a multiple of `every_images`, or was the last."""
+    return step == total_steps(settings) or step * settings.batch // every_images > (step - 1) * settings.batch // every_images
+
+
+def prepare_batch(batch: dict[str, Tensor], device: torch.device) -> Batch:
+    """Moves a micro-batch to the device and its images from uint8 to float in [-1, 1]."""
+    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    return {name: value.float().div_(127.5).sub_(1.0) if value.dtype == torch.uint8 else value for name, value in moved.items()}
+
+
+@dataclass
+class TrainState:
+    """Everything that a checkpoint holds, and the result of the training."""
+
+    method: Method  # on the device, with the raw weights
+    optimizers: dict[str, list[Optimizer]]
+    emas: list[Ema]
+    settings: TrainConfig
+    folder: Path
+    identity: str
+    accelerator: Accelerator
+    meters: Meters
+    step: int = 0
+    seconds: float = 0.0  # in the loop, over all resumed parts; previews and checkpoints not counted
+    saved: Path | None = None
+
+    @contextlib.contextmanager
+    def weights(self, ema: str) -> Iterator[Method]:
+        """The method in evaluation mode under autocast, with the named average in place ("raw": as trained)."""
+        average = next((e for e in self.emas if e.name == ema), None)
+        was_training = self.method.training
+        self.method.eval()
+        try:
+            with average.applied(dict(self.method.named_parameters())) if average else contextlib.nullcontext(), self.accelerator.autocast():
+                yield self.method
+        finally:
+            self.method.train(was_training)
+
+    def check_finite(self) -> dict[str, float]:
+        """The means of the running window; a non-finite one is a UserError. Called before anything is saved, so no checkpoint is ever poisoned."""
+        means = self.meters.means()
+        if bad := [name for name, value in means.items() if not math.isfinite(value)]:
+            last = checkpoint.latest(self.folder / "checkpoints") if self.accelerator.is_main_process else None
+            raise UserError(
+                f"{', '.join(bad)} became non-finite within the last {max(self.meters.counts.values())} micro-batches before step {self.step}. "
+                f"{f'The last good checkpoint is {last}.' if last else 'No checkpoint had been written yet.'} "
+                "Try a lower train.lr, train.clip_grad=1, or train.precision=fp32."
+            )
+        return means
+
+    def save(self) -> None:
+        """Writes a checkpoint from the main process."""
+        self.check_finite()
+        folder = self.folder / "checkpoints"
+        if self.accelerator.is_main_process:
+            names = {p: name for name, p in self.method.named_parameters()}
+            tensors = {"model": dict(self.method.state_dict()), "meters": dict(self.meters.sums)}
+            tensors |= {f"ema-{ema.name}": ema.average for ema in self.emas}
+            tensors |= {stem: checkpoint.optimizer_state(optimizer, names) for stem, optimizer in self._optimizer_stems()}
+            facts = {
+                "identity": self.identity,
+                "step": self.step,
+                "images_seen": self.step * self.settings.batch,
+                "seconds": self.seconds,
+                "meter_counts": self.meters.counts,
+                "torch": torch.__version__,
+            }
+            checkpoint.save(folder, self.step, Checkpoint(tensors, facts), self.settings.keep_checkpoints)
+        self.saved = checkpoint.path_of(folder, self.step)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self) -> bool:
+        """Loads the newest whole checkpoint of the run folder; False if there is none."""
+        path = checkpoint.latest(self.folder / "checkpoints")
+        if path is None:
+            return False
+        loaded = checkpoint.load(path)
+        if loaded.facts["identity"] != self.identity:
+            raise UserError(f"{path} belongs to another configuration ({loaded.facts['identity']} instead of {self.identity}). Choose another name= or out=.")
+        self.method.load_state_dict(loaded.tensors["model"])
+        names = {p: name for name, p in self.method.named_parameters()}
+        for stem, optimizer in self._optimizer_stems():
+            checkpoint.load_optimizer_state(optimizer, loaded.tensors[stem], names)
+        for ema in self.emas:
+            ema.average = {name: value.to(ema.average[name].device) for name, value in loaded.tensors[f"ema-{ema.name}"].items()}
+        device = self.accelerator.device
+        self.meters = Meters({name: value.to(device) for name, value in loaded.tensors["meters"].items()}, loaded.facts["meter_counts"])
+        self.step, self.seconds, self.saved = loaded.facts["step"], loaded.facts["seconds"], path
+        return True
+
+    def _optimizer_stems(self) -> Iterator[tuple[str, Optimizer]]:
+        for phase, optimizers in self.optimizers.items():
+            for number, optimizer in enumerate(optimizers):
+                yield f"optimizer-{phase}-{number}", optimizer
+
+
+def train(
+    method: Method,
+    settings: TrainConfig,
+    make_batches: MakeBatches,
+    folder: Path,
+    seed: int,
+    identity: str,
+    accelerator: Accelerator,
+    preview: Callable[[TrainState], None] | None = None,
+) -> TrainState:
+    """Trains to `settings.images`, or goes on from the newest whole checkpoint under `folder`.
+
+    Raises UserError for a non-finite loss or an unwritable folder (the last good checkpoint stays and is named), Stopped after SIGTERM, SIGUSR2 or Ctrl-C.
+    """
+    micro_batches_a_step = split_batch(settings, accelerator.num_processes)[1]
+    steps = total_steps(settings)
+    method.to(accelerator.device).train()
+    optimizers = {phase: build_optimizers(method.parameters_of(phase), settings) for phase in method.phases}
+    state = TrainState(method, optimizers, build_emas(method.averaged_parameters(), settings), settings, folder, identity, accelerator, Meters())
+    if not state.restore():
+        method.before_training(prepare_batch(batch, accelerator.device) for batches in make_batches(0, micro_batches_a_step) for batch in batches)
+    if settings.compile:
+        for block in method.blocks():
+            block.compile()
+    model: nn.Module = accelerator.prepare_model(method)
+    parameters = dict(method.named_parameters())
+    several = len(method.phases) > 1
+    logger = _Logger(state, steps)
+
+    with StopRequest() as request, logger.progress_bar():
+        loader = make_batches(state.step, micro_batches_a_step) if state.step < steps else iter(())
+        for step in range(state.step, steps):
+            images_seen = step * settings.batch
+            batches = [prepare_batch(batch, accelerator.device) for batch in next(loader)]
+            for phase in method.phases:
+                if not method.phase_active(phase, images_seen):
+                    continue
+                prefix = f"{phase}/" if several else ""
+                for j, batch in enumerate(batches):
+                    seed_step(seed, step, j * accelerator.num_processes + accelerator.process_index)
+                    with contextlib.nullcontext() if j == len(batches) - 1 else accelerator.no_sync(model):
+                        out = model(phase, batch, step)
+                        accelerator.backward(out["loss"] / len(batches))
+                    state.meters.add({prefix + name: value for name, value in out.items()})
+                for optimizer in optimizers[phase]:
+                    set_learning_rate(optimizer, learning_rate(settings, images_seen))
+                if settings.clip_grad:
+                    trained = [p for optimizer in optimizers[phase] for group in optimizer.param_groups for p in group["params"]]
+                    state.meters.add({prefix + "grad_norm": accelerator.clip_grad_norm_(trained, settings.clip_grad)})
+                for optimizer in optimizers[phase]:
+                    optimizer.step()
+                for p in parameters.values():  # all of them: a generator's loss leaves gradients in its discriminator
+                    p.grad = None
+            method.after_step(step)
+            state.step = step + 1
+            for ema in state.emas:
+                ema.update(parameters, state.step * settings.batch, settings.batch)
+
+            stop = request.agreed(state.step)
+            logger.after_step()
+            if stop or due(settings.checkpoint_images, settings, state.step):
+                with logger.paused():
+                    state.save()
+            if stop and state.step < steps:
+                assert state.saved is not None
+                raise Stopped(stop, state.saved)
+            if preview and settings.preview_images and due(settings.preview_images, settings, state.step):
+                with logger.paused():
+                    preview(state)
+    if state.saved is None:
+        state.save()
+    return state
+
+
+class _Logger:
+    """metrics.jsonl, trackers, the progress bar and the clock."""
+
+    def __init__(self, state: TrainState, steps: int) -> None:
+        self.state = state
+        self.steps = steps
+        self.main = state.accelerator.is_main_process
+        self.file = state.folder / "metrics.jsonl"
+        if self.main:
+            truncate_rows(self.file, state.step)
+        if state.settings.trackers:
+            state.accelerator.init_trackers("pixlat", init_kwargs={"wandb": {"name": state.folder.name, "resume": "allow"}})
+        self.last = (time.perf_counter(), state.step)
+
+    @contextlib.contextmanager
+    def progress_bar(self) -> Iterator[None]:
+        """Images done, images/s, time left and the loss, on stderr."""
+        batch = self.state.settings.batch
+        often = 0.2 if sys.stderr.isatty() else 15.0
+        self.bar = tqdm(
+            total=self.steps * batch, initial=self.state.step * batch, unit=" images", desc="train", mininterval=often, disable=not self.main, dynamic_ncols=True
+        )
+        self.last = (time.perf_counter(), self.state.step)
+        with self.bar:
+            yield
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time within the block does not count as training time."""
+        start = time.perf_counter()
+        yield
+        self.last = (self.last[0] + time.perf_counter() - start, self.last[1])
+
+    def after_step(self) -> None:
+        """Advances the bar and, when a line is due, writes it and starts a new window."""
+        state = self.state
+        self.bar.update(state.settings.batch)
+        if not due(state.settings.log_images, state.settings, state.step):
+            return
+        means = state.check_finite()
+        now = time.perf_counter()
+        seconds, images = now - self.last[0], (state.step - self.last[1]) * state.settings.batch
+        state.seconds += seconds
+        self.last = (now, state.step)
+        state.meters.clear()
+        if self.main:
+            lr = learning_rate(state.settings, (state.step - 1) * state.settings.batch)
+            row = {"step": state.step, "images": state.step * state.settings.batch, **means, "lr": lr}
+            append_row(self.file, row | {"images_per_s": images / seconds, "seconds": state.seconds})
+            self.bar.set_postfix({name: f"{value:.4g}" for name, value in means.items() if name.endswith("loss")})
+        if state.settings.trackers:
+            state.accelerator.log(means, step=state.step)

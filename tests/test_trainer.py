@@ -1,0 +1,277 @@
+"""The trainer: phases, accumulation, averages, schedules, exact resume, clean stops, and failures that keep the last good checkpoint."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from toys import INFO, Killed, TinyGan, fit, settings, state_of, tiny_jit
+
+from common import checkpoint
+from common.ema import Ema
+from common.errors import UserError
+from common.meters import read_rows, truncate_rows
+from common.optim import build_optimizers, learning_rate
+from common.trainer import Stopped
+from methods.base import Method, ParamGroup
+
+METHODS = {"jit": tiny_jit, "gan": TinyGan}
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], [value for name, value in row.items() if name.endswith("loss")]) for row in read_rows(folder / "metrics.jsonl")]
+
+
+def assert_equal_states(a, b):
+    assert a.keys() == b.keys() and a
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("killed_at", [3, 5, 11, 19])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, make, killed_at):
+    whole = fit(make(), tmp_path / "whole")
+    with pytest.raises(Killed):
+        fit(make(), tmp_path / "cut", stop_after=killed_at)
+    resumed = fit(make(), tmp_path / "cut")
+    assert_equal_states(state_of(whole), state_of(resumed))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert [step for step, _ in losses(tmp_path / "cut")] == [3, 6, 9, 12, 15, 18, 20]
+
+
+def test_a_finished_run_does_nothing_more(tmp_path):
+    first = state_of(fit(tiny_jit(), tmp_path))
+    before = (tmp_path / "metrics.jsonl").read_text()
+    assert_equal_states(first, state_of(fit(tiny_jit(), tmp_path, stop_after=0)))
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_a_damaged_or_unfinished_checkpoint_is_passed_over(tmp_path, caplog):
+    whole = state_of(fit(tiny_jit(), tmp_path / "whole"))
+    with pytest.raises(Killed):
+        fit(tiny_jit(), tmp_path / "cut", settings(keep_checkpoints=3), stop_after=18)
+    newest, second, oldest = sorted((tmp_path / "cut/checkpoints").glob("step-*"), reverse=True)
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    (second / "manifest.json").unlink()
+    assert checkpoint.latest(tmp_path / "cut/checkpoints") == oldest
+    assert "sha256" in caplog.text and "unfinished" in caplog.text
+    assert_equal_states(whole, state_of(fit(tiny_jit(), tmp_path / "cut")))
+
+
+def test_only_the_newest_checkpoints_stay_and_leftovers_go(tmp_path):
+    (tmp_path / "checkpoints/.writing-step-00000001-1").mkdir(parents=True)
+    fit(tiny_jit(), tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000015", "step-00000020"]
+
+
+@pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
+def test_accumulation_equals_one_batch(tmp_path, make):
+    whole, parts = fit(plain(make()), tmp_path / "a"), fit(plain(make()), tmp_path / "b", settings(micro_batch=2))
+    for name, value in state_of(whole).items():
+        if name == "mean":  # of the first three micro-batches, whatever their size
+            continue
+        torch.testing.assert_close(value, state_of(parts)[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def plain(method: Method) -> Method:
+    """The method without draws of its own: the loss depends on the batch only."""
+    if isinstance(method, TinyGan):
+        forward = method.forward
+
+        def quiet(phase, batch, step):
+            randn, torch.randn = torch.randn, torch.zeros
+            try:
+                return forward(phase, batch, step)
+            finally:
+                torch.randn = randn
+
+        method.forward = quiet
+    else:
+        method.eval()
+        method.train = lambda mode=True: method  # type: ignore[method-assign]
+
+        def draw(batch):
+            x = batch["image"]
+            return batch["label"], 0.2 + 0.5 * batch["index"] / INFO.num_train, torch.sin(37 * x)
+
+        method.draw = draw
+    return method
+
+
+def test_phases_train_their_own_parameters_and_start_when_active(tmp_path):
+    gan = TinyGan()
+    before = {name: p.detach().clone() for name, p in gan.named_parameters()}
+    fit(gan, tmp_path / "short", settings(images=16))
+    assert torch.equal(gan.discriminator.weight, before["discriminator.weight"])
+    assert not torch.equal(gan.generator.weight, before["generator.weight"])
+    gan = TinyGan()
+    result = fit(gan, tmp_path / "long")
+    assert not torch.equal(gan.discriminator.weight, before["discriminator.weight"])
+    assert list(result.emas[0].average) == ["generator.weight"]
+    assert float(gan.mean) != 0 and not torch.equal(gan.teacher, before["generator.weight"])
+    assert {"generator/loss", "discriminator/loss", "discriminator/real"} <= read_rows(tmp_path / "long/metrics.jsonl")[-1].keys()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_stop_signal_saves_and_the_next_start_goes_on(tmp_path, number):
+    whole = state_of(fit(tiny_jit(), tmp_path / "whole"))
+    method = tiny_jit()
+    method.after_step = lambda step: os.kill(os.getpid(), number) if step == 6 else None  # type: ignore[method-assign]
+    with pytest.raises(Stopped, match=number.name) as stopped:
+        fit(method, tmp_path / "cut")
+    assert "step-00000007" in str(stopped.value)
+    assert_equal_states(whole, state_of(fit(tiny_jit(), tmp_path / "cut")))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_a_non_finite_loss_stops_before_anything_is_saved(tmp_path):
+    method = tiny_jit()
+    forward = method.forward
+    method.forward = lambda phase, batch, step: {k: v * (float("nan") if step >= 11 else 1) for k, v in forward(phase, batch, step).items()}
+    with pytest.raises(UserError, match=r"loss became non-finite .* last good checkpoint is .*step-00000010"):
+        fit(method, tmp_path)
+    good = checkpoint.load(checkpoint.latest(tmp_path / "checkpoints"))
+    assert all(value.isfinite().all() for value in good.tensors["model"].values())
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    real = checkpoint.save_file
+
+    def full(tensors, path):
+        if "step-00000010" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match=r"No space left .*last good checkpoint is .*step-00000005"):
+        fit(tiny_jit(), tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+
+
+def test_a_real_write_failure_of_the_tensor_library_is_understood(tmp_path):
+    """The kernel refuses files over 2 kB: safetensors itself fails, as it does on a full disk."""
+    code = f"""
+import resource, signal, sys
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parent.parent)!r}]
+from pathlib import Path
+from toys import fit, tiny_jit
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+from common.errors import UserError
+try:
+    fit(tiny_jit(), Path({str(tmp_path)!r}) / "run")
+except UserError as error:
+    sys.exit(f"REFUSED {{error}}")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "REFUSED cannot write the checkpoint" in result.stderr and "There is no earlier checkpoint" in result.stderr
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
+    fit(tiny_jit(), tmp_path)
+    facts = tmp_path / "checkpoints/step-00000020/trainer.json"
+    changed = facts.read_text().replace('"toy"', '"other"')
+    facts.write_text(changed)
+    manifest = facts.with_name("manifest.json")
+    entries = json.loads(manifest.read_text())
+    entries[facts.name] = {"bytes": facts.stat().st_size, "sha256": checkpoint.sha256_of(facts)}
+    manifest.write_text(json.dumps(entries))
+    with pytest.raises(UserError, match="belongs to another configuration"):
+        fit(tiny_jit(), tmp_path)
+
+
+def test_previews_and_evaluation_cannot_disturb_training(tmp_path):
+    from functools import partial
+
+    from toys import batches_until, toy_images
+
+    from common.loader import TrainingPlan
+    from common.seeds import Noise
+    from common.trainer import make_accelerator, train
+    from methods.jit.config import JiTSample
+
+    config = settings(preview_images=24)
+    plan = TrainingPlan(toy_images().labels, config.batch, 3, balanced=True)
+
+    def preview(state):
+        torch.manual_seed(0)
+        with state.weights("0.9") as method, torch.no_grad():
+            method.sample(torch.arange(3), Noise([1, 2, 3]), JiTSample(steps=2))
+
+    batches = partial(batches_until, toy_images(), plan, config, 0, 1, None)
+    (tmp_path / "seen").mkdir()
+    seen = train(tiny_jit(), config, batches, tmp_path / "seen", 3, "toy", make_accelerator(config), preview)
+    assert_equal_states(state_of(fit(tiny_jit(), tmp_path / "plain")), state_of(seen))
+
+
+def test_two_processes_equal_two_micro_batches(tmp_path):
+    """Same global batch, same draws for each micro-batch; gloo sums in another order, hence 1e-6."""
+    one = fit(tiny_jit(), tmp_path / "one", settings(micro_batch=4, images=40))
+    port = 20000 + os.getpid() % 20000
+    script = f"""
+import sys
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parent.parent)!r}]
+import torch; torch.set_num_threads(1)
+from pathlib import Path
+from toys import fit, settings, tiny_jit
+fit(tiny_jit(), Path({str(tmp_path / "two")!r}), settings(images=40))
+"""
+    (tmp_path / "two").mkdir()
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = [
+        subprocess.Popen([sys.executable, "-c", script], env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [child.communicate(timeout=300)[1] for child in children]
+    assert [child.returncode for child in children] == [0, 0], errors
+    two = checkpoint.load(checkpoint.latest(tmp_path / "two/checkpoints")).tensors
+    for name, value in one.method.state_dict().items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-6, atol=1e-6, msg=name)
+    assert losses(tmp_path / "two")[-1][1] == pytest.approx(losses(tmp_path / "one")[-1][1], rel=1e-6)
+
+
+def test_learning_rate_schedules():
+    config = settings(images=1000, warmup_images=100, lr=2.0, schedule="constant")
+    assert [learning_rate(config, n) for n in (0, 50, 100, 1000)] == [0.0, 1.0, 2.0, 2.0]
+    config.schedule, config.min_lr = "cosine", 1.0
+    assert [learning_rate(config, n) for n in (100, 550, 1000, 2000)] == pytest.approx([2.0, 1.5, 1.0, 1.0])
+    config.schedule = "linear"
+    assert [learning_rate(config, n) for n in (100, 325, 1000)] == pytest.approx([2.0, 1.75, 1.0])
+
+
+def test_ema_decay_and_halflife():
+    p = nn.Parameter(torch.zeros(1))
+    ema = Ema("0.9", {"p": torch.zeros(1)}, decay=0.9)
+    p.data += 1
+    for _ in range(3):
+        ema.update({"p": p}, 1, 1)
+    assert float(ema.average["p"]) == pytest.approx(1 - 0.9**3, abs=1e-6)
+    half = Ema("h", {}, halflife_images=500e3, rampup=0.05)
+    assert half.beta(1024, 1024) == pytest.approx(9.5367e-07, rel=1e-4)  # spec/pmf.md section 16
+    assert half.beta(10000 * 1024, 1024) == pytest.approx(0.99858144, abs=1e-8)
+    with ema.applied({"p": p}):
+        assert p.item() == pytest.approx(1 - 0.9**3, abs=1e-6)
+    assert p.item() == 1.0
+
+
+def test_unknown_optimizer_kind_is_refused():
+    with pytest.raises(UserError, match=r"\['sgd'\] are not known"):
+        build_optimizers([ParamGroup([nn.Parameter(torch.zeros(1))], kind="sgd")], settings())
+
+
+def test_metrics_lines_after_the_checkpoint_are_dropped(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    truncate_rows(file, 2)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
