@@ -263,7 +263,13 @@ class _Logger:
         batch = self.state.settings.batch
         often = 0.2 if sys.stderr.isatty() else 15.0
         self.bar = tqdm(
-            total=self.steps * batch, initial=self.state.step * batch, unit=" images", desc="train", mininterval=often, disable=not self.main, dynamic_ncols=True
+            total=self.steps * batch,
+            initial=self.state.step * batch,
+            unit=" images",
+            desc="train",
+            mininterval=often,
+            disable=not self.main,
+            dynamic_ncols=True,
         )
         self.last = (time.perf_counter(), self.state.step)
         with self.bar:

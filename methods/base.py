@@ -34,11 +34,38 @@ class ParamGroup:
     weight_decay: float | None = None  # None: the run's `train.weight_decay`
 
 
+@dataclass(frozen=True)
+class Component:
+    """A network that was trained elsewhere and that this method needs."""
+
+    name: str
+    role: str  # "teacher", "tokenizer", ...
+    params: int
+    sha256: str | None
+    used_at: str  # "train" | "sample" | "both"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the leaderboard says of a method and its sampler."""
+
+    prediction: str
+    loss_space: str
+    sampler: str
+    steps: int
+    guidance: str = "none"  # "none" where nothing guides, else its kind, e.g. "cfg"
+    guidance_scale: float | None = None
+    interval: tuple[float, float] | None = None  # in the paper's own time
+    size: str | None = None  # "B/16"
+    variant: str | None = None
+    pretrained: tuple[Component, ...] = ()
+
+
 class Method(nn.Module):
     """A generative method: networks, loss, sampler. It owns no optimizer, schedule, device, file or metric.
 
     A subclass sets `phases` where more than one network is trained (a GAN has `("generator", "discriminator")`), implements
-    `forward`, `sample` and `network_calls`, and overrides the rest where it differs from the default.
+    `forward`, `sample`, `evaluations`, `sampling_networks` and `describe`, and overrides the rest where it differs from the default.
     """
 
     phases: ClassVar[tuple[str, ...]] = ("main",)
@@ -94,6 +121,10 @@ class Method(nn.Module):
 
     def sampling_networks(self) -> dict[str, nn.Module]:
         """The networks that sampling may call, by name; cost counting hooks them to count executed forwards. Decoders are called "decoder"."""
+        raise NotImplementedError
+
+    def describe(self, config: Any) -> Description:
+        """The method and this sample config in the leaderboard's words."""
         raise NotImplementedError
 
     def encode(self, images: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from common import flow
 from common.guidance import classifier_free
 from common.samplers import euler, heun
 from common.seeds import Noise
-from methods.base import Batch, DataInfo, Method
+from methods.base import Batch, DataInfo, Description, Method
 from methods.jit.config import JiTConfig, JiTSample, require
 from methods.jit.network import JiT
 from methods.jit.reference import from_released
@@ -88,6 +88,19 @@ class JiTMethod(Method):
 
     def sampling_networks(self) -> dict[str, nn.Module]:
         return {"network": self.network}
+
+    def describe(self, config: JiTSample) -> Description:
+        guided = config.guidance != 1.0
+        return Description(
+            prediction=self.config.prediction,
+            loss_space=self.config.loss_space,
+            sampler=config.solver if config.ending == "official" else f"{config.solver}, clean ending",
+            steps=config.steps,
+            guidance="cfg" if guided else "none",
+            guidance_scale=config.guidance if guided else None,
+            interval=config.interval if guided else None,
+            variant=None if self.config.preconditioner == "none" else f"{self.config.preconditioner} pre-conditioner",
+        )
 
     # -- released weights -------------------------------------------------------------------------------------------------------
 

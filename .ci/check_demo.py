@@ -1,0 +1,23 @@
+"""`check_demo.py UNTRAINED TRAINED`: the records of two runs are sound, and training helped."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+
+def main(untrained: Path, trained: Path) -> None:
+    before, after = (json.loads((folder / "result.json").read_text()) for folder in (untrained, trained))
+    for record in (before, after):
+        for name, entry in record["metrics"].items():
+            assert math.isfinite(entry["value"]), (name, entry)
+    assert before["protocol_hash"] == after["protocol_hash"]
+    first, last = (record["metrics"]["fd_embedded"]["value"] for record in (before, after))
+    assert last < 0.6 * first, f"fd_embedded is {last:.1f} after training and {first:.1f} before"
+    for name in ("samples.png", "neighbours.png", "training.png", "metrics.jsonl", "config.yaml", "starts.jsonl"):
+        assert (trained / name).stat().st_size > 0, name
+    print(f"fd_embedded: {first:.1f} untrained, {last:.1f} after {after['train']['images_seen']} images")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Frozen networks that measure or teach and are never trained here, one module each."""

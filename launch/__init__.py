@@ -1,0 +1,1 @@
+"""Starting runs: the one command, and the job that it starts."""

@@ -1,0 +1,200 @@
+"""What a run does, from its configuration to its record: train, draw, evaluate, write. The same on a laptop and in a cluster's job.
+
+Every part can be repeated: a run that was stopped anywhere goes on from what is whole in its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+
+from common import checkpoint
+from common.config import RunConfig, evaluated_ema, identity, run_folder
+from common.datasets import DataSource, load_data
+from common.errors import UserError
+from common.hardware import peak_bytes, reset_peak
+from common.loader import TrainingPlan, training_batches
+from common.meters import read_rows
+from common.pictures import image_grid, nearest, neighbour_picture, save_png, training_curves
+from common.seeds import derive
+from common.trainer import Stopped, TrainState, make_accelerator, split_batch, train
+from evaluation.evaluate import evaluate_method
+from evaluation.generate import generate
+from evaluation.leaderboard import read_records, render
+from evaluation.record import write_record
+from launch import record
+from launch.dry_run import describe_run
+from launch.folder import RESULT, locked, open_folder
+from methods import get_class
+from methods.base import DataInfo
+
+GRID_CLASSES = 10  # rows of the sample grid where there are more classes
+GRID_SEED = 0  # the same for every method, so that grids can be laid side by side
+NEIGHBOUR_SAMPLES = 20
+HELD_OUT_SAMPLES = 500
+NEIGHBOUR_SEARCH = 20_000  # training images searched at most
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, with what its parts share."""
+
+    run: RunConfig
+    folder: Path
+    source: DataSource
+    info: DataInfo
+    accelerator: Accelerator
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+
+def run_all(runs: Sequence[RunConfig]) -> int:
+    """Runs one after the other; a run that fails does not keep the next from starting. Returns the exit code."""
+    code = 0
+    for number, run in enumerate(runs):
+        if len(runs) > 1:
+            print(f"\nrun {number + 1} of {len(runs)}: {run_folder(run)}", file=sys.stderr)
+        try:
+            print(describe_run(run) if run.dry_run else run_one(run))
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            return 128 + stopped.signal_number
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
+    return code
+
+
+def run_one(run: RunConfig) -> str:
+    """Trains, samples, evaluates and records one run, or finds it finished. Returns what to tell the user."""
+    source = load_data(run.data)
+    info = DataInfo(run.data.name, source.info.num_classes, source.info.image_size, source.info.num_train)
+    method_class = get_class(run.method)
+    with torch.device("meta"):
+        method_class(run.model, info)  # refuses impossible settings before anything is allocated or written
+    accelerator = make_accelerator(run.train, run_folder(run), len(method_class.phases))
+    split_batch(run.train, accelerator.num_processes)
+    with accelerator.main_process_first():
+        folder = open_folder(run) if accelerator.is_main_process else run_folder(run)
+    job = Job(run, folder, source, info, accelerator)
+    if (folder / RESULT).exists():
+        return f"{summary(job)}\n{folder} is finished. Change a setting for a new run, or remove the folder to repeat it."
+    with locked(folder, enabled=job.main):
+        state = train_job(job)
+        peak = peak_bytes(accelerator.device)
+        draw_job(job, state)
+        evaluate_job(job, state, peak)
+    return summary(job) if job.main else ""
+
+
+def train_job(job: Job) -> TrainState:
+    """Trains the method, or takes up its newest checkpoint."""
+    run = job.run
+    torch.manual_seed(derive("init", run.seed))
+    method = get_class(run.method)(run.model, job.info)
+    plan = TrainingPlan(job.source.train.labels, run.train.batch, run.seed, job.source.balanced, run.data.flip)
+    micro_batch, _ = split_batch(run.train, job.accelerator.num_processes)
+    batches = partial(_batches, job, plan, micro_batch)
+    return train(method, run.train, batches, job.folder, run.seed, identity(run), job.accelerator, partial(draw_preview, job))
+
+
+def _batches(job: Job, plan: TrainingPlan, micro_batch: int, start_step: int, accumulation: int) -> Iterator[list[dict[str, torch.Tensor]]]:
+    accelerator = job.accelerator
+    place = (accelerator.process_index, accelerator.num_processes)
+    pin = accelerator.device.type == "cuda"
+    return training_batches(job.source.train, plan, start_step, micro_batch, accumulation, *place, job.run.data.workers, pin)
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------------------
+
+
+def sample_grid(job: Job, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
+    """(rows * columns, 3, H, W) uint8 images, row by row, and the class names of the rows."""
+    classes = spread(job.info.num_classes, GRID_CLASSES)
+    labels = classes.repeat(job.run.eval.grid_columns)
+    images = np.empty((len(labels), job.info.channels, job.info.image_size, job.info.image_size), dtype=np.uint8)
+    with state.weights(evaluated_ema(job.run)) as method:
+        for batch, indices in generate(method, job.run.sample, labels, GRID_SEED, job.run.eval.batch, job.accelerator.device, distributed=False):
+            images[indices] = batch.cpu().numpy()
+    return images, [job.source.info.class_names[c] for c in classes]
+
+
+def draw_preview(job: Job, state: TrainState) -> None:
+    """A small grid during training, from the main process."""
+    if job.main:
+        folder = job.folder / "previews"
+        folder.mkdir(exist_ok=True)
+        images, names = sample_grid(job, state)
+        save_png(image_grid(images, job.run.eval.grid_columns, names), folder / f"images-{state.step * job.run.train.batch:09d}.png")
+
+
+def draw_job(job: Job, state: TrainState) -> None:
+    """samples.png, neighbours.png and training.png, from the main process."""
+    if not job.main:
+        return
+    columns = job.run.eval.grid_columns
+    images, names = sample_grid(job, state)
+    save_png(image_grid(images, columns, names), job.folder / "samples.png")
+    rows = read_rows(job.folder / "metrics.jsonl")
+    if rows:
+        training_curves(rows, job.folder / "training.png")
+    draw_neighbours(job, images[spread(len(images), NEIGHBOUR_SAMPLES)])
+
+
+def spread(length: int, count: int) -> NDArray[np.int64]:
+    """At most `count` positions, evenly spaced over a sequence that may be sorted by class or style."""
+    return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(np.int64))
+
+
+def draw_neighbours(job: Job, samples: NDArray[np.uint8]) -> None:
+    """neighbours.png: samples beside their nearest training images, with the distances of real held-out images to judge them by."""
+    training = job.source.train
+    rng = np.random.Generator(np.random.PCG64(derive("neighbours", job.run.seed)))
+    positions = np.sort(rng.permutation(len(training))[:NEIGHBOUR_SEARCH])
+    search = partial(nearest, train=training, mirrored=job.run.data.flip, positions=positions)
+    found = search(samples)
+    held_out = job.source.heldout
+    reference = search(held_out.fetch(spread(len(held_out), HELD_OUT_SAMPLES))).distances if len(held_out) else None
+    picture = neighbour_picture(samples, training.fetch(found.indices, found.mirrored), found.distances, reference)
+    save_png(picture, job.folder / "neighbours.png")
+
+
+# -- evaluation -----------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_job(job: Job, state: TrainState, training_peak: int) -> None:
+    """Samples, scores, and writes result.json, which marks the run as finished."""
+    result = None
+    reset_peak(job.accelerator.device)
+    if job.run.eval.num_images:
+        with state.weights(evaluated_ema(job.run)) as method:
+            result = evaluate_method(method, job.run, job.source, job.accelerator.device, cache=Path(job.run.out) / ".references")
+    if job.main:
+        peaks = (training_peak, peak_bytes(job.accelerator.device))
+        write_record(record.build(job.run, job.folder, job.source, job.info, state, result, peaks), job.folder / RESULT)
+
+
+def summary(job: Job) -> str:
+    """The leaderboard of all runs beside this one, and the files that this one made."""
+    tables = render(read_records(Path(job.run.out)))["md"]
+    made = [job.folder / name for name in ("samples.png", "neighbours.png", "training.png", "metrics.jsonl", RESULT) if (job.folder / name).exists()]
+    newest = checkpoint.latest(job.folder / "checkpoints")
+    files = "\n".join(f"  {path}" for path in [*made, *([newest] if newest else [])])
+    return f"{tables}\n{describe_result(job.folder / RESULT)}\nfiles of this run:\n{files}"
+
+
+def describe_result(path: Path) -> str:
+    """One line a metric of this run's record."""
+    metrics = json.loads(path.read_text()).get("metrics", {})
+    return "\n".join(f"  {name:<16} {entry['value']:.4g}" + (f" ± {entry['se']:.2g}" if entry.get("se") is not None else "") for name, entry in metrics.items())

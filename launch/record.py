@@ -1,0 +1,115 @@
+"""From a finished run to its row of the leaderboard (`evaluation/result.v1.schema.json`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from common import checkpoint
+from common.config import RunConfig, evaluated_ema
+from common.cost import on_meta, parameter_counts, sampling_cost, training_cost
+from common.datasets import DataSource
+from common.hardware import device_name, peak_kind
+from common.trainer import TrainState
+from evaluation.evaluate import Evaluation
+from evaluation.record import Record, build_record
+from launch.provenance import git_state, package_versions
+from methods import get_class
+from methods.base import DataInfo, Description
+
+
+def build(run: RunConfig, folder: Path, source: DataSource, info: DataInfo, state: TrainState, evaluation: Evaluation | None, peaks: tuple[int, int]) -> Record:
+    """The validated record. `peaks`: bytes in training and in sampling."""
+    method_class = get_class(run.method)
+    method = on_meta(method_class, run.model, info)
+    told = method.describe(run.sample)
+    sampling, processes = sampling_cost(method, run.sample), state.accelerator.num_processes
+    device, dtype = device_name(state.accelerator.device), "bfloat16" if state.accelerator.mixed_precision == "bf16" else "float32"
+    images_seen = state.step * run.train.batch
+    assert state.saved is not None
+    fields: dict[str, Any] = {
+        "name": folder.name,
+        "system": system(run, method.space, told),
+        "data": {
+            "name": source.info.name,
+            "revision": source.info.digest,
+            "resolution": source.info.image_size,
+            "num_classes": source.info.num_classes,
+            "train_images": source.info.num_train,
+        },
+        "checkpoint": {
+            "sha256": checkpoint.digest(state.saved),
+            "step": state.step,
+            "ema_decay": next((ema.decay for ema in state.emas if ema.name == evaluated_ema(run)), None),
+            "ema_kind": evaluated_ema(run),
+        },
+        "code": {**git_state(), "package_versions": package_versions()},
+        "seeds": {"train": run.seed, "sample": [run.eval.seed]},
+        "train": {
+            "epochs": images_seen / max(1, source.info.num_train),
+            "images_seen": images_seen,
+            "batch": run.train.batch,
+            "precision": dtype,
+            "optimizer": ", ".join(sorted({type(o).__name__ for optimizers in state.optimizers.values() for o in optimizers})),
+            "macs_total": training_cost(method_class, run.model, info) * images_seen,
+            "device_seconds": state.seconds * processes,
+            "device": device,
+            "images_per_s": images_seen / state.seconds if state.seconds else None,
+        },
+        "pretrained_components": [dataclasses.asdict(component) for component in told.pretrained],
+        "sampling": {
+            "steps": told.steps,
+            "nfe_evals": sampling.nfe,
+            "net_forwards": sum(sampling.net_forwards.values()),
+            "guidance": told.guidance,
+            "guidance_scale": told.guidance_scale,
+            "interval": None if told.interval is None else list(told.interval),
+            "dtype": dtype,
+        },
+        "params": dataclasses.asdict(parameter_counts(method)),
+        "compute": {
+            "macs_per_forward": max((macs for name, macs in sampling.macs_per_forward.items() if name != "decoder"), default=0),
+            "macs_decoder": sampling.macs_decoder,
+            "macs_per_image": sampling.macs_per_image,
+            "attention_counted": True,
+            "counter": "torch.utils.flop_counter on the meta device, 1 MAC = 1 multiply-accumulate",
+        },
+        "speed": speed(run, evaluation, processes, device, dtype),
+        "memory": {"peak_bytes_train": peaks[0], "peak_bytes_sample": peaks[1], "kind": peak_kind(state.accelerator.device)},
+        "protocol": evaluation.protocol if evaluation else None,
+        "selection": {"n_configs": 1, "n_samples": 0, "swept": []},
+        "metrics": evaluation.metrics if evaluation else {},
+        "artifacts": {key: name if (folder / name).exists() else None for key, name in ARTIFACTS.items()},
+        "notes": "",
+    }
+    return build_record(fields)
+
+
+ARTIFACTS = {"grid_png": "samples.png", "neighbours_png": "neighbours.png", "curve_png": "training.png", "log": "metrics.jsonl"}
+
+
+def system(run: RunConfig, space: str, told: Description) -> dict[str, Any]:
+    """What was run."""
+    return {
+        "method": run.method,
+        "variant": told.variant,
+        "size": told.size or run.preset,
+        "space": space,
+        "prediction": told.prediction,
+        "loss_space": told.loss_space,
+        "sampler": told.sampler,
+    }
+
+
+def speed(run: RunConfig, evaluation: Evaluation | None, processes: int, device: str, dtype: str) -> dict[str, Any]:
+    """Sampling throughput as it was during the evaluation; `evaluation/speed.py` measures it on its own."""
+    seconds = evaluation.sampling_seconds if evaluation else 0.0
+    return {
+        "images_per_s": run.eval.num_images / seconds if seconds else None,
+        "latency_s_b1": None,
+        "batch": run.eval.batch * processes,
+        "dtype": dtype,
+        "device": device,
+        "compiled": run.train.compile,
+    }

@@ -1,0 +1,76 @@
+"""The one command: `python launch/run.py method=jit`. Trains, samples, evaluates, writes a record and shows the leaderboard.
+
+Nothing here imports torch before the configuration is known to be right: `--help` and a wrong key answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
+
+from common.config import RunConfig, describe, load_presets, resolve, split_overrides, sweep
+from common.errors import UserError
+from methods import get_spec, registered
+
+USAGE = """\
+pixlat: pixel space against latent space in image generation
+
+  python launch/run.py method=jit                                  train, sample, evaluate and rank the demo on the embedded data (minutes on a laptop)
+  python launch/run.py method=jit preset=imagenet256-b data.path=/data/imagenet/train
+  python launch/run.py method=jit data=folder data.path=~/photos data.image_size=64 name=photos
+  python launch/run.py method=jit seed=0,1,2 train.lr=1e-3,2e-3    comma lists sweep: six runs, one after the other
+  python launch/run.py method=jit preset=imagenet256-h dry_run=true    what it would do and cost; writes nothing
+
+The same command again resumes the run, or says that it is finished. It never overwrites.
+"""
+
+
+def help_text() -> str:
+    """Examples, methods, presets, and every key with type, default and meaning."""
+    lines = [USAGE, "Methods"]
+    for name in sorted(registered()):
+        spec = get_spec(name)
+        lines.append(f"  {name:<10} {spec.title} ({spec.paper})")
+    for name in sorted(registered()):
+        lines += ["", f"Presets of method={name}"]
+        lines += [f"  {preset:<20} {settings.get('about', '')}" for preset, settings in load_presets(get_spec(name).presets).items()]
+    lines += ["", "Keys of every run: key (type, default): meaning"]
+    lines += [_key_line(*row) for row in describe(RunConfig)]
+    for name in sorted(registered()):
+        spec = get_spec(name)
+        lines += ["", f"Keys of method={name}; defaults before the preset"]
+        lines += [_key_line(*row) for row in (*describe(spec.config, "model"), *describe(spec.sample, "sample"))]
+    return "\n".join(lines)
+
+
+def _key_line(key: str, kind: str, default: str, meaning: str) -> str:
+    return f"  {f'{key} ({kind}, {default})':<58} {meaning}"
+
+
+def configurations(arguments: Sequence[str]) -> list[RunConfig]:
+    """The runs that the command line asks for, checked, in order."""
+    overrides = split_overrides(arguments)
+    return [resolve(get_spec(choice.get("method", RunConfig.method)), choice) for choice in sweep(overrides)]
+
+
+def main() -> int:
+    """Entry point; returns the exit code: 0 finished, 2 a mistake in the command or its inputs, 128 + signal when stopped."""
+    arguments = sys.argv[1:]
+    if not arguments or any(argument in ("-h", "--help", "help") for argument in arguments):
+        print(help_text())
+        return 0
+    try:
+        runs = configurations(arguments)
+        from launch.job import run_all
+
+        return run_all(runs)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

