@@ -87,7 +87,7 @@ class RunConfig:
 
 
 # Settings that change neither a weight nor a score: two runs that differ only here are the same run.
-INERT_KEYS = ("name", "out", "dry_run", "data.workers", "train.threads", "train.trackers", "train.keep_checkpoints", "eval.grid_columns")
+INERT_KEYS = ("name", "out", "dry_run", "data.workers", "train.threads", "train.trackers", "train.keep_checkpoints", "eval.batch", "eval.grid_columns")
 
 # `data=folder` is short for `data.name=folder`.
 GROUPS_WITH_NAME = ("data",)
@@ -229,8 +229,9 @@ def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def to_dict(run: RunConfig) -> dict[str, Any]:
-    """The configuration as plain nested dictionaries."""
-    return dataclasses.asdict(run)
+    """The configuration as nested dictionaries of what YAML and JSON can hold; tuples become lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(run)))
+    return plain
 
 
 def identity(run: RunConfig) -> str:

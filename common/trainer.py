@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from common import checkpoint
 from common.checkpoint import Checkpoint
@@ -26,6 +24,7 @@ from common.ema import Ema, build_emas
 from common.errors import UserError
 from common.meters import Meters, append_row, truncate_rows
 from common.optim import build_optimizers, learning_rate, set_learning_rate
+from common.progress import progress_bar
 from common.seeds import seed_step
 from common.signals import StopRequest
 
@@ -261,16 +260,7 @@ class _Logger:
     def progress_bar(self) -> Iterator[None]:
         """Images done, images/s, time left and the loss, on stderr."""
         batch = self.state.settings.batch
-        often = 0.2 if sys.stderr.isatty() else 15.0
-        self.bar = tqdm(
-            total=self.steps * batch,
-            initial=self.state.step * batch,
-            unit=" images",
-            desc="train",
-            mininterval=often,
-            disable=not self.main,
-            dynamic_ncols=True,
-        )
+        self.bar = progress_bar("train", self.steps * batch, self.state.step * batch, enabled=self.main, keep=True)
         self.last = (time.perf_counter(), self.state.step)
         with self.bar:
             yield

@@ -42,12 +42,16 @@ def open_folder(run: RunConfig) -> Path:
             raise UserError(f"{folder} exists, is not a run folder and holds {', '.join(sorted(others)[:3])}. Choose another name= or out=.")
         else:
             write_whole(config_file, to_yaml(run))
-        append_row(folder / "starts.jsonl", provenance())
-        if diff := git_diff():
-            write_whole(folder / "code.diff", diff)
     except OSError as error:
         raise UserError(f"cannot write into the run folder {folder}: {error.strerror}. Choose a writable out=, which is {run.out!r} now.") from error
     return folder
+
+
+def record_start(folder: Path) -> None:
+    """Keeps where this start came from, beside the earlier ones."""
+    append_row(folder / "starts.jsonl", provenance())
+    if diff := git_diff():
+        write_whole(folder / "code.diff", diff)
 
 
 def check_same(folder: Path, run: RunConfig) -> None:

@@ -33,7 +33,7 @@ from evaluation.leaderboard import read_records, render
 from evaluation.record import write_record
 from launch import record
 from launch.dry_run import describe_run
-from launch.folder import RESULT, locked, open_folder
+from launch.folder import RESULT, locked, open_folder, record_start
 from methods import get_class
 from methods.base import DataInfo
 
@@ -91,6 +91,8 @@ def run_one(run: RunConfig) -> str:
     if (folder / RESULT).exists():
         return f"{summary(job)}\n{folder} is finished. Change a setting for a new run, or remove the folder to repeat it."
     with locked(folder, enabled=job.main):
+        if job.main:
+            record_start(folder)
         state = train_job(job)
         peak = peak_bytes(accelerator.device)
         draw_job(job, state)

@@ -87,7 +87,7 @@ def test_names_map_strictly():
 
 def test_refuses_other_weights(monkeypatch):
     monkeypatch.setattr(lite0, "WEIGHTS_SHA256", "0" * 64)
-    with pytest.raises(UserError, match="has sha256 5793.*Reinstall"):
+    with pytest.raises(UserError, match=r"has sha256 5793.*Reinstall"):
         lite0.EfficientNetLite0()
     monkeypatch.setattr(lite0, "PACKAGE", "no-such-package")
     with pytest.raises(UserError, match="pip install no-such-package"):

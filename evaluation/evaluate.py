@@ -1,0 +1,193 @@
+"""From images to metrics: streams them through the extractor, then computes every number of the embedded protocol with its error bar."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.errors import UserError
+from common.progress import progress_bar
+from evaluation.class_accuracy import fit_discriminant
+from evaluation.collect import Collected, ImageBatch, batches, collect
+from evaluation.features import EmbeddedExtractor, Extractor
+from evaluation.frechet import Estimate, Factored, factorise, frechet_distance, frechet_distance_few, jackknife
+from evaluation.generate import balanced_labels, generate
+from evaluation.inception_score import inception_score
+from evaluation.kid import kernel_distance
+from evaluation.moments import Moments
+from evaluation.prdc import prdc
+from evaluation.protocol import JACKKNIFE_GROUPS, MAX_NEIGHBOURS, embedded_protocol
+from evaluation.ranks import rank_and_size
+from evaluation.reference import FeatureSet, feature_set
+
+if TYPE_CHECKING:
+    from common.config import RunConfig
+    from common.datasets import DataSource, ImageSet
+    from methods.base import Method
+
+Metric = dict[str, Any]  # value, value_bc, se, n, unit: the record's metrics.<name>
+
+MIN_IMAGES = JACKKNIFE_GROUPS
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images: the training split, and the held-out split where there is one."""
+
+    train: FeatureSet
+    heldout: FeatureSet | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the record keeps of an evaluation."""
+
+    protocol: dict[str, Any]
+    metrics: dict[str, Metric]
+    sampling_seconds: float  # of this process, making its share of the images
+
+
+def evaluate(images: Iterable[ImageBatch], labels: NDArray[np.int64], extractor: Extractor, reference: Reference) -> dict[str, Metric]:
+    """All metrics of the images that were requested with labels (n,), n at least 20; every process gets the same answer.
+
+    fd_embedded and its floor, the distance of held-out real images from the same reference; kid, is, precision, recall, density, coverage;
+    class_accuracy and class_accuracy_real, the classifier's accuracy on held-out real images.
+    """
+    check_enough("generated", len(labels))
+    check_enough("training", len(reference.train.labels))
+    generated = collect(images, len(labels), extractor)
+    train = factorise(reference.train.moments.total())
+    metrics = {"fd_embedded": frechet_metric(frechet_estimate(generated, train), len(labels), train.regularised)}
+    if reference.heldout is not None:
+        metrics["fd_floor"] = floor_metric(reference.heldout.moments, train)
+    metrics |= sample_metrics(generated, reference.train)
+    return metrics | classifier_metrics(generated.features, torch.from_numpy(labels), reference)
+
+
+def check_enough(kind: str, num_images: int) -> None:
+    """Refuses sets too small for the error bars."""
+    if num_images < MIN_IMAGES:
+        raise UserError(f"An evaluation needs at least {MIN_IMAGES} {kind} images, there are {num_images}.")
+
+
+def frechet_estimate(generated: Collected, reference: Factored) -> Estimate:
+    """The distance of all images, with groups (index mod K) left out in turn for bias and error."""
+    features, moments = generated.features, generated.moments
+    if len(features) > features.shape[1]:
+        return jackknife(frechet_distance(moments.total(), reference), [frechet_distance(g, reference) for g in moments.left_out()])
+    group = torch.arange(len(features)) % JACKKNIFE_GROUPS
+    left_out = [frechet_distance_few(features[group != g], reference) for g in range(JACKKNIFE_GROUPS)]
+    return jackknife(frechet_distance_few(features, reference), left_out)
+
+
+def floor_metric(heldout: Moments, reference: Factored) -> Metric:
+    """Held-out real images in the place of generated ones. Their number differs from that of generated ones: compare bias-corrected values."""
+    estimate = jackknife(frechet_distance(heldout.total(), reference), [frechet_distance(g, reference) for g in heldout.left_out()])
+    return frechet_metric(estimate, int(heldout.count.sum()), reference.regularised)
+
+
+def frechet_metric(estimate: Estimate, n: int, regularised: bool) -> Metric:
+    """An entry of the record; regularised: the reference's covariance was not positive definite."""
+    return {"value": estimate.value, "value_bc": estimate.value_bc, "se": estimate.se, "n": n, "unit": "feature^2", "regularised": regularised}
+
+
+def sample_metrics(generated: Collected, train: FeatureSet) -> dict[str, Metric]:
+    """kid, is, precision, recall, density, coverage. Labels are shuffled, so the first images are a fair part of all."""
+    n = len(generated.features)
+    kid = kernel_distance(generated.features, train.features, train.weights)
+    score = inception_score(generated.logits)
+    near = prdc(generated.features[:MAX_NEIGHBOURS], train.features)
+    return {
+        "kid": {"value": kid.value, "value_bc": None, "se": kid.se, "n": n, "unit": "1"},
+        "is": {"value": score.value, "value_bc": None, "se": score.se, "n": n, "unit": "1"},
+        "precision": mean_metric(near.precision),
+        "recall": mean_metric(near.recall, train.weights),
+        "density": mean_metric(near.density),
+        "coverage": mean_metric(near.coverage, train.weights),
+    }
+
+
+def mean_metric(values: Tensor, weights: Tensor | None = None) -> Metric:
+    """The mean of per-image values (n,). Its standard error is that of independent images; with weights, of reference images, there is none."""
+    n = len(values)
+    mean = values.mean() if weights is None else (weights * values).sum() / weights.sum()
+    se = None if weights is not None else float(values.std()) / n**0.5
+    return {"value": float(mean), "value_bc": None, "se": se, "n": n, "unit": "1"}
+
+
+def classifier_metrics(features: Tensor, labels: Tensor, reference: Reference) -> dict[str, Metric]:
+    """class_accuracy, and class_accuracy_real where there are held-out images; nothing for data of a single class."""
+    train, heldout = reference.train, reference.heldout
+    if len(train.labels.unique()) < 2:
+        return {}
+    classifier = fit_discriminant(train.features, train.labels, train.weights)
+    metrics = {"class_accuracy": mean_metric(classifier.correct(features, labels))}
+    if heldout is not None:
+        metrics["class_accuracy_real"] = mean_metric(classifier.correct(heldout.features, heldout.labels), heldout.weights)
+    return metrics
+
+
+# -- a run ----------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_method(method: Method, run: RunConfig, source: DataSource, device: torch.device | str, cache: Path) -> Evaluation:
+    """Samples `run.eval.num_images` images from a method and measures them against its data; every process takes part.
+
+    cache: the folder for the features of the real images, shared by all runs.
+    """
+    check_enough("generated", run.eval.num_images)
+    extractor = EmbeddedExtractor(device)
+    reference = load_reference(source, extractor, cache)
+    labels = balanced_labels(run.eval.num_images, source.info.num_classes, run.eval.seed)
+    clock = Clock()
+    images = generate(method, run.sample, labels, run.eval.seed, run.eval.batch, device)
+    metrics = evaluate(progress(clock.timed(images), len(labels), "evaluating"), labels, extractor, reference)
+    heldout_digest = source.heldout.digest if reference.heldout else None
+    identity = (source.info.name, source.train.digest, heldout_digest, len(source.train), source.info.image_size, len(labels))
+    return Evaluation(embedded_protocol(extractor, *identity), metrics, clock.seconds)
+
+
+def load_reference(source: DataSource, extractor: Extractor, cache: Path) -> Reference:
+    """The features of both splits, from the cache where they are."""
+
+    def features_of(images: ImageSet, name: str) -> FeatureSet:
+        stream = progress(batches(images.fetch, len(images)), len(images), f"features of {name} images")
+        return feature_set(stream, images.labels, extractor, images.digest, cache)
+
+    enough = len(source.heldout) >= MIN_IMAGES
+    return Reference(features_of(source.train, "training"), features_of(source.heldout, "held-out") if enough else None)
+
+
+class Clock:
+    """Time spent in making images, without what is done with them."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, stream: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
+        """The same batches; the images are on the CPU before the clock stops, so that a GPU's work is counted where it belongs."""
+        while True:
+            start = time.perf_counter()
+            batch = next(stream, None)
+            if batch is None:
+                return
+            images, indices = batch[0].cpu(), batch[1]
+            self.seconds += time.perf_counter() - start
+            yield images, indices
+
+
+def progress(stream: Iterable[ImageBatch], total: int, title: str) -> Iterator[ImageBatch]:
+    """The same batches, with a bar on stderr from the first process."""
+    rank, ranks = rank_and_size()
+    with progress_bar(title, total, enabled=rank == 0) as bar:
+        for images, indices in stream:
+            yield images, indices
+            bar.update(min(len(indices) * ranks, total - bar.n))

@@ -1,0 +1,81 @@
+"""The Fréchet distance between Gaussians, exact in float64, and its error bar.
+
+FD = |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2). With S1 = L L^T the last trace is the sum of the square roots of the eigenvalues of the
+symmetric matrix L^T S2 L: real by construction, and ten times faster than a general matrix root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evaluation.moments import Gaussian
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A reference whose covariance is factored once, S = L L^T."""
+
+    gaussian: Gaussian
+    factor: Tensor  # (D, D)
+    regularised: bool  # negative eigenvalues were set to 0, or S has no full rank: Cholesky did not apply
+
+
+def factorise(gaussian: Gaussian) -> Factored:
+    """Cholesky; where the covariance is not positive definite, V sqrt(max(lambda, 0)) from its eigendecomposition."""
+    if gaussian.n > len(gaussian.mean):
+        factor, info = torch.linalg.cholesky_ex(gaussian.cov)
+        if int(info) == 0:
+            return Factored(gaussian, factor, regularised=False)
+    eigenvalues, vectors = torch.linalg.eigh(gaussian.cov)
+    return Factored(gaussian, vectors * eigenvalues.clamp_min(0).sqrt(), regularised=True)
+
+
+def frechet_distance(generated: Gaussian, reference: Factored) -> float:
+    """FD in squared feature units."""
+    L = reference.factor
+    eigenvalues = torch.linalg.eigvalsh(L.T @ generated.cov @ L)
+    rank = min(len(eigenvalues), generated.n - 1, reference.gaussian.n - 1)  # the rest is rounding noise, whose roots would add up
+    return _assemble(generated.mean, generated.cov.trace(), eigenvalues[-rank:], reference)
+
+
+def frechet_distance_few(features: Tensor, reference: Factored) -> float:
+    """The same for n < D generated features (n, D): eigenvalues of the n x n matrix X S X^T / (n - 1) with centred rows X."""
+    features = features.double()
+    mean = features.mean(0)
+    centred = features - mean
+    projected = centred @ reference.factor
+    ddof = len(features) - 1
+    eigenvalues = torch.linalg.eigvalsh(projected @ projected.T / ddof)[-min(ddof, reference.gaussian.n - 1) :]
+    return _assemble(mean, centred.square().sum() / ddof, eigenvalues, reference)
+
+
+def _assemble(mean: Tensor, trace: Tensor, eigenvalues: Tensor, reference: Factored) -> float:
+    offset = (mean - reference.gaussian.mean).square().sum()
+    root = eigenvalues.clamp_min(0).sqrt().sum()
+    return float(offset + trace + reference.gaussian.cov.trace() - 2 * root)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its grouped-jackknife companions."""
+
+    value: float
+    value_bc: float  # bias-corrected
+    se: float  # jackknife standard error
+
+
+def jackknife(value: float, left_out: Sequence[float]) -> Estimate:
+    """From the statistic of all images and its values with one of K groups left out.
+
+    bias-corrected = K theta - (K-1) mean theta_(-g);  SE^2 = (K-1)/K sum (theta_(-g) - mean)^2. Where the distance is of the size of its own
+    bias the SE is about 30 % too small: claims need several sampling seeds.
+    """
+    values = torch.tensor(left_out, dtype=torch.float64)
+    k = len(values)
+    mean = values.mean()
+    variance = (values - mean).square().sum() * (k - 1) / k
+    return Estimate(value, float(k * value - (k - 1) * mean), float(variance.sqrt()))

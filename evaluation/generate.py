@@ -1,0 +1,63 @@
+"""Deterministic generation: labels, seeds and chunks are fixed by the settings, so the images do not depend on batch size or number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.errors import UserError
+from common.seeds import Noise, derive, image_seeds
+from evaluation.ranks import rank_and_size
+
+if TYPE_CHECKING:
+    from evaluation.collect import ImageBatch
+    from methods.base import Method
+
+
+def balanced_labels(num_images: int, num_classes: int, seed: int) -> NDArray[np.int64]:
+    """(num_images,) labels, shuffled: num_images / num_classes of each class. A remainder goes to classes drawn by the seed, one image each."""
+    rng = np.random.Generator(np.random.PCG64(derive("labels", seed)))
+    rounds = [np.arange(num_classes)] * (num_images // num_classes)
+    labels = np.concatenate([*rounds, rng.permutation(num_classes)[: num_images % num_classes]]).astype(np.int64)
+    return rng.permutation(labels)
+
+
+def generate(
+    method: Method,
+    sample_config: Any,
+    labels: NDArray[np.int64],
+    seed: int,
+    batch_size: int,
+    device: torch.device | str,
+    distributed: bool = True,
+) -> Iterator[ImageBatch]:
+    """Batches of (images (B, C, H, W) uint8, indices (B,) int64 into labels), in evaluation mode.
+
+    Image i has its own generator, seeded by (seed, i). Chunk c of `batch_size` images is the work of process c mod number of processes;
+    with distributed=False this process does all of it.
+    """
+    rank, ranks = rank_and_size() if distributed else (0, 1)
+    was_training = method.training
+    method.eval()
+    try:
+        for start in range(rank * batch_size, len(labels), ranks * batch_size):
+            indices = torch.arange(start, min(start + batch_size, len(labels)))
+            noise = Noise(image_seeds(seed, indices.tolist()), device)
+            with torch.no_grad():  # not inference_mode: a table that a method computes on first use must stay usable in training
+                images = method.sample(torch.from_numpy(labels[start : start + batch_size]).to(device), noise, sample_config)
+            yield quantise(images), indices
+    finally:
+        method.train(was_training)
+
+
+def quantise(images: Tensor) -> Tensor:
+    """Float images in [-1, 1] to uint8, round half to even: -1 -> 0, 0 -> 128, 1 -> 255. Values outside are clipped, NaN and infinity refused."""
+    if not bool(torch.isfinite(images).all()):
+        bad = int((~torch.isfinite(images)).flatten(1).any(1).sum())
+        raise UserError(f"{bad} of {len(images)} generated images hold NaN or infinity. The weights have diverged, or the sampler's settings make them.")
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,145 @@
+"""Speed of a method on this machine: `python evaluation/speed.py method=jit preset=imagenet256-b speed.batch=2` prints one JSON object.
+
+Takes the keys of launch/run.py, and speed.batch (images a training step and a sampling batch; default 8), speed.steps (timed steps; default 10)
+and speed.sample=false to time training only. Weights are random: speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.config import RunConfig, resolve, split_overrides, sweep
+from common.errors import UserError
+from methods import get_class, get_spec
+
+if TYPE_CHECKING:
+    import torch
+
+    from methods.base import Method
+
+DEFAULTS = {"speed.batch": "8", "speed.steps": "10", "speed.sample": "true"}
+WARMUP = 3
+
+
+def main(arguments: list[str]) -> int:
+    """Prints one JSON object for each configuration; the exit code is 2 for a mistake in the command."""
+    if not arguments or "--help" in arguments:
+        print(__doc__)
+        return 0
+    try:
+        overrides = split_overrides(arguments)
+        options = {key: overrides.pop(key, [default])[0] for key, default in DEFAULTS.items()}
+        for choice in sweep(overrides):
+            run = resolve(get_spec(choice.get("method", RunConfig.method)), choice)
+            print(json.dumps(measure(run, int(options["speed.batch"]), int(options["speed.steps"]), options["speed.sample"] == "true"), indent=1))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure(run: RunConfig, batch: int, steps: int, sample: bool) -> dict[str, Any]:
+    """images/s, MACs/s and peak memory of training steps (forward, backward, optimizer) and of the sampler."""
+    import torch
+
+    from common.cost import on_meta, sampling_cost, training_cost
+    from common.hardware import device_name, peak_bytes, peak_kind, reset_peak
+    from common.trainer import make_accelerator
+    from launch.dry_run import data_info
+
+    method_class, info = get_class(run.method), data_info(run)
+    accelerator = make_accelerator(run.train)
+    device = accelerator.device
+    torch.manual_seed(0)
+    method = method_class(run.model, info).to(device)
+    result: dict[str, Any] = {"method": run.method, "preset": run.preset, "device": device_name(device), "precision": accelerator.mixed_precision, "batch": batch}
+    seconds = time_training(method, run, batch, steps, accelerator)
+    macs = training_cost(method_class, run.model, info)
+    result["train"] = rates(batch, seconds, macs) | {"peak_bytes": peak_bytes(device), "peak_kind": peak_kind(device)}
+    if sample:
+        reset_peak(device)
+        seconds = time_sampling(method, run, batch, device)
+        cost = sampling_cost(on_meta(method_class, run.model, info), run.sample)
+        result["sample"] = rates(batch, seconds, cost.macs_per_image) | {"net_forwards": cost.net_forwards, "peak_bytes": peak_bytes(device)}
+    return result
+
+
+def rates(images: int, seconds: list[float], macs_per_image: int) -> dict[str, float]:
+    """From the seconds of each repetition: the median rate, and its range."""
+    ordered = sorted(seconds)
+    middle = ordered[len(ordered) // 2]
+    return {
+        "images_per_s": images / middle,
+        "images_per_s_best": images / ordered[0],
+        "images_per_s_worst": images / ordered[-1],
+        "macs_per_image": macs_per_image,
+        "macs_per_s": macs_per_image * images / middle,
+    }
+
+
+def time_training(method: Method, run: RunConfig, batch: int, steps: int, accelerator: Any) -> list[float]:
+    """Seconds of each of `steps` training steps: all phases, forward, backward and optimizer."""
+    import torch
+
+    from common.optim import build_optimizers
+
+    data = method.data
+    images = torch.rand(batch, data.channels, data.image_size, data.image_size, device=accelerator.device) * 2 - 1
+    labels = torch.arange(batch, device=accelerator.device) % data.num_classes
+    optimizers = {phase: build_optimizers(method.parameters_of(phase), run.train) for phase in method.phases}
+    if run.train.compile:
+        for block in method.blocks():
+            block.compile()
+    model = accelerator.prepare_model(method.train())
+
+    def step() -> None:
+        for phase in method.phases:
+            accelerator.backward(model(phase, {"image": images, "label": labels, "index": labels}, 0)["loss"])
+            for optimizer in optimizers[phase]:
+                optimizer.step()
+            method.zero_grad(set_to_none=True)
+
+    return repeat(step, range(WARMUP), range(steps), accelerator.device)
+
+
+def time_sampling(method: Method, run: RunConfig, batch: int, device: torch.device) -> list[float]:
+    """Seconds of one sampling of a batch, after one that is not timed."""
+    import torch
+
+    from common.seeds import Noise
+
+    labels = torch.arange(batch, device=device) % method.data.num_classes
+    method.eval()
+
+    def sample() -> None:
+        with torch.no_grad():
+            method.sample(labels, Noise(range(batch), device), run.sample)
+
+    return repeat(sample, range(1), range(1), device)
+
+
+def repeat(work: Callable[[], None], warmup: Iterable[int], timed: Iterable[int], device: torch.device) -> list[float]:
+    """Seconds of each timed repetition, the device waited for."""
+    from common.hardware import synchronize
+
+    for _ in warmup:
+        work()
+    seconds = []
+    for _ in timed:
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

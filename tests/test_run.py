@@ -1,0 +1,234 @@
+"""The one command from end to end, as a user runs it: in its own process, on a folder of small images."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from common import synthetic
+from common.checkpoint import latest
+from common.meters import read_rows
+from evaluation.record import read_record
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ("model.depth=2", "model.width=16", "model.heads=2", "model.patch=4", "model.bottleneck=8", "model.context_tokens=2", "model.context_start=1")
+TRAIN = ("train.images=320", "train.batch=16", "train.warmup_images=0", "train.log_images=32", "train.checkpoint_images=48", "train.preview_images=160")
+EVAL = ("eval.num_images=24", "eval.batch=10", "eval.grid_columns=3", "sample.steps=3")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """10 classes of 8 images of 16 px, two of each in val/."""
+    root = tmp_path_factory.mktemp("images")
+    for number in range(80):
+        part = "val" if number % 40 < 10 else "train"
+        folder = root / part / synthetic.CLASS_NAMES[number % 10]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(synthetic.draw(number, 16).transpose(1, 2, 0)).save(folder / f"{number}.png")
+    return root
+
+
+def command(images: Path, out: Path, *changes: str) -> list[str]:
+    arguments = ("method=jit", "data=folder", f"data.path={images}", "data.image_size=16", f"out={out}", "name=run", *MODEL, *TRAIN, *EVAL)
+    settings = dict(argument.split("=", 1) for argument in (*arguments, *changes))
+    return [sys.executable, str(ROOT / "launch/run.py"), *(f"{key}={value}" for key, value in settings.items())]
+
+
+def start(arguments: list[str], **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+
+
+def outcome(folder: Path) -> dict:
+    """What must not depend on interruptions: weights, losses, scores, pictures."""
+    checkpoint = latest(folder / "checkpoints")
+    metrics = [{k: v for k, v in row.items() if k not in ("images_per_s", "seconds")} for row in read_rows(folder / "metrics.jsonl")]
+    pictures = {name: np.asarray(Image.open(folder / name)) for name in ("samples.png", "neighbours.png")}
+    return {
+        "weights": {file.name: load_file(file) for file in sorted(checkpoint.glob("*.safetensors"))},
+        "metrics": metrics,
+        "scores": read_record(folder / "result.json")["metrics"],
+        "pictures": {name: pixels.tobytes() for name, pixels in pictures.items()},
+    }
+
+
+def assert_same(a: dict, b: dict) -> None:
+    for name, tensors in a["weights"].items():
+        for key, value in tensors.items():
+            assert torch.equal(value, b["weights"][name][key]), (name, key)
+    for part in ("metrics", "scores", "pictures"):
+        assert a[part] == b[part], part
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory) -> Path:
+    """The undisturbed run."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    result = start(command(images, out))
+    assert result.returncode == 0, result.stderr
+    (out / "stdout").write_text(result.stdout)
+    return out / "run"
+
+
+def test_the_run_folder_is_complete_and_named_at_the_end(finished):
+    printed = (finished.parent / "stdout").read_text()
+    for name in ("samples.png", "neighbours.png", "training.png", "metrics.jsonl", "result.json"):
+        assert (finished / name).stat().st_size > 0
+        assert str(finished / name) in printed
+    for name in ("config.yaml", "starts.jsonl", "previews/images-000000160.png", "previews/images-000000320.png"):
+        assert (finished / name).exists(), name
+    first = json.loads((finished / "starts.jsonl").read_text().splitlines()[0])
+    assert "launch/run.py" in first["command"] and first["packages"]["torch"] == torch.__version__.split("+")[0] and first["code"]["git_sha"]
+    assert "fd_embedded" in printed and "run" in printed
+
+
+def test_the_record_tells_score_cost_and_origin(finished):
+    record = read_record(finished / "result.json")
+    assert record["train"]["images_seen"] == 320 and record["train"]["macs_total"] > 0 and record["memory"]["peak_bytes_train"] > 0
+    assert record["sampling"]["nfe_evals"] == 5 and record["speed"]["images_per_s"] > 0
+    assert record["compute"]["macs_per_image"] == pytest.approx(record["compute"]["macs_per_forward"] * record["sampling"]["net_forwards"], rel=1e-9)
+    assert record["params"]["gen_total"] > record["params"]["gen_trainable"] > 0
+    assert {"fd_embedded", "fd_floor", "kid", "is", "precision", "recall", "density", "coverage"} <= record["metrics"].keys()
+    assert record["checkpoint"]["step"] == 20 and record["artifacts"]["grid_png"] == "samples.png"
+
+
+def test_a_second_start_says_finished_and_touches_nothing(images, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    result = start(command(images, finished.parent))
+    assert result.returncode == 0 and "is finished" in result.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_other_settings_in_the_same_folder_are_refused(images, finished):
+    result = start(command(images, finished.parent, "train.lr=0.5"))
+    assert result.returncode == 2 and "train.lr: " in result.stderr and "another name=" in result.stderr
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kill_minus_nine_at_any_moment_changes_nothing(images, finished, tmp_path, seed):
+    """Killed without warning again and again, at random times, in training, checkpoint writing, drawing or evaluation."""
+    rng = random.Random(seed)
+    kills = 0
+    for _ in range(40):
+        child = subprocess.Popen(command(images, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        try:
+            _, errors = child.communicate(timeout=rng.uniform(4.0, 12.0) + 2.0 * kills)
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+            child.communicate()
+            kills += 1
+            continue
+        assert child.returncode == 0, errors
+        break
+    assert kills > 0
+    assert_same(outcome(finished), outcome(tmp_path / "run"))
+
+
+def test_sigterm_saves_and_exits_with_its_number(images, finished, tmp_path):
+    child = subprocess.Popen(command(images, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    child.terminate()
+    errors = child.communicate(timeout=120)[1]
+    if child.returncode != 0:  # the run may have been over before the signal came
+        assert child.returncode == 128 + signal.SIGTERM and "SIGTERM" in errors and "checkpoints/step-" in errors
+    assert start(command(images, tmp_path)).returncode == 0
+    assert_same(outcome(finished), outcome(tmp_path / "run"))
+
+
+def test_a_second_process_is_kept_out(images, finished, tmp_path):
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text((finished / "config.yaml").read_text())
+    with (tmp_path / "run/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = start(command(images, tmp_path))
+    assert result.returncode == 2 and "another process is working in" in result.stderr
+
+
+def test_two_processes_make_the_same_images_and_scores(images, finished, tmp_path):
+    """Training sums in another order, so both start from the checkpoint of one process."""
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(finished), str(run)], check=True)
+    (run / "result.json").unlink()
+    (run / "samples.png").unlink()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20001 + os.getpid() % 20000)}
+    children = [
+        subprocess.Popen(
+            command(images, tmp_path),
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [child.communicate(timeout=300)[1] for child in children]
+    assert [child.returncode for child in children] == [0, 0], errors
+    one, two = outcome(finished), outcome(run)
+    assert one["pictures"] == two["pictures"]
+    for name, entry in one["scores"].items():
+        assert two["scores"][name]["value"] == pytest.approx(entry["value"], rel=1e-9), name
+
+
+@pytest.mark.parametrize("batch", [1, 24])
+def test_scores_do_not_depend_on_the_sampling_batch(images, finished, tmp_path, batch):
+    """Matrix products of another shape round differently, which may turn a pixel by one level."""
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(finished), str(run)], check=True)
+    (run / "result.json").unlink()
+    result = start(command(images, tmp_path, f"eval.batch={batch}"))
+    assert result.returncode == 0, result.stderr
+    for name, entry in outcome(finished)["scores"].items():
+        assert outcome(run)["scores"][name]["value"] == pytest.approx(entry["value"], rel=1e-3), name
+
+
+def test_a_corrupt_image_is_named(images, tmp_path):
+    subprocess.run(["cp", "-r", str(images), str(tmp_path / "images")], check=True)
+    victim = next((tmp_path / "images/train").rglob("*.png"))
+    victim.write_bytes(victim.read_bytes()[:60])
+    for workers in (0, 1):
+        result = start(command(tmp_path / "images", tmp_path, f"data.workers={workers}", f"name=w{workers}"))
+        assert result.returncode == 2 and str(victim.name) in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data.path=/nowhere"], "/nowhere"),
+        (["data.num_classes=7"], "data.num_classes=7"),
+        (["model.patch=5"], "model.patch=5"),
+        (["train.batch=15", "train.micro_batch=4"], "train.micro_batch=4"),
+        (["out=/proc/nowhere"], "/proc/nowhere"),
+    ],
+)
+def test_mistakes_fail_before_a_folder_is_made(images, tmp_path, changes, message):
+    result = start(command(images, tmp_path, *changes))
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_goes_on_after_a_run_that_fails(images, tmp_path):
+    arguments = command(images, tmp_path, "train.images=16", "eval.num_images=0", "model.patch=5,4")
+    result = start([argument for argument in arguments if not argument.startswith("name=")])
+    assert result.returncode == 2 and "model.patch=5" in result.stderr
+    assert len(list(tmp_path.glob("*/result.json"))) == 1
+
+
+def test_dry_run_writes_nothing_and_tells_the_cost(images, tmp_path):
+    result = start(command(images, tmp_path, "dry_run=true"))
+    assert result.returncode == 0 and not list(tmp_path.iterdir())
+    for fact in ("parameters", "GMACs an image", "steps        20 of 16 images", str(tmp_path / "run"), "memory"):
+        assert fact in result.stdout
