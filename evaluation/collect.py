@@ -66,7 +66,7 @@ def check_complete(indices: Tensor, num_images: int) -> None:
         raise UserError(f"{num_images} images were announced, indices 0 to {num_images - 1}: {missing} are missing, {doubled} came more than once.")
 
 
-def batches(fetch: Callable[[range], Tensor | NDArray[np.uint8]], num_images: int, size: int = 64) -> Iterator[ImageBatch]:
+def batches(fetch: Callable[[range], Tensor | NDArray[np.uint8]], num_images: int, size: int = 128) -> Iterator[ImageBatch]:
     """This process's share of stored images, `size` at a time; fetch: positions -> images (B, 3, H, W) uint8. For an array it is `array.__getitem__`."""
     rank, ranks = rank_and_size()
     for start in range(rank * size, num_images, ranks * size):

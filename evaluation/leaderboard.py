@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,20 @@ def render(records: Records) -> dict[str, str]:
         "csv": to_csv(records.rows),
         "json": json.dumps(records.rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
     }
+
+
+def to_terminal(records: Records, protocol: str | None) -> str:
+    """The ranking of one protocol in the columns that fit a terminal; leaderboard.md has them all."""
+    rows = [row for row in records.rows if row["protocol_hash"] == protocol]
+    if not rows:
+        return ""
+    primary = next((name for name in PRIMARY if any(name in row["metrics"] for row in rows)), PRIMARY[-1])
+    shown = {"run", "params (M)", "NFE", "train PMACs", primary, "class acc.", "seed"}
+    lines = [title(rows[0]), floor_note(rows[0])]
+    for heading, guided in (("unguided", False), ("guided", True)):
+        if chosen := [row for row in rows if is_guided(row) == guided]:
+            lines.append(f"\n{heading}\n{table(chosen, shown, tablefmt='simple')}")
+    return "\n".join(line for line in lines if line)
 
 
 # -- Markdown -------------------------------------------------------------------------------------------------------------------
@@ -125,8 +139,8 @@ def primary_metric(row: Record) -> str | None:
     return next((name for name in PRIMARY if name in row["metrics"]), None)
 
 
-def table(rows: Sequence[Record]) -> str:
-    """A ranked table; rows without the ranking metric come last and have no rank."""
+def table(rows: Sequence[Record], shown: Collection[str] = (), tablefmt: str = "pipe") -> str:
+    """A ranked table of the columns that are `shown` (default all); rows without the ranking metric come last and have no rank."""
     primary = next((name for name in PRIMARY if any(name in row["metrics"] for row in rows)), PRIMARY[-1])
 
     def key(row: Record) -> tuple[bool, float, str]:
@@ -134,10 +148,11 @@ def table(rows: Sequence[Record]) -> str:
         return (metric is None, metric["value"] if metric else 0.0, row["name"])
 
     ordered = sorted(rows, key=key)
-    columns = table_columns(primary)
-    body = [[str(rank) if primary in row["metrics"] else ABSENT, *(escape(read(row)) for _, read in columns)] for rank, row in enumerate(ordered, start=1)]
-    headers = ["rank", *(escape(name) for name, _ in columns)]
-    return tabulate(body, headers, tablefmt="pipe", disable_numparse=True)
+    columns = [column for column in table_columns(primary) if not shown or column[0] in shown]
+    clean = escape if tablefmt == "pipe" else printable
+    body = [[str(rank) if primary in row["metrics"] else ABSENT, *(clean(read(row)) for _, read in columns)] for rank, row in enumerate(ordered, start=1)]
+    headers = ["rank", *(clean(name) for name, _ in columns)]
+    return tabulate(body, headers, tablefmt=tablefmt, disable_numparse=True)
 
 
 def table_columns(primary: str) -> list[tuple[str, Callable[[Record], str]]]:
@@ -175,10 +190,14 @@ def _metric(row: Record, name: str, form: str, field: str = "value", error: bool
     return f"{text} ± {entry['se']:{form}}" if error and entry.get("se") is not None else text
 
 
+def printable(text: str) -> str:
+    """Any string without what would move a terminal's cursor or break a line."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 def escape(text: str) -> str:
     """Any string as Markdown that shows it: no markup, no HTML, no line or cell break."""
-    text = "".join(character if character.isprintable() else " " for character in text)
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"[\\`*\[\]|~$]", r"\\\g<0>", text)
     return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # an underscore within a word is no markup
 

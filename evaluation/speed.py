@@ -59,7 +59,8 @@ def measure(run: RunConfig, batch: int, steps: int, sample: bool) -> dict[str, A
     device = accelerator.device
     torch.manual_seed(0)
     method = method_class(run.model, info).to(device)
-    result: dict[str, Any] = {"method": run.method, "preset": run.preset, "device": device_name(device), "precision": accelerator.mixed_precision, "batch": batch}
+    where = {"device": device_name(device), "precision": accelerator.mixed_precision}
+    result: dict[str, Any] = {"method": run.method, "preset": run.preset, **where, "batch": batch}
     seconds = time_training(method, run, batch, steps, accelerator)
     macs = training_cost(method_class, run.model, info)
     result["train"] = rates(batch, seconds, macs) | {"peak_bytes": peak_bytes(device), "peak_kind": peak_kind(device)}

@@ -5,12 +5,12 @@ Every part can be repeated: a run that was stopped anywhere goes on from what is
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +29,8 @@ from common.seeds import derive
 from common.trainer import Stopped, TrainState, make_accelerator, split_batch, train
 from evaluation.evaluate import evaluate_method
 from evaluation.generate import generate
-from evaluation.leaderboard import read_records, render
-from evaluation.record import write_record
+from evaluation.leaderboard import read_records, to_terminal
+from evaluation.record import read_record, write_record
 from launch import record
 from launch.dry_run import describe_run
 from launch.folder import RESULT, locked, open_folder, record_start
@@ -89,7 +89,7 @@ def run_one(run: RunConfig) -> str:
         folder = open_folder(run) if accelerator.is_main_process else run_folder(run)
     job = Job(run, folder, source, info, accelerator)
     if (folder / RESULT).exists():
-        return f"{summary(job)}\n{folder} is finished. Change a setting for a new run, or remove the folder to repeat it."
+        return f"{summary(job)}\n\n{folder} is finished. Change a setting for a new run, or remove the folder to repeat it."
     with locked(folder, enabled=job.main):
         if job.main:
             record_start(folder)
@@ -188,15 +188,22 @@ def evaluate_job(job: Job, state: TrainState, training_peak: int) -> None:
 
 
 def summary(job: Job) -> str:
-    """The leaderboard of all runs beside this one, and the files that this one made."""
-    tables = render(read_records(Path(job.run.out)))["md"]
-    made = [job.folder / name for name in ("samples.png", "neighbours.png", "training.png", "metrics.jsonl", RESULT) if (job.folder / name).exists()]
+    """The leaderboard of the runs beside this one that share its protocol, this run's scores, and the files that it made."""
+    row = read_record(job.folder / RESULT)
+    made = [job.folder / name for name in (*row["artifacts"].values(), RESULT) if name]
     newest = checkpoint.latest(job.folder / "checkpoints")
-    files = "\n".join(f"  {path}" for path in [*made, *([newest] if newest else [])])
-    return f"{tables}\n{describe_result(job.folder / RESULT)}\nfiles of this run:\n{files}"
+    return "\n".join(
+        [
+            to_terminal(read_records(Path(job.run.out)), row["protocol_hash"]),
+            "\nthis run",
+            *(f"  {name:<20} {entry['value']:.4g}{error_of(entry)}" for name, entry in row["metrics"].items()),
+            "\nfiles",
+            *(f"  {path}" for path in [*made, *([newest] if newest else [])]),
+            f"all runs: python evaluation/leaderboard.py --runs {job.run.out}",
+        ]
+    )
 
 
-def describe_result(path: Path) -> str:
-    """One line a metric of this run's record."""
-    metrics = json.loads(path.read_text()).get("metrics", {})
-    return "\n".join(f"  {name:<16} {entry['value']:.4g}" + (f" ± {entry['se']:.2g}" if entry.get("se") is not None else "") for name, entry in metrics.items())
+def error_of(entry: Mapping[str, Any]) -> str:
+    """ " ± 0.1" for a metric with a standard error."""
+    return "" if entry.get("se") is None else f" ± {entry['se']:.2g}"

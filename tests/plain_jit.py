@@ -83,4 +83,8 @@ def benchmark(config: JiTConfig, size: int, batch: int, repeats: int) -> dict[st
 
 if __name__ == "__main__":
     demo = JiTConfig(depth=6, width=128, heads=4, patch=4, bottleneck=48, context_tokens=4, context_start=2)
-    print(json.dumps({"threads": torch.get_num_threads(), "B/16, batch 2": benchmark(JiTConfig(), 256, 2, 5), "32 px, batch 16": benchmark(demo, 32, 16, 20)}, indent=1))
+    print(
+        json.dumps(
+            {"threads": torch.get_num_threads(), "B/16, batch 2": benchmark(JiTConfig(), 256, 2, 5), "32 px, batch 16": benchmark(demo, 32, 16, 20)}, indent=1
+        )
+    )

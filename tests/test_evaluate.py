@@ -300,12 +300,23 @@ def test_a_method_is_measured(tmp_path):
     assert all(np.isfinite(metric["value"]) and metric["n"] > 0 for metric in metrics.values())
     assert metrics["fd_embedded"]["regularised"]  # 60 real images in 320 dimensions
     assert metrics["class_accuracy"]["value"] >= 0.4
+    with torch.autocast("cpu", torch.bfloat16):  # the trainer hands its method over like this
+        assert evaluate_method(NoisyLabels(), run, toy_source(), "cpu", tmp_path).metrics == metrics
     noisy = SimpleNamespace(sample=2.0, eval=run.eval)
     bad = evaluate_method(NoisyLabels(), noisy, toy_source(), "cpu", tmp_path)
     assert bad.protocol == good.protocol
     assert bad.metrics["fd_embedded"]["value"] > 1.5 * metrics["fd_embedded"]["value"]
     assert bad.metrics["fd_floor"] == metrics["fd_floor"]
     assert bad.metrics["class_accuracy"]["value"] < metrics["class_accuracy"]["value"]
+
+
+def test_without_held_out_images_there_is_no_floor(tmp_path):
+    extractor, images, labels = LinearExtractor(), noise_images(40, seed=0), np.zeros(40, dtype=np.int64)
+    train = feature_set(batches(images.__getitem__, 40), labels, extractor, "real", tmp_path)
+    metrics = evaluate(batches(images.__getitem__, 40), labels, extractor, Reference(train, None))
+    assert metrics.keys() == {"fd_embedded", "kid", "is", "precision", "recall", "density", "coverage"}  # and of one class there is no accuracy
+    assert metrics["fd_embedded"]["value"] == pytest.approx(0, abs=1e-9)
+    assert metrics["precision"]["value"] == metrics["recall"]["value"] == 1
 
 
 def test_too_few_images_are_refused(tmp_path):

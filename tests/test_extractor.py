@@ -144,6 +144,15 @@ def test_features_do_not_depend_on_the_batch(extractor):
             assert (whole - apart).abs().max() < 1e-5 * whole.abs().max()
 
 
+def test_features_do_not_depend_on_threads(extractor):
+    images = noise_images(50)
+    expected = extractor(images)
+    torch.set_num_threads(3)
+    found = extractor(images)
+    assert torch.get_num_threads() == 3
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_features_do_not_depend_on_the_callers_precision(extractor):
     images = noise_images(4)
     expected = extractor(images).pooled
