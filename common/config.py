@@ -86,6 +86,8 @@ class RunConfig:
     dry_run: bool = False  # print what would run and what it costs; write nothing
 
 
+MIN_EVAL_IMAGES = 20  # one for each group that the evaluator's jackknife leaves out
+
 # Settings that change neither a weight nor a score: two runs that differ only here are the same run.
 INERT_KEYS = ("name", "out", "dry_run", "data.workers", "train.threads", "train.trackers", "train.keep_checkpoints", "eval.batch", "eval.grid_columns")
 
@@ -188,6 +190,8 @@ def check(run: RunConfig) -> None:
     for key, (value, lowest) in at_least.items():
         if value < lowest:
             raise UserError(f"{key}={value} is too small; it must be at least {lowest}.")
+    if 0 < run.eval.num_images < MIN_EVAL_IMAGES:
+        raise UserError(f"eval.num_images={run.eval.num_images} is too small; error bars need at least {MIN_EVAL_IMAGES} images, and 0 skips the evaluation.")
     one_of("train.schedule", train.schedule, ("constant", "cosine", "linear"))
     one_of("train.precision", train.precision, ("auto", "bf16", "fp32"))
     one_of("data.name", run.data.name, ("emoji32", "folder", "synthetic"))

@@ -127,7 +127,7 @@ def floor_note(row: Record) -> str:
         return ""
     n = row["metrics"][primary]["n"]
     note = f"Floor: {floor['n']} held-out real images in the place of generated ones reach {floor['value']:.2f}"
-    if floor.get("value_bc") is not None:
+    if floor.get("value_bc") is not None and floor.get("se") is not None:
         at_n = floor["value_bc"] + (floor["value"] - floor["value_bc"]) * floor["n"] / n
         note += f" (bias-corrected {floor['value_bc']:.2f} ± {floor['se']:.2f}), which makes {at_n:.2f} for {n} images"
     real = row["metrics"].get("class_accuracy_real")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -41,17 +38,6 @@ def gather_rows(rows: Tensor) -> Tensor:
     gathered = [torch.empty_like(padded) for _ in range(size)]
     dist.all_gather(gathered, padded)
     return torch.cat([part[:count].cpu() for part, count in zip(gathered, counts.tolist(), strict=True)])
-
-
-@contextmanager
-def first_rank_first() -> Iterator[None]:
-    """The first process runs the block alone, the others after it: for work whose result is cached in a file."""
-    rank, _ = rank_and_size()
-    if active() and rank > 0:
-        dist.barrier()
-    yield
-    if active() and rank == 0:
-        dist.barrier()
 
 
 def _device() -> torch.device:

@@ -240,6 +240,8 @@ def test_the_floor_is_carried_to_the_number_of_images():
     assert "500 held-out real images in the place of generated ones reach 200.00 (bias-corrected 100.00 ± 5.00), which makes 150.00 for 1000 images" in page
     assert "Class accuracy of held-out real images: 0.738" in page
     assert leaderboard.EMBEDDED_NOTE in page
+    bare = record(metrics={"fd_embedded": metric(1.0), "fd_floor": metric(2.0, value_bc=1.0)})
+    assert "reach 2.00." in render(Records([bare], []))["md"]
 
 
 def test_each_protocol_has_its_own_table():
