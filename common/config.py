@@ -25,6 +25,8 @@ from common.errors import UserError, close_match
 
 @dataclass
 class DataConfig:
+    """What is trained on."""
+
     name: str = "emoji32"  # emoji32 (embedded), folder (your images, one sub-folder a class) or synthetic
     path: str | None = None  # root of an image folder, for data=folder
     image_size: int | None = None  # pixels; emoji32 has 32, a folder needs it
@@ -37,6 +39,8 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
+    """How long, with what optimizer, and what is kept; everything is counted in images."""
+
     images: int = 50_000  # training images shown in total; 0 evaluates the untrained network
     batch: int = 64  # global batch: images a step over all processes
     micro_batch: int | None = None  # images a process takes at once; none: batch / processes
@@ -63,6 +67,8 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
+    """What is sampled and scored after the training."""
+
     protocol: str = "embedded"  # how the score is computed; see evaluation/README.md
     num_images: int = 1000  # generated images; 0 skips the evaluation
     batch: int = 50  # images sampled at once
@@ -73,6 +79,8 @@ class EvalConfig:
 
 @dataclass
 class RunConfig:
+    """One run."""
+
     method: str = "jit"  # what to train; see the list of methods
     preset: str = "demo"  # named settings of the method; see the list of presets
     name: str | None = None  # run folder under `out`; none: from method, data, preset, seed and settings

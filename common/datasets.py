@@ -155,6 +155,13 @@ def load_data(config: DataSettings) -> DataSource:
     return source
 
 
+def summarise(config: DataSettings) -> DataSummary:
+    """What the data are, for plans and benchmarks: a folder that is not named yet is described by the configuration alone."""
+    if config.name == "folder" and config.path is None and config.num_classes and config.image_size:
+        return DataSummary("folder", config.num_classes, config.image_size, 0, 0, (), digest="")
+    return load_data(config).info
+
+
 def _source(name: str, class_names: Sequence[str], train: ImageSet, heldout: ImageSet, balanced: bool) -> DataSource:
     digest = hashlib.sha256(f"{train.digest}\n{heldout.digest}\n".encode()).hexdigest()
     info = DataSummary(name, len(class_names), train.image_size, len(train), len(heldout), tuple(class_names), digest)

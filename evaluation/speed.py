@@ -50,11 +50,12 @@ def measure(run: RunConfig, batch: int, steps: int, sample: bool) -> dict[str, A
     import torch
 
     from common.cost import on_meta, sampling_cost, training_cost
+    from common.datasets import summarise
     from common.hardware import device_name, peak_bytes, peak_kind, reset_peak
     from common.trainer import make_accelerator
-    from launch.dry_run import data_info
+    from methods.base import DataInfo
 
-    method_class, info = get_class(run.method), data_info(run)
+    method_class, info = get_class(run.method), DataInfo.of(summarise(run.data))
     accelerator = make_accelerator(run.train)
     device = accelerator.device
     torch.manual_seed(0)

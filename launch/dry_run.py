@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from common.config import RunConfig, ema_names, load_presets, run_folder, to_yaml
 from common.cost import activation_bytes, on_meta, parameter_counts, sampling_cost, training_cost
-from common.datasets import load_data
+from common.datasets import summarise
 from common.trainer import split_batch, total_steps
 from methods import get_class, get_spec
 from methods.base import DataInfo
@@ -12,18 +12,9 @@ from methods.base import DataInfo
 GIGA = 1e9
 
 
-def data_info(run: RunConfig) -> DataInfo:
-    """The data's shape; for a folder that is not named, from the configuration alone."""
-    data = run.data
-    if data.name == "folder" and data.path is None and data.num_classes and data.image_size:
-        return DataInfo(data.name, data.num_classes, data.image_size, num_train=0)
-    info = load_data(data).info
-    return DataInfo(data.name, info.num_classes, info.image_size, info.num_train)
-
-
 def describe_run(run: RunConfig) -> str:
     """Resolved configuration, parameters, MACs, steps, memory, output folder and the expected score."""
-    info, method_class = data_info(run), get_class(run.method)
+    info, method_class = DataInfo.of(summarise(run.data)), get_class(run.method)
     method = on_meta(method_class, run.model, info)
     counts, sampling = parameter_counts(method), sampling_cost(method, run.sample)
     training = training_cost(method_class, run.model, info)

@@ -79,7 +79,7 @@ def run_all(runs: Sequence[RunConfig]) -> int:
 def run_one(run: RunConfig) -> str:
     """Trains, samples, evaluates and records one run, or finds it finished. Returns what to tell the user."""
     source = load_data(run.data)
-    info = DataInfo(run.data.name, source.info.num_classes, source.info.image_size, source.info.num_train)
+    info = DataInfo.of(source.info)
     method_class = get_class(run.method)
     with torch.device("meta"):
         method_class(run.model, info)  # refuses impossible settings before anything is allocated or written

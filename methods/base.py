@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from common.datasets import DataSummary
 from common.seeds import Noise
 
 Batch = dict[str, Tensor]
@@ -22,6 +23,11 @@ class DataInfo:
     image_size: int  # pixels, square
     num_train: int
     channels: int = 3
+
+    @classmethod
+    def of(cls, summary: DataSummary) -> DataInfo:
+        """From what `common.datasets` says of a data set."""
+        return cls(summary.name, summary.num_classes, summary.image_size, summary.num_train)
 
 
 @dataclass

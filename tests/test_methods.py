@@ -1,0 +1,107 @@
+"""What every registered method must do, on a small data shape; a new method is tested by being registered."""
+
+import itertools
+
+import pytest
+import torch
+
+from common.config import resolve
+from common.cost import empty_batch, on_meta, parameter_counts, sampling_cost, training_cost
+from common.seeds import Noise, image_seeds, seed_step
+from evaluation.evaluate import EmbeddedExtractor  # noqa: F401  the evaluator must import beside every method
+from methods import get_class, get_spec, registered
+from methods.base import DataInfo, Method
+
+INFO = DataInfo("synthetic", num_classes=10, image_size=32, num_train=64)
+
+
+@pytest.fixture(params=sorted(registered()))
+def run(request):
+    return resolve(get_spec(request.param), {"method": request.param, "data.name": "synthetic"})
+
+
+@pytest.fixture
+def method(run) -> Method:
+    torch.manual_seed(0)
+    built = get_class(run.method)(run.model, INFO)
+    with torch.no_grad():  # zero-initialised layers would hide what is behind them
+        for p in built.parameters():
+            if p.requires_grad and not p.any():
+                p.normal_(std=0.05)
+    return built
+
+
+def batch(size: int) -> dict[str, torch.Tensor]:
+    filled = empty_batch(INFO, size, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    filled["image"].uniform_(-1, 1, generator=generator)
+    filled["label"].random_(INFO.num_classes, generator=generator)
+    return filled
+
+
+def test_each_phase_gives_a_finite_loss_and_gradients_to_its_parameters(method):
+    for phase in method.phases:
+        seed_step(0, 0, 0)
+        out = method(phase, batch(16), 0)
+        assert out["loss"].isfinite() and out["loss"].requires_grad
+        assert all(not value.requires_grad for name, value in out.items() if name != "loss")
+        out["loss"].backward()
+        for group in method.parameters_of(phase):
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in group.params)
+        method.zero_grad(set_to_none=True)
+
+
+def test_every_trainable_parameter_belongs_to_exactly_one_phase(method):
+    owned = [id(p) for phase in method.phases for group in method.parameters_of(phase) for p in group.params]
+    assert sorted(owned) == sorted(id(p) for p in method.parameters() if p.requires_grad)
+
+
+def test_the_loss_depends_on_the_seed_and_on_nothing_else(method):
+    def loss(seed: int) -> float:
+        seed_step(seed, 0, 0)
+        return method(method.phases[0], batch(4), 0)["loss"].item()
+
+    assert loss(1) == loss(1) != loss(2)
+
+
+def test_images_depend_on_their_own_seed_and_label_only(run, method):
+    labels = torch.arange(6) % INFO.num_classes
+    seeds = image_seeds(0, range(6))
+    method.eval()
+    with torch.no_grad():
+        together = method.sample(labels, Noise(seeds), run.sample)
+        alone = torch.cat([method.sample(labels[i : i + 1], Noise(seeds[i : i + 1]), run.sample) for i in range(6)])
+    assert together.shape == (6, INFO.channels, INFO.image_size, INFO.image_size) and together.isfinite().all()
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)  # rounding of other matrix shapes, through the whole sampler
+    assert not torch.equal(together[0], together[1])
+
+
+def test_cost_is_counted_and_evaluations_are_those_executed(run, method):
+    counted = sampling_cost(on_meta(type(method), run.model, INFO), run.sample)
+    assert counted.nfe == method.evaluations(run.sample) <= sum(counted.net_forwards.values()) <= 2 * counted.nfe + 1
+    assert counted.macs_per_image > 0
+    assert training_cost(type(method), run.model, INFO) > 0
+    counts = parameter_counts(method)
+    assert 0 < counts.gen_trainable <= counts.gen_total
+
+
+def test_the_leaderboard_is_told_what_it_shows(run, method):
+    told = method.describe(run.sample)
+    assert told.prediction and told.sampler and told.steps >= 1
+    assert (told.guidance == "none") == (told.guidance_scale is None)
+    assert method.space in ("pixel", "latent_vae", "latent_rae", "latent_self")
+
+
+def test_the_state_round_trips_and_averages_follow_trained_parameters(run, method):
+    torch.manual_seed(1)
+    other = get_class(run.method)(run.model, INFO)
+    other.load_state_dict(method.state_dict())
+    for (name, a), (_, b) in zip(method.state_dict().items(), other.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert method.averaged_parameters().keys() <= dict(method.named_parameters()).keys()
+    assert method.averaged_parameters()
+
+
+def test_before_training_takes_an_endless_stream(method):
+    method.before_training(batch(4) for _ in itertools.count())
+    assert all(value.isfinite().all() for value in method.state_dict().values() if value.is_floating_point())
