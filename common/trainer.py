@@ -264,6 +264,8 @@ class _Logger:
         self.last = (time.perf_counter(), self.state.step)
         with self.bar:
             yield
+        for tracker in self.state.accelerator.trackers:  # end_training() would also end the processes' group, which the evaluation needs
+            tracker.finish()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

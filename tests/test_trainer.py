@@ -19,7 +19,7 @@ from common.ema import Ema
 from common.errors import UserError
 from common.meters import read_rows, truncate_rows
 from common.optim import build_optimizers, learning_rate
-from common.trainer import Stopped
+from common.trainer import Stopped, make_accelerator
 from methods.base import Method, ParamGroup
 
 METHODS = {"jit": tiny_jit, "gan": TinyGan}
@@ -198,7 +198,7 @@ def test_previews_and_evaluation_cannot_disturb_training(tmp_path):
 
     from common.loader import TrainingPlan
     from common.seeds import Noise
-    from common.trainer import make_accelerator, train
+    from common.trainer import train
     from methods.jit.config import JiTSample
 
     config = settings(preview_images=24)
@@ -239,6 +239,29 @@ fit(tiny_jit(), Path({str(tmp_path / "two")!r}), settings(images=40))
     for name, value in one.method.state_dict().items():
         torch.testing.assert_close(two["model"][name], value, rtol=1e-6, atol=1e-6, msg=name)
     assert losses(tmp_path / "two")[-1][1] == pytest.approx(losses(tmp_path / "one")[-1][1], rel=1e-6)
+
+
+def test_tensorboard_gets_the_losses(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit(tiny_jit(), tmp_path, settings(trackers=["tensorboard"]))
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents.*")).parent)).Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert logged == [(step, pytest.approx(value[0])) for step, value in losses(tmp_path)]
+
+
+def test_a_missing_tracker_package_is_an_error_with_the_install_command(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'pixlat\[trackers\]'"):
+        make_accelerator(settings(trackers=["wandb"]))
+
+
+def test_compiled_blocks_train_to_the_same_weights(tmp_path):
+    eager = state_of(fit(plain(tiny_jit()), tmp_path / "eager", settings(images=24)))
+    compiled = state_of(fit(plain(tiny_jit()), tmp_path / "compiled", settings(images=24, compile=True)))
+    assert eager.keys() == compiled.keys()
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_learning_rate_schedules():
