@@ -5,6 +5,7 @@ Every part can be repeated: a run that was stopped anywhere goes on from what is
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,9 @@ def run_all(runs: Sequence[RunConfig]) -> int:
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             return 128 + stopped.signal_number
+        except KeyboardInterrupt:
+            print(f"interrupted; what is whole is kept in {run_folder(run)}. Run the same command again to go on.", file=sys.stderr)
+            return 128 + signal.SIGINT
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             code = 2
