@@ -1,6 +1,6 @@
 """Where every random number comes from.
 
-Training is reseeded before every micro-batch from (seed, step, micro-batch), so a resumed run needs no saved generator state,
+Training is reseeded before every micro-batch from (seed, step, number of the micro-batch), so a resumed run needs no saved generator state,
 evaluation cannot disturb training, and two processes with one micro-batch each draw what one process with two would.
 Sampling has one generator per image, so an image depends on its own seed and on nothing else: not on the batch size, not on the number of processes.
 """
@@ -20,9 +20,9 @@ def derive(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def seed_step(seed: int, step: int, micro_batch: int) -> None:
-    """Reseeds torch's global generators (CPU and accelerators) for one micro-batch of one training step."""
-    torch.manual_seed(derive("train", seed, step, micro_batch))
+def seed_step(seed: int, step: int, draw: int) -> None:
+    """Reseeds torch's global generators (CPU and accelerators) for one micro-batch of one phase of a training step, the `draw`-th of the step."""
+    torch.manual_seed(derive("train", seed, step, draw))
 
 
 class Noise:

@@ -202,12 +202,13 @@ def train(
         for step in range(state.step, steps):
             images_seen = step * settings.batch
             batches = [prepare_batch(batch, accelerator.device) for batch in next(loader)]
-            for phase in method.phases:
+            for number, phase in enumerate(method.phases):
                 if not method.phase_active(phase, images_seen):
                     continue
                 prefix = f"{phase}/" if several else ""
                 for j, batch in enumerate(batches):
-                    seed_step(seed, step, j * accelerator.num_processes + accelerator.process_index)
+                    draw = (number * len(batches) + j) * accelerator.num_processes + accelerator.process_index
+                    seed_step(seed, step, draw)
                     with contextlib.nullcontext() if j == len(batches) - 1 else accelerator.no_sync(model):
                         out = model(phase, batch, step)
                         accelerator.backward(out["loss"] / len(batches))
