@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.files import write_whole
+
 
 @dataclass
 class Meters:
@@ -62,6 +64,4 @@ def truncate_rows(file: Path, step: int) -> None:
     """Drops the lines after `step`: they will be written again by the resumed run."""
     rows = [row for row in read_rows(file) if row["step"] <= step]
     if file.exists():
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        temporary.replace(file)
+        write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))

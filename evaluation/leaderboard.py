@@ -17,6 +17,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from common.errors import UserError
+from common.files import write_whole
 from evaluation.protocol import protocol_name
 from evaluation.record import Record, RecordError, read_record, to_csv
 
@@ -229,16 +230,9 @@ def write(runs: Path, out: Path) -> list[Path]:
         print(f"left out: {reason}", file=sys.stderr)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return [_write_text(out / f"leaderboard.{suffix}", text) for suffix, text in render(records).items()]
+        return [write_whole(out / f"leaderboard.{suffix}", text) for suffix, text in render(records).items()]
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror}. Choose a writable folder with --out.") from error
-
-
-def _write_text(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    temporary.replace(path)
-    return path
 
 
 if __name__ == "__main__":

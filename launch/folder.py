@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 
 from common.config import RunConfig, differences, run_folder, to_dict, to_yaml
 from common.errors import UserError
+from common.files import write_whole
 from common.meters import append_row
 from launch.provenance import git_diff, provenance
 
@@ -59,13 +60,6 @@ def check_same(folder: Path, run: RunConfig) -> None:
     saved: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     if changed := differences(saved, to_dict(run)):
         raise UserError(f"{folder} belongs to a run with other settings ({'; '.join(changed[:5])}). Choose another name=, or restore these settings.")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file that is never seen half-written."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 @contextlib.contextmanager
