@@ -5,6 +5,8 @@ Shape legend: B batch, N tokens, D width, H heads, K head dimension, C image cha
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -132,6 +134,11 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Full precision on x's device within the block; the meta device, where costs are counted, has no autocast to turn off."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, exact: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(K)) v for (B, H, N, K) tensors, with dropout on the weights.
 
@@ -139,7 +146,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, exact: bool = 
     """
     if not exact:
         return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, dropout_p=dropout)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         weights = (at_least_float32(q) @ at_least_float32(k).transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
     return F.dropout(weights, dropout).to(v.dtype) @ v
 

@@ -11,6 +11,7 @@ from torch.optim import AdamW, Optimizer
 
 from common.config import TrainConfig
 from common.errors import UserError
+from common.muon import Muon, NesterovAdam
 
 if TYPE_CHECKING:
     from methods.base import ParamGroup
@@ -39,7 +40,7 @@ def build_optimizers(groups: Iterable[ParamGroup], train: TrainConfig) -> list[O
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
         weight_decay = train.weight_decay if group.weight_decay is None else group.weight_decay
-        options = {"params": group.params, "lr_scale": group.lr_scale, "weight_decay": weight_decay}
+        options = {"params": group.params, "lr_scale": group.lr_scale, "weight_decay": weight_decay, "split": group.split}
         by_kind.setdefault(group.kind, []).append(options)
     if unknown := by_kind.keys() - BUILDERS.keys():
         raise UserError(f"optimizer kinds {sorted(unknown)} are not known. Kinds: {', '.join(BUILDERS)}.")
@@ -52,4 +53,26 @@ def _adamw(groups: list[dict[str, Any]], train: TrainConfig) -> Optimizer:
     return AdamW(groups, lr=train.lr, betas=(train.betas[0], train.betas[1]), eps=train.eps, fused=fused)
 
 
-BUILDERS: dict[str, Callable[[list[dict[str, Any]], TrainConfig], Optimizer]] = {"adamw": _adamw}
+def _muon(groups: list[dict[str, Any]], train: TrainConfig) -> Optimizer:
+    return Muon(groups, lr=train.lr)
+
+
+def _nesterov_adam(groups: list[dict[str, Any]], train: TrainConfig) -> Optimizer:
+    return NesterovAdam(groups, lr=train.lr, betas=(train.betas[0], train.betas[1]), eps=train.eps)
+
+
+def _torch_muon(groups: list[dict[str, Any]], train: TrainConfig) -> Optimizer:
+    """torch's own: no bias corrections, Newton-Schulz in bfloat16; its updates are within some percent of ours."""
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(f"the optimizer torch_muon needs torch 2.9 or newer, this is {torch.__version__}. Use muon, or upgrade torch.")
+    if fused := [tuple(p.shape) for group in groups if group["split"] > 1 for p in group["params"]]:
+        raise UserError(f"the optimizer torch_muon cannot split fused matrices such as {fused[0]} into their parts. Use muon, which does.")
+    return torch.optim.Muon(groups, lr=train.lr, momentum=0.95, nesterov=True)
+
+
+BUILDERS: dict[str, Callable[[list[dict[str, Any]], TrainConfig], Optimizer]] = {
+    "adamw": _adamw,
+    "muon": _muon,
+    "nesterov_adam": _nesterov_adam,
+    "torch_muon": _torch_muon,
+}

