@@ -1,0 +1,120 @@
+"""pMF's settings. Torch-free, so that `--help` is quick; presets.yaml holds the published sizes. Time is the paper's and ours: 1 = noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config import one_of
+from common.errors import UserError
+from methods import MethodSpec
+
+PREDICTIONS = ("x", "u")
+PRECONDITIONERS = ("none", "linear", "edm", "scm")
+TIME_SAMPLERS = ("plane", "diagonal", "zero", "edges")
+PERCEPTUAL = ("none", "embedded", "lpips+convnext")
+OPTIMIZERS = ("muon", "torch_muon", "adam")
+
+
+def require(holds: bool, where: str, value: object, rule: str) -> None:
+    """Raises UserError "model.depth=0: must be at least 1." unless the condition holds."""
+    if not holds:
+        raise UserError(f"{where}={value!r}: {rule}.")
+
+
+@dataclass
+class PMFConfig:
+    """The network and its objective. Image size and class count come from the data."""
+
+    depth: int = 16  # blocks on the way to the average velocity: shared ones and its own
+    head_depth: int = 8  # of these its own; the instantaneous velocity has as many more, in training only
+    width: int = 768
+    heads: int = 12
+    mlp_hidden: int | None = None  # SwiGLU's hidden width; none: 8/3 of the width, rounded down
+    patch: int = 16  # pixels; the paper keeps 16 x 16 tokens: patch = image size / 16
+    bottleneck: int = 128  # channels between the two linear maps of the patch embedding; 0: one linear map
+    class_tokens: int = 8  # prefix tokens that carry the class
+    guidance_tokens: int = 4  # ... the guidance scale
+    interval_tokens: int = 2  # ... each end of the guidance interval
+    time_tokens: int = 4  # ... the length t - r of the step
+    prediction: str = "x"  # x | u: what the network returns
+    preconditioner: str = "none"  # none | linear | edm | scm: x = c_skip z + c_out * output (ablation; needs prediction=x)
+    clip: float = 0.05  # floor of every denominator t
+    noise_scale: float = 1.0  # standard deviation of the noise
+    time_sampler: str = "plane"  # plane | diagonal (r = t only) | zero (r = 0 only) | edges (r = t or 0)
+    time_mean: float = 0.8  # of the logit of both times
+    time_std: float = 0.8
+    uniform_share: float = 0.0  # share of samples whose times are uniform instead
+    flow_share: float = 0.5  # share of a micro-batch, its first samples, that has r = t (flow matching)
+    label_drop: float = 0.1  # mean share of a micro-batch, its first samples, that is trained without the class
+    guidance_max: float = 8.0  # guidance scales are drawn from [1, guidance_max]
+    guidance_beta: float = 1.0  # with density proportional to scale^-beta
+    norm_eps: float = 0.01  # adaptive weight: every summed error is divided by (itself + norm_eps)^norm_power
+    norm_power: float = 1.0
+    perceptual: str = "none"  # none | embedded (EfficientNet-Lite0, needs no download) | lpips+convnext (as published)
+    perceptual_max_t: float = 0.8  # perceptual terms act where t is below
+    perceptual_size: int = 224  # pixels of the crops that the perceptual networks see
+    lambda1: float = 0.4  # weight of LPIPS, or of the embedded features
+    lambda2: float = 0.1  # weight of ConvNeXt; 0 leaves it out, and so does lambda1=0 for LPIPS
+    lpips_weights: str | None = None  # file or folder; none: the usual caches
+    convnext_weights: str | None = None
+    optimizer: str = "muon"  # muon | torch_muon | adam: for the matrices; the rest has Nesterov Adam with the first two
+    jvp: str = "fused"  # fused (tangents beside the forward, without a graph) | func (torch.func.jvp; not with train.compile)
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "head_depth", "width", "heads", "patch", "class_tokens", "guidance_tokens", "interval_tokens", "time_tokens"):
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        for name in ("bottleneck", "lambda1", "lambda2", "norm_power", "guidance_beta"):
+            require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must be 0 or more")
+        for name in ("uniform_share", "flow_share", "label_drop"):
+            require(0 <= getattr(self, name) <= 1, f"model.{name}", getattr(self, name), "is a share, so between 0 and 1")
+        for name in ("clip", "noise_scale", "time_std", "norm_eps"):
+            require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
+        require(self.head_depth <= self.depth, "model.head_depth", self.head_depth, f"is part of model.depth={self.depth}, so at most that")
+        require(self.width % self.heads == 0, "model.heads", self.heads, f"must divide model.width={self.width}")
+        head_dim = self.width // self.heads
+        require(head_dim % 4 == 0, "model.heads", self.heads, f"gives heads of {head_dim} channels; RoPE needs a multiple of 4")
+        require(self.mlp_hidden is None or self.mlp_hidden >= 1, "model.mlp_hidden", self.mlp_hidden, "must be at least 1")
+        require(self.guidance_max > 1, "model.guidance_max", self.guidance_max, "must be above 1")
+        fits = self.perceptual_size >= 32 and self.perceptual_size % 16 == 0
+        require(fits, "model.perceptual_size", self.perceptual_size, "must be a multiple of 16 pixels, at least 32")
+        one_of("model.prediction", self.prediction, PREDICTIONS)
+        one_of("model.preconditioner", self.preconditioner, PRECONDITIONERS)
+        one_of("model.time_sampler", self.time_sampler, TIME_SAMPLERS)
+        one_of("model.perceptual", self.perceptual, PERCEPTUAL)
+        one_of("model.optimizer", self.optimizer, OPTIMIZERS)
+        one_of("model.jvp", self.jvp, ("fused", "func"))
+        alone = self.preconditioner == "none" or self.prediction == "x"
+        require(alone, "model.preconditioner", self.preconditioner, f"needs model.prediction=x, which is {self.prediction!r}")
+
+    @property
+    def prefix(self) -> int:
+        """Tokens in front of the image tokens."""
+        return self.class_tokens + self.guidance_tokens + 2 * self.interval_tokens + self.time_tokens
+
+
+@dataclass
+class PMFSample:
+    """The sampler. Guidance scale and interval are inputs of the network: a step is one evaluation."""
+
+    steps: int = 1
+    guidance: float = 7.0  # omega; 1: off
+    interval: tuple[float, float] = (0.1, 0.7)  # where guidance is on, as the network was told in training
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "sample.steps", self.steps, "must be at least 1")
+        require(self.guidance >= 1, "sample.guidance", self.guidance, "must be 1 (off) or more")
+        require(len(self.interval) == 2, "sample.interval", self.interval, "must be two numbers, [low, high]")
+        self.interval = (self.interval[0], self.interval[1])
+        require(0 <= self.interval[0] < self.interval[1] <= 1, "sample.interval", self.interval, "must satisfy 0 <= low < high <= 1")
+
+
+SPEC = MethodSpec(
+    name="pmf",
+    title="pMF: pixel mean flows, a Transformer that generates pixels in one evaluation",
+    paper="One-step Latent-free Image Generation with Pixel Mean Flows (arXiv 2601.22158)",
+    implementation="methods.pmf.method:PMFMethod",
+    config=PMFConfig,
+    sample=PMFSample,
+    presets=str(Path(__file__).with_name("presets.yaml")),
+)

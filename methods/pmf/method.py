@@ -1,0 +1,210 @@
+"""pMF's training objective and sampler (arXiv 2601.22158, sections 3 and 4). t = 1 is noise, in the paper too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from common import perceptual
+from common.encoders.frozen import Frozen
+from common.flow import interpolate, match_dims
+from common.seeds import Noise
+from methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
+from methods.pmf.config import PMFConfig, PMFSample, require
+from methods.pmf.network import Condition, Head, PmfDiT, initialize, tail
+from methods.pmf.objective import Draws, adaptive, draw, effective_scale, squared_error, to_velocity, velocity_of_data
+from methods.pmf.reference import from_released
+
+
+class Fields(NamedTuple):
+    """What the loss compares, (B, C, S, S) each."""
+
+    z: Tensor  # noisy image
+    u: Tensor  # average velocity between r and t
+    u_at_t: Tensor  # u + (t - r) stopgrad(du/dt), the instantaneous velocity that u implies (MeanFlow identity)
+    v: Tensor  # instantaneous velocity
+    target: Tensor  # guided, without gradient
+
+
+class PMFMethod(Method):
+    """One network for average velocities over all steps, guidance scales and intervals; `config` holds the paper's ablations."""
+
+    external = ("perceptual",)
+
+    def __init__(self, config: PMFConfig, data: DataInfo) -> None:
+        super().__init__(config, data)
+        require(data.image_size % config.patch == 0, "model.patch", config.patch, f"must divide the image size {data.image_size}")
+        self.network = PmfDiT(config, data.image_size, data.channels, data.num_classes)
+        self.v_head = Head(config, data.channels)  # for the loss only
+        initialize(self.network, self.v_head)
+        self.perceptual = build_distances(config)
+
+    def load_external(self) -> None:
+        for network in self.perceptual.values():
+            cast(Frozen, network).load()
+
+    # -- training ---------------------------------------------------------------------------------------------------------------
+
+    def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
+        return self.objective(batch["image"], batch["label"], draw(self.config, batch["image"]))
+
+    def objective(self, x: Tensor, labels: Tensor, draws: Draws) -> dict[str, Tensor]:
+        """Mean over the batch of the adaptively weighted errors of u and v, summed over pixels, and of the perceptual distances."""
+        fields = self.fields(x, labels, draws)
+        error_u, error_v = squared_error(fields.u_at_t, fields.target), squared_error(fields.v, fields.target)
+        loss = (adaptive(error_u, self.config) + adaptive(error_v, self.config)).mean()
+        logged = {"loss_u": error_u.detach().mean() / x[0].numel(), "loss_v": error_v.detach().mean() / x[0].numel()}
+        for name, distance in self.distances(fields, x, draws).items():
+            weight = self.config.lambda2 if name == "convnext" else self.config.lambda1
+            loss = loss + weight * adaptive(distance, self.config).mean()
+            logged[name] = distance.detach().mean()
+        return {"loss": loss, **logged}
+
+    def fields(self, x: Tensor, labels: Tensor, draws: Draws) -> Fields:
+        """Velocities and their guided target.
+
+        The target needs v with the class and without. For a flow-matching sample the first is the very v that the training forward returns,
+        and du/dt is multiplied by t - r = 0; so only the other samples ask for it beforehand (the released code always runs three forwards).
+        """
+        t, first = draws.t, draws.flow_matching
+        z, scale = interpolate(x, draws.noise, t), effective_scale(draws)
+        null = torch.full_like(labels, self.data.num_classes)
+        with torch.no_grad():
+            v_class, v_null = self.instantaneous(
+                z=torch.cat((z[first:], z)),
+                t=torch.cat((t[first:], t)),
+                omega=torch.cat((scale[first:], torch.ones_like(scale))),
+                labels=torch.cat((labels[first:], null)),  # the tangent's class is never dropped
+            ).split((len(x) - first, len(x)))
+        torch.clear_autocast_cache()  # older PyTorch would hand weights that were cast without a graph to the forward that needs one
+
+        condition = Condition(t - draws.r, draws.omega, draws.t_min, draws.t_max, torch.where(draws.dropped, null, labels))
+        u, du, v = self.velocities(z, t, condition, dz=v_class)
+        u_at_t = torch.cat((u[:first], u[first:] + match_dims(condition.h[first:], du) * du))
+
+        guidance = match_dims(1 - 1 / scale, z) * (torch.cat((v.detach()[:first], v_class)) - v_null)
+        guidance = guidance.masked_fill(match_dims(draws.dropped, z), 0.0)
+        return Fields(z, u, u_at_t, v, target=velocity_of_data(x, z, t, self.config.clip) + guidance)
+
+    def instantaneous(self, z: Tensor, t: Tensor, omega: Tensor, labels: Tensor) -> Tensor:
+        """v(z, t) under guidance of scale omega at all times: the v-head at h = 0 with the interval (0, 1)."""
+        condition = Condition(torch.zeros_like(t), omega, torch.zeros_like(t), torch.ones_like(t), labels)
+        tokens, _ = self.network.shared(self.network.embed(z, condition))
+        return to_velocity(self.config, self.v_head(tokens, self.network.rope)[0], z, t)
+
+    def velocities(self, z: Tensor, t: Tensor, condition: Condition, dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u and v, and between them du/dt: the derivative of u along (dz, dt = 1, dr = 0), without a graph, for the last len(dz) samples."""
+        if self.config.jvp == "func":
+            return self._velocities_by_func(z, t, condition, dz)
+        network = self.network
+        tokens, dtokens = network.shared(network.embed(z, condition), network.embed_tangent(condition.h, dz))
+        output, doutput = network.head(tokens, network.rope, dtokens)
+        v_output, _ = self.v_head(tokens, network.rope)
+        with torch.no_grad():
+            inputs = tail(output, dz), tail(z, dz), tail(t, dz)
+            du = torch.func.jvp(lambda *values: to_velocity(self.config, *values), inputs, (doutput, dz, torch.ones_like(inputs[2])))[1]
+        return to_velocity(self.config, output, z, t), du, to_velocity(self.config, v_output, z, t)
+
+    def _velocities_by_func(self, z: Tensor, t: Tensor, condition: Condition, dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same by PyTorch's forward mode, for checks and for networks that somebody has changed."""
+
+        def run(z: Tensor, t: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            tokens, _ = self.network.shared(self.network.embed(z, condition._replace(h=h)))
+            outputs = self.network.head(tokens, self.network.rope)[0], self.v_head(tokens, self.network.rope)[0]
+            u, v = (to_velocity(self.config, output, z, t) for output in outputs)
+            return u, v
+
+        moves = torch.cat((torch.zeros_like(z[len(dz) :]), dz)), torch.ones_like(t), torch.ones_like(t)
+        u, du, v = cast("tuple[Tensor, Tensor, Tensor]", torch.func.jvp(run, (z, t, condition.h), moves, has_aux=True))
+        return u, tail(du, dz), v
+
+    def distances(self, fields: Fields, x: Tensor, draws: Draws) -> dict[str, Tensor]:
+        """Perceptual distances (B,) between crops of the image that u points to and of the true one; 0 at high noise."""
+        if draws.crops is None:
+            return {}
+        denoised = fields.z - match_dims(draws.t, fields.z) * fields.u  # the gradient flows through u and not through du/dt
+        crops = perceptual.paired_crop([denoised, x], draws.crops, self.config.perceptual_size)
+        acts = draws.t < self.config.perceptual_max_t
+        return {name: torch.where(acts, distance(*crops), 0.0) for name, distance in self.perceptual.items()}
+
+    def parameters_of(self, phase: str) -> list[ParamGroup]:
+        """Matrices of the blocks, of the scalar embeddings and of both final maps for Muon; patch maps, class table and all vectors for Adam."""
+        left_out = set(self.network.patch_embed.modules())
+        chosen = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear) and module not in left_out}
+        trained = [p for p in self.parameters() if p.requires_grad]
+        if self.config.optimizer == "adam":
+            return [ParamGroup(trained)]
+        matrices, rest = ([p for p in trained if (id(p) in chosen) == wanted] for wanted in (True, False))
+        return [ParamGroup(matrices, kind=self.config.optimizer), ParamGroup(rest, kind="nesterov_adam")]
+
+    def blocks(self) -> list[nn.Module]:
+        return [*self.network.blocks, *self.network.head.blocks, *self.v_head.blocks]
+
+    # -- sampling ---------------------------------------------------------------------------------------------------------------
+
+    def sample(self, labels: Tensor, noise: Noise, config: PMFSample) -> Tensor:
+        z = self.config.noise_scale * noise.normal(self.data.channels, self.data.image_size, self.data.image_size)
+
+        def full(value: float) -> Tensor:
+            return torch.full((len(z),), value, device=z.device)
+
+        omega, t_min, t_max = (full(value) for value in (config.guidance, *config.interval))
+        for t, r in pairwise(torch.linspace(1, 0, config.steps + 1, device="cpu").tolist()):
+            output = self.network(z, Condition(full(t - r), omega, t_min, t_max, labels)).to(z.dtype)
+            z = z - (t - r) * to_velocity(self.config, output, z, full(t))
+        return z
+
+    def evaluations(self, config: PMFSample) -> int:
+        return config.steps
+
+    def sampling_networks(self) -> dict[str, nn.Module]:
+        return {"network": self.network}
+
+    def describe(self, config: PMFSample) -> Description:
+        guided = config.guidance != 1.0
+        return Description(
+            prediction=self.config.prediction,
+            loss_space="v",
+            sampler="average velocity",
+            steps=config.steps,
+            guidance="cfg, as an input" if guided else "none",
+            guidance_scale=config.guidance if guided else None,
+            interval=config.interval if guided else None,
+            variant=self._variant(),
+            pretrained=tuple(component(name, cast(Frozen, network)) for name, network in self.perceptual.items()),
+        )
+
+    def _variant(self) -> str | None:
+        parts = [] if self.config.preconditioner == "none" else [f"{self.config.preconditioner} pre-conditioner"]
+        parts += [] if self.config.time_sampler == "plane" else [f"times on the {self.config.time_sampler}"]
+        parts += [] if self.config.optimizer == "muon" else [f"optimizer {self.config.optimizer}"]
+        parts += ["perceptual term shares the evaluator's network"] if "embedded" in self.perceptual else []
+        return ", ".join(parts) or None
+
+    # -- released weights -------------------------------------------------------------------------------------------------------
+
+    def from_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return from_released(state, self)
+
+
+def component(name: str, network: Frozen) -> Component:
+    """A perceptual network as the leaderboard shows it."""
+    return Component(name, "perceptual loss", network.num_parameters(), network.sha256, used_at="train")
+
+
+def build_distances(config: PMFConfig) -> nn.ModuleDict:
+    """The frozen perceptual networks by name, without those of weight 0."""
+    if config.perceptual == "none":
+        return nn.ModuleDict()
+    if config.perceptual == "embedded":
+        return nn.ModuleDict({"embedded": perceptual.EmbeddedDistance(config.perceptual_size)})
+    built: dict[str, nn.Module] = {}
+    if config.lambda1:
+        built["lpips"] = perceptual.Lpips(config.lpips_weights)
+    if config.lambda2:
+        built["convnext"] = perceptual.ConvNeXtDistance(config.convnext_weights)
+    return nn.ModuleDict(built)

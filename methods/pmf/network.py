@@ -1,0 +1,244 @@
+"""The network pmfDiT: section 4 of arXiv 2601.22158 and its released code.
+
+Everything it is told (class, guidance scale and interval, step length) enters as prefix tokens; there is no adaLN, and the time t itself is
+no input. Two stacks of blocks follow the shared ones: one for the average velocity u, one, in training only, for the instantaneous velocity v.
+
+Layers map a value x and, where one is asked for, its tangent dx: the directional derivative that the MeanFlow identity needs. The loss stops
+the gradient at the derivative, so tangents are computed without a graph, beside the forward that they share everything with. A tangent
+(b, N, D) belongs to the last b samples of a value (B, N, D): the flow-matching samples in front need none.
+
+Shape legend: B batch, N tokens, D width, H heads, K head dimension, C image channels, S image side.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.blocks import PatchEmbed, RMSNorm, SinusoidalEmbedding, at_least_float32, attend, rope_table, rotate, unpatchify, without_autocast
+from methods.pmf.config import PMFConfig
+
+
+class Condition(NamedTuple):
+    """What the network is told, each (B,)."""
+
+    h: Tensor  # t - r, the length of the step
+    omega: Tensor  # guidance scale, from 1
+    t_min: Tensor  # guidance interval
+    t_max: Tensor
+    labels: Tensor  # int64; the last class is "none"
+
+
+def tail(x: Tensor, dx: Tensor) -> Tensor:
+    """The samples of x that dx is the tangent of, without their graph."""
+    return x.detach()[len(x) - len(dx) :]
+
+
+def norm_tangent(norm: RMSNorm, x: Tensor, dx: Tensor) -> Tensor:
+    """d(s x w) = s w (dx - s^2 x mean(x dx)) with s = 1 / sqrt(mean(x^2) + eps), in float32 at least."""
+    assert norm.eps is not None
+    wide, dwide = at_least_float32(x), at_least_float32(dx)
+    scale = (wide.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+    return (scale * norm.weight * (dwide - scale.square() * wide * (wide * dwide).mean(-1, keepdim=True))).to(dx.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normalised queries and keys, of which only the image tokens are rotated; no biases.
+
+    The four matrices stay separate: Muon orthogonalises each for itself.
+    """
+
+    def __init__(self, config: PMFConfig) -> None:
+        super().__init__()
+        width, head_dim = config.width, config.width // config.heads
+        self.heads = config.heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.q_norm, self.k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
+        self.explicit = config.jvp == "func"  # PyTorch's fused attention knows no forward-mode derivative
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, H, N, K)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, x: Tensor, rope: Tensor, dx: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        q_raw, k_raw, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+        q, k = rotate(self.q_norm(q_raw), rope), rotate(self.k_norm(k_raw), rope)
+        mixed = attend(q, k, v, exact=self.explicit)
+        y = self.out(mixed.transpose(1, 2).flatten(2))
+        if dx is None:
+            return y, None
+        with torch.no_grad():
+            dq = rotate(norm_tangent(self.q_norm, tail(q_raw, dx), self.split(self.q(dx))), rope)
+            dk = rotate(norm_tangent(self.k_norm, tail(k_raw, dx), self.split(self.k(dx))), rope)
+            dmixed = attention_tangent(tail(q, dx), tail(k, dx), tail(v, dx), tail(mixed, dx), dq, dk, self.split(self.v(dx)))
+            return y, self.out(dmixed.transpose(1, 2).flatten(2))
+
+
+def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(K)), the softmax in float32 at least."""
+    return at_least_float32(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+def attention_tangent(q: Tensor, k: Tensor, v: Tensor, mixed: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
+    """d(P v) for P = softmax(S), S = q k^T / sqrt(K), mixed = P v: with G = P * dS it is G v - rowsum(G) mixed + P dv."""
+    weights = attention_weights(q, k)
+    change = weights * (dq @ k.transpose(-2, -1) + q @ dk.transpose(-2, -1)) * q.shape[-1] ** -0.5
+    return change.to(v.dtype) @ v - change.sum(-1, keepdim=True) * mixed + weights.to(dv.dtype) @ dv
+
+
+class SwiGLU(nn.Module):
+    """w2(SiLU(w1 x) * (w3 x)) without biases, with separate matrices for Muon."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor, dx: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        a, b = self.w1(x), self.w3(x)
+        y = self.w2(F.silu(a) * b)
+        if dx is None:
+            return y, None
+        with torch.no_grad():
+            a, b, da, db = tail(a, dx), tail(b, dx), self.w1(dx), self.w3(dx)
+            gate = torch.sigmoid(a)
+            silu = a * gate
+            return y, self.w2((gate + silu * (1 - gate)) * da * b + silu * db)
+
+
+class Block(nn.Module):
+    """x += gate1 Attention(norm(x)), then x += gate2 SwiGLU(norm(x)); the gates are learned vectors that start at 0."""
+
+    def __init__(self, config: PMFConfig) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(config.width), RMSNorm(config.width)
+        self.attn = Attention(config)
+        self.mlp = SwiGLU(config.width, config.mlp_hidden or 8 * config.width // 3)
+        self.gate1, self.gate2 = (nn.Parameter(torch.zeros(config.width)) for _ in range(2))
+
+    def forward(self, x: Tensor, rope: Tensor, dx: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        y, dy = self.attn(self.norm1(x), rope, self._normed(self.norm1, x, dx))
+        x, dx = self._added(x, self.gate1, y, dx, dy)
+        y, dy = self.mlp(self.norm2(x), self._normed(self.norm2, x, dx))
+        return self._added(x, self.gate2, y, dx, dy)
+
+    @staticmethod
+    def _normed(norm: RMSNorm, x: Tensor, dx: Tensor | None) -> Tensor | None:
+        with torch.no_grad():
+            return None if dx is None else norm_tangent(norm, tail(x, dx), dx)
+
+    @staticmethod
+    def _added(x: Tensor, gate: Tensor, y: Tensor, dx: Tensor | None, dy: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad():
+            moved = None if dx is None or dy is None else dx + gate * dy
+        return x + gate * y, moved
+
+
+class Head(nn.Module):
+    """The blocks of one velocity, and its linear map to pixels."""
+
+    def __init__(self, config: PMFConfig, channels: int) -> None:
+        super().__init__()
+        self.patch, self.channels, self.prefix = config.patch, channels, config.prefix
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.head_depth))
+        self.norm = RMSNorm(config.width)
+        self.linear = nn.Linear(config.width, config.patch**2 * channels)
+
+    def forward(self, x: Tensor, rope: Tensor, dx: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, N, D) to an image (B, C, S, S), in float32 under autocast: dividing by t magnifies a rounded prediction."""
+        for block in self.blocks:
+            x, dx = block(x, rope, dx)
+        x = x[:, self.prefix :]
+        with without_autocast(x):
+            image = unpatchify(self.linear(at_least_float32(self.norm(x))), self.patch, self.channels)
+            if dx is None:
+                return image, None
+            with torch.no_grad():
+                dx = norm_tangent(self.norm, tail(x, dx), dx[:, self.prefix :])
+                return image, unpatchify(F.linear(at_least_float32(dx), self.linear.weight), self.patch, self.channels)
+
+
+class PmfDiT(nn.Module):
+    """Noisy image and conditions to what stands for the average velocity: all that sampling needs."""
+
+    rope: Tensor
+
+    def __init__(self, config: PMFConfig, image_size: int, channels: int, num_classes: int) -> None:
+        super().__init__()
+        width, grid = config.width, image_size // config.patch
+        self.patch_embed = PatchEmbed(channels, config.patch, width, config.bottleneck, bias=True)
+        self.class_embed = nn.Embedding(num_classes + 1, width)
+        self.omega_embed, self.t_min_embed, self.t_max_embed, self.h_embed = (SinusoidalEmbedding(width) for _ in range(4))
+        self.class_tokens = token_table(config.class_tokens, width)
+        self.omega_tokens = token_table(config.guidance_tokens, width)
+        self.t_min_tokens = token_table(config.interval_tokens, width)
+        self.t_max_tokens = token_table(config.interval_tokens, width)
+        self.h_tokens = token_table(config.time_tokens, width)
+        self.pos_embed = token_table(config.prefix + grid**2, width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth - config.head_depth))
+        self.head = Head(config, channels)
+        self.register_buffer("rope", rope_table(grid, width // config.heads, config.prefix), persistent=False)
+
+    def forward(self, z: Tensor, condition: Condition) -> Tensor:
+        """z (B, C, S, S) to a prediction of the same shape."""
+        return self.head(self.shared(self.embed(z, condition))[0], self.rope)[0]
+
+    def shared(self, x: Tensor, dx: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The blocks before the heads, (B, N, D) to (B, N, D)."""
+        for block in self.blocks:
+            x, dx = block(x, self.rope, dx)
+        return x, dx
+
+    def embed(self, z: Tensor, condition: Condition) -> Tensor:
+        """The sequence (B, N, D): 8 class, 4 guidance, 2 + 2 interval and 4 step-length tokens, then the patches, all with learned positions."""
+        prefix = (
+            (self.class_tokens, self.class_embed(condition.labels)),
+            (self.omega_tokens, self.omega_embed(1 - 1 / condition.omega)),
+            (self.t_min_tokens, self.t_min_embed(condition.t_min)),
+            (self.t_max_tokens, self.t_max_embed(condition.t_max)),
+            (self.h_tokens, self.h_embed(condition.h)),
+        )
+        return torch.cat([*(table + vector[:, None] for table, vector in prefix), self.patch_embed(z)], dim=1) + self.pos_embed
+
+    @torch.no_grad()
+    def embed_tangent(self, h: Tensor, dz: Tensor) -> Tensor:
+        """The tangent of the sequence for the last samples, where z moves along dz and h along 1: all but h and patches stand still."""
+        h = tail(h, dz)
+        dh = torch.func.jvp(self.h_embed, (h,), (torch.ones_like(h),))[1]
+        moved = dh[:, None].expand(-1, self.h_tokens.shape[1], -1)
+        still = moved.new_zeros(len(dz), self.head.prefix - moved.shape[1], moved.shape[2])
+        return torch.cat((still, moved, self.patch_embed(dz) - self.patch_embed(torch.zeros_like(dz[:1]))), dim=1)
+
+
+def token_table(count: int, width: int) -> nn.Parameter:
+    """Learned tokens (1, count, D), to be filled by `initialize`."""
+    return nn.Parameter(torch.empty(1, count, width))
+
+
+@torch.no_grad()
+def initialize(network: PmfDiT, v_head: Head) -> None:
+    """The released initialisation. Gates and final maps are 0, so the untrained prediction is 0; norms are 1."""
+    width = network.pos_embed.shape[-1]
+    for stack in (network.blocks, network.head.blocks, v_head.blocks):
+        for linear in (module for module in stack.modules() if isinstance(module, nn.Linear)):
+            nn.init.normal_(linear.weight, std=0.32 * linear.in_features**-0.5)
+    for embed in (network.h_embed, network.omega_embed, network.t_min_embed, network.t_max_embed):
+        for linear in (module for module in embed.modules() if isinstance(module, nn.Linear)):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
+    tables = (network.class_tokens, network.omega_tokens, network.t_min_tokens, network.t_max_tokens, network.h_tokens)
+    for table in (network.class_embed.weight, *tables):
+        nn.init.normal_(table, std=width**-0.5)
+    nn.init.normal_(network.pos_embed, std=0.02)
+    for module in network.patch_embed.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+    for head in (network.head, v_head):
+        nn.init.zeros_(head.linear.weight)
+        nn.init.zeros_(head.linear.bias)

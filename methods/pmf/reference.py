@@ -1,0 +1,180 @@
+"""The authors' released weights: a flat PyTorch dict, and a tree of flax parameters whose keys are joined by "/".
+
+Everything works on the PyTorch layout; `torch_layout` and `flax_layout` go between the two. A file of the first kind is opened by
+`common.external.read_tensors`; of the second kind flax restores the tree, and `flatten_tree` takes one of its averages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from methods.pmf.method import PMFMethod
+
+# Ours to theirs, applied in order to a name of `PMFMethod.state_dict()`.
+RENAMES = (
+    (r"^network\.blocks\.", "net.shared_blocks."),
+    (r"^network\.head\.blocks\.", "net.u_heads."),
+    (r"^network\.head\.", "net.u_final_layer."),
+    (r"^v_head\.blocks\.", "net.v_heads."),
+    (r"^v_head\.", "net.v_final_layer."),
+    (r"^network\.", "net."),
+    (r"\.patch_embed\.down\.", ".x_embedder.proj1."),
+    (r"\.patch_embed\.up\.", ".x_embedder.proj2."),
+    (r"\.class_embed\.", ".y_embedder.embedding_table._flax_embedding."),
+    (r"\.t_min_embed\.", ".cfg_t_start_embedder."),
+    (r"\.t_max_embed\.", ".cfg_t_end_embedder."),
+    (r"\.(h|omega)_embed\.", r".\1_embedder."),
+    (r"\.h_tokens$", ".time_tokens"),
+    (r"\.gate1$", ".attn_scale"),
+    (r"\.gate2$", ".mlp_scale"),
+    (r"\.attn\.(q|k|v|out)\.", r".attn.\1_proj."),
+    (r"((?:_proj|\.mlp\.(?:w\d|\d)|\.linear))\.(weight|bias)$", r"\1._flax_linear.\2"),
+)
+ROPE = "net.rope_freqs"
+ROPE_TOLERANCE = 1e-5  # theirs is computed in float32
+V_HEAD = ("net.v_heads.", "net.v_final_layer.")  # a file for sampling has none of it
+SPATIAL = "patch_embed.up.weight"  # a 1 x 1 convolution there, linear here
+
+
+def released_name(name: str) -> str:
+    """Their PyTorch name of one of our parameters."""
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def torch_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Flax names and shapes to PyTorch's; a dict in PyTorch's layout as it is."""
+    return dict(_from_flax(name, tensor) if "/" in name else (name, tensor) for name, tensor in state.items())
+
+
+def _from_flax(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    name = re.sub(r"/layers_(\d+)/", r".\1.", name)
+    name = re.sub(r"/(shared_blocks|u_heads|v_heads)_(\d+)/", r".\1.\2.", name).replace("/", ".")
+    if name.endswith(".embedding"):
+        return re.sub(r"(\._flax_embedding)?\.embedding$", "._flax_embedding.weight", name), tensor.squeeze(0)
+    if name.endswith(".kernel"):
+        axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(tensor.ndim, tuple(range(tensor.ndim)))
+        return name.removesuffix("kernel") + "weight", tensor.permute(axes)
+    return name, tensor
+
+
+def flax_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `torch_layout`. The rotation table is no parameter and stays behind."""
+    return dict(_to_flax(name, tensor) for name, tensor in state.items() if name != ROPE)
+
+
+def _to_flax(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    name = re.sub(r"(_embedder\.mlp)\.(\d+)\.", r"\1.layers_\2.", name)
+    name = re.sub(r"\.(shared_blocks|u_heads|v_heads)\.(\d+)\.", r".\1_\2.", name).replace(".", "/")
+    if name.endswith("_flax_embedding/weight"):
+        return name.removesuffix("_flax_embedding/weight") + "embedding", tensor[None]
+    if name.endswith("/weight"):
+        axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(tensor.ndim, tuple(range(tensor.ndim)))
+        return name.removesuffix("weight") + "kernel", tensor.permute(axes)
+    return name, tensor
+
+
+def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """A restored flax tree of arrays to one dict with keys joined by "/"."""
+    flat: dict[str, Tensor] = {}
+    for key, value in tree.items():
+        flat |= flatten_tree(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": torch.from_numpy(np.array(value))}
+    return flat
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the shapes of a released state dict tell; the fields of `PMFConfig` of the same names, and the data's."""
+
+    depth: int
+    head_depth: int
+    width: int
+    heads: int
+    mlp_hidden: int
+    patch: int
+    bottleneck: int
+    num_classes: int
+    image_size: int
+
+
+def recognise(state: Mapping[str, Tensor]) -> Architecture:
+    """The architecture of a released state dict in either layout."""
+    state = torch_layout(state)
+
+    def count(stack: str) -> int:
+        return len({match[1] for match in map(re.compile(rf"net\.{stack}\.(\d+)\.").match, state) if match})
+
+    try:
+        width = state["net.pos_embed"].shape[2]
+        tables = ("class_tokens", "omega_tokens", "t_min_tokens", "t_max_tokens", "time_tokens")
+        tokens = state["net.pos_embed"].shape[1] - sum(state[f"net.{table}"].shape[1] for table in tables)
+        bottleneck, _, patch, _ = state["net.x_embedder.proj1.weight"].shape
+        return Architecture(
+            depth=count("shared_blocks") + count("u_heads"),
+            head_depth=count("u_heads"),
+            width=width,
+            heads=width // state["net.u_heads.0.attn.q_norm.weight"].shape[0],
+            mlp_hidden=state["net.u_heads.0.mlp.w1._flax_linear.weight"].shape[0],
+            patch=patch,
+            bottleneck=bottleneck,
+            num_classes=state["net.y_embedder.embedding_table._flax_embedding.weight"].shape[0] - 1,
+            image_size=patch * round(tokens**0.5),
+        )
+    except (KeyError, ValueError, IndexError) as error:
+        begin = ", ".join(sorted(state)[:3])
+        raise UserError(f"This is not the state dict of a released pMF: {error!r} while reading its shapes. Its keys: {begin}, ...") from error
+
+
+def from_released(state: Mapping[str, Tensor], method: PMFMethod) -> dict[str, Tensor]:
+    """The released tensors, in either layout, under the names and shapes of `method.state_dict()`.
+
+    UserError lists every missing, extra and misshapen key; the rotation table must equal ours. Files for sampling lack the v-head and all of
+    its keys: the method keeps its own then.
+    """
+    from_flax = any("/" in name for name in state)
+    state = torch_layout(state)
+    ours = {name: tensor for name, tensor in method.state_dict().items() if name.startswith(("network.", "v_head."))}
+    if not any(name.startswith(V_HEAD) for name in state):
+        ours = {name: tensor for name, tensor in ours.items() if name.startswith("network.")}
+    shapes = {released_name(name): (*tensor.shape, 1, 1) if name.endswith(SPATIAL) else tuple(tensor.shape) for name, tensor in ours.items()}
+    if not from_flax:
+        shapes[ROPE] = tuple(method.network.rope[method.config.prefix :].shape[:2])
+    faults = [f"missing {name} {shape}" for name, shape in shapes.items() if name not in state]
+    faults += [f"not known {name} {tuple(tensor.shape)}" for name, tensor in state.items() if name not in shapes]
+    faults += [f"{name} is {tuple(state[name].shape)}, expected {s}" for name, s in shapes.items() if name in state and tuple(state[name].shape) != s]
+    if faults:
+        names = " (PyTorch's names and shapes)" if from_flax else ""
+        raise UserError("\n  ".join([f"The released weights do not fit this model, {len(faults)} keys differ{names}:", *faults]))
+    if not from_flax:
+        check_rotation(state[ROPE], rotation_table(method))
+    return {**method.state_dict(), **{name: state[released_name(name)].reshape(tensor.shape) for name, tensor in ours.items()}}
+
+
+def to_released(method: PMFMethod) -> dict[str, Tensor]:
+    """The method's weights in the PyTorch layout, the v-head and the rotation table included; `flax_layout` makes the other one of it."""
+    state = {name: tensor for name, tensor in method.state_dict().items() if name.startswith(("network.", "v_head."))}
+    released = {released_name(name): tensor[:, :, None, None] if name.endswith(SPATIAL) else tensor for name, tensor in state.items()}
+    return {**released, ROPE: rotation_table(method)}
+
+
+def rotation_table(method: PMFMethod) -> Tensor:
+    """(image tokens, head dimension / 2) complex64: cos + i sin of the angles."""
+    return torch.view_as_complex(method.network.rope[method.config.prefix :].float().contiguous())
+
+
+def check_rotation(theirs: Tensor, ours: Tensor) -> None:
+    """Another table would mean another layout of tokens or channels."""
+    difference = (theirs.cpu() - ours.cpu()).abs().max().item() if ours.device.type != "meta" else 0.0
+    if not difference <= ROPE_TOLERANCE:
+        raise UserError(f"{ROPE} differs from this model's rotation table by {difference:.2g}: the weights belong to another layout of tokens.")
