@@ -1,0 +1,179 @@
+"""Settings of both stages. Torch-free, so that `--help` is quick; presets_decoder.yaml and presets.yaml hold the published recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from common.config import one_of
+from common.errors import UserError
+from methods import MethodSpec, Stage
+
+
+class DecoderShape(NamedTuple):
+    """Numbers of a ViT decoder; its patch follows from the image and the encoder's grid."""
+
+    width: int
+    depth: int
+    heads: int
+    hidden: int  # of the MLPs
+
+
+DECODERS = {
+    "b": DecoderShape(768, 12, 12, 3072),
+    "l": DecoderShape(1024, 24, 16, 4096),
+    "xl": DecoderShape(1152, 28, 16, 4096),  # not 4 * 1152
+    "demo": DecoderShape(192, 4, 3, 768),
+}
+
+
+class NetworkShape(NamedTuple):
+    """Numbers of a DiT-DH; without a head (depth 0) it is a LightningDiT."""
+
+    width: int
+    depth: int
+    heads: int
+    head_width: int
+    head_depth: int
+    head_heads: int
+
+
+def require(holds: bool, where: str, value: object, rule: str) -> None:
+    """Raises UserError "model.depth=0: must be at least 1." unless the condition holds."""
+    if not holds:
+        raise UserError(f"{where}={value!r}: {rule}.")
+
+
+# -- stage 1 --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DecoderConfig:
+    """The decoder of a frozen encoder's latents, and its losses."""
+
+    encoder: str = "dinov2-reg-b"  # frozen encoder; common/encoders/representation.py lists them
+    encoder_weights: str | None = None  # folder or file of its weights; none: the library's cache
+    size: str = "xl"  # of the decoder: b | l | xl | demo
+    noise: float = 0.8  # largest (uniform) or typical (halfnormal) standard deviation of the noise on the latents in training; 0: none
+    noise_distribution: str = "uniform"  # of each image's standard deviation: uniform (released code) | halfnormal (paper)
+    perceptual: str = "lpips"  # lpips | embedded | none
+    perceptual_weights: str | None = None  # file of the perceptual network's weights; none: the library's cache
+    perceptual_scale: float = 1.0
+    discriminator: str = "dino"  # dino (heads on a frozen DINO ViT-S/8) | light (a small convolutional network) | none
+    discriminator_weights: str | None = None  # folder of the DINO weights; none: the library's cache
+    gan_scale: float = 0.75  # of the adversarial loss, beside its adaptive weight
+    gan_start: int = 0  # training images after which the decoder sees the adversarial loss
+    discriminator_start: int = 0  # training images after which the discriminator is trained; at most gan_start
+    remember: bool = False  # keep the latents of every training image in memory, so that the encoder sees each once
+
+    def __post_init__(self) -> None:
+        one_of("model.size", self.size, tuple(DECODERS))
+        one_of("model.noise_distribution", self.noise_distribution, ("uniform", "halfnormal"))
+        one_of("model.perceptual", self.perceptual, ("lpips", "embedded", "none"))
+        one_of("model.discriminator", self.discriminator, ("dino", "light", "none"))
+        for name in ("noise", "perceptual_scale", "gan_scale", "gan_start", "discriminator_start"):
+            require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must be 0 or more")
+        ordered = self.discriminator_start <= self.gan_start
+        require(ordered, "model.discriminator_start", self.discriminator_start, f"must not be after model.gan_start={self.gan_start}")
+
+
+@dataclass
+class DecoderSample:
+    """There is nothing to sample: the stage is judged by what it makes of held-out images."""
+
+
+DECODER_SPEC = MethodSpec(
+    name="rae_decoder",
+    title="RAE, stage 1: a ViT decoder of a frozen representation encoder's tokens",
+    paper="Diffusion Transformers with Representation Autoencoders (arXiv 2510.11690)",
+    implementation="methods.rae.decoder:DecoderMethod",
+    config=DecoderConfig,
+    sample=DecoderSample,
+    presets=str(Path(__file__).with_name("presets_decoder.yaml")),
+)
+
+
+# -- stage 2 --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RaeConfig:
+    """The latents, the network and its objective. Image size and class count come from the data."""
+
+    decoder: str = "train"  # run folder of method=rae_decoder | released model.pt | folder of diffusers' AutoencoderRAE | train: train it first
+    decoder_size: str = "xl"  # b | l | xl | demo
+    encoder: str = "dinov2-reg-b"  # the one that the decoder was trained for
+    encoder_weights: str | None = None  # folder or file of its weights; none: the library's cache
+    statistics: str = "exact"  # of the latents: exact | momentum (the authors' script), measured before training | a released stat.pt
+    stat_images: int = 50_000  # training images over which they are measured
+    width: int = 1152  # of the backbone
+    depth: int = 28
+    heads: int = 16
+    head_width: int = 2048  # at least the latents' channels, see README.md
+    head_depth: int = 2  # blocks of the wide head; 0: none, a plain LightningDiT
+    head_heads: int = 16
+    init: str = "official"  # official (as in the released code) | xavier (a DiT-DH initialised as a LightningDiT)
+    guide: str | None = None  # run folder or released file of a weaker model for autoguidance; none: guidance is classifier-free
+    guide_width: int = 384  # its numbers; it has the same head
+    guide_depth: int = 12
+    guide_heads: int = 6
+    shift_base: int = 4096  # numbers in a latent at which times are not shifted towards noise; 0: never shift
+    time: str = "logit_normal"  # before the shift: logit_normal (released GPU code) | uniform (earlier releases)
+    label_drop: float = 0.1  # probability of training without the class
+    remember: bool = False  # keep the latents of every training image in memory, so that the encoder sees each once
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "head_width", "head_heads", "guide_width", "guide_depth", "guide_heads", "stat_images"):
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        for name in ("head_depth", "shift_base"):
+            require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must be 0 (off) or more")
+        require(0 <= self.label_drop <= 1, "model.label_drop", self.label_drop, "is a probability, so between 0 and 1")
+        require(self.guide != "train", "model.guide", self.guide, "must be a run folder or a released file; train the weaker model as a run of its own")
+        one_of("model.decoder_size", self.decoder_size, tuple(DECODERS))
+        one_of("model.init", self.init, ("official", "xavier"))
+        one_of("model.time", self.time, ("logit_normal", "uniform"))
+        for stack in ("", "head_", "guide_"):
+            width, heads = getattr(self, f"{stack}width"), getattr(self, f"{stack}heads")
+            rule = f"must divide model.{stack}width={width} into heads of a multiple of 4 channels, for RoPE"
+            require(width % heads == 0 and width // heads % 4 == 0, f"model.{stack}heads", heads, rule)
+
+    @property
+    def shape(self) -> NetworkShape:
+        """The numbers of the network."""
+        return NetworkShape(self.width, self.depth, self.heads, self.head_width, self.head_depth, self.head_heads)
+
+    @property
+    def guide_shape(self) -> NetworkShape:
+        """The numbers of the weaker model."""
+        return NetworkShape(self.guide_width, self.guide_depth, self.guide_heads, self.head_width, self.head_depth, self.head_heads)
+
+
+@dataclass
+class RaeSample:
+    """The sampler: Euler's. The defaults are the released one without guidance."""
+
+    steps: int = 49  # network evaluations
+    ending: str = "official"  # official: the unshifted times go from 1 to 0.001 | clean: to 0
+    guidance: float = 1.0  # 1: off
+    interval: tuple[float, float] = (0.0, 1.0)  # shifted times (1 = noise) at which guidance is on, ends included
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "sample.steps", self.steps, "must be at least 1")
+        require(self.guidance >= 1, "sample.guidance", self.guidance, "must be 1 (off) or more")
+        require(len(self.interval) == 2, "sample.interval", self.interval, "must be two numbers, [low, high]")
+        self.interval = (self.interval[0], self.interval[1])
+        require(0 <= self.interval[0] < self.interval[1] <= 1, "sample.interval", self.interval, "must satisfy 0 <= low < high <= 1")
+        one_of("sample.ending", self.ending, ("official", "clean"))
+
+
+SPEC = MethodSpec(
+    name="rae",
+    title="RAE + DiT-DH: flow matching in the tokens of a frozen representation encoder",
+    paper="Diffusion Transformers with Representation Autoencoders (arXiv 2510.11690)",
+    implementation="methods.rae.method:RaeMethod",
+    config=RaeConfig,
+    sample=RaeSample,
+    presets=str(Path(__file__).with_name("presets.yaml")),
+    stages=(Stage("decoder", "rae_decoder"), Stage("guide", "rae")),
+)

@@ -1,0 +1,167 @@
+"""Stage 1: training the decoder of a frozen encoder's latents with L1, perceptual and adversarial losses (arXiv 2510.11690, appendix)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from common.adversarial import Augmentation, adaptive_weight, augment, draw_augmentation, evaluating, hinge_discriminator, hinge_generator, quantise
+from common.encoders.frozen import Frozen
+from common.encoders.representation import RepresentationEncoder, build_encoder
+from common.latents import FeatureTable
+from common.perceptual import EmbeddedDistance, Lpips
+from methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
+from methods.rae.config import DECODERS, DecoderConfig, DecoderSample, require
+from methods.rae.discriminator import build_discriminator
+from methods.rae.reference import decoder_from_released
+from methods.rae.vit import ViTDecoder
+
+
+def build_decoder(size: str, encoder: RepresentationEncoder, image_size: int) -> ViTDecoder:
+    """The decoder of an encoder's latents of square images; its patch follows from both."""
+    grid = encoder.grid(image_size)
+    require(image_size % grid == 0, "data.image_size", image_size, f"must be a multiple of the {grid} tokens a side that the encoder makes of it")
+    return ViTDecoder(DECODERS[size], encoder.channels, grid, image_size // grid, encoder.pixel_mean, encoder.pixel_std)
+
+
+class DecoderMethod(Method):
+    """A decoder D(E(x) + noise) against a discriminator that sees noise-free reconstructions."""
+
+    phases: ClassVar[tuple[str, ...]] = ("generator", "discriminator")
+    task = "reconstruction"
+    space = "latent_rae"
+
+    def __init__(self, config: DecoderConfig, data: DataInfo) -> None:
+        super().__init__(config, data)
+        self.encoder = build_encoder(config.encoder, config.encoder_weights)
+        self.decoder = build_decoder(config.size, self.encoder, data.image_size)
+        self.perceptual: nn.Module | None = None
+        if config.perceptual != "none":
+            self.perceptual = Lpips(config.perceptual_weights) if config.perceptual == "lpips" else EmbeddedDistance()
+        self.discriminator: nn.Module | None = None
+        if config.discriminator != "none":
+            self.discriminator = build_discriminator(config.discriminator, config.discriminator_weights)
+        # Which networks are trained and which are frozen depends on the losses.
+        self.phases = ("generator", "discriminator") if self.discriminator else ("generator",)
+        frozen = {"perceptual": self.perceptual is not None, "discriminator.features": config.discriminator == "dino"}
+        self.external = ("encoder", *(name for name, used in frozen.items() if used))
+        self.adversarial = self.discriminator is not None
+        self.latents_of = FeatureTable(lambda images: (self.encoder(images),))
+
+    def load_external(self) -> None:
+        for name in self.external:
+            cast("Frozen", self.get_submodule(name)).load()
+        if self.config.remember:
+            self.latents_of.remember(self.data.num_train)
+
+    # -- training ---------------------------------------------------------------------------------------------------------------
+
+    def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
+        images = batch["image"]
+        (latents,) = self.latents_of(batch)
+        if phase == "generator":
+            noisy = latents + self.draw_noise(latents)
+            return self.generator_objective(images, noisy, self.draw_augmentation(images))
+        return self.discriminator_objective(images, latents, self.draw_augmentation(images), self.draw_augmentation(images))
+
+    def draw_noise(self, latents: Tensor) -> Tensor:
+        """sigma n with n ~ N(0, 1) and one sigma an image: tau U(0, 1) in the released code, |N(0, tau^2)| in the paper."""
+        draw = torch.rand if self.config.noise_distribution == "uniform" else torch.randn
+        sigma = self.config.noise * draw(len(latents), 1, 1, 1, device=latents.device).abs()
+        return sigma * torch.randn_like(latents)
+
+    def draw_augmentation(self, images: Tensor) -> Augmentation:
+        """DiffAug's draws for these images."""
+        return draw_augmentation(len(images), images.shape[-1], images.device)
+
+    def generator_objective(self, images: Tensor, noisy: Tensor, augmentation: Augmentation) -> dict[str, Tensor]:
+        """L1 on the [0, 1] scale + perceptual distance + the adversarial loss at its adaptive weight, once it has started."""
+        rebuilt = self.decoder(noisy)
+        l1 = 0.5 * (rebuilt - images).abs().mean()
+        out = {"l1": l1.detach()}
+        loss = l1
+        if self.perceptual is not None:
+            distance = self.perceptual(rebuilt, images).mean()
+            out["perceptual"] = distance.detach()
+            loss = loss + self.config.perceptual_scale * distance
+        if self.adversarial:
+            assert self.discriminator is not None
+            with evaluating(self.discriminator):
+                gan = hinge_generator(self.discriminator(augment(rebuilt, augmentation)))
+            weight = adaptive_weight(loss, gan, self.decoder.out.weight)
+            out |= {"gan": gan.detach(), "gan_weight": weight}
+            loss = loss + self.config.gan_scale * weight * gan
+        return {"loss": loss, **out}
+
+    def discriminator_objective(self, images: Tensor, latents: Tensor, fakes: Augmentation, reals: Augmentation) -> dict[str, Tensor]:
+        """Hinge loss on images and on what the decoder, as it is now, makes of their noise-free latents, rounded to 8 bits."""
+        assert self.discriminator is not None
+        with torch.no_grad():
+            rebuilt = quantise(self.decoder(latents))
+        fake = self.discriminator(augment(rebuilt, fakes))
+        real = self.discriminator(augment(images, reals))
+        return {"loss": hinge_discriminator(real, fake), "real": real.mean().detach(), "fake": fake.mean().detach()}
+
+    def phase_active(self, phase: str, images_seen: int) -> bool:
+        """The trainer asks before every forward, which is how the decoder learns whether its adversarial loss has started."""
+        self.adversarial = self.discriminator is not None and images_seen >= self.config.gan_start
+        return phase == "generator" or images_seen >= self.config.discriminator_start
+
+    def schedule_images(self, phase: str, images_seen: int) -> int:
+        return images_seen if phase == "generator" else images_seen - self.config.discriminator_start
+
+    def parameters_of(self, phase: str) -> list[ParamGroup]:
+        network = self.decoder if phase == "generator" else self.discriminator
+        assert network is not None
+        return [ParamGroup([p for p in network.parameters() if p.requires_grad])]
+
+    def averaged_parameters(self) -> dict[str, nn.Parameter]:
+        return {f"decoder.{name}": p for name, p in self.decoder.named_parameters()}
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.decoder.blocks)
+
+    # -- reconstruction ---------------------------------------------------------------------------------------------------------
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.encoder(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(latents)
+
+    def evaluations(self, config: DecoderSample) -> int:
+        return 0
+
+    def sampling_networks(self) -> dict[str, nn.Module]:
+        return {"encoder": self.encoder, "decoder": self.decoder}
+
+    def describe(self, config: DecoderSample) -> Description:
+        losses = [name for name in (self.config.perceptual, self.config.discriminator) if name != "none"]
+        return Description(
+            prediction="x",
+            loss_space=f"pixels: {' + '.join(['l1', *losses])}",
+            sampler="none",
+            steps=0,
+            size=self.config.size,
+            pretrained=self.components(),
+        )
+
+    def components(self) -> tuple[Component, ...]:
+        """The frozen networks, with the digests of their files once they are loaded."""
+        name, params, sha256 = self.encoder.component("both")
+        found = [Component(name, "encoder", params, sha256, "both")]
+        for role in self.external[1:]:
+            frozen = cast("Frozen", self.get_submodule(role))
+            found.append(Component(type(frozen).__name__, role.split(".")[0], frozen.num_parameters(), frozen.sha256, "train"))
+        return tuple(found)
+
+    # -- released weights -------------------------------------------------------------------------------------------------------
+
+    def from_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A released decoder; the discriminator, which is not released, stays as it is."""
+        outside = tuple(f"{name}." for name in (*self.external, "decoder"))
+        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(outside)}
+        return own | {f"decoder.{name}": tensor for name, tensor in decoder_from_released(state, self.decoder.state_dict()).items()}

@@ -1,0 +1,225 @@
+"""Stage 2: flow matching of normalised latents (arXiv 2510.11690, sections 4 and 5).
+
+Time runs as everywhere in `common/`: t = 1 is noise. The released code counts the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common import flow
+from common.checkpoint import sha256_of
+from common.encoders.representation import build_encoder
+from common.errors import UserError
+from common.external import RunWeights, load_strictly, run_weights
+from common.guidance import classifier_free
+from common.latents import FeatureTable
+from common.samplers import euler
+from common.seeds import Noise
+from methods.base import Batch, Component, DataInfo, Description, Method
+from methods.rae import diffusers_layout
+from methods.rae.config import RaeConfig, RaeSample
+from methods.rae.decoder import build_decoder
+from methods.rae.network import LatentDiT
+from methods.rae.reference import decoder_from_released, network_from_released, read_released
+from methods.rae.statistics import KINDS, denormalise, measure, normalise, read_statistics
+
+LARGEST_TIME = 0.999  # of training, before the shift
+SMALLEST_TIME = 1e-3  # where the official sampler ends, before the shift
+
+
+class RaeMethod(Method):
+    """Velocity prediction with times shifted by the size of a latent; a frozen encoder before it and a frozen decoder behind it."""
+
+    space = "latent_rae"
+    latent_mean: Tensor
+    latent_var: Tensor
+
+    def __init__(self, config: RaeConfig, data: DataInfo) -> None:
+        super().__init__(config, data)
+        self.encoder = build_encoder(config.encoder, config.encoder_weights)
+        self.decoder = build_decoder(config.decoder_size, self.encoder, data.image_size).requires_grad_(False)
+        channels, grid = self.encoder.channels, self.encoder.grid(data.image_size)
+        self.latent_shape = (channels, grid, grid)
+        self.network = LatentDiT(config.shape, channels, grid, data.num_classes, xavier=config.init == "xavier")
+        self.guide = LatentDiT(config.guide_shape, channels, grid, data.num_classes).requires_grad_(False) if config.guide else None
+        self.external = ("encoder", "decoder", "guide") if config.guide else ("encoder", "decoder")
+        self.register_buffer("latent_mean", torch.zeros(self.latent_shape))
+        self.register_buffer("latent_var", torch.ones(self.latent_shape))
+        self.shift = (self.latent_mean.numel() / config.shift_base) ** 0.5 if config.shift_base else 1.0
+        self.latents_of = FeatureTable(lambda images: (self.encoder(images),))
+        self.digests: dict[str, str] = {}  # of the files behind decoder and guide
+
+    # -- weights that come from elsewhere ---------------------------------------------------------------------------------------
+
+    def load_external(self) -> None:
+        self.encoder.load()
+        self.load_decoder(Path(self.config.decoder))
+        if self.config.statistics not in KINDS:
+            path = Path(self.config.statistics)
+            self.set_statistics(*(diffusers_layout.read_latent_statistics(path) if path.is_dir() else read_statistics(path, self.latent_shape)))
+        if self.guide is not None:
+            self.load_guide(self.guide, Path(self.config.guide))
+        if self.config.remember:
+            self.latents_of.remember(self.data.num_train)
+
+    def load_decoder(self, path: Path) -> None:
+        """From a run of stage 1, its evaluated average; from a released file; or from a folder of diffusers' AutoencoderRAE."""
+        if not path.exists():
+            raise UserError(f"model.decoder={str(path)!r} is not there. Give a run folder of stage 1, a released decoder, or train to train one first.")
+        if (path / "config.yaml").exists():
+            run = run_weights(path)
+            self.check_run("decoder", run, {"encoder": "encoder", "size": "decoder_size"})
+            load_strictly(self.decoder, part_of(run.state, "decoder"), path)
+            self.digests["decoder"] = run.sha256
+        else:
+            file = path / diffusers_layout.WEIGHTS if path.is_dir() else path
+            state = diffusers_layout.read_decoder(path) if path.is_dir() else read_released(path, "decoder")
+            load_strictly(self.decoder, decoder_from_released(state, self.decoder.state_dict()), path)
+            self.digests["decoder"] = sha256_of(file)
+
+    def load_guide(self, guide: LatentDiT, path: Path) -> None:
+        """From a run, whose latent statistics are taken over, as both models must live in one space; or from a released file."""
+        if (path / "config.yaml").exists():
+            run = run_weights(path)
+            settings = {name: f"guide_{name}" for name in ("width", "depth", "heads")}
+            same = ("encoder", "head_width", "head_depth", "head_heads", "shift_base")
+            self.check_run("guide", run, settings | {name: name for name in same})
+            load_strictly(guide, part_of(run.state, "network"), path)
+            self.set_statistics(run.state["latent_mean"], run.state["latent_var"])
+            self.digests["guide"] = run.sha256
+        else:
+            load_strictly(guide, network_from_released(read_released(path), guide.state_dict(), self.config.guide_shape, "guide's "), path)
+            self.digests["guide"] = sha256_of(path)
+
+    def check_run(self, key: str, run: RunWeights, settings: Mapping[str, str]) -> None:
+        """UserError where a setting of the earlier run differs from ours; `settings`: its name there, its name here."""
+        theirs = run.config["model"]
+        for there, here in settings.items():
+            if theirs.get(there) != getattr(self.config, here):
+                raise UserError(
+                    f"model.{key}={run.folder} was trained with model.{there}={theirs.get(there)!r}, but here model.{here}={getattr(self.config, here)!r}. "
+                    f"Set model.{here}={theirs.get(there)}, or give another run."
+                )
+
+    def set_statistics(self, mean: Tensor, variance: Tensor) -> None:
+        """Puts the latents' mean and variance (C, h, h) into the buffers."""
+        self.latent_mean.copy_(mean)
+        self.latent_var.copy_(variance)
+
+    # -- training ---------------------------------------------------------------------------------------------------------------
+
+    def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
+        (latents,) = self.latents_of(batch)
+        x = normalise(latents, self.latent_mean, self.latent_var)
+        return {"loss": self.objective(x, *self.draw(x, batch["label"]))}
+
+    def draw(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels after the drop (B,) int64, shifted times (B,) and noise like the latents x (B, C, h, h)."""
+        dropped = torch.rand(len(labels), device=x.device) < self.config.label_drop
+        if self.config.time == "uniform":
+            t = LARGEST_TIME * torch.rand(len(labels), device=x.device)
+        else:  # the released code truncates the distribution; what lies beyond has a probability of 2e-12
+            t = flow.logit_normal(0.0, 1.0, len(labels), device=x.device).clamp(max=LARGEST_TIME)
+        return labels.masked_fill(dropped, self.data.num_classes), shifted(t, self.shift), torch.randn_like(x)
+
+    def objective(self, x: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """mean (v(z, t) - (n - x))^2."""
+        v = self.network(flow.interpolate(x, noise, t), t, labels)
+        return (v - flow.target("v", x, noise)).square().mean()
+
+    @torch.no_grad()
+    def before_training(self, batches: Iterator[Batch]) -> None:
+        """Measures the latents, unless a file or a guide's run has brought the statistics."""
+        from_run = self.config.guide is not None and (Path(self.config.guide) / "config.yaml").exists()
+        if self.config.statistics in KINDS and not from_run:
+            latents = (self.latents_of(batch)[0] for batch in batches)
+            self.set_statistics(*measure(self.config.statistics, latents, self.config.stat_images))
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.network.blocks)
+
+    # -- sampling ---------------------------------------------------------------------------------------------------------------
+
+    def sample(self, labels: Tensor, noise: Noise, config: RaeSample) -> Tensor:
+        z = noise.normal(*self.latent_shape)
+        return self.decode(euler(lambda z, t: self.velocity(z, t, labels, config), z, time_grid(config.steps, config.ending, self.shift)))
+
+    def velocity(self, z: Tensor, t: float, labels: Tensor, config: RaeSample) -> Tensor:
+        """The guided velocity. Autoguidance moves away from a weaker model with the same label; without one, guidance is classifier-free."""
+
+        def predict(z: Tensor, labels: Tensor, network: nn.Module = self.network) -> Tensor:
+            return network(z, torch.full((len(z),), t, device=z.device), labels).to(z.dtype)
+
+        scale = config.guidance if config.interval[0] <= t <= config.interval[1] else 1.0
+        if self.guide is None or scale == 1.0:
+            return classifier_free(predict, z, labels, self.data.num_classes, scale)
+        weak = predict(z, labels, self.guide)
+        return weak + scale * (predict(z, labels) - weak)
+
+    def evaluations(self, config: RaeSample) -> int:
+        return config.steps
+
+    def sampling_networks(self) -> dict[str, nn.Module]:
+        networks = {"network": self.network, "decoder": self.decoder}
+        return networks | ({"guide": self.guide} if self.guide is not None else {})
+
+    def encode(self, images: Tensor) -> Tensor:
+        return normalise(self.encoder(images), self.latent_mean, self.latent_var)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(denormalise(latents, self.latent_mean, self.latent_var))
+
+    def describe(self, config: RaeSample) -> Description:
+        guided = config.guidance != 1.0
+        return Description(
+            prediction="v",
+            loss_space="v",
+            sampler="euler" if config.ending == "official" else "euler, clean ending",
+            steps=config.steps,
+            guidance=("autoguidance" if self.guide is not None else "cfg") if guided else "none",
+            guidance_scale=config.guidance if guided else None,
+            interval=config.interval if guided else None,
+            variant=None if self.config.head_depth else "LightningDiT",
+            pretrained=self.components(guided),
+        )
+
+    def components(self, guided: bool) -> tuple[Component, ...]:
+        """The networks that this one needs, with the digests of their files once they are loaded."""
+        name, params, sha256 = self.encoder.component("train")
+        found = [Component(name, "encoder", params, sha256, "train"), self.component("decoder", "tokenizer")]
+        return (*found, self.component("guide", "guide")) if guided and self.guide is not None else tuple(found)
+
+    def component(self, name: str, role: str) -> Component:
+        """One of the networks that sampling loads from a run or a file."""
+        params = sum(p.numel() for p in self.get_submodule(name).parameters())
+        return Component(name, role, params, self.digests.get(name), "sample")
+
+    # -- released weights -------------------------------------------------------------------------------------------------------
+
+    def from_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A released network. The statistics, which are in a file of their own (`model.statistics`), stay as they are."""
+        network = network_from_released(state, self.network.state_dict(), self.config.shape)
+        statistics = {"latent_mean": self.latent_mean, "latent_var": self.latent_var}
+        return statistics | {f"network.{name}": tensor for name, tensor in network.items()}
+
+
+def part_of(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of one sub-module, under its own names."""
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """shift t / (1 + (shift - 1) t): more noise for larger latents, in training and in sampling (section 4.2)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def time_grid(steps: int, ending: str, shift: float) -> list[float]:
+    """From 1 down to 0.001 (official) or 0 (clean) in equal steps, then shifted; the released sampler's float32 arithmetic."""
+    last = SMALLEST_TIME if ending == "official" else 0.0
+    times = shifted(1 - torch.linspace(0, 1 - last, steps + 1, dtype=torch.float32, device="cpu"), shift)
+    return times.clamp(max=1.0).tolist()  # rounding may lift the first above the end of guidance's interval

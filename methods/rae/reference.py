@@ -1,0 +1,178 @@
+"""Released files: decoders, DiT-DH and LightningDiT networks, training checkpoints of both stages. Their names as ours, strictly.
+
+The statistics are read in statistics.py, the discriminator's features in discriminator.py, diffusers' layout in diffusers_layout.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from common.blocks import rope_table, sincos_table
+from common.errors import UserError
+from common.external import read_tensors
+from methods.rae.config import DECODERS, NetworkShape
+
+Renames = Sequence[tuple[str, str]]
+
+# Ours to theirs, applied in order.
+DECODER_RENAMES: Renames = (
+    (r"^embed\.", "decoder_embed."),
+    (r"^class_token$", "trainable_cls_token"),
+    (r"^positions$", "decoder_pos_embed"),
+    (r"^norm\.", "decoder_norm."),
+    (r"^out\.", "decoder_pred."),
+    (r"^blocks\.", "decoder_layers."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.(query|key|value)\.", r".attention.attention.\1."),
+    (r"\.proj\.", ".attention.output.dense."),
+    (r"\.fc1\.", ".intermediate.dense."),
+    (r"\.fc2\.", ".output.dense."),
+)
+NETWORK_RENAMES: Renames = (
+    (r"^project\.", "s_projector."),
+    (r"^time_embed\.frequencies$", "t_embedder.W"),
+    (r"^time_embed\.", "t_embedder."),
+    (r"^class_embed\.", "y_embedder.embedding_table."),
+    (r"\.modulation\.", ".adaLN_modulation.1."),
+    (r"^final\.norm\.", "final_layer.norm_final."),
+    (r"^final\.modulation", "final_layer.modulation"),
+    (r"^final\.", "final_layer."),
+)
+HEAD_RENAMES: Renames = ((r"^embed\.", "s_embedder.proj."), (r"^head_embed\.", "x_embedder.proj."), *NETWORK_RENAMES)
+PLAIN_RENAMES: Renames = ((r"^embed\.", "x_embedder.proj."), *NETWORK_RENAMES)
+
+ROTATIONS = re.compile(r"(enc_|dec_|)feat_rope\.freqs_(cos|sin)")
+POSITION_TOLERANCE = 1e-5  # their tables are computed in float64 or float32 and kept in float32; ours in float64
+
+
+def rename(name: str, renames: Renames) -> str:
+    """One of our names as theirs."""
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+# -- files ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_released(path: Path, part: str = "") -> dict[str, Tensor]:
+    """The state dict in a released file, or the averaged weights of a training checkpoint ({"ema": ..., "model": ...}).
+
+    part: keep the names that begin with "<part>." and take that off, where there are any: a training checkpoint of stage 1 holds
+    "decoder.*" beside the encoder.
+    """
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in read_tensors(path).items()}
+    inside = {name.removeprefix(f"{part}."): tensor for name, tensor in state.items() if part and name.startswith(f"{part}.")}
+    return inside or state
+
+
+def matched(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], renames: Renames, what: str) -> dict[str, Tensor]:
+    """The released tensors under our names and in our shapes (1 x 1 convolutions are linear here). UserError lists every key that differs."""
+    theirs = {rename(name, renames): name for name in ours}
+    faults = [f"missing {name}" for name in theirs if name not in state]
+    faults += [f"not known {name} {tuple(tensor.shape)}" for name, tensor in state.items() if name not in theirs]
+    for name, our_name in theirs.items():
+        if name in state and squeezed(state[name]) != tuple(ours[our_name].shape):
+            faults.append(f"{name} is {tuple(state[name].shape)}, expected {tuple(ours[our_name].shape)}")
+    if faults:
+        raise UserError("\n  ".join([f"The weights do not fit this {what}, {len(faults)} keys differ:", *faults]))
+    return {our_name: state[name].reshape(ours[our_name].shape) for name, our_name in theirs.items()}
+
+
+def squeezed(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a 1 x 1 convolution's kernel as a matrix; other shapes as they are."""
+    shape = tuple(tensor.shape)
+    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+
+
+def check_table(name: str, found: Tensor, expected: Tensor) -> None:
+    """A stored table of positions against ours; another one would mean another layout of the tokens."""
+    difference = (found.float() - expected).abs().max().item() if found.shape == expected.shape else float("inf")
+    if not difference <= POSITION_TOLERANCE:
+        raise UserError(f"{name} {tuple(found.shape)} differs from the expected table {tuple(expected.shape)} by {difference:.2g}: another layout of tokens.")
+
+
+# -- decoders -------------------------------------------------------------------------------------------------------------------
+
+
+def decoder_from_released(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A released decoder under the names of `ours`, a ViTDecoder's state dict (it may be on the meta device)."""
+    loaded = matched(state, ours, DECODER_RENAMES, f"decoder{decoder_hint(state)}")
+    positions = loaded["positions"]
+    table = sincos_table(round((positions.shape[1] - 1) ** 0.5), positions.shape[2])
+    check_table("decoder_pos_embed", positions[0, 1:], table)
+    return loaded
+
+
+def decoder_to_released(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse: a ViTDecoder's state dict under the released names."""
+    return {rename(name, DECODER_RENAMES): tensor for name, tensor in ours.items()}
+
+
+def decoder_hint(state: Mapping[str, Tensor]) -> str:
+    """Which size of decoder the file holds, for an error message: " (the file's is size xl)", or nothing where no size fits."""
+    embed, hidden = state.get("decoder_embed.weight"), state.get("decoder_layers.0.intermediate.dense.weight")
+    if embed is None or hidden is None:
+        return ""
+    depth = 1 + max(int(match[1]) for match in map(re.compile(r"decoder_layers\.(\d+)\.").match, state) if match)
+    found = [size for size, shape in DECODERS.items() if (shape.width, shape.depth, shape.hidden) == (len(embed), depth, len(hidden))]
+    return f" (the file's is size {found[0]} for {embed.shape[1]} latent channels)" if found else ""
+
+
+# -- networks -------------------------------------------------------------------------------------------------------------------
+
+
+def recognise(state: Mapping[str, Tensor], head_depth: int = 2) -> NetworkShape:
+    """The numbers of a released network; head counts follow from the tables of rotations.
+
+    Backbone and head lie in one list of blocks and are told apart by their widths; `head_depth` is taken where these are equal.
+    """
+    try:
+        width, out_width = state["pos_embed"].shape[2], len(state["final_layer.norm_final.weight"])
+        blocks = [len(norm) for name, norm in state.items() if re.fullmatch(r"blocks\.\d+\.norm1\.weight", name)]
+        if "s_embedder.proj.weight" not in state:
+            return NetworkShape(width, len(blocks), width // state["feat_rope.freqs_cos"].shape[1], 0, 0, 0)
+        head_depth = blocks.count(out_width) if out_width != width else head_depth
+        heads = width // state["enc_feat_rope.freqs_cos"].shape[1]
+        return NetworkShape(width, len(blocks) - head_depth, heads, out_width, head_depth, out_width // state["dec_feat_rope.freqs_cos"].shape[1])
+    except (KeyError, IndexError) as error:
+        begin = ", ".join(sorted(state)[:3])
+        raise UserError(f"This is not the state dict of a released DiT-DH: {error!r} while reading its shapes. Its keys: {begin}, ...") from error
+
+
+def network_from_released(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], shape: NetworkShape, where: str = "model.") -> dict[str, Tensor]:
+    """A released network under the names of `ours`, a LatentDiT's state dict. A file of other numbers is a UserError that names the settings."""
+    found = recognise(state, shape.head_depth)
+    compared = found._fields if found.head_depth else ("width", "depth", "heads", "head_depth")
+    pairs = ((name, getattr(shape, name), getattr(found, name)) for name in compared)
+    if wrong := [f"{where}{name}={wanted}, the file has {theirs}" for name, wanted, theirs in pairs if wanted != theirs]:
+        raise UserError(f"The released weights are of another network: {'; '.join(wrong)}.")
+    grid = round(state["pos_embed"].shape[1] ** 0.5)
+    check_table("pos_embed", state["pos_embed"][0], sincos_table(grid, found.width))
+    rotations = {name: tensor for name, tensor in state.items() if ROTATIONS.fullmatch(name)}
+    for name, tensor in rotations.items():
+        check_rotation(name, tensor, grid)
+    rest = {name: tensor for name, tensor in state.items() if name not in rotations}
+    return matched(rest, ours, HEAD_RENAMES if found.head_depth else PLAIN_RENAMES, "network")
+
+
+def network_to_released(ours: Mapping[str, Tensor], shape: NetworkShape) -> dict[str, Tensor]:
+    """The inverse, with the tables of rotations that the released files hold."""
+    grid = round(ours["pos_embed"].shape[1] ** 0.5)
+    stacks = {"enc_": shape.width // shape.heads, "dec_": shape.head_width // shape.head_heads} if shape.head_depth else {"": shape.width // shape.heads}
+    state = {rename(name, HEAD_RENAMES if shape.head_depth else PLAIN_RENAMES): tensor for name, tensor in ours.items()}
+    for stack, head_dim in stacks.items():
+        for wave, table in zip(("cos", "sin"), rope_table(grid, head_dim).unbind(-1), strict=True):
+            state[f"{stack}feat_rope.freqs_{wave}"] = table.repeat_interleave(2, dim=-1)
+    return {name: tensor[..., None, None] if name.endswith("embedder.proj.weight") else tensor for name, tensor in state.items()}
+
+
+def check_rotation(name: str, table: Tensor, grid: int) -> None:
+    """A stored table (N, K) of cosines or sines against ours; the two channels of a pair turn alike."""
+    ours = rope_table(grid, table.shape[1])[..., 0 if name.endswith("cos") else 1]
+    check_table(name, table, ours.repeat_interleave(2, dim=-1))
