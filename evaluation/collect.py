@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import UserError
-from evaluation.features import Extractor, Features
+from evaluation.features import Extractor
 from evaluation.moments import Moments
 from evaluation.protocol import JACKKNIFE_GROUPS
 from evaluation.ranks import gather_rows, rank_and_size
@@ -27,6 +27,7 @@ class Collected:
     moments: Moments  # of all images
     features: Tensor  # (m, D) float32, of the images that were kept
     logits: Tensor  # (m, C) float32
+    spatial: Moments | None = None  # of the spatial features of all images, where they were asked for
 
 
 def collect(
@@ -36,26 +37,33 @@ def collect(
     weights: Tensor | None = None,
     keep: Tensor | None = None,
     groups: int = JACKKNIFE_GROUPS,
+    spatial_dims: int = 0,
 ) -> Collected:
     """Extracts features of images 0 .. num_images - 1, each of which exactly one process must deliver.
 
-    weights: (num_images,) for the moments, default 1; keep: (num_images,) bool, whose features and logits are returned, default all.
+    weights: (num_images,) for the moments, default 1; keep: (num_images,) bool, whose features and logits are returned, default all;
+    spatial_dims: of the extractor's spatial features, whose moments are wanted too; 0 leaves them.
     """
     moments = Moments.zeros(extractor.dims, groups)
+    spatial = Moments.zeros(spatial_dims, groups) if spatial_dims else None
     seen = [torch.empty(0, dtype=torch.int64)]  # a process may get no image at all
     kept, features, logits = [seen[0]], [torch.empty(0, extractor.dims)], [torch.empty(0, extractor.num_classes)]
     for batch, indices in images:
-        found = Features(*(part.cpu() for part in extractor(batch)))
-        moments.add(found.pooled, indices, None if weights is None else weights[indices])
+        found = extractor(batch).cpu()
+        w = None if weights is None else weights[indices]
+        moments.add(found.pooled, indices, w)
+        if spatial is not None and found.spatial is not None:
+            spatial.add(found.spatial, indices, w)
         chosen = slice(None) if keep is None else keep[indices]
         seen.append(indices)
         kept.append(indices[chosen])
         features.append(found.pooled[chosen])
         logits.append(found.logits[chosen])
-    moments.all_reduce()
+    for sums in filter(None, (moments, spatial)):
+        sums.all_reduce()
     check_complete(gather_rows(torch.cat(seen)), num_images)
     order = gather_rows(torch.cat(kept)).argsort()
-    return Collected(moments, gather_rows(torch.cat(features))[order], gather_rows(torch.cat(logits))[order])
+    return Collected(moments, gather_rows(torch.cat(features))[order], gather_rows(torch.cat(logits))[order], spatial)
 
 
 def check_complete(indices: Tensor, num_images: int) -> None:

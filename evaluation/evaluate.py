@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,23 +17,23 @@ from common.errors import UserError
 from common.progress import progress_bar
 from evaluation.class_accuracy import fit_discriminant
 from evaluation.collect import Collected, ImageBatch, batches, collect
+from evaluation.feature_sets import FeatureSet, feature_set
 from evaluation.features import EmbeddedExtractor, Extractor
 from evaluation.frechet import Estimate, Factored, factorise, frechet_distance, frechet_distance_few, jackknife
 from evaluation.generate import balanced_labels, generate
 from evaluation.inception_score import inception_score
-from evaluation.kid import kernel_distance
+from evaluation.kid import KernelDistance, kernel_distance
 from evaluation.moments import Moments
 from evaluation.prdc import prdc
 from evaluation.protocol import JACKKNIFE_GROUPS, MAX_NEIGHBOURS, embedded_protocol
 from evaluation.ranks import rank_and_size
-from evaluation.reference import FeatureSet, feature_set
+from evaluation.record import Metric
+from evaluation.spread import over_seeds
 
 if TYPE_CHECKING:
     from common.config import RunConfig
     from common.datasets import DataSource, ImageSet
     from methods.base import Method
-
-Metric = dict[str, Any]  # value, value_bc, se, n, unit: the record's metrics.<name>
 
 MIN_IMAGES = JACKKNIFE_GROUPS
 
@@ -52,24 +52,27 @@ class Evaluation:
 
     protocol: dict[str, Any]
     metrics: dict[str, Metric]
-    sampling_seconds: float  # of this process, making its share of the images
+    sampling_seconds: float  # of this process, making its share of the images of all seeds
 
 
-def evaluate(images: Iterable[ImageBatch], labels: NDArray[np.int64], extractor: Extractor, reference: Reference) -> dict[str, Metric]:
+def evaluate(images: Iterable[ImageBatch], labels: NDArray[np.int64] | int, extractor: Extractor, reference: Reference) -> dict[str, Metric]:
     """All metrics of the images that were requested with labels (n,), n at least 20; every process gets the same answer.
 
+    labels: or only n, where it is not known which image should show what.
+
     fd_embedded and its floor, the distance of held-out real images from the same reference; kid, is, precision, recall, density, coverage;
-    class_accuracy and class_accuracy_real, the classifier's accuracy on held-out real images.
+    with labels class_accuracy and class_accuracy_real, the classifier's accuracy on held-out real images.
     """
-    check_enough("generated", len(labels))
+    n = labels if isinstance(labels, int) else len(labels)
+    check_enough("generated", n)
     check_enough("training", len(reference.train.labels))
-    generated = collect(images, len(labels), extractor)
+    generated = collect(images, n, extractor)
     train = factorise(reference.train.moments.total())
-    metrics = {"fd_embedded": frechet_metric(frechet_estimate(generated, train), len(labels), train.regularised)}
+    metrics = {"fd_embedded": frechet_metric(frechet_estimate(generated, train), n, train.regularised)}
     if reference.heldout is not None:
         metrics["fd_floor"] = floor_metric(reference.heldout.moments, train)
     metrics |= sample_metrics(generated, reference.train)
-    return metrics | classifier_metrics(generated.features, torch.from_numpy(labels), reference)
+    return metrics if isinstance(labels, int) else metrics | classifier_metrics(generated.features, torch.from_numpy(labels), reference)
 
 
 def check_enough(kind: str, num_images: int) -> None:
@@ -96,7 +99,17 @@ def floor_metric(heldout: Moments, reference: Factored) -> Metric:
 
 def frechet_metric(estimate: Estimate, n: int, regularised: bool) -> Metric:
     """An entry of the record; regularised: the reference's covariance was not positive definite."""
-    return {"value": estimate.value, "value_bc": estimate.value_bc, "se": estimate.se, "n": n, "unit": "feature^2", "regularised": regularised}
+    left_out = list(estimate.left_out)
+    return {
+        "value": estimate.value, "value_bc": estimate.value_bc, "se": estimate.se, "left_out": left_out,
+        "n": n, "unit": "feature^2", "regularised": regularised,
+    }  # fmt: skip
+
+
+def kid_metric(kid: KernelDistance, n: int) -> Metric:
+    """An entry of the record; an unbiased estimate needs no correction."""
+    entry = {"value": kid.value, "value_bc": None, "se": kid.se, "n": n, "unit": "1"}
+    return entry | ({"left_out": list(kid.left_out)} if kid.left_out else {})
 
 
 def sample_metrics(generated: Collected, train: FeatureSet) -> dict[str, Metric]:
@@ -106,7 +119,7 @@ def sample_metrics(generated: Collected, train: FeatureSet) -> dict[str, Metric]
     score = inception_score(generated.logits)
     near = prdc(generated.features[:MAX_NEIGHBOURS], train.features)
     return {
-        "kid": {"value": kid.value, "value_bc": None, "se": kid.se, "n": n, "unit": "1"},
+        "kid": kid_metric(kid, n),
         "is": {"value": score.value, "value_bc": None, "se": score.se, "n": n, "unit": "1"},
         "precision": mean_metric(near.precision),
         "recall": mean_metric(near.recall, train.weights),
@@ -138,21 +151,30 @@ def classifier_metrics(features: Tensor, labels: Tensor, reference: Reference) -
 # -- a run ----------------------------------------------------------------------------------------------------------------------
 
 
-def evaluate_method(method: Method, run: RunConfig, source: DataSource, device: torch.device | str, cache: Path) -> Evaluation:
+def evaluate_method(
+    method: Method, run: RunConfig, source: DataSource, device: torch.device | str, cache: Path, seeds: Sequence[int] | None = None
+) -> Evaluation:
     """Samples `run.eval.num_images` images from a method and measures them against its data; every process takes part.
 
-    cache: the folder for the features of the real images, shared by all runs.
+    cache: the folder for the features of the real images, shared by all runs. seeds: sampling seeds, `run.eval.seed` alone if there are none;
+    with several the metrics are means over as many sets of images.
     """
     check_enough("generated", run.eval.num_images)
     extractor = EmbeddedExtractor(device)
     reference = load_reference(source, extractor, cache)
-    labels = balanced_labels(run.eval.num_images, source.info.num_classes, run.eval.seed)
-    clock = Clock()
-    images = generate(method, run.sample, labels, run.eval.seed, run.eval.batch, device)
-    metrics = evaluate(progress(clock.timed(images), len(labels), "evaluating"), labels, extractor, reference)
+    clock, parts = Clock(), []
+    for seed in seeds or (run.eval.seed,):
+        labels = balanced_labels(run.eval.num_images, source.info.num_classes, seed)
+        images = generate(method, run.sample, labels, seed, run.eval.batch, device)
+        parts.append(evaluate(progress(clock.timed(images), len(labels), "evaluating"), labels, extractor, reference))
+    return Evaluation(data_protocol(extractor, source, reference, run.eval.num_images), over_seeds(parts), clock.seconds)
+
+
+def data_protocol(extractor: Extractor, source: DataSource, reference: Reference, num_images: int) -> dict[str, Any]:
+    """The embedded protocol against a data set."""
     heldout_digest = source.heldout.digest if reference.heldout else None
-    identity = (source.info.name, source.train.digest, heldout_digest, len(source.train), source.info.image_size, len(labels))
-    return Evaluation(embedded_protocol(extractor, *identity), metrics, clock.seconds)
+    info = source.info
+    return embedded_protocol(extractor, info.name, source.train.digest, heldout_digest, len(source.train), info.image_size, num_images)
 
 
 def load_reference(source: DataSource, extractor: Extractor, cache: Path) -> Reference:

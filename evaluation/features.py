@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.encoders import efficientnet_lite0 as lite0
 
@@ -17,8 +17,21 @@ ACCELERATOR_CHUNK = 256
 
 
 class Features(NamedTuple):
+    """What an extractor finds in a batch of images."""
+
     pooled: Tensor  # (B, D) float32
     logits: Tensor  # (B, C) float32, of the extractor's own classifier
+    spatial: Tensor | None = None  # (B, S) float32, a map of features with its positions, for sFID
+
+    def cpu(self) -> Features:
+        """The same on the CPU."""
+        return Features(self.pooled.cpu(), self.logits.cpu(), None if self.spatial is None else self.spatial.cpu())
+
+
+def joined(parts: Sequence[Features]) -> Features:
+    """The features of consecutive batches as one."""
+    pooled, logits, spatial = zip(*parts, strict=True)
+    return Features(torch.cat(pooled), torch.cat(logits), None if spatial[0] is None else torch.cat(spatial))
 
 
 class Extractor(Protocol):
@@ -31,13 +44,41 @@ class Extractor(Protocol):
     scaling: str
     dims: int
     num_classes: int  # of its classifier
+    comparable_with_inception_fid: bool
     device: torch.device
 
     def __call__(self, images: Tensor) -> Features:
         """Features on `device` of images (B, 3, H, W) uint8 on any device. An image's features do not depend on the others of its batch."""
 
 
-class EmbeddedExtractor:
+class NetworkExtractor:
+    """An extractor that is one frozen network: checks, chunks and computes in float32 whatever the run around it chose."""
+
+    comparable_with_inception_fid = False
+
+    def __init__(self, network: nn.Module, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.network = network.to(self.device)
+
+    def __call__(self, images: Tensor) -> Features:
+        """images: (B, 3, H, W) uint8. Computed in float32, TF32 off, outside any autocast, in chunks that suit the device."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise TypeError(f"the extractor takes uint8 images (B, 3, H, W), not {images.dtype} {tuple(images.shape)}")
+        on_cpu = self.device.type == "cpu"
+        chunks = images.tensor_split(-(-len(images) // (CPU_CHUNK if on_cpu else ACCELERATOR_CHUNK)))
+        with exact_float32():
+            return joined(map_on_threads(self._chunk, chunks) if on_cpu else [self._chunk(chunk) for chunk in chunks])
+
+    def _chunk(self, images: Tensor) -> Features:
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):  # both are settings of the thread
+            return self.extract(images)
+
+    def extract(self, images: Tensor) -> Features:
+        """The features of one chunk, uint8 on any device."""
+        raise NotImplementedError
+
+
+class EmbeddedExtractor(NetworkExtractor):
     """EfficientNet-Lite0 at 128 px: needs no download. Its distances compare inside this project only."""
 
     id = "embedded-v1"
@@ -49,22 +90,10 @@ class EmbeddedExtractor:
     num_classes = lite0.NUM_CLASSES
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-        self.network = lite0.EfficientNetLite0().to(self.device)
+        super().__init__(lite0.EfficientNetLite0(), device)
 
-    def __call__(self, images: Tensor) -> Features:
-        """images: (B, 3, H, W) uint8. Computed in float32, TF32 off, outside any autocast, in chunks that suit the device."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise TypeError(f"the extractor takes uint8 images (B, 3, H, W), not {images.dtype} {tuple(images.shape)}")
-        on_cpu = self.device.type == "cpu"
-        chunks = images.tensor_split(-(-len(images) // (CPU_CHUNK if on_cpu else ACCELERATOR_CHUNK)))
-        with exact_float32():
-            parts = map_on_threads(self._chunk, chunks) if on_cpu else [self._chunk(chunk) for chunk in chunks]
-        return Features(torch.cat([part.pooled for part in parts]), torch.cat([part.logits for part in parts]))
-
-    def _chunk(self, images: Tensor) -> Features:
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):  # both are settings of the thread
-            output = self.network(lite0.resize(images.to(self.device).float()))
+    def extract(self, images: Tensor) -> Features:
+        output = self.network(lite0.resize(images.to(self.device).float()))
         return Features(output.pooled, output.logits)
 
 

@@ -60,4 +60,9 @@ def quantise(images: Tensor) -> Tensor:
     if not bool(torch.isfinite(images).all()):
         bad = int((~torch.isfinite(images)).flatten(1).any(1).sum())
         raise UserError(f"{bad} of {len(images)} generated images hold NaN or infinity. The weights have diverged, or the sampler's settings make them.")
+    return to_uint8(images)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """The same without the check, for pictures of unfinished training: what is not finite has no defined level."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

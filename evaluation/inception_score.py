@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from evaluation.protocol import IS_SHUFFLE_SEED, IS_SPLITS
@@ -17,15 +18,23 @@ class InceptionScore:
     se: float  # standard deviation over splits / sqrt(splits)
 
 
-def inception_score(logits: Tensor) -> InceptionScore:
+def inception_score(logits: Tensor, generator: str = "PCG64") -> InceptionScore:
     """IS = exp E_x KL(p(y|x) || p(y)) in each of ten parts of a shuffled set; logits (n, C) with n >= IS_SPLITS.
 
-    The shuffle has a fixed seed: without it, class-sorted images would put few classes into each part and cap the score.
+    The shuffle has a fixed seed: without it, class-sorted images would put few classes into each part and cap the score. generator: NumPy's that
+    shuffles; with RandomState the parts are those of torch-fidelity.
     """
-    order = np.random.Generator(np.random.PCG64(IS_SHUFFLE_SEED)).permutation(len(logits))
+    order = shuffled(len(logits), generator)
     p = logits.double().softmax(1)[torch.from_numpy(order)]
     scores = torch.tensor([split_score(part) for part in torch.tensor_split(p, IS_SPLITS)], dtype=torch.float64)
     return InceptionScore(float(scores.mean()), float(scores.std()) / IS_SPLITS**0.5)
+
+
+def shuffled(n: int, generator: str) -> NDArray[np.int64]:
+    """A fixed permutation of n positions by NumPy's PCG64 or RandomState."""
+    if generator == "RandomState":
+        return np.random.RandomState(IS_SHUFFLE_SEED).permutation(n)
+    return np.random.Generator(np.random.PCG64(IS_SHUFFLE_SEED)).permutation(n)
 
 
 def split_score(p: Tensor) -> float:

@@ -19,6 +19,7 @@ BLOCK = 2048  # rows of a kernel matrix in memory at once
 class KernelDistance:
     value: float
     se: float  # complete: jackknife over groups of generated images; subsets: standard deviation over subsets / sqrt(subsets)
+    left_out: tuple[float, ...] = ()  # complete: the values with one group left out
 
 
 def kernel_distance(generated: Tensor, reference: Tensor, weights: Tensor | None = None) -> KernelDistance:
@@ -30,7 +31,7 @@ def kernel_distance(generated: Tensor, reference: Tensor, weights: Tensor | None
     w = y.new_ones(len(y)) if weights is None else weights.double()
     if max(len(x), len(y)) <= KID_COMPLETE_LIMIT:
         value, left_out = complete(x, y, w, groups=min(JACKKNIFE_GROUPS, len(x) // 2))
-        return KernelDistance(value, jackknife(value, left_out).se)
+        return KernelDistance(value, jackknife(value, left_out).se, tuple(left_out))
     rng = np.random.Generator(np.random.PCG64(KID_SEED))
     size = min(KID_SUBSET_SIZE, len(x), len(y))
     values = []

@@ -31,15 +31,19 @@ PRECISION_K = 3
 DENSITY_K = 5
 MAX_NEIGHBOURS = 10_000  # images a side for precision, recall, density, coverage, and for subsets of KID
 CLASSIFIER_SHRINKAGE = 0.03
+MIND_PROJECTIONS = 1000
+MIND_SEED = 2020
+PSNR_CAP = 100.0  # dB, of an image that is identical to its original
+SSIM_WINDOW = 11  # pixels
+SSIM_SIGMA = 1.5  # pixels
+SSIM_K1, SSIM_K2 = 0.01, 0.03
 
 
-class ExtractorIdentity(Protocol):
-    """The part of evaluation.features.Extractor that is needed here, where torch is not imported."""
+class Layer(Protocol):
+    """What an extractor computes, without its weights."""
 
     @property
     def id(self) -> str: ...
-    @property
-    def sha256(self) -> str: ...
     @property
     def layer(self) -> str: ...
     @property
@@ -48,6 +52,13 @@ class ExtractorIdentity(Protocol):
     def scaling(self) -> str: ...
     @property
     def dims(self) -> int: ...
+
+
+class ExtractorIdentity(Layer, Protocol):
+    """The part of evaluation.features.Extractor that is needed here, where torch is not imported."""
+
+    @property
+    def sha256(self) -> str: ...
 
 
 def embedded_protocol(
@@ -59,20 +70,8 @@ def embedded_protocol(
     num_reference: training images; resolution: pixels; num_images: generated images.
     """
     neighbours = {"n_ref": min(num_reference, MAX_NEIGHBOURS), "n_gen": min(num_images, MAX_NEIGHBOURS)}
-    complete = max(neighbours["n_ref"], num_images) <= KID_COMPLETE_LIMIT
-    kid = {"estimator": "complete"} if complete else {"estimator": "subsets", "subsets": KID_SUBSETS, "size": KID_SUBSET_SIZE, "seed": KID_SEED}
     return {
-        "extractor": {
-            "id": extractor.id,
-            "sha256": extractor.sha256,
-            "layer": extractor.layer,
-            "resize": extractor.resize,
-            "scaling": extractor.scaling,
-            "dims": extractor.dims,
-            "dtype": "float32",
-            "tf32": False,
-            "comparable_with_inception_fid": False,
-        },
+        "extractor": extractor_entry(extractor, extractor.sha256),
         "reference": {
             "id": f"{data}-train",
             "digest": train_digest,
@@ -88,12 +87,62 @@ def embedded_protocol(
             "dtype": "float64",
             "jackknife_groups": JACKKNIFE_GROUPS,
             "is": {"splits": IS_SPLITS, "shuffle_seed": IS_SHUFFLE_SEED, "bias": True},
-            "kid": {"kernel": "(x.y/D+1)^3", **kid},
+            "kid": {"kernel": "(x.y/D+1)^3", **kid_entry(neighbours["n_ref"], num_images)},
             "prdc": {"k_precision": PRECISION_K, "compare_precision": "<=", "k_density": DENSITY_K, "compare_density": "<", **neighbours},
             "class_accuracy": {"classifier": "linear_discriminant", "shrinkage": CLASSIFIER_SHRINKAGE},
         },
         "resolution": resolution,
         "evaluator_version": EVALUATOR_VERSION,
+    }
+
+
+def reconstruction_protocol(
+    extractor: Mapping[str, Any], data: str, split: str, data_digest: str, num_images: int, resolution: int, perceptual: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Images of a split against what encoding and decoding makes of them.
+
+    extractor: its entry; data_digest: determines the images and their order; perceptual: id and digest of the network of the perceptual distance.
+    """
+    pixels = {"data_range": 255, "mean": "images"}
+    ssim = {**pixels, "window": SSIM_WINDOW, "sigma": SSIM_SIGMA, "k1": SSIM_K1, "k2": SSIM_K2, "border": "none"}
+    return {
+        "extractor": dict(extractor),
+        "reference": {"id": f"{data}-{split}", "digest": data_digest, "split": split, "n_images": num_images, "weighting": "none"},
+        "samples": {"n": num_images, "label_law": "reconstruction", "label_order": "reference", "uint8_rule": "round_half_even", "container": "memory"},
+        "estimator": {
+            "fd": "plugin",
+            "cov_ddof": 1,
+            "dtype": "float64",
+            "jackknife_groups": JACKKNIFE_GROUPS,
+            "jackknife": "paired",
+            "psnr": {**pixels, "cap_db": PSNR_CAP},
+            **({"ssim": ssim} if resolution >= SSIM_WINDOW else {}),
+            "perceptual": dict(perceptual),
+        },
+        "resolution": resolution,
+        "evaluator_version": EVALUATOR_VERSION,
+    }
+
+
+def kid_entry(num_reference: int, num_images: int) -> dict[str, Any]:
+    """How KID is estimated for sets of these sizes."""
+    if max(num_reference, num_images) <= KID_COMPLETE_LIMIT:
+        return {"estimator": "complete"}
+    return {"estimator": "subsets", "subsets": KID_SUBSETS, "size": KID_SUBSET_SIZE, "seed": KID_SEED}
+
+
+def extractor_entry(extractor: Layer, sha256: str, comparable_with_inception_fid: bool = False) -> dict[str, Any]:
+    """The extractor's part of every protocol; sha256 is that of its weights."""
+    return {
+        "id": extractor.id,
+        "sha256": sha256,
+        "layer": extractor.layer,
+        "resize": extractor.resize,
+        "scaling": extractor.scaling,
+        "dims": extractor.dims,
+        "dtype": "float32",
+        "tf32": False,
+        "comparable_with_inception_fid": comparable_with_inception_fid,
     }
 
 
@@ -120,7 +169,26 @@ def protocol_hash(protocol: Mapping[str, Any]) -> str:
     return digest(protocol)[:HASH_DIGITS]
 
 
+DISTANCE = ("fd", "cov_ddof", "dtype")
+ESTIMATORS = {
+    "is": ("is",), "kid": ("kid",), "mind": ("mind",), "precision": ("prdc",), "recall": ("prdc",), "density": ("prdc",), "coverage": ("prdc",),
+    "class_accuracy": ("class_accuracy",), "class_accuracy_real": ("class_accuracy",),
+    "psnr": ("psnr",), "ssim": ("ssim",), "lpips": ("perceptual",), "perceptual_embedded": ("perceptual",),
+}  # fmt: skip
+
+
+def metric_hash(protocol: Mapping[str, Any], metric: str) -> str:
+    """The identity of one metric: the protocol without the settings of other estimators, so that KID compares where only k of recall differs.
+
+    A protocol's name is left out too: it moves nothing.
+    """
+    wanted = ESTIMATORS.get(metric, DISTANCE)
+    estimator = {key: value for key, value in protocol["estimator"].items() if key in wanted}
+    return digest({"metric": metric, **{key: value for key, value in protocol.items() if key != "name"}, "estimator": estimator})[:HASH_DIGITS]
+
+
 def protocol_name(protocol: Mapping[str, Any]) -> str:
-    """For people, e.g. `embedded-v1/emoji32-train/n=1000/balanced#3fa2c8d01b7e`."""
+    """For people, e.g. `embedded-v1/emoji32-train/n=1000/balanced#3fa2c8d01b7e`, led by the protocol's own name where it has one."""
     samples = protocol["samples"]
-    return f"{protocol['extractor']['id']}/{protocol['reference']['id']}/n={samples['n']}/{samples['label_law']}#{protocol_hash(protocol)}"
+    named = f"{protocol['name']}: " if "name" in protocol else ""
+    return f"{named}{protocol['extractor']['id']}/{protocol['reference']['id']}/n={samples['n']}/{samples['label_law']}#{protocol_hash(protocol)}"

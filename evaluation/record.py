@@ -15,15 +15,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
-from jsonschema import Draft202012Validator
+from jsonschema_rs import Draft202012Validator
 
 from common.errors import UserError
 from evaluation.protocol import digest, protocol_hash
 
+RESULT = "result.json"  # the record's name in a run's folder
 SCHEMA = "result.v1"
 SCHEMA_FILE = Path(__file__).with_name(f"{SCHEMA}.schema.json")
 
 Record: TypeAlias = dict[str, Any]
+Metric: TypeAlias = dict[str, Any]  # value, value_bc, se, n, unit, ...: the record's metrics.<name>
 
 
 class RecordError(UserError):
@@ -55,7 +57,7 @@ def row_id(record: Mapping[str, Any]) -> str:
 
 def validate(record: Any) -> None:
     """Raises RecordError with every fault: wrong or missing or unknown fields, a hash that does not fit the protocol, a row_id that does not fit the row."""
-    faults = [f"{'.'.join(map(str, error.absolute_path)) or 'record'}: {error.message[:300]}" for error in _validator().iter_errors(record)]
+    faults = [f"{'.'.join(map(str, error.instance_path)) or 'record'}: {error.message[:300]}" for error in _validator().iter_errors(record)]
     if faults:
         raise RecordError("; ".join(sorted(faults)))
     if record["protocol"] is not None and record["protocol_hash"] != protocol_hash(record["protocol"]):
@@ -154,13 +156,20 @@ def _split_name(name: str) -> Sequence[str]:
     return parts
 
 
+_PLAIN, _ASCII = (json.JSONEncoder(ensure_ascii=ascii, allow_nan=False).encode for ascii in (False, True))
+
+
 def _cell(value: Any) -> str:
     """A string stays plain unless it would read as JSON, looks like a spreadsheet formula, or holds anything unprintable."""
-    plain = isinstance(value, str) and value != "" and value.isprintable() and value == value.strip() and value[0] not in "=+-@"
-    return value if plain and _parse(value) is value else json.dumps(value, ensure_ascii=not plain, allow_nan=False)
+    if not isinstance(value, str):
+        return _ASCII(value)
+    plain = value != "" and value.isprintable() and value == value.strip() and value[0] not in "=+-@"
+    return (value if _parse(value) is value else _PLAIN(value)) if plain else _ASCII(value)
 
 
 def _parse(cell: str) -> Any:
+    if cell[:1].isalpha() and cell[0] not in "tfnNI":  # the first letters of true, false, null, NaN and Infinity
+        return cell
     try:
         return json.loads(cell)
     except (ValueError, RecursionError):

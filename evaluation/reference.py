@@ -1,127 +1,170 @@
-"""What generated images are measured against: features and moments of the training split, and of the held-out split for the floor.
+"""Reference statistics of real images, and the files that protocols need.
 
-Every class weighs alike, whatever its number of images, because generated labels are balanced: against unweighted moments of an unbalanced
-data set even a perfect generator would stay at a distance (emoji32: 23, as much as the bias of 2000 samples).
+  python evaluation/reference.py fetch-plan protocol=adm256          what to get, from where, its size and digest; downloads nothing
+  python evaluation/reference.py verify protocol=adm256              whether those files are there and right
+  python evaluation/reference.py build protocol=clean images=/data/imagenet/train size=256 id=imagenet256-train out=clean-reference.safetensors
+  python evaluation/reference.py show FILE.npz                       what an .npz of ADM, JiT or pMF, or a built reference, holds
+
+Files are looked for in $PIXLAT_EVAL_DIR and in torch's cache ($TORCH_HOME/hub/checkpoints), or given as weights= and reference=.
+`build` takes every image below the folder through ADM's centre crop to `size` pixels; with torchrun each process takes its share.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
 
-from common.seeds import derive
-from evaluation.collect import ImageBatch, collect
-from evaluation.features import Extractor
-from evaluation.moments import Moments
-from evaluation.protocol import EVALUATOR_VERSION, JACKKNIFE_GROUPS, MAX_NEIGHBOURS, digest
-from evaluation.ranks import rank_and_size, sum_over_ranks
+from common.errors import UserError, close_match
+from evaluation.command import help_text, parse, run_command
+from evaluation.needed_files import checked, fetch_plan, verify
+from evaluation.protocols import EMBEDDED, PROTOCOLS, NamedProtocol, get_protocol
+
+if TYPE_CHECKING:
+    from evaluation.collect import ImageBatch
 
 
-@dataclass(frozen=True)
-class FeatureSet:
-    """Features of labelled real images."""
+@dataclass
+class Keys:
+    """The keys of all commands."""
 
-    moments: Moments  # of all images, classes weighted alike
-    features: Tensor  # (m, D) float32, of at most MAX_NEIGHBOURS images
-    labels: Tensor  # (m,) int64
-
-    @property
-    def weights(self) -> Tensor:
-        """(m,) float64, mean 1."""
-        return class_weights(self.labels)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """As they are stored."""
-        return {**self.moments.tensors(), "features": self.features, "labels": self.labels}
+    protocol: str | None = None  # a named protocol; none: all of them, for fetch-plan
+    weights: str | None = None  # the extractor's file; none: looked for by its name
+    reference: str | None = None  # for verify; none: looked for by its name
+    images: str | None = None  # for build: a folder of real images, at any depth
+    size: int | None = None  # for build: pixels after the crop
+    id: str | None = None  # for build: name of the reference in protocols, for instance imagenet256-train
+    split: str = "train"  # for build: which part of the data these images are
+    out: str | None = None  # for build: the file to write, .safetensors
 
 
-def class_weights(labels: Tensor) -> Tensor:
-    """(N,) float64 with mean 1: N / (classes * images of the own class)."""
-    _, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
-    return (len(labels) / (len(counts) * counts.double()))[inverse]
+def usage() -> str:
+    """Commands and keys."""
+    return help_text(str(__doc__), Keys, {}) + f"\n\nProtocols: {', '.join(PROTOCOLS)}"
 
 
-def feature_set(
-    images: Iterable[ImageBatch],
-    labels: NDArray[np.int64],
-    extractor: Extractor,
-    data_digest: str,
-    cache: Path,
-    groups: int = JACKKNIFE_GROUPS,
-) -> FeatureSet:
-    """The features of a data set, from the cache folder if they are there, else extracted and stored.
-
-    images: batches of all N images, in the order of labels (N,); an iterator is not touched where the cache holds the answer.
-    data_digest: determines images, labels and order. With several processes each brings its part of the images and gets the whole.
-    """
-    path = cache / f"{_cache_key(extractor, data_digest, groups)}.safetensors"
-    found = _read(path, len(labels))
-    if _everyone(found is not None) and found is not None:
-        return found
-    all_labels = torch.from_numpy(labels)
-    keep = _sample(len(labels))
-    collected = collect(images, len(labels), extractor, class_weights(all_labels), keep, groups)
-    result = FeatureSet(collected.moments, collected.features, all_labels[keep])
-    if rank_and_size()[0] == 0:
-        _write(result, path)
-    return result
+def work(arguments: Sequence[str]) -> str:
+    """Runs one command and returns what to tell."""
+    commands: dict[str, Callable[[Keys], str]] = {"fetch-plan": plan_files, "verify": verify_files, "build": build}
+    name, *rest = arguments
+    if name == "show":
+        return "\n\n".join(show(Path(file).expanduser()) for file in rest)
+    if name not in commands:
+        raise UserError(f"{name!r} is not a command.{close_match(name, commands)} Commands: {', '.join((*commands, 'show'))}.")
+    keys, _ = parse(Keys, rest)
+    return commands[name](keys)
 
 
-def _sample(n: int) -> Tensor:
-    """(n,) bool: at most MAX_NEIGHBOURS images, the same ones every time."""
-    keep = torch.zeros(n, dtype=torch.bool)
-    rng = np.random.Generator(np.random.PCG64(derive("reference sample")))
-    keep[torch.from_numpy(rng.permutation(n)[:MAX_NEIGHBOURS])] = True
-    return keep
+def plan_files(keys: Keys) -> str:
+    """What to fetch for one protocol, or for all."""
+    if keys.protocol == EMBEDDED:
+        return fetch_plan(())
+    chosen = [_protocol(keys)] if keys.protocol else list(PROTOCOLS.values())
+    return "\n\n".join(f"{protocol.name}: {protocol.about}\n{fetch_plan(protocol.files)}" for protocol in chosen)
 
 
-def _everyone(condition: bool) -> bool:
-    """Whether the condition holds in all processes."""
-    failures = torch.tensor(int(not condition))
-    sum_over_ranks(failures)
-    return not int(failures)
+def verify_files(keys: Keys) -> str:
+    """Whether a protocol's files are right; a UserError where they are not, so that scripts can rely on the exit code."""
+    lines, good = verify(_protocol(keys).files, {"weights": keys.weights, "reference": keys.reference})
+    if not good:
+        raise UserError("\n".join(lines))
+    return "\n".join(lines)
 
 
-def _cache_key(extractor: Extractor, data_digest: str, groups: int) -> str:
-    parts = [extractor.id, extractor.sha256, extractor.layer, extractor.resize, extractor.scaling, data_digest, groups, EVALUATOR_VERSION]
-    return digest(parts)[:32]
+def _protocol(keys: Keys) -> NamedProtocol:
+    if keys.protocol is None:
+        raise UserError(f"give protocol=, one of {', '.join(PROTOCOLS)}.")
+    return get_protocol(keys.protocol)
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    hasher = hashlib.sha256()
-    for name in sorted(tensors):
-        hasher.update(tensors[name].contiguous().numpy().data)
+# -- build ----------------------------------------------------------------------------------------------------------------------
+
+
+def build(keys: Keys) -> str:
+    """Extracts the features of every image below a folder and writes their statistics."""
+    protocol, out = _protocol(keys), Path(str(keys.out)).expanduser()
+    for key in ("images", "size", "id", "out"):
+        if getattr(keys, key) is None:
+            raise UserError(f"build needs {key}=. `python evaluation/reference.py --help` has an example.")
+    if out.suffix != ".safetensors" or not out.parent.is_dir():
+        raise UserError(f"out={keys.out} must end in .safetensors and lie in a folder that exists.")
+    if out.exists():
+        raise UserError(f"{out} exists and is not overwritten. Choose another out=, or remove it.")
+    folder, size = Path(str(keys.images)).expanduser(), int(keys.size or 0)
+    files = image_files(folder)
+    weights = checked(protocol.extractor.file, keys.weights)
+    from accelerate import PartialState
+
+    from evaluation import reference_files
+    from evaluation.evaluate import progress
+    from evaluation.extractors import build_extractor
+
+    state = PartialState()
+    extractor = build_extractor(protocol.extractor, weights, state.device)
+    entry = {"id": str(keys.id), "digest": digest_of(folder, files, size), "split": keys.split, "crop": "adm_center_crop"}
+    stream = progress(squares(files, size), len(files), "extracting features")
+    found = reference_files.build(stream, len(files), extractor, entry)
+    if state.is_main_process:
+        reference_files.write_built(found, out, extractor, size)
+    return f"{out}: {len(files):,} images of {size} px, {extractor.id}"
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Every image file below a folder, by name."""
+    from common.datasets import IMAGE_SUFFIXES
+
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if len(files) < 2:
+        raise UserError(f"images={folder} holds {len(files)} image files ({', '.join(IMAGE_SUFFIXES)}). Statistics need at least 2.")
+    return files
+
+
+def squares(files: Sequence[Path], size: int) -> Iterator[ImageBatch]:
+    """This process's share of the images, centre-cropped."""
+    import numpy as np
+
+    from common.crop import read_square
+    from evaluation.collect import batches
+
+    return batches(lambda indices: np.stack([read_square(files[index], size) for index in indices]), len(files))
+
+
+def digest_of(folder: Path, files: Sequence[Path], size: int) -> str:
+    """Names and sizes in bytes: reading a million files twice would take hours."""
+    hasher = hashlib.sha256(f"{size}\n".encode())
+    for file in files:
+        hasher.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\n".encode())
     return hasher.hexdigest()
 
 
-def _write(features: FeatureSet, path: Path) -> None:
-    """Whole or not at all, with a checksum."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    tensors = features.tensors()
-    save_file(tensors, temporary, metadata={"sha256": _checksum(tensors)})
-    temporary.replace(path)
+# -- show -----------------------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, num_images: int) -> FeatureSet | None:
-    """What `_write` wrote, or None where there is nothing, or something damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            expected = (file.metadata() or {}).get("sha256")
-    except (OSError, SafetensorError):
-        return None
-    if _checksum(tensors) != expected:
-        return None
-    found = FeatureSet(Moments.from_tensors(tensors), tensors["features"], tensors["labels"])
-    return found if int(found.moments.count.sum()) == num_images else None
+def show(path: Path) -> str:
+    """The arrays of an .npz, or the facts of a built reference."""
+    from evaluation.needed_files import sha256_of
+
+    if not path.is_file():
+        raise UserError(f"{path} does not exist or is not a file.")
+    lines = [f"{path}", f"  {path.stat().st_size:,} bytes, sha256 {sha256_of(path)}"]
+    if path.suffix == ".safetensors":
+        from evaluation.reference_files import facts_of
+
+        return "\n".join([*lines, *(f"  {key}: {value}" for key, value in facts_of(path).items())])
+    from evaluation.arrays import describe_arrays
+
+    return "\n".join([*lines, *(f"  {line}" for line in describe_arrays(path))])
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    return run_command(sys.argv[1:], usage, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

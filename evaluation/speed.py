@@ -2,6 +2,8 @@
 
 Takes the keys of launch/run.py, and speed.batch (images a training step and a sampling batch; default 8), speed.steps (timed steps; default 10)
 and speed.sample=false to time training only. Weights are random: speed does not depend on them.
+
+`python evaluation/speed.py frechet [dims]` times the Fréchet distance against torch-fidelity's and clean-fid's, in one run on the same statistics.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     try:
+        if arguments[0] == "frechet":
+            print(json.dumps(measure_frechet(arguments[1:]), indent=1))
+            return 0
         overrides = split_overrides(arguments)
         options = {key: overrides.pop(key, [default])[0] for key, default in DEFAULTS.items()}
         for choice in sweep(overrides):
@@ -43,6 +48,15 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def measure_frechet(arguments: list[str]) -> dict[str, Any]:
+    """The comparison of Fréchet distances at the given number of dimensions, 2048 if there is none."""
+    from evaluation.frechet_speed import compare
+
+    if arguments and not arguments[0].isdigit():
+        raise UserError(f"frechet {arguments[0]}: the number of dimensions is wanted, for example frechet 2048.")
+    return compare(int(arguments[0]) if arguments else 2048)
 
 
 def measure(run: RunConfig, batch: int, steps: int, sample: bool) -> dict[str, Any]:

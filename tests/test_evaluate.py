@@ -12,16 +12,16 @@ from PIL import Image
 
 from common.datasets import ArrayImages, DataSource, DataSummary
 from common.errors import UserError
+from evaluation import feature_sets
 from evaluation import generate as generation
-from evaluation import reference as references
 from evaluation.class_accuracy import fit_discriminant
 from evaluation.collect import batches, collect
 from evaluation.evaluate import Reference, evaluate, evaluate_method
+from evaluation.feature_sets import class_weights, feature_set
 from evaluation.features import EmbeddedExtractor, Features
 from evaluation.generate import balanced_labels, generate, quantise
 from evaluation.moments import Moments
 from evaluation.protocol import EVALUATOR_VERSION, protocol_name
-from evaluation.reference import class_weights, feature_set
 from methods.base import Method
 
 
@@ -228,7 +228,7 @@ def test_classes_of_the_reference_weigh_alike(tmp_path):
 
 
 def test_a_large_reference_keeps_a_fixed_sample(tmp_path, monkeypatch):
-    monkeypatch.setattr(references, "MAX_NEIGHBOURS", 12)
+    monkeypatch.setattr(feature_sets, "MAX_NEIGHBOURS", 12)
     first, second = (reference_of(tmp_path / name, LinearExtractor()) for name in "ab")
     assert first.features.shape == (12, 12) and first.labels.shape == (12,)
     assert torch.equal(first.features, second.features)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from evaluation import kid, prdc
+from evaluation import frechet, kid, prdc
 from evaluation.frechet import factorise, frechet_distance, frechet_distance_few, jackknife
 from evaluation.inception_score import inception_score, split_score
 from evaluation.kid import kernel_distance
@@ -48,6 +48,13 @@ def test_frechet_agrees_with_general_eigenvalues():
     root = torch.linalg.eigvals(a.cov @ b.cov).sqrt().real.sum()
     expected = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * root
     assert frechet_distance(a, factorise(b)) == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_the_triangular_product_leaves_out_only_zeros(monkeypatch):
+    a, b = gaussian_of(normal(500, 50, seed=0)), factorise(gaussian_of(normal(700, 50, seed=1)))
+    monkeypatch.setattr(frechet, "BLOCK", 16)
+    blocks = torch.arange(50)[:, None] // 16 >= torch.arange(50) // 16
+    assert torch.allclose(frechet.triangular_congruence(b.factor, a.cov), (b.factor.T @ a.cov @ b.factor) * blocks, rtol=1e-12, atol=1e-12)
 
 
 def test_frechet_of_commuting_covariances():

@@ -1,73 +1,17 @@
-"""Protocol identity, the row schema, and the tables rendered from rows."""
+"""Protocol identity and the row schema."""
 
 import copy
 import csv
 import io
 import json
 import math
-import os
 import re
-import subprocess
-import sys
-import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from records import fields, metric, protocol, record
 
-from evaluation import leaderboard
-from evaluation.leaderboard import Records, escape, protocol_section, read_records, render
-from evaluation.protocol import canonical_json, embedded_protocol, protocol_hash, protocol_name
+from evaluation.protocol import canonical_json, protocol_hash, protocol_name
 from evaluation.record import RecordError, build_record, from_csv, read_record, row_id, to_csv, validate, write_record
-
-ROOT = Path(__file__).resolve().parent.parent
-EXTRACTOR = SimpleNamespace(id="embedded-v1", sha256="ab" * 32, layer="pooled", resize="128", scaling="(x-127)/128", dims=320)
-
-
-def protocol(num_images=1000):
-    return embedded_protocol(EXTRACTOR, "toy", "train-digest", "heldout-digest", 4599, 32, num_images)
-
-
-def metric(value, **more):
-    return {"value": value, "value_bc": None, "se": None, "n": 1000, "unit": "1", **more}
-
-
-def fields(name="run", fd=100.0, guidance="none", num_images=1000, **changes):
-    """All that a run hands over for its record."""
-    return {
-        "name": name,
-        "created_utc": "2026-11-22T00:00:00+00:00",
-        "system": {"method": "jit", "variant": None, "size": "demo", "space": "pixel", "prediction": "x", "loss_space": "v", "sampler": "heun"},
-        "data": {"name": "toy", "revision": "d", "resolution": 32, "num_classes": 10, "train_images": 4599},
-        "checkpoint": {"sha256": "cd" * 32, "step": 1000, "ema_decay": 0.999, "ema_kind": "0.999"},
-        "code": {"git_sha": "1234567", "dirty": True, "package_versions": {"torch": "2.14.1", "ruamel.yaml": "0.18"}},
-        "seeds": {"train": 3, "sample": [0]},
-        "train": {
-            "epochs": 1.5, "images_seen": 6900, "batch": 64, "precision": "float32", "optimizer": "AdamW", "macs_total": 2 * 10**18,
-            "device_seconds": 12.25, "device": "cpu", "images_per_s": 563.2,
-        },
-        "pretrained_components": [{"name": "teacher", "role": "loss", "params": 5, "sha256": None, "used_at": "train"}],
-        "sampling": {"steps": 50, "nfe_evals": 99, "net_forwards": 187, "guidance": guidance, "guidance_scale": 2.9, "interval": [0.1, 1.0], "dtype": "f32"},
-        "params": {"gen_trainable": 1_900_000, "gen_total": 1_950_000, "decoder": 0, "aux_train_only": 0},
-        "compute": {"macs_per_forward": 10**9, "macs_decoder": 0, "macs_per_image": 187 * 10**9, "attention_counted": True, "counter": "meta"},
-        "speed": {"images_per_s": 20.5, "latency_s_b1": None, "batch": 50, "dtype": "float32", "device": "cpu", "compiled": False},
-        "memory": {"peak_bytes_sample": 1, "peak_bytes_train": 2, "kind": "ru_maxrss"},
-        "protocol": protocol(num_images),
-        "selection": {"n_configs": 1, "n_samples": 0, "swept": []},
-        "metrics": {
-            "fd_embedded": metric(fd, value_bc=fd - 40, se=2.5, regularised=False),
-            "fd_floor": metric(200.0, value_bc=100.0, se=5.0, n=500, regularised=False),
-            "kid": metric(0.012), "is": metric(14.25), "precision": metric(0.5), "recall": metric(0.25), "density": metric(0.75),
-            "coverage": metric(0.125), "class_accuracy": metric(0.625), "class_accuracy_real": metric(0.738),
-        },
-        "artifacts": {"grid_png": "samples.png", "log": None},
-        "notes": "",
-        **changes,
-    }  # fmt: skip
-
-
-def record(*args, **kwargs):
-    return build_record(fields(*args, **kwargs))
 
 
 def leaves(value, path=()):
@@ -212,127 +156,3 @@ def test_csv_holds_no_spreadsheet_formula():
     text = to_csv([record(name='=HYPERLINK("http://x")', notes="+1", code={"git_sha": "@sum", "dirty": False, "package_versions": {"=a": "-b"}})])
     cells = [cell for row in csv.reader(io.StringIO(text)) for cell in row]
     assert not [cell for cell in cells if cell[:1] in ("=", "+", "@") or cell.startswith("-b")]
-
-
-# -- leaderboard ----------------------------------------------------------------------------------------------------------------
-
-
-def table_rows(markdown):
-    """Cells of the Markdown tables' bodies."""
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines if not line.startswith(("| rank", "|:"))]
-
-
-def test_rows_are_ranked_and_formatted():
-    pages = render(Records([record("worse", 150.0), record("better", 50.0), record("unscored", metrics={})], []))
-    rows = table_rows(pages["md"])
-    assert [row[:2] for row in rows] == [["1", "better"], ["2", "worse"], ["-", "unscored"]]
-    assert rows[0] == [
-        "1", "better", "jit demo", "1.95", "99", "187", "2000", "20.5", "50.00 ± 2.50", "10.00", "0.012", "14.2", "0.500 / 0.250", "0.750 / 0.125",
-        "0.625", "3", "2026-11-22",
-    ]  # fmt: skip
-    assert [row["name"] for row in json.loads(pages["json"])] == ["worse", "better", "unscored"]
-    assert from_csv(pages["csv"]) == json.loads(pages["json"])
-
-
-def test_the_floor_is_carried_to_the_number_of_images():
-    page = render(Records([record()], []))["md"]
-    assert "500 held-out real images in the place of generated ones reach 200.00 (bias-corrected 100.00 ± 5.00), which makes 150.00 for 1000 images" in page
-    assert "Class accuracy of held-out real images: 0.738" in page
-    assert leaderboard.EMBEDDED_NOTE in page
-    bare = record(metrics={"fd_embedded": metric(1.0), "fd_floor": metric(2.0, value_bc=1.0)})
-    assert "reach 2.00." in render(Records([bare], []))["md"]
-
-
-def test_each_protocol_has_its_own_table():
-    rows = [record("a", 50.0), record("b", 40.0, num_images=2000), record("c", 60.0)]
-    page = render(Records(rows, []))["md"]
-    assert page.count("\n## ") == 2
-    assert sorted(tuple(row[:2]) for row in table_rows(page)) == [("1", "a"), ("1", "b"), ("2", "c")]
-    with pytest.raises(ValueError, match="one table, one protocol"):
-        protocol_section(rows)
-
-
-def test_guided_rows_stand_apart():
-    page = render(Records([record("plain"), record("guided", guidance="cfg")], []))["md"]
-    unguided, guided = page.split("### Guided")
-    assert [row[:2] for row in table_rows(unguided)] == [["1", "plain"]]
-    assert [row[:2] for row in table_rows(guided)] == [["1", "guided"]]
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["<script>alert(1)</script>", "a|b", "![x](http://y)", "**bold**", "`code`", "a\nb\n# heading", "\\", "_em_", "&lt;", "$x$", "~~s~~"],
-)
-def test_strings_are_shown_and_never_interpreted(name):
-    page = render(Records([record(name)], []))["md"]
-    (row,) = table_rows(page)
-    assert len(row) == 17
-    assert row[1] == escape(name)
-    assert "<" not in page
-    shown = re.sub(r"\\(.)", r"\1", row[1]).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-    assert shown == name.replace("\n", " ")
-    unescaped = re.sub(r"\\.", "", row[1])
-    assert not re.search(r"[`*\[\]|~$<>\\]", unescaped)
-
-
-def test_names_stay_readable():
-    assert escape("jit_rae-demo.v1 (x) #1") == "jit_rae-demo.v1 (x) #1"
-
-
-def test_broken_records_are_named_and_the_rest_renders(tmp_path, capsys):
-    good = record("good")
-    broken = {
-        "empty": "", "cut": json.dumps(good)[:100], "unknown": json.dumps({**good, "extra": 1}), "type": json.dumps({**good, "name": 5}),
-        "altered": json.dumps({**good, "name": "other"}), "deep": "[" * 100_000, "list": "[]", "nan": '{"a": NaN}', "huge": '{"a": ' + "9" * 5000 + "}",
-    }  # fmt: skip
-    for name, text in {**broken, "good": json.dumps(good), "copy": json.dumps(good), ".hidden": "x"}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text(text)
-    (tmp_path / "binary").mkdir()
-    (tmp_path / "binary" / "result.json").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "folder" / "result.json").mkdir(parents=True)
-    records = read_records(tmp_path)
-    assert [row["name"] for row in records.rows] == ["good"]
-    assert leaderboard.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
-    page, said = (tmp_path / "out" / "leaderboard.md").read_text(), capsys.readouterr()
-    for name in (*broken, "binary", "folder"):
-        assert sum(str(tmp_path / name / "result.json") in reason for reason in records.left_out) == 1, name
-        assert str(tmp_path / name / "result.json") in said.err
-        assert escape(str(tmp_path / name)) in page
-    assert len(records.left_out) == len(broken) + 2
-    assert said.out.split() == [str(tmp_path / "out" / f"leaderboard.{suffix}") for suffix in ("md", "csv", "json")]
-
-
-def test_the_script_runs_alone_and_imports_no_torch(tmp_path):
-    (tmp_path / "runs" / "one").mkdir(parents=True)
-    write_record(record("one"), tmp_path / "runs" / "one" / "result.json")
-    command = [sys.executable, "-X", "importtime", str(ROOT / "evaluation" / "leaderboard.py"), "--runs", str(tmp_path / "runs")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert "| one" in (tmp_path / "runs" / "leaderboard.md").read_text()
-    assert (tmp_path / "runs" / "leaderboard.csv").exists() and (tmp_path / "runs" / "leaderboard.json").exists()
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "evaluation.record" in imported
-    assert not imported & {"torch", "numpy", "timm"}
-
-
-def test_a_missing_folder_is_an_error_without_a_traceback(tmp_path, capsys):
-    assert leaderboard.main(["--runs", str(tmp_path / "nowhere")]) == 2
-    assert "is not a folder" in capsys.readouterr().err
-
-
-def test_no_module_shadows_a_library():
-    """`python evaluation/leaderboard.py` puts evaluation/ first on the path."""
-    names = {path.stem for path in (ROOT / "evaluation").glob("*.py")}
-    assert not names & set(sys.stdlib_module_names)
-    assert not names & {"torch", "numpy", "tabulate", "jsonschema", "common", "methods", "launch", "tqdm", "timm", "safetensors", "PIL", "scipy"}
-
-
-def test_ten_thousand_records_render_in_time():
-    row = record()
-    start = time.perf_counter()
-    for _ in range(1000):  # a tenth of it here
-        validate(row)
-    page = render(Records([{**row, "name": f"run {i}"} for i in range(1000)], []))["md"]
-    assert len(table_rows(page)) == 1000
-    assert time.perf_counter() - start < 20  # about 2 s on an idle machine

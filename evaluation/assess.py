@@ -1,0 +1,155 @@
+"""One evaluation under any protocol: of a model that samples, or of images that somebody made. What evaluation/run.py and sweep.py share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from common.config import DataConfig
+from common.datasets import load_data
+from common.errors import UserError
+from common.seeds import derive
+from evaluation.collect import ImageBatch
+from evaluation.evaluate import Clock, Evaluation, data_protocol, evaluate, evaluate_method, load_reference, progress
+from evaluation.extractors import CardExtractor, build_extractor
+from evaluation.features import EmbeddedExtractor
+from evaluation.generate import balanced_labels, generate
+from evaluation.measure import measure
+from evaluation.models import Model
+from evaluation.needed_files import checked
+from evaluation.protocols import EMBEDDED, UINT8_RULES, NamedProtocol, SampleRule, describe, get_protocol
+from evaluation.reconstruction import evaluate_rebuilt, evaluate_reconstruction
+from evaluation.reference_files import Reference, read_reference
+from evaluation.samples import FolderSamples, Samples, first_images
+from evaluation.spread import over_seeds
+
+
+@dataclass(frozen=True)
+class Request:
+    """How to measure."""
+
+    protocol: str
+    num_images: int | None  # None: as the protocol says, or all finished images
+    seeds: tuple[int, ...]
+    batch: int
+    labels: str | None  # balanced or random; None: as the protocol says, unknown for finished images
+    uint8: str | None  # round or truncate, of finished images; None: unknown
+    weights: str | None
+    reference: str | None
+    cache: Path
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Tools:
+    """An extractor and real images for a named protocol."""
+
+    protocol: NamedProtocol
+    extractor: CardExtractor
+    reference: Reference
+    resolution: int
+
+    def describe(self, samples: SampleRule) -> dict[str, Any]:
+        """The protocol in full."""
+        n_features = 0 if self.reference.features is None else len(self.reference.features)
+        return describe(self.protocol, self.extractor.sha256, self.reference.entry, n_features, self.resolution, samples)
+
+
+def prepare(request: Request, resolution: int) -> Tools:
+    """The files of a named protocol, checked before anything is sampled."""
+    protocol = get_protocol(request.protocol)
+    if protocol.resolution not in (None, resolution):
+        raise UserError(f"protocol={protocol.name} is for {protocol.resolution} px and the images have {resolution} px.")
+    assert protocol.reference is not None
+    paths = [checked(file, given) for file, given in zip(protocol.files, (request.weights, request.reference), strict=True)]
+    extractor = build_extractor(protocol.extractor, paths[0], request.device)
+    return Tools(protocol, extractor, read_reference(protocol.reference, paths[1], extractor, resolution, request.cache), resolution)
+
+
+# -- models ---------------------------------------------------------------------------------------------------------------------
+
+
+def assess_model(model: Model, request: Request) -> Evaluation:
+    """Samples and measures, or encodes and decodes where the method or the protocol is about reconstruction."""
+    run = model.run
+    n = request.num_images or (run.eval.num_images if request.protocol == EMBEDDED else get_protocol(request.protocol).num_images)
+    run = dataclasses.replace(run, eval=dataclasses.replace(run.eval, num_images=n, batch=request.batch))
+    with torch.autocast(request.device.type, torch.bfloat16, enabled=model.dtype == "bfloat16"):
+        if model.method.task == "reconstruction" or request.protocol == "rfid":
+            if model.method.space == "pixel":
+                raise UserError(f"{model.name} generates pixels: it has no autoencoder whose reconstructions could be measured.")
+            extractor = None if request.protocol == EMBEDDED else rfid_extractor(request)
+            return evaluate_reconstruction(model.method, run, load_data(run.data), request.device, request.cache, extractor)
+        if request.protocol == EMBEDDED:
+            return evaluate_method(model.method, run, load_data(run.data), request.device, request.cache, request.seeds)
+        return sample_and_measure(model, run.sample, n, request)
+
+
+def rfid_extractor(request: Request) -> CardExtractor:
+    """Inception, for reconstructions."""
+    protocol = get_protocol(request.protocol)
+    if protocol.reference is not None:
+        raise UserError(f"protocol={request.protocol} measures generated images. Reconstructions take protocol={EMBEDDED} or protocol=rfid.")
+    return build_extractor(protocol.extractor, checked(protocol.extractor.file, request.weights), request.device)
+
+
+def sample_and_measure(model: Model, sample: Any, n: int, request: Request) -> Evaluation:
+    """A named protocol over every seed."""
+    tools = prepare(request, model.info.image_size)
+    law = request.labels or tools.protocol.label_law
+    clock, parts = Clock(), []
+    for seed in request.seeds:
+        labels = draw_labels(law, n, model.info.num_classes, seed)
+        images = generate(model.method, sample, labels, seed, request.batch, request.device)
+        stream = progress(clock.timed(images), n, "evaluating")
+        parts.append(measure(stream, n, tools.extractor, tools.reference, tools.protocol))
+    return Evaluation(tools.describe(SampleRule(n, law, "round_half_even")), over_seeds(parts), clock.seconds)
+
+
+def draw_labels(law: str, n: int, num_classes: int, seed: int) -> NDArray[np.int64]:
+    """(n,) labels: equally many of each class in random order, or each at random."""
+    if law == "balanced":
+        return balanced_labels(n, num_classes, seed)
+    return np.random.Generator(np.random.PCG64(derive("random labels", seed))).integers(num_classes, size=n)
+
+
+# -- finished images ------------------------------------------------------------------------------------------------------------
+
+
+def assess_images(samples: Samples, request: Request, data: DataConfig) -> Evaluation:
+    """Measures finished images; those of the embedded protocol and of rfid are held against the data set `data`."""
+    n = min(len(samples), request.num_images or len(samples))
+    rule = SampleRule(n, request.labels or "unknown", UINT8_RULES.get(request.uint8 or "", "unknown"), container(samples))
+    stream = progress(first_images(samples, n, request.batch), n, "evaluating")
+    if request.protocol == "rfid":
+        return evaluate_rebuilt(samples.batches(request.batch), load_data(data), request.batch, rfid_extractor(request), request.cache)
+    if request.protocol == EMBEDDED:
+        return against_data(stream, samples.resolution, rule, request, data)
+    tools = prepare(request, samples.resolution)
+    return Evaluation(tools.describe(rule), measure(stream, n, tools.extractor, tools.reference, tools.protocol), 0.0)
+
+
+def against_data(stream: Iterator[ImageBatch], resolution: int, rule: SampleRule, request: Request, data: DataConfig) -> Evaluation:
+    """The embedded protocol. Which image should show what is not known, so there is no class accuracy."""
+    source = load_data(data)
+    if source.info.image_size != resolution:
+        raise UserError(f"the images have {resolution} px and those of {source.info.name} {source.info.image_size} px.")
+    extractor = EmbeddedExtractor(request.device)
+    reference = load_reference(source, extractor, request.cache)
+    metrics = evaluate(stream, rule.n, extractor, reference)
+    protocol = data_protocol(extractor, source, reference, rule.n)
+    stored = "memory" if rule.container == "lossless" else rule.container
+    protocol["samples"] |= {"label_law": rule.label_law, "uint8_rule": rule.uint8_rule, "container": stored}
+    return Evaluation(protocol, metrics, 0.0)
+
+
+def container(samples: Samples) -> str:
+    """Whether the files may have lost something."""
+    return "lossy" if isinstance(samples, FolderSamples) and samples.lossy else "lossless"

@@ -1,0 +1,147 @@
+"""A trained method, ready to sample: from a run folder, or from a released file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from common.config import RunConfig, ema_names, evaluated_ema, flatten, resolve
+from common.errors import UserError
+from evaluation.record import RESULT, Record, read_record
+from methods import get_class, get_spec
+
+if TYPE_CHECKING:
+    import torch
+
+    from methods.base import DataInfo, Method
+
+
+@dataclass(frozen=True)
+class Model:
+    """A method with its weights on a device, in evaluation mode."""
+
+    method: Method
+    run: RunConfig  # the settings that it was trained with, and those it samples with
+    info: DataInfo
+    name: str
+    checkpoint: dict[str, Any]  # as in records
+    record: Record | None  # of its run, where that is finished
+    dtype: str  # in which it samples, as in training
+
+
+def saved_run(folder: Path, overrides: Mapping[str, str]) -> RunConfig:
+    """The configuration of a run folder, with some keys set anew and the folders of earlier stages in place."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml. run= takes the folder that launch/run.py printed.")
+    saved: Any = OmegaConf.to_container(OmegaConf.load(file))
+    settings = {key: json.dumps(value) for key, value in flatten(saved)} | {"preset": saved["preset"]} | dict(overrides)
+    run = resolve(get_spec(saved["method"]), settings)
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, **stage_folders(folder, run)))
+
+
+def stage_folders(folder: Path, run: RunConfig) -> dict[str, str]:
+    """Where the runs lie that were trained before this one because its configuration says `train`: beside it, under the names in its record."""
+    waiting = [stage.key for stage in get_spec(run.method).stages if getattr(run.model, stage.key) == "train"]
+    if not waiting:
+        return {}
+    parents = {parent["key"]: parent["name"] for parent in (finished(folder) or {}).get("parents", [])}
+    found = {key: folder.parent / parents[key] for key in waiting if key in parents}
+    for key in waiting:
+        if key not in found or not found[key].is_dir():
+            raise UserError(f"{folder} was built on an earlier run that cannot be found. Give its folder as model.{key}=FOLDER.")
+    return {key: str(path) for key, path in found.items()}
+
+
+def finished(folder: Path) -> Record | None:
+    """The record of a run folder, None while there is none."""
+    return read_record(folder / RESULT) if (folder / RESULT).exists() else None
+
+
+def load_run(folder: Path, overrides: Mapping[str, str], ema: str | None, device: torch.device) -> Model:
+    """The newest whole checkpoint of a run folder, with the average that the run evaluates, or another one."""
+    from common.external import run_weights
+    from common.trainer import load_own_state
+
+    run = saved_run(folder, overrides)
+    weights = run_weights(folder, ema)
+    method, info = build(run)
+    load_own_state(method, weights.state)
+    name = ema or evaluated_ema(run)
+    decays = dict(zip(ema_names(run.train), run.train.ema_decay, strict=False))
+    record = finished(folder)
+    step = (record or {}).get("checkpoint", {}).get("step")
+    checkpoint = {"sha256": weights.sha256, "step": step, "ema_decay": decays.get(name), "ema_kind": name}
+    return Model(method.to(device).eval(), run, info, folder.name, checkpoint, record, sampling_dtype(run, device))
+
+
+def load_released(file: Path, method_name: str, preset: str, overrides: Mapping[str, str], device: torch.device) -> Model:
+    """Weights in their authors' format."""
+    from common.checkpoint import sha256_of
+    from common.external import read_tensors
+    from common.trainer import load_own_state
+
+    run = resolve(get_spec(method_name), {**overrides, "preset": preset})
+    method, info = build(run)
+    load_own_state(method, method.from_reference(read_tensors(file)))
+    checkpoint = {"sha256": sha256_of(file), "step": None, "ema_decay": None, "ema_kind": "released"}
+    return Model(method.to(device).eval(), run, info, file.stem, checkpoint, None, sampling_dtype(run, device))
+
+
+def speed_fields(model: Model, images: int, seconds: float, batch: int, device: torch.device) -> dict[str, Any]:
+    """Throughput as it was during an evaluation in which this process made `images`; `evaluation/speed.py` measures it on its own."""
+    from common.hardware import device_name
+
+    rate = images / seconds if seconds else None
+    return {"images_per_s": rate, "latency_s_b1": None, "batch": batch, "dtype": model.dtype, "device": device_name(device), "compiled": False}
+
+
+def sampling_dtype(run: RunConfig, device: torch.device) -> str:
+    """float32, or bfloat16 under autocast where the training would use it."""
+    import torch
+
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return "bfloat16" if run.train.precision == "bf16" or (run.train.precision == "auto" and fast) else "float32"
+
+
+def build(run: RunConfig) -> tuple[Method, DataInfo]:
+    """The method of a configuration, its external networks loaded and its own weights as initialised."""
+    from common.datasets import summarise
+    from methods.base import DataInfo
+
+    info = DataInfo.of(summarise(run.data))
+    method = get_class(run.method)(run.model, info)
+    method.load_external()
+    return method, info
+
+
+def sampling_fields(model: Model, sample: Any) -> dict[str, Any]:
+    """What a record says of the system, its size and the cost of a sample, with these sampling settings."""
+    from common.cost import on_meta, parameter_counts, sampling_cost
+
+    told = model.method.describe(sample)
+    bare = on_meta(get_class(model.run.method), model.run.model, model.info)
+    cost = sampling_cost(bare, sample)
+    return {
+        "system": {
+            "method": model.run.method, "variant": told.variant, "size": told.size or model.run.preset, "space": model.method.space,
+            "prediction": told.prediction, "loss_space": told.loss_space, "sampler": told.sampler,
+        },
+        "pretrained_components": [dataclasses.asdict(component) for component in told.pretrained],
+        "sampling": {
+            "steps": told.steps, "nfe_evals": cost.nfe, "net_forwards": sum(cost.net_forwards.values()), "guidance": told.guidance,
+            "guidance_scale": told.guidance_scale, "interval": None if told.interval is None else list(told.interval), "dtype": model.dtype,
+        },
+        "params": dataclasses.asdict(parameter_counts(bare)),
+        "compute": {
+            "macs_per_forward": max((macs for name, macs in cost.macs_per_forward.items() if name != "decoder"), default=0),
+            "macs_decoder": cost.macs_decoder, "macs_per_image": cost.macs_per_image, "attention_counted": True,
+            "counter": "torch.utils.flop_counter on the meta device, 1 MAC = 1 multiply-accumulate",
+        },
+    }  # fmt: skip

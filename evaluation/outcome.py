@@ -1,0 +1,95 @@
+"""From an evaluation to a record beside the run, or of its own where the model was not trained here. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.errors import UserError
+from evaluation.protocol import digest, protocol_hash
+from evaluation.record import RESULT, Record, build_record, write_record
+
+if TYPE_CHECKING:
+    from evaluation.assess import Request
+    from evaluation.evaluate import Evaluation
+    from evaluation.models import Model
+
+UNTRIED: dict[str, Any] = {"n_configs": 1, "n_samples": 0, "swept": []}
+
+
+def record_of_model(model: Model, evaluation: Evaluation, request: Request, selection: Mapping[str, Any] = UNTRIED) -> Record:
+    """The run's record with this evaluation in the place of its own; of a model without one, what is known of it (kind `evaluated`)."""
+    from evaluation.models import sampling_fields, speed_fields
+    from evaluation.ranks import rank_and_size
+
+    trained = model.record or {}
+    kept: dict[str, Any] = {key: trained[key] for key in ("kind", "data", "code", "train", "parents", "memory") if key in trained}
+    info, made = model.info, evaluation.protocol["samples"]["n"] * len(request.seeds) // rank_and_size()[1]
+    return build_record(
+        {
+            "kind": "evaluated",
+            "data": {
+                "name": info.name, "revision": "unknown", "resolution": info.image_size,
+                "num_classes": info.num_classes, "train_images": info.num_train,
+            },
+            **kept,
+            **sampling_fields(model, model.run.sample),
+            "speed": speed_fields(model, made, evaluation.sampling_seconds, request.batch, request.device),
+            "name": model.name,
+            "checkpoint": model.checkpoint,
+            "seeds": {"train": model.run.seed, "sample": list(request.seeds)},
+            "protocol": evaluation.protocol,
+            "selection": dict(selection),
+            "metrics": evaluation.metrics,
+            "artifacts": {},
+            "notes": "",
+        }
+    )  # fmt: skip
+
+
+def record_of_images(name: str, resolution: int, evaluation: Evaluation, npz_sha256: str | None) -> Record:
+    """The record of images of which nothing is known but themselves."""
+    unknown = {"variant": None, "size": None, "space": "pixel", "prediction": None, "loss_space": None, "sampler": None}
+    return build_record(
+        {
+            "kind": "evaluated",
+            "name": name,
+            "system": {"method": "unknown", **unknown},
+            "data": {"name": evaluation.protocol["reference"]["id"], "revision": "unknown", "resolution": resolution, "num_classes": 0, "train_images": 0},
+            "protocol": evaluation.protocol,
+            "selection": dict(UNTRIED),
+            "metrics": evaluation.metrics,
+            "artifacts": {"samples_npz_sha256": npz_sha256},
+            "notes": "finished images: how they were made is not known here",
+        }
+    )
+
+
+def keep(record: Record, parent: Path, settings: Any) -> Path:
+    """Writes the record below `parent`, in a folder named after the protocol and the settings, so that no other evaluation lies there."""
+    protocol = record["protocol"]
+    name = protocol.get("name", protocol["extractor"]["id"])
+    folder = parent / f"{name}-{protocol_hash(protocol)[:6]}-{digest(settings)[:6]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_record(record, folder / RESULT)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}. Choose another out=.") from error
+    return folder / RESULT
+
+
+def table(record: Record) -> str:
+    """The metrics for a terminal."""
+    return "\n".join(f"  {name:<20} {_value(metric)}" for name, metric in record["metrics"].items())
+
+
+def _value(metric: Mapping[str, Any]) -> str:
+    parts = [f"{metric['value']:.5g}"]
+    if metric.get("se") is not None:
+        parts.append(f"± {metric['se']:.2g}")
+    if metric.get("value_bc") is not None:
+        parts.append(f"(bias-corrected {metric['value_bc']:.5g})")
+    if metric.get("sd_seeds") is not None:
+        parts.append(f"over {len(metric['values'])} seeds, sd {metric['sd_seeds']:.2g}")
+    return " ".join([*parts, f"n={metric['n']}"])

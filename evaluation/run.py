@@ -1,0 +1,169 @@
+"""Evaluates a run, a released checkpoint, a folder of images or an .npz of samples under any protocol, and writes a record.
+
+  python evaluation/run.py run=runs/my-run                                   the embedded protocol again, as at the end of training
+  python evaluation/run.py run=runs/my-run protocol=adm256 seeds=[0,1,2]     ImageNet 256 as in the papers, mean and spread of three seeds
+  python evaluation/run.py run=runs/my-run sample.guidance=2 ema=0.9996      other sampling settings, another average
+  python evaluation/run.py checkpoint=weights.pth method=... preset=imagenet256-b data=folder data.num_classes=1000 data.image_size=256 protocol=jit256
+  python evaluation/run.py npz=samples.npz protocol=adm256 labels=balanced uint8=truncate
+  python evaluation/run.py images=folder protocol=clean
+  python evaluation/run.py run=runs/a against=runs/b seeds=[0,1,2]           the difference of two models on the same seeds and labels
+
+`python evaluation/reference.py fetch-plan protocol=adm256` says what files a protocol needs. Nothing is downloaded. With several processes
+(`torchrun --nproc-per-node 8 evaluation/run.py ...`) each makes its share of the images.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
+
+from common.config import DataConfig, one_of
+from common.errors import UserError
+from evaluation.command import help_text, parse, run_command
+from evaluation.outcome import keep, record_of_images, record_of_model, table
+from evaluation.protocol import protocol_name
+from evaluation.protocols import EMBEDDED, PROTOCOLS, check_request
+from evaluation.record import Record
+
+if TYPE_CHECKING:
+    import torch
+
+    from evaluation.assess import Request
+
+GROUPS = {"sample": "the method's sampler, as for launch/run.py", "data": "the data set", "model": "the method, for instance where an earlier stage lies"}
+
+
+@dataclass
+class Keys:
+    """The command's keys."""
+
+    run: str | None = None  # a run folder
+    checkpoint: str | None = None  # a released file, with method= and preset=
+    images: str | None = None  # a folder of generated images
+    npz: str | None = None  # an .npz with arr_0, uint8 (number, height, width, 3)
+    against: str | None = None  # a second run folder to compare with
+    protocol: str = EMBEDDED  # how to measure; see below
+    method: str | None = None  # of the released checkpoint
+    preset: str | None = None  # of the released checkpoint
+    ema: str | None = None  # which average of the run; none: the one it was evaluated with; raw: the raw weights
+    num_images: int | None = None  # none: as the protocol says, or all finished images
+    seeds: list[int] = field(default_factory=lambda: [0])  # sampling seeds; several give mean and spread
+    labels: str | None = None  # balanced or random; none: as the protocol says, and unknown for finished images
+    uint8: str | None = None  # round or truncate: how finished images became uint8; none: unknown
+    batch: int = 50  # images at once
+    weights: str | None = None  # the extractor's file; none: looked for by its name
+    reference: str | None = None  # the file of reference statistics; none: looked for by its name
+    name: str | None = None  # of the record, for finished images
+    out: str = "runs"  # where records of finished images and released files go; a run's go into its own folder
+    device: str = "auto"  # auto or cpu; auto: the accelerator where there is one
+
+
+def usage() -> str:
+    """Examples, keys and protocols."""
+    lines = [help_text(str(__doc__), Keys, GROUPS), "", "Protocols", f"  {EMBEDDED:<16} the extractor in the package, against the run's own data"]
+    return "\n".join([*lines, *(f"  {name:<16} {protocol.about}" for name, protocol in PROTOCOLS.items())])
+
+
+def work(arguments: Sequence[str]) -> str:
+    """Evaluates, writes the record and returns what to tell."""
+    keys, rest = parse(Keys, arguments, tuple(GROUPS))
+    check(keys, rest)
+    from accelerate import PartialState
+
+    state = PartialState(cpu=keys.device == "cpu")
+    request = make_request(keys, state.device)
+    if keys.run is None and keys.checkpoint is None:
+        records = [images_record(keys, rest, request)]
+    else:
+        folders = [keys.run, *([keys.against] if keys.against else [])]
+        records = [model_record(keys, folder, rest, request) for folder in folders]
+    if not state.is_main_process:
+        return ""
+    told = [save(keys, rest, record, folder) for record, folder in zip(records, (keys.run, keys.against), strict=False)]
+    return "\n\n".join(told + ([differences(records)] if keys.against else []))
+
+
+def check(keys: Keys, rest: dict[str, str]) -> None:
+    """What must be wrong whatever the files hold; said before torch is imported."""
+    given = [key for key in ("run", "checkpoint", "images", "npz") if getattr(keys, key) is not None]
+    if len(given) != 1:
+        raise UserError(f"give exactly one of run=, checkpoint=, images= and npz=; there is {' and '.join(given) or 'none of them'}.")
+    if keys.checkpoint is not None and (keys.method is None or keys.preset is None):
+        raise UserError("checkpoint= needs method= and preset=, which say what network the file belongs to.")
+    if keys.against is not None and keys.run is None:
+        raise UserError("against= compares two runs: give the first as run=.")
+    if keys.run is not None and keys.labels is not None and keys.protocol == EMBEDDED:
+        raise UserError(f"labels={keys.labels}: the {EMBEDDED} protocol is defined with balanced labels. Leave the key out, or choose another protocol.")
+    if given[0] in ("images", "npz") and (odd := [key for key in rest if not key.startswith("data.")]):
+        raise UserError(f"{odd[0]} steers a model, and finished images have none.")
+    one_of("device", keys.device, ("auto", "cpu"))
+    check_request(keys.protocol, keys.labels, keys.uint8, keys.seeds)
+    for key, lowest in (("batch", 1), ("num_images", 20)):
+        if (value := getattr(keys, key)) is not None and value < lowest:
+            raise UserError(f"{key}={value} is too small; it must be at least {lowest}.")
+
+
+def make_request(keys: Keys, device: torch.device) -> Request:
+    """The command as evaluation/assess.py takes it."""
+    from evaluation.assess import Request
+
+    cache = (Path(keys.run).expanduser().parent if keys.run else Path(keys.out)) / ".references"  # a run's is where launch/run.py has it
+    shared = (keys.labels, keys.uint8, keys.weights, keys.reference)
+    return Request(keys.protocol, keys.num_images, tuple(keys.seeds), keys.batch, *shared, cache, device)
+
+
+def model_record(keys: Keys, folder: str | None, rest: dict[str, str], request: Request) -> Record:
+    """Samples from a run or a released checkpoint."""
+    from evaluation.assess import assess_model
+    from evaluation.models import load_released, load_run
+
+    if folder is not None:
+        model = load_run(Path(folder).expanduser(), rest, keys.ema, request.device)
+    else:
+        model = load_released(Path(str(keys.checkpoint)).expanduser(), str(keys.method), str(keys.preset), rest, request.device)
+    return record_of_model(model, assess_model(model, request), request)
+
+
+def images_record(keys: Keys, rest: dict[str, str], request: Request) -> Record:
+    """Measures finished images."""
+    from evaluation.assess import assess_images
+    from evaluation.needed_files import sha256_of
+    from evaluation.samples import open_samples
+
+    data, _ = parse(DataConfig, [f"{key.removeprefix('data.')}={value}" for key, value in rest.items()])
+    samples = open_samples(keys.images, keys.npz)
+    npz = None if keys.npz is None else sha256_of(Path(keys.npz).expanduser())
+    name = keys.name or Path(str(keys.npz or keys.images)).stem
+    return record_of_images(name, samples.resolution, assess_images(samples, request, data), npz)
+
+
+def save(keys: Keys, rest: dict[str, str], record: Record, folder: str | None) -> str:
+    """Writes one record and returns its table."""
+    parent = Path(keys.out) / record["name"] if folder is None else Path(folder).expanduser() / "evaluations"
+    settings = {**rest, "ema": keys.ema, "seeds": keys.seeds, "n": keys.num_images}
+    path = keep(record, parent, settings)
+    return f"{record['name']}: {protocol_name(record['protocol'])}\n{table(record)}\n{path}"
+
+
+def differences(records: Sequence[Record]) -> str:
+    """The paired differences of two records."""
+    from evaluation.spread import paired_differences
+
+    first, second = records
+    found = paired_differences(first, second)
+    lines = [f"  {d.metric:<20} {d.value:+.5g} ± {d.se:.2g} (bias-corrected {d.value_bc:+.5g}, {d.deviations:+.1f} standard errors)" for d in found]
+    return "\n".join([f"{first['name']} minus {second['name']}, same seeds and labels, paired jackknife", *lines])
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    return run_command(sys.argv[1:], usage, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

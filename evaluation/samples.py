@@ -1,0 +1,95 @@
+"""Finished images, whoever made them: a folder of files, or an ADM-style .npz (arrays.py). Both stream; neither is resized or cropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from common.crop import to_rgb
+from common.datasets import IMAGE_SUFFIXES
+from common.errors import UserError
+from evaluation.arrays import NpzImages
+from evaluation.collect import ImageBatch, batches
+
+LOSSY = (".jpg", ".jpeg", ".webp")
+
+
+class Samples(Protocol):
+    """Square images of one size, in a fixed order."""
+
+    @property
+    def resolution(self) -> int: ...
+    def __len__(self) -> int: ...
+    def batches(self, size: int = 128) -> Iterator[ImageBatch]: ...
+
+
+class FolderSamples:
+    """Every image file below a folder, by name. Another size than the first one's, or a file that cannot be decoded, is a UserError that names it."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder. images= takes a folder of {', '.join(IMAGE_SUFFIXES)} files, npz= a .npz file.")
+        self.files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not _hidden(path, folder))
+        if not self.files:
+            raise UserError(f"{folder} holds no image file ({', '.join(IMAGE_SUFFIXES)}).")
+        self.resolution = read_pixels(self.files[0]).shape[1]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether some file may have lost detail when it was written."""
+        return any(path.suffix.lower() in LOSSY for path in self.files)
+
+    def batches(self, size: int = 128) -> Iterator[ImageBatch]:
+        """This process's share."""
+        return batches(self._fetch, len(self), size)
+
+    def _fetch(self, indices: range) -> NDArray[np.uint8]:
+        images = [read_pixels(self.files[index]) for index in indices]
+        for index, image in zip(indices, images, strict=True):
+            if image.shape[1:] != (self.resolution, self.resolution):
+                height, width = image.shape[1:]
+                raise UserError(f"{self.files[index]} has {width} x {height} pixels, the first image {self.resolution} x {self.resolution}.")
+        return np.stack(images)
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def read_pixels(path: Path) -> NDArray[np.uint8]:
+    """The file as (3, H, W) uint8 RGB; it must be square, because generated images are."""
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(to_rgb(image)).transpose(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be decoded: {error}. Replace or remove the file.") from error
+    if pixels.shape[1] != pixels.shape[2]:
+        raise UserError(f"{path} has {pixels.shape[2]} x {pixels.shape[1]} pixels; generated images are square.")
+    return np.ascontiguousarray(pixels)
+
+
+def first_images(samples: Samples, n: int, size: int) -> Iterator[ImageBatch]:
+    """The batches of the first n images."""
+    for images, indices in samples.batches(size):
+        kept = int((indices < n).sum())
+        if kept:
+            yield images[:kept], indices[:kept]
+
+
+def open_samples(folder: str | None, npz: str | None) -> Samples:
+    """The images of a folder or of an .npz."""
+    if npz is not None:
+        path = Path(npz).expanduser()
+        if not path.is_file():
+            raise UserError(f"npz={npz} does not exist or is not a file.")
+        return NpzImages(path)
+    assert folder is not None
+    return FolderSamples(Path(folder).expanduser())
