@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ from common.crop import read_square
 from common.emoji32 import HELD_OUT_SHARE, IMAGE_SIZE, SHA256, load_emoji32
 from common.errors import UserError, close_match
 from common.splits import held_out
+
+if TYPE_CHECKING:
+    from common.latents import Latents
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 HELD_OUT_FOLDERS = ("val", "validation", "test")
@@ -62,6 +65,7 @@ class ImageSet:
         """`identity`: a text that determines every image of the set."""
         self.labels = labels
         self.image_size = image_size
+        self.latents: Latents | None = None  # stored moments of the images, which then come with every training batch
         self._identity = identity
 
     def __len__(self) -> int:

@@ -90,7 +90,8 @@ def training_batches(
 ) -> Iterator[list[dict[str, Tensor]]]:
     """Endless: for every step from `start_step` on, this process' `accumulation` micro-batches.
 
-    A micro-batch is {"image": uint8 (m, 3, H, W), "label": int64 (m,), "index": int64 (m,)}. The global batch is cut into world * accumulation
+    A micro-batch is {"image": uint8 (m, 3, H, W), "label": int64 (m,), "index": int64 (m,)}, with "mirrored": bool (m,) where the plan mirrors
+    images and "moments": float32 (m, 2 C, h, h) where the set has stored latents (common/latents.py). The global batch is cut into world * accumulation
     micro-batches, of which number j * world + rank is the j-th of process `rank`; so two processes with one micro-batch each see what one process
     with two sees. With `workers` > 0 that many processes read ahead. An unreadable image is a UserError in the process that trains.
     """
@@ -101,7 +102,7 @@ def training_batches(
         )
     requests = _requests(plan, start_step, micro_batch, accumulation, rank, world)
     loader = DataLoader(
-        _Reader(images),
+        _Reader(images, plan.flip),
         batch_size=None,  # a request is a whole micro-batch
         sampler=requests,
         num_workers=workers,
@@ -133,17 +134,22 @@ class _Reader(Dataset[dict[str, Any]]):
     A UserError travels as a value, because an exception that crosses the process boundary arrives wrapped in the traceback of the other process.
     """
 
-    def __init__(self, images: ImageSet) -> None:
+    def __init__(self, images: ImageSet, mirrors: bool) -> None:
         self.images = images
+        self.mirrors = mirrors
 
     def __getitem__(self, request: Request) -> dict[str, Any]:
         indices, flips = request
+        arrays: dict[str, NDArray[Any]] = {"label": self.images.labels[indices], "index": indices.copy()}
+        if self.mirrors:
+            arrays["mirrored"] = flips.copy()
         try:
-            pixels = self.images.fetch(indices, flips)
+            arrays["image"] = self.images.fetch(indices, flips)
+            if self.images.latents is not None:
+                arrays["moments"] = self.images.latents.moments(indices, flips)
         except UserError as error:
             return {"error": str(error)}
-        labels = self.images.labels[indices]
-        return {"image": torch.from_numpy(pixels), "label": torch.from_numpy(labels), "index": torch.from_numpy(indices.copy())}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _checked(micro_batch: dict[str, Any]) -> dict[str, Tensor]:

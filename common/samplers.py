@@ -1,11 +1,17 @@
-"""Solvers of dz/dt = v(z, t) over a grid of times given as Python floats: no host sync, and no notion of direction, method or guidance."""
+"""Solvers of dz/dt = v(z, t) over a grid of times given as Python floats: no host sync, and no notion of direction, method or guidance.
+
+The stochastic ones draw from `Noise`, one generator an image, in the order of the steps.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from torch import Tensor
+
+from common.seeds import Noise
 
 Velocity = Callable[[Tensor, float], Tensor]
 
@@ -28,3 +34,25 @@ def heun(velocity: Velocity, z: Tensor, times: Sequence[float], last_euler: bool
         z_euler = z + (t_next - t) * v
         z = z + (t_next - t) / 2 * (v + velocity(z_euler, t_next))
     return euler(velocity, z, times[-2:]) if last_euler else z
+
+
+def euler_maruyama(drift: Velocity, variance_rate: Callable[[float], float], z: Tensor, times: Sequence[float], noise: Noise) -> Tensor:
+    """dz = drift(z, t) dt + sqrt(variance_rate(t) |dt|) N(0, 1), for z (B, ...): len(times) - 1 evaluations.
+
+    The last step adds no noise: nothing after it would take it away.
+    """
+    last = len(times) - 2
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        move = (t_next - t) * drift(z, t)
+        if step < last:
+            move = move + math.sqrt(variance_rate(t) * abs(t_next - t)) * noise.normal(*z.shape[1:]).to(z.dtype)
+        z = z + move
+    return z
+
+
+def ancestral(posterior: Callable[[Tensor, int], tuple[Tensor, Tensor]], z: Tensor, steps: int, noise: Noise) -> Tensor:
+    """Draws z from N(mean, std^2) = posterior(z, i) for i = steps - 1, ..., 0, for z (B, ...); the last one is the mean itself."""
+    for i in reversed(range(steps)):
+        mean, std = posterior(z, i)
+        z = mean + std * noise.normal(*z.shape[1:]).to(z.dtype) if i else mean
+    return z

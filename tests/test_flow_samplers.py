@@ -8,7 +8,8 @@ import torch
 
 from common import blocks, flow
 from common.guidance import classifier_free
-from common.samplers import euler, heun
+from common.samplers import ancestral, euler, euler_maruyama, heun
+from common.seeds import Noise
 
 PAIRS = list(itertools.product(flow.SPACES, flow.SPACES))
 TO = {"x": flow.to_data, "eps": flow.to_noise, "v": flow.to_velocity}
@@ -116,6 +117,40 @@ def test_where_the_velocity_is_evaluated():
     seen.clear()
     heun(velocity, torch.zeros(1), times[-2:])
     assert seen == [times[-2]]
+
+
+def test_without_variance_the_stochastic_solver_is_eulers():
+    z = torch.randn(2, 3, dtype=torch.float64)
+    field = lambda z, t: math.cos(t) * z  # noqa: E731
+    found = euler_maruyama(field, lambda t: 0.0, z, grid(20), Noise([1, 2]))
+    torch.testing.assert_close(found, euler(field, z, grid(20)), atol=1e-15, rtol=1e-15)
+
+
+def test_stochastic_steps_by_hand():
+    """Noise of variance rate(t) |dt| in every step but the last, from each image's own generator, in the state's type."""
+    z, times = torch.randn(2, 3, dtype=torch.float64), [1.0, 0.6, 0.3, 0.0]
+    draws = Noise([5, 6])
+    expected = z
+    for t, t_next in itertools.pairwise(times):
+        expected = expected + (t_next - t) * (2 * expected + t)
+        if t_next:
+            expected = expected + math.sqrt(3 * t * (t - t_next)) * draws.normal(3).double()
+    found = euler_maruyama(lambda z, t: 2 * z + t, lambda t: 3 * t, z, times, Noise([5, 6]))
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, atol=1e-14, rtol=1e-14)
+
+
+def test_ancestral_steps_by_hand():
+    z, draws, seen = torch.randn(2, 3), Noise([5, 6]), []
+
+    def posterior(z, i):
+        seen.append(i)
+        return 0.5 * z + i, torch.tensor(0.1 * (i + 1))
+
+    expected = 0.5 * z + 2 + 0.3 * draws.normal(3)
+    expected = 0.5 * expected + 1 + 0.2 * draws.normal(3)
+    torch.testing.assert_close(ancestral(posterior, z, 3, Noise([5, 6])), 0.5 * expected)
+    assert seen == [2, 1, 0]
 
 
 # -- guidance ---------------------------------------------------------------------------------------------------------------------

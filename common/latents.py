@@ -1,0 +1,288 @@
+"""What frozen networks say of training images, kept: in memory for small sets, in files for large ones.
+
+FeatureTable     in memory, filled as a run goes
+LatentShards     a folder of memory-mapped arrays with the posterior's moments of every image and of its mirror image
+ReleasedLatents  the folder of one .npy file an image that the released training code of REPA and REG reads
+
+Moments are kept and not latents: the posterior is sampled anew at every read, as when images are encoded in the loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.checkpoint import sha256_of
+from common.errors import UserError
+from common.files import write_whole
+
+if TYPE_CHECKING:
+    from common.datasets import ImageSet
+    from common.tokenizer import Tokenizer
+
+CARD = "latents.json"
+FORMAT = 1
+SHARD_IMAGES = 16_384
+DTYPES = ("float32", "float16")
+LARGEST_BYTES = 8 * 2**30
+
+
+# -- in memory ------------------------------------------------------------------------------------------------------------------
+
+
+class FeatureTable:
+    """A frozen network's outputs for training images; after `remember` it is asked once for each image and orientation.
+
+    It is no part of a checkpoint. Images are computed one at a time before they are kept, so that what is kept does not depend on the batch
+    in which an image came first, and a run that was stopped goes on bit for bit.
+    """
+
+    def __init__(self, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        """compute: images (B, 3, S, S) to tensors (B, ...)."""
+        self.compute = compute
+        self.num_images = 0
+        self.tables: tuple[Tensor, ...] = ()  # each (N, ...), or (2 N, ...) where images are mirrored: the mirror images follow
+        self.missing = torch.ones(0, dtype=torch.bool)
+
+    def remember(self, num_images: int) -> None:
+        """Keeps outputs from now on, for a training set of so many images."""
+        self.num_images = num_images
+
+    @torch.no_grad()
+    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """The outputs for a training batch: "image", "index" and, where images may be mirrored, "mirrored" (B,) bool."""
+        if not self.num_images:
+            return self.compute(batch["image"])
+        row = batch["index"] + self.num_images * batch["mirrored"] if "mirrored" in batch else batch["index"]
+        if not self.tables:
+            self._make_room(self.compute(batch["image"][:1]), self.num_images * (2 if "mirrored" in batch else 1))
+        if self.missing.any():  # on the host: once every image is known, nothing waits for the device
+            self._fill(batch["image"], row.cpu())
+        return tuple(table[row] for table in self.tables)
+
+    def _make_room(self, example: tuple[Tensor, ...], count: int) -> None:
+        size = sum(count * value[0].numel() * value.element_size() for value in example)
+        if size > LARGEST_BYTES:
+            raise UserError(
+                f"model.remember=true would keep {size / 2**30:.1f} GiB for {count} images; at most {LARGEST_BYTES / 2**30:.0f} are allowed. "
+                "Set model.remember=false, and prepare the latents in files (`python launch/prepare.py latents`)."
+            )
+        self.tables = tuple(torch.empty(count, *value.shape[1:], dtype=value.dtype, device=value.device) for value in example)
+        self.missing = torch.ones(count, dtype=torch.bool, device="cpu")
+
+    def _fill(self, images: Tensor, rows: Tensor) -> None:
+        for i in self.missing[rows].nonzero().flatten().tolist():
+            for table, value in zip(self.tables, self.compute(images[i : i + 1]), strict=True):
+                table[rows[i]] = value[0]
+        self.missing[rows] = False
+
+
+# -- in files -------------------------------------------------------------------------------------------------------------------
+
+
+class Latents(Protocol):
+    """Stored moments of a training set."""
+
+    encoder_sha256: str | None  # None: the files do not say
+
+    def moments(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """(B, 2 C, h, h): means, then standard deviations, not normalised; of the mirror image where `flips` is true."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """latents.json: what the shards hold and where they come from."""
+
+    format: int
+    tokenizer: str
+    encoder_sha256: str
+    data_digest: str  # of the training images
+    images: int
+    shape: tuple[int, int, int]  # (2 C, h, h)
+    dtype: str
+    shard_images: int
+    shards: dict[str, str]  # file name -> sha256, in order
+
+
+def encoder_digest(tokenizer: Tokenizer) -> str:
+    """SHA-256 over the encoder's tensors. Two tokenizers that differ in the decoder only have the same."""
+    hasher = hashlib.sha256()
+    for name, tensor in sorted(tokenizer.encoder.state_dict().items()):
+        hasher.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        hasher.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def write_latents(folder: Path, images: ImageSet, tokenizer: Tokenizer, batch: int = 64, dtype: str = "float32", shard_images: int = SHARD_IMAGES) -> Card:
+    """Encodes every image and its mirror image on the tokenizer's device. Shards that are whole are kept, so the command can be repeated.
+
+    The card is written last: a folder without one is not finished, and one of other images or of another encoder is refused.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
+    side = images.image_size // tokenizer.factor
+    facts = {
+        "format": FORMAT,
+        "tokenizer": tokenizer.name,
+        "encoder_sha256": encoder_digest(tokenizer),
+        "data_digest": images.digest,
+        "images": len(images),
+        "shape": (2 * tokenizer.channels, side, side),
+        "dtype": dtype,
+        "shard_images": shard_images,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    _hold_to(folder / "plan.json", facts)
+    digests = {}
+    for number, start in enumerate(range(0, len(images), shard_images)):
+        file = folder / f"moments-{number:05d}.npy"
+        if not file.exists():
+            _write_shard(file, images, tokenizer, np.arange(start, min(start + shard_images, len(images))), batch, dtype)
+        digests[file.name] = sha256_of(file)
+    card = Card(**facts, shards=digests)  # type: ignore[arg-type]
+    write_whole(folder / CARD, json.dumps(asdict(card), indent=1) + "\n")
+    return card
+
+
+def _hold_to(file: Path, facts: Mapping[str, object]) -> None:
+    """Keeps what the folder is for, at the first start; a later start for something else is a UserError."""
+    text = json.dumps(facts, indent=1) + "\n"
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        raise UserError(f"{file.parent} holds latents of other images, of another encoder or in another layout ({file.name}). Choose another folder.")
+    write_whole(file, text)
+
+
+def _write_shard(file: Path, images: ImageSet, tokenizer: Tokenizer, indices: NDArray[np.int64], batch: int, dtype: str) -> None:
+    """(images, 2, 2 C, h, h): axis 1 is the image and its mirror image."""
+    temporary = file.with_name(f".{file.name}")
+    side = images.image_size // tokenizer.factor
+    shape = (len(indices), 2, 2 * tokenizer.channels, side, side)
+    array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
+    for start in range(0, len(indices), batch):
+        part = indices[start : start + batch]
+        array[start : start + len(part)] = _moments_of(images, tokenizer, part)
+    array.flush()
+    temporary.replace(file)
+
+
+def _moments_of(images: ImageSet, tokenizer: Tokenizer, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+    device = tokenizer.scale.device
+    orientations = []
+    for mirrored in (False, True):
+        pixels = torch.from_numpy(images.fetch(indices, np.full(len(indices), mirrored))).to(device)
+        mean, std = tokenizer.encode_moments(pixels.float() / 127.5 - 1)
+        orientations.append(torch.cat((mean, std), dim=1))
+    moments: NDArray[np.float32] = torch.stack(orientations, dim=1).cpu().numpy()
+    return moments
+
+
+class LatentShards:
+    """The folder that `write_latents` made, read through memory maps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.card = read_card(folder)
+        self.encoder_sha256: str | None = self.card.encoder_sha256
+
+    @cached_property
+    def arrays(self) -> list[NDArray[np.generic]]:
+        """The shards; opened where they are used, since loader processes each need their own maps."""
+        return [np.load(self.folder / name, mmap_mode="r") for name in self.card.shards]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key != "arrays"}
+
+    def moments(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> NDArray[np.float32]:
+        shard, row = np.divmod(indices, self.card.shard_images)
+        found = [self.arrays[s][r, int(flip)] for s, r, flip in zip(shard, row, flips, strict=True)]
+        return np.stack(found).astype(np.float32)
+
+    def check(self, images: ImageSet) -> None:
+        """UserError unless the moments are those of these training images."""
+        if self.card.data_digest != images.digest:
+            raise UserError(
+                f"{self.folder} holds the latents of {self.card.images} other images than the {len(images)} of this training set "
+                f"(digest {self.card.data_digest[:12]} instead of {images.digest[:12]}). Prepare them again for these data settings."
+            )
+
+    def verify(self) -> None:
+        """UserError if a shard does not have the digest of the card."""
+        for name, digest in self.card.shards.items():
+            if not (self.folder / name).is_file() or sha256_of(self.folder / name) != digest:
+                raise UserError(f"{self.folder / name} is missing or damaged. Remove {self.folder / CARD} and the file, and prepare the latents again.")
+
+
+def read_card(folder: Path) -> Card:
+    """latents.json of a folder; a UserError if it is missing or of another format."""
+    file = folder / CARD
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}). Make the folder with `python launch/prepare.py latents`, or let it finish.") from error
+    if content.get("format") != FORMAT:
+        raise UserError(f"{file} has format {content.get('format')}, and this version reads {FORMAT}. Prepare the latents again.")
+    return Card(**{**content, "shape": tuple(content["shape"])})
+
+
+class ReleasedLatents:
+    """One float32 .npy (2 C, h, h) = [mean, std] an image, and dataset.json {"labels": [[file name, class], ...]}; no mirror images.
+
+    The images are those of the training set in the sorted order of the file names, which is how the released code pairs them.
+    """
+
+    encoder_sha256: str | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            labels = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["labels"]
+            entries = sorted((str(name), int(label)) for name, label in labels)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f'{folder / "dataset.json"} cannot be read as {{"labels": [[file name, class], ...]}} ({error!r}).') from error
+        self.files = [name for name, _ in entries]
+        self.labels = np.array([label for _, label in entries], dtype=np.int64)
+
+    def moments(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> NDArray[np.float32]:
+        if np.any(flips):
+            raise UserError(f"{self.folder} holds no mirror images. Set data.flip=false, or prepare latents with `python launch/prepare.py latents`.")
+        return np.stack([self._read(self.files[i]) for i in indices])
+
+    def _read(self, name: str) -> NDArray[np.float32]:
+        try:
+            array: NDArray[np.float32] = np.load(self.folder / name).astype(np.float32)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder / name} cannot be read: {error}") from error
+        return array
+
+    def check(self, images: ImageSet) -> None:
+        """UserError unless number and classes are those of these training images; the files do not say more of their origin."""
+        if not np.array_equal(self.labels, images.labels):
+            raise UserError(
+                f"{self.folder} lists {len(self.labels)} latents and the training set has {len(images)} images, or their classes differ. "
+                "Use the folder of images from which these latents were made."
+            )
+
+
+def open_latents(folder: Path, images: ImageSet) -> LatentShards | ReleasedLatents:
+    """Stored moments for a training set: our shards, or the released layout. A folder of other images is a UserError."""
+    if not folder.is_dir():
+        raise UserError(f"data.latents={str(folder)!r} is not a folder. Make one with `python launch/prepare.py latents out={folder}`.")
+    latents = ReleasedLatents(folder) if (folder / "dataset.json").exists() else LatentShards(folder)
+    latents.check(images)
+    return latents
+
+
+def check_encoder(encoder_sha256: str | None, tokenizer: Tokenizer) -> None:
+    """UserError unless moments of the encoder with this digest are this tokenizer's; None (files that do not say) is taken as it is."""
+    if encoder_sha256 not in (None, encoder_digest(tokenizer)):
+        raise UserError(f"The stored latents come from another encoder than model.tokenizer={tokenizer.name}. Prepare them again with this one.")

@@ -1,0 +1,90 @@
+"""What is prepared once for many runs. `python launch/prepare.py COMMAND key=value ...`
+
+  latents    the moments of every training image's latents, in files that a later run reads with data.latents=FOLDER. Takes the keys of launch/run.py, and
+             to=FOLDER, batch=64, dtype=float32 (or float16), device=auto
+                 python launch/prepare.py latents method=reg preset=imagenet256-xl data.path=/data/imagenet/train to=/scratch/latents
+  tokenizer  one file with the weights and one with the facts of an autoencoder that was trained here
+                 python launch/prepare.py tokenizer from=runs/my-autoencoder to=autoencoder.safetensors
+
+The same command again goes on where it was stopped, or finds everything there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
+
+from common.config import RunConfig, resolve, split_overrides
+from common.errors import UserError, close_match
+from methods import get_spec
+
+
+def latents(options: dict[str, str]) -> str:
+    """Encodes a training set and its mirror images."""
+    folder, batch = Path(_take(options, "to")), int(options.pop("batch", "64"))
+    dtype, device_name = options.pop("dtype", "float32"), options.pop("device", "auto")
+    run = resolve(get_spec(options.get("method", RunConfig.method)), options)
+    if not hasattr(run.model, "tokenizer"):
+        raise UserError(f"method={run.method} has no tokenizer, so it has no latents to prepare.")
+    import torch
+
+    from common.datasets import load_data
+    from common.latents import write_latents
+    from common.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer(run.model.tokenizer, run.model.tokenizer_path)
+    source = load_data(run.data)
+    tokenizer.load()
+    device = device_name if device_name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    card = write_latents(folder, source.train, tokenizer.to(device), batch, dtype)
+    made = f"{card.images} images and their mirror images, moments {card.shape}, in {len(card.shards)} files under {folder}."
+    return f"{made} Use them with data.latents={folder}"
+
+
+def tokenizer(options: dict[str, str]) -> str:
+    """Writes the weights of a run's autoencoder and what they do with the held-out images."""
+    folder, file = Path(_take(options, "from")), Path(_take(options, "to"))
+    _refuse(options)
+    from common.tokenizer import export_tokenizer
+
+    card = export_tokenizer(folder, file)
+    return f"{file} ({card['bytes']:,} bytes, sha256 {card['sha256']}), {card['psnr_heldout']:.2f} dB on held-out images"
+
+
+COMMANDS: dict[str, Callable[[dict[str, str]], str]] = {"latents": latents, "tokenizer": tokenizer}
+
+
+def _take(options: dict[str, str], key: str) -> str:
+    if key not in options:
+        raise UserError(f"{key}= is missing. {__doc__}")
+    return options.pop(key)
+
+
+def _refuse(options: dict[str, str]) -> None:
+    if options:
+        raise UserError(f"unknown keys: {', '.join(options)}. {__doc__}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry point; returns the exit code: 0 finished, 2 a mistake in the command or its inputs."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(__doc__)
+        return 0
+    try:
+        if arguments[0] not in COMMANDS:
+            raise UserError(f"{arguments[0]!r} is not a command.{close_match(arguments[0], COMMANDS)} Commands: {', '.join(COMMANDS)}.")
+        given = split_overrides(arguments[1:])
+        if swept := [key for key, values in given.items() if len(values) > 1]:
+            raise UserError(f"{', '.join(swept)}: one value each; nothing is swept here.")
+        print(COMMANDS[arguments[0]]({key: values[0] for key, values in given.items()}))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,194 @@
+"""Settings of the four methods. Torch-free, so that `--help` is quick; presets-*.yaml hold the published sizes.
+
+Each method adds its own keys to those of the one before: SiT, then REPA's alignment, then REG's class token. DiT has another objective and sampler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config import one_of
+from common.errors import UserError
+from methods import MethodSpec, Stage
+
+
+def require(holds: bool, where: str, value: object, rule: str) -> None:
+    """Raises UserError "model.depth=0: must be at least 1." unless the condition holds."""
+    if not holds:
+        raise UserError(f"{where}={value!r}: {rule}.")
+
+
+@dataclass
+class LatentConfig:
+    """The network and the tokenizer, which all four share. Image size and class count come from the data."""
+
+    depth: int = 12
+    width: int = 768
+    heads: int = 12
+    patch: int = 2  # latent positions a side of a token
+    qk_norm: bool = False
+    attention: str = "fused"  # fused | reference (logits and softmax in float32 under bf16; slower)
+    label_drop: float = 0.1  # probability of training without the class
+    tokenizer: str = "embedded"  # embedded | sd-ft-ema | sd-ft-mse | run folder of an autoencoder | train
+    tokenizer_path: str | None = None  # folder or file of the sd- weights; none: the Hugging Face cache
+    remember: bool = False  # keep what the frozen networks say of each training image in memory, instead of asking them again
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "width", "heads", "patch"):
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        require(0 <= self.label_drop <= 1, "model.label_drop", self.label_drop, "is a probability, so between 0 and 1")
+        require(self.width % self.heads == 0, "model.heads", self.heads, f"must divide model.width={self.width}")
+        require(self.width % 4 == 0, "model.width", self.width, "must be a multiple of 4 for the 2-D position table")
+        one_of("model.attention", self.attention, ("fused", "reference"))
+
+
+@dataclass
+class DitConfig(LatentConfig):
+    """DiT: noise and variance are predicted at 1000 discrete times."""
+
+
+@dataclass
+class SitConfig(LatentConfig):
+    """SiT: the velocity is predicted at continuous times."""
+
+    path: str = "linear"  # linear | cosine: how data and noise are mixed
+    time: str = "uniform"  # uniform | lognormal: the distribution of training times
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("model.path", self.path, ("linear", "cosine"))
+        one_of("model.time", self.time, ("uniform", "lognormal"))
+
+
+@dataclass
+class RepaConfig(SitConfig):
+    """REPA: the tokens of one block are aligned with those of a frozen encoder."""
+
+    teacher: str = "embedded"  # embedded | timm-dinov2-b | timm-dinov2-l | timm-dinov2-g | another name of common/encoders
+    teacher_path: str | None = None  # file or folder of the teacher's weights; none: the usual caches
+    align_after: int = 4  # number of the aligned block, from 1
+    align_weight: float = 0.5  # lambda
+    projector_width: int = 2048
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(1 <= self.align_after <= self.depth, "model.align_after", self.align_after, f"must be the number of one of the {self.depth} blocks, from 1")
+        require(self.align_weight >= 0, "model.align_weight", self.align_weight, "must be 0 or more")
+        require(self.projector_width >= 1, "model.projector_width", self.projector_width, "must be at least 1")
+
+
+@dataclass
+class RegConfig(RepaConfig):
+    """REG: the teacher's class token is noised and denoised beside the image."""
+
+    class_token: str = "pooled"  # pooled (the teacher's class token, where it has one) | mean (of its patch tokens)
+    class_weight: float = 0.03  # beta
+    standardise: bool = False  # the class token to mean 0 and variance 1 a channel, measured before training; released: no
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("model.class_token", self.class_token, ("pooled", "mean"))
+        require(self.class_weight >= 0, "model.class_weight", self.class_weight, "must be 0 or more")
+
+
+@dataclass
+class DitSample:
+    """DiT's sampler: ancestral steps on an even selection of the 1000 times."""
+
+    steps: int = 250
+    guidance: float = 1.0  # 1: off
+    guided_channels: int | None = 3  # of the latents, the first ones; none: all
+
+    def __post_init__(self) -> None:
+        require(1 <= self.steps <= 1000, "sample.steps", self.steps, "must be between 1 and the 1000 training times")
+        check_guidance(self.guidance, self.guided_channels)
+
+
+@dataclass
+class SitSample:
+    """The sampler of the velocity models, in REPA's time: 1 is noise."""
+
+    steps: int = 250
+    solver: str = "sde"  # sde (Euler-Maruyama) | euler | heun (the last step is Euler's)
+    diffusion: float = 2.0  # sde: the noise has variance rate diffusion * t; the papers write 1, their code has 2
+    last_step: float = 0.04  # sde: where the last step starts, which adds no noise
+    guidance: float = 1.0  # 1: off
+    interval: tuple[float, float] = (0.0, 1.0)  # where guidance is on, ends included
+    guided_channels: int | None = None  # of the latents, the first ones; none: all. SiT's released sampler guides 3 of 4
+
+    def __post_init__(self) -> None:
+        least = 2 if self.solver == "sde" else 1
+        require(self.steps >= least, "sample.steps", self.steps, f"must be at least {least}")
+        require(self.diffusion >= 0, "sample.diffusion", self.diffusion, "must be 0 or more")
+        require(0 < self.last_step < 1, "sample.last_step", self.last_step, "must lie between 0 and 1")
+        require(len(self.interval) == 2, "sample.interval", self.interval, "must be two numbers, [low, high]")
+        self.interval = (self.interval[0], self.interval[1])
+        require(0 <= self.interval[0] < self.interval[1] <= 1, "sample.interval", self.interval, "must satisfy 0 <= low < high <= 1")
+        one_of("sample.solver", self.solver, ("sde", "euler", "heun"))
+        check_guidance(self.guidance, self.guided_channels)
+
+
+@dataclass
+class RegSample(SitSample):
+    """The same for image and class token together."""
+
+    class_guidance: float = 0.0  # guidance scale of the class token, where the image is guided; 0: conditional
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.class_guidance >= 0, "sample.class_guidance", self.class_guidance, "must be 0 (conditional) or more")
+
+
+def check_guidance(guidance: float, channels: int | None) -> None:
+    """Refuses scales below 1 and channel counts below 1."""
+    require(guidance >= 1, "sample.guidance", guidance, "must be 1 (off) or more")
+    require(channels is None or channels >= 1, "sample.guided_channels", channels, "must be at least 1, or none for all")
+
+
+def _presets(name: str) -> str:
+    return str(Path(__file__).with_name(f"presets-{name}.yaml"))
+
+
+TOKENIZER = Stage(key="tokenizer", method="vae")
+
+DIT = MethodSpec(
+    name="dit",
+    title="DiT: a transformer on autoencoder latents, discrete diffusion with learned variance, ancestral sampler",
+    paper="Scalable Diffusion Models with Transformers (arXiv 2212.09748)",
+    implementation="methods.reg.diffusion:DitMethod",
+    config=DitConfig,
+    sample=DitSample,
+    presets=_presets("dit"),
+    stages=(TOKENIZER,),
+)
+SIT = MethodSpec(
+    name="sit",
+    title="SiT: DiT's network with a flow loss, Euler-Maruyama sampler",
+    paper="SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers (arXiv 2401.08740)",
+    implementation="methods.reg.method:SitMethod",
+    config=SitConfig,
+    sample=SitSample,
+    presets=_presets("sit"),
+    stages=(TOKENIZER,),
+)
+REPA = MethodSpec(
+    name="repa",
+    title="REPA: SiT whose tokens are aligned with a frozen encoder's",
+    paper="Representation Alignment for Generation (arXiv 2410.06940)",
+    implementation="methods.reg.method:RepaMethod",
+    config=RepaConfig,
+    sample=SitSample,
+    presets=_presets("repa"),
+    stages=(TOKENIZER,),
+)
+REG = MethodSpec(
+    name="reg",
+    title="REG: REPA that denoises the encoder's class token beside the image",
+    paper="Representation Entanglement for Generation (arXiv 2507.01467)",
+    implementation="methods.reg.method:RegMethod",
+    config=RegConfig,
+    sample=RegSample,
+    presets=_presets("reg"),
+    stages=(TOKENIZER,),
+)

@@ -1,0 +1,126 @@
+"""What the four methods share: a frozen tokenizer, the transformer on its latents, dropped labels and guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from common.latents import FeatureTable
+from common.tokenizer import build_tokenizer
+from methods.base import Batch, Component, DataInfo, Method
+from methods.reg.config import LatentConfig, require
+from methods.reg.network import LatentTransformer, Shape
+from methods.reg.reference import from_released
+
+LETTERS = {(12, 384): "S", (12, 768): "B", (24, 1024): "L", (28, 1152): "XL"}
+
+
+class LatentMethod(Method):
+    """Tokenizer and transformer; a subclass adds objective and sampler."""
+
+    space = "latent_vae"
+    external = ("tokenizer",)
+
+    def __init__(self, config: LatentConfig, data: DataInfo) -> None:
+        super().__init__(config, data)
+        self.build_frozen()
+        factor, patch = self.tokenizer.factor, config.patch
+        require(data.image_size % factor == 0, "data.image_size", data.image_size, f"must be a multiple of the tokenizer's {factor} pixels")
+        self.side = data.image_size // factor
+        require(self.side % patch == 0, "model.patch", patch, f"must divide the {self.side} latent positions of a side")
+        self.network = LatentTransformer(self.shape())
+        self.moments_of = FeatureTable(self.tokenizer.encode_moments)
+
+    def build_frozen(self) -> None:
+        """Makes the external sub-modules, without their weights."""
+        self.tokenizer = build_tokenizer(self.config.tokenizer, self.config.tokenizer_path)
+
+    def shape(self) -> Shape:
+        """The transformer's sizes."""
+        config, channels = self.config, self.tokenizer.channels
+        return Shape(
+            depth=config.depth,
+            width=config.width,
+            heads=config.heads,
+            patch=config.patch,
+            side=self.side,
+            channels=channels,
+            outputs=channels,
+            num_classes=self.data.num_classes,
+            qk_norm=config.qk_norm,
+            exact_attention=config.attention == "reference",
+        )
+
+    def load_external(self) -> None:
+        self.tokenizer.load()
+        if self.config.remember:
+            self.moments_of.remember(self.data.num_train)
+
+    # -- training ---------------------------------------------------------------------------------------------------------------
+
+    def latents(self, batch: Batch) -> Tensor:
+        """One draw from each image's posterior, normalised, (B, C, S, S); from the batch's stored moments where it brings them."""
+        mean, std = batch["moments"].float().chunk(2, dim=1) if "moments" in batch else self.moments_of(batch)
+        return self.tokenizer.normalise(mean + std * torch.randn_like(mean))
+
+    def drop_labels(self, labels: Tensor) -> Tensor:
+        """The labels with some replaced by "no class"."""
+        dropped = torch.rand(len(labels), device=labels.device) < self.config.label_drop
+        return labels.masked_fill(dropped, self.data.num_classes)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.network.blocks)
+
+    def look(self, images: Tensor, time: float) -> None:
+        """One forward pass on images (B, 3, S, S) noised to `time` (1 is noise), without their classes: for those who listen to the blocks."""
+        nulls = torch.full((len(images),), self.data.num_classes, device=images.device)
+        self.look_at(self.latents({"image": images}), images, time, nulls)
+
+    def look_at(self, x: Tensor, images: Tensor, time: float, labels: Tensor) -> None:
+        """The forward pass of `look` for the images' latents."""
+        raise NotImplementedError
+
+    # -- sampling ---------------------------------------------------------------------------------------------------------------
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, S, S)."""
+        return self.tokenizer.channels, self.side, self.side
+
+    def channel_scale(self, guidance: float, guided_channels: int | None) -> Tensor:
+        """(C, 1, 1): the guidance scale of each channel; a channel that is not guided is conditional, which is scale 1."""
+        scale = torch.ones(self.tokenizer.channels, 1, 1)
+        scale[:guided_channels] = guidance
+        return scale
+
+    def with_null(self, labels: Tensor) -> Tensor:
+        """(2 B,): the labels, then as many times "no class"."""
+        return torch.cat((labels, torch.full_like(labels, self.data.num_classes)))
+
+    def sampling_networks(self) -> dict[str, nn.Module]:
+        return {"network": self.network, "decoder": self.tokenizer.decoder}
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.tokenizer.normalise(self.tokenizer.encode_moments(images)[0])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.tokenizer.decode(latents)
+
+    # -- records ----------------------------------------------------------------------------------------------------------------
+
+    def size(self) -> str | None:
+        """ "XL/2" where the sizes have a name."""
+        letter = LETTERS.get((self.config.depth, self.config.width))
+        return f"{letter}/{self.config.patch}" if letter else None
+
+    def components(self) -> tuple[Component, ...]:
+        """The frozen networks for the leaderboard."""
+        return (Component(self.tokenizer.name, "tokenizer", self.tokenizer.num_parameters(), self.tokenizer.sha256, "both"),)
+
+    def from_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return from_released(state, self.own_tensors(), self.config.patch, align_after=0)
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """The state without the frozen networks."""
+        return {key: tensor for key, tensor in self.state_dict().items() if key.partition(".")[0] not in self.external}

@@ -1,0 +1,206 @@
+"""The diffusion transformer of DiT, SiT, REPA and REG (arXiv 2212.09748, section 3.2; REG: arXiv 2507.01467, section 3.2).
+
+Modules carry the released names, so that a released state dict is ours. Shape legend: B batch, N tokens, D width, H heads, K head dimension,
+C latent channels, S latent side, p patch, T class-token dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from common.blocks import SinusoidalEmbedding, attend, sincos_table, unpatchify
+
+QK_NORM_EPS = 1e-5
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the network's tensors depend on."""
+
+    depth: int
+    width: int
+    heads: int
+    patch: int  # latent positions a side
+    side: int  # latent positions a side of the image
+    channels: int
+    outputs: int  # channels that come out: twice as many where a variance is predicted
+    num_classes: int
+    class_token: int = 0  # REG: dimension of the token that is denoised beside the image; 0: none
+    qk_norm: bool = False
+    exact_attention: bool = False
+
+
+class Prediction(NamedTuple):
+    """What one forward pass returns."""
+
+    image: Tensor  # (B, outputs, S, S)
+    class_token: Tensor | None  # (B, T), REG
+    hidden: Tensor | None  # (B, N, D), the tokens after the block that was asked for; REG's class token is the first
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    """Layer norm whose scale and shift come from elsewhere."""
+    return nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens, rows first."""
+
+    def __init__(self, channels: int, patch: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.proj(z).flatten(2).transpose(1, 2)
+
+
+class ClassEmbed(nn.Module):
+    """One vector a class, and a last one for "no class"."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+class Attention(nn.Module):
+    """Multi-head attention. The rows of `qkv` are q | k | v, each head-major."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.heads, self.exact = shape.heads, shape.exact_attention
+        head_dim = shape.width // shape.heads
+        self.qkv = nn.Linear(shape.width, 3 * shape.width)
+        self.q_norm = nn.LayerNorm(head_dim, eps=QK_NORM_EPS) if shape.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim, eps=QK_NORM_EPS) if shape.qk_norm else nn.Identity()
+        self.proj = nn.Linear(shape.width, shape.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, K)
+        out = attend(self.q_norm(q), self.k_norm(k), v, exact=self.exact)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Linear, tanh-approximated GELU, Linear."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """x += gate Attention(modulated norm(x)), then the same with the MLP; shifts, scales and gates come from the condition (adaLN-zero)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.norm1, self.attn = layer_norm(shape.width), Attention(shape)
+        self.norm2, self.mlp = layer_norm(shape.width), Mlp(shape.width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(shape.width, 6 * shape.width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x (B, N, D), condition time + class (B, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).unsqueeze(1).chunk(6, dim=-1)
+        x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
+        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm, then one linear map for the image tokens and, in REG, one for the class token, which shares the modulation."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.norm_final = layer_norm(shape.width)
+        self.linear = nn.Linear(shape.width, shape.patch**2 * shape.outputs)
+        self.linear_cls = nn.Linear(shape.width, shape.class_token) if shape.class_token else None
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(shape.width, 2 * shape.width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, N, D) to tokens (B, S^2 / p^2, p^2 outputs) and the class token (B, T)."""
+        shift, scale = self.adaLN_modulation(condition).unsqueeze(1).chunk(2, dim=-1)
+        x = modulate(self.norm_final(x), shift, scale)
+        if self.linear_cls is None:
+            return self.linear(x), None
+        return self.linear(x[:, 1:]), self.linear_cls(x[:, 0])
+
+
+class LatentTransformer(nn.Module):
+    """Noisy latents, time and class (and REG's noisy class token) to a prediction of the latents' shape (and of the token's)."""
+
+    pos_embed: Tensor
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.x_embedder = PatchEmbed(shape.channels, shape.patch, shape.width)
+        self.t_embedder = SinusoidalEmbedding(shape.width)
+        self.y_embedder = ClassEmbed(shape.num_classes, shape.width)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.depth))
+        self.final_layer = FinalLayer(shape)
+        if shape.class_token:
+            self.cls_projectors2 = nn.Linear(shape.class_token, shape.width)
+            self.wg_norm = nn.LayerNorm(shape.width, eps=NORM_EPS)
+        positions = sincos_table(shape.side // shape.patch, shape.width)
+        prefix = positions.new_zeros(1 if shape.class_token else 0, shape.width)  # the class token has no position
+        self.register_buffer("pos_embed", torch.cat((prefix, positions))[None])
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Xavier for every matrix, normal for embeddings, zero for what modulates or leaves the network: the untrained output is 0."""
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear | nn.Conv2d):
+                continue
+            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+                nn.init.zeros_(module.weight)
+            elif name.startswith("t_embedder"):
+                nn.init.normal_(module.weight, std=0.02)
+            else:
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+
+    def forward(self, z: Tensor, time: Tensor, labels: Tensor, class_token: Tensor | None = None, hidden_after: int = 0) -> Prediction:
+        """z (B, C, S, S); time (B,) as the network counts it; labels (B,) int64, the last row of the table being "no class".
+
+        hidden_after: the number of the block, from 1, after which the tokens are returned too; 0: none.
+        """
+        x = self.x_embedder(z)
+        if class_token is not None:
+            x = torch.cat((self.wg_norm(self.cls_projectors2(class_token)).unsqueeze(1), x), dim=1)
+        x = x + self.pos_embed
+        condition = self.t_embedder(time) + self.y_embedder(labels)
+        hidden = None
+        for number, block in enumerate(self.blocks, 1):
+            x = block(x, condition)
+            hidden = x if number == hidden_after else hidden
+        tokens, token = self.final_layer(x, condition)
+        return Prediction(unpatchify(tokens, self.shape.patch, self.shape.outputs), token, hidden)
+
+
+def projector(width: int, hidden: int, outputs: int) -> nn.Sequential:
+    """REPA's map from the transformer's tokens to the teacher's: three linear layers with SiLU between them."""
+    layers = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return layers

@@ -1,0 +1,69 @@
+"""The authors' released checkpoints under our names.
+
+SiT released a plain state dict whose head has twice the channels (the upper half was never trained); DiT a plain one whose head is ours; REPA a plain
+one, in old files with `decoder_blocks` after the aligned block; REG a training checkpoint (`common.external.read_tensors` takes its "ema").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from common.blocks import sincos_table
+from common.errors import UserError
+
+HEAD = "final_layer.linear."
+POSITIONS = "pos_embed"
+POSITION_TOLERANCE = 1e-5  # their table is float64 sines rounded to float32, and so is ours
+
+
+def released_name(name: str) -> str:
+    """Their name of one of our tensors: they keep the projectors inside the network."""
+    return name.removeprefix("network.")
+
+
+def from_released(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], patch: int, align_after: int) -> dict[str, Tensor]:
+    """The released tensors under the names of `ours`, a method's own state (it may be on the meta device).
+
+    patch: latent positions a side of a token; align_after: number of the aligned block, 0 where nothing is aligned. UserError lists every
+    missing, extra and misshapen key; the fixed position table must equal ours. A model that standardises its class token cannot be loaded, since
+    no released file has its statistics.
+    """
+    state = {modern_name(name, align_after): tensor for name, tensor in state.items()}
+    shapes = {released_name(name): tensor.shape for name, tensor in ours.items()}
+    state = {name: own_head(tensor, shapes[name][0], patch) if name.startswith(HEAD) else tensor for name, tensor in state.items()}
+    faults = [f"missing {name} {tuple(shape)}" for name, shape in shapes.items() if name not in state]
+    faults += [f"not known {name} {tuple(tensor.shape)}" for name, tensor in state.items() if name not in shapes]
+    faults += [f"{name} is {tuple(state[name].shape)}, expected {tuple(s)}" for name, s in shapes.items() if name in state and state[name].shape != s]
+    if faults:
+        raise UserError("\n  ".join([f"The released weights do not fit this model, {len(faults)} keys differ:", *faults]))
+    check_positions(state[POSITIONS])
+    return {name: state[released_name(name)] for name in ours}
+
+
+def modern_name(name: str, align_after: int) -> str:
+    """`decoder_blocks.k` of old REPA files is block k + align_after."""
+    return re.sub(r"^decoder_blocks\.(\d+)", lambda match: f"blocks.{int(match[1]) + align_after}", name)
+
+
+def own_head(tensor: Tensor, rows: int, patch: int) -> Tensor:
+    """A head (2 rows, ...) with SiT's 2 C channels cut to the C that were trained; another head as it is.
+
+    The rows of a token are ordered (row in the patch, column, channel), the channel fastest.
+    """
+    if len(tensor) != 2 * rows:
+        return tensor
+    return tensor.unflatten(0, (patch**2, 2, rows // patch**2))[:, 0].flatten(0, 1)
+
+
+def check_positions(table: Tensor) -> None:
+    """The stored position table (1, [1 +] g * g, D) against ours; another one would mean another layout of the tokens."""
+    _, tokens, width = table.shape
+    grid = int(tokens**0.5)
+    expected = sincos_table(grid, width)
+    difference = (table[0, tokens - grid * grid :].float() - expected).abs().max().item()
+    prefix = table[0, : tokens - grid * grid].abs().max().item() if tokens > grid * grid else 0.0
+    if not max(difference, prefix) <= POSITION_TOLERANCE:
+        raise UserError(f"{POSITIONS} differs from the 2-D sine-cosine table by {max(difference, prefix):.2g}: the weights belong to another layout of tokens.")

@@ -1,0 +1,146 @@
+"""The autoencoder's training: reconstruction, perceptual distance, KL to a standard normal and, where asked for, a patch discriminator.
+
+loss = mean |y - x| + w_p d(y, x) + w_kl KL(N(mean, std^2) || N(0, 1)) / numbers of the image + w_a * adaptive weight * (-mean D(y))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from common.adversarial import (
+    Augmentation,
+    PatchDiscriminator,
+    adaptive_weight,
+    augment,
+    draw_augmentation,
+    evaluating,
+    hinge_discriminator,
+    hinge_generator,
+    quantise,
+)
+from common.autoencoder import Decoder, Encoder
+from common.encoders.frozen import Frozen
+from common.perceptual import ConvNeXtDistance, EmbeddedDistance, Lpips
+from methods.base import Batch, DataInfo, Description, Method, ParamGroup
+from methods.vae.config import VaeConfig, VaeSample, require
+
+STATISTICS_RATE = 0.005  # of the running moments of the latents; the last few hundred steps count
+
+
+class VaeMethod(Method):
+    """Encoder and decoder, trained on single draws from the posterior. The moments of the latents are followed as batch norm follows its own."""
+
+    phases: tuple[str, ...] = ("autoencoder", "discriminator")
+    task = "reconstruction"
+    space = "latent_vae"
+    latent_mean: Tensor
+    latent_square: Tensor
+
+    def __init__(self, config: VaeConfig, data: DataInfo) -> None:
+        super().__init__(config, data)
+        require(data.image_size % config.factor == 0, "data.image_size", data.image_size, f"must be a multiple of the model's {config.factor} pixels")
+        sizes = (config.widths, config.stem, config.depth, config.latent_channels, data.channels)
+        self.encoder, self.decoder = Encoder(*sizes), Decoder(*sizes)
+        self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
+        self.register_buffer("latent_square", torch.ones(config.latent_channels))
+        self.perceptual: Frozen | None = perceptual_distance(config)
+        self.external = ("perceptual",) if self.perceptual else ()  # which networks there are depends on the losses
+        self.discriminator = PatchDiscriminator(data.channels, config.discriminator_widths) if config.adversarial else None
+        self.phases = self.phases if self.discriminator else self.phases[:1]
+        self.heard = self.discriminator is not None and not config.adversarial_start  # whether the autoencoder listens to the discriminator
+
+    def load_external(self) -> None:
+        if self.perceptual is not None:
+            self.perceptual.load()
+
+    # -- training ---------------------------------------------------------------------------------------------------------------
+
+    def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
+        x = batch["image"]
+        mean, std = self.encoder(x)
+        z = mean + std * torch.randn_like(mean)
+        augmentation = draw_augmentation(len(x), x.shape[-1], x.device)
+        if phase == "discriminator":
+            with torch.no_grad():
+                y = quantise(self.decoder(z))
+            return {"loss": self.judge(x, y, augmentation)}
+        if self.training:
+            self.follow(mean, std)
+        return self.objective(x, z, mean, std, augmentation)
+
+    def objective(self, x: Tensor, z: Tensor, mean: Tensor, std: Tensor, augmentation: Augmentation) -> dict[str, Tensor]:
+        """The autoencoder's loss for images x (B, 3, S, S) and draws z (B, C, h, h) from their posteriors, with the terms that are on."""
+        y = self.decoder(z)
+        terms = {"l1": (y - x).abs().mean(), "kl": gaussian_kl(mean, std).sum() / x.numel()}
+        loss = terms["l1"] + self.config.kl * terms["kl"]
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(y, x).mean()
+            loss = loss + self.config.perceptual_weight * terms["perceptual"]
+        if self.heard:
+            assert self.discriminator is not None
+            with evaluating(self.discriminator):
+                terms["adversarial"] = hinge_generator(self.discriminator(augment(y, augmentation)))
+            weight = adaptive_weight(loss, terms["adversarial"], self.decoder.last.weight)
+            loss = loss + self.config.adversarial * weight * terms["adversarial"]
+        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+
+    def judge(self, x: Tensor, y: Tensor, augmentation: Augmentation) -> Tensor:
+        """The discriminator's hinge loss on real and rebuilt images, augmented alike."""
+        assert self.discriminator is not None
+        return hinge_discriminator(self.discriminator(augment(x, augmentation)), self.discriminator(augment(y, augmentation)))
+
+    def phase_active(self, phase: str, images_seen: int) -> bool:
+        """The trainer asks before every forward, which is how the autoencoder learns whether its adversarial term has started."""
+        self.heard = self.discriminator is not None and images_seen >= self.config.adversarial_start
+        return phase == "autoencoder" or self.heard
+
+    def schedule_images(self, phase: str, images_seen: int) -> int:
+        return images_seen if phase == "autoencoder" else images_seen - self.config.adversarial_start
+
+    @torch.no_grad()
+    def follow(self, mean: Tensor, std: Tensor) -> None:
+        """Moves the running first and second moment of each latent channel, of draws from the posterior, towards the batch's."""
+        self.latent_mean.lerp_(mean.mean(dim=(0, 2, 3)), STATISTICS_RATE)
+        self.latent_square.lerp_((mean.square() + std.square()).mean(dim=(0, 2, 3)), STATISTICS_RATE)
+
+    def parameters_of(self, phase: str) -> list[ParamGroup]:
+        names = ("discriminator.",) if phase == "discriminator" else ("encoder.", "decoder.")
+        return [ParamGroup([p for name, p in self.named_parameters() if name.startswith(names)])]
+
+    def averaged_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if name.startswith(("encoder.", "decoder."))}
+
+    # -- use --------------------------------------------------------------------------------------------------------------------
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The posterior's mean, not normalised."""
+        mean: Tensor = self.encoder(images)[0]
+        return mean
+
+    def decode(self, latents: Tensor) -> Tensor:
+        images: Tensor = self.decoder(latents)
+        return images
+
+    def sampling_networks(self) -> dict[str, nn.Module]:
+        return {"encoder": self.encoder, "decoder": self.decoder}
+
+    def evaluations(self, config: VaeSample) -> int:
+        return 0
+
+    def describe(self, config: VaeSample) -> Description:
+        return Description(prediction="x", loss_space="x", sampler="none", steps=0)
+
+
+def gaussian_kl(mean: Tensor, std: Tensor) -> Tensor:
+    """KL(N(mean, std^2) || N(0, 1)) in nats for each number, of any shape."""
+    return 0.5 * (mean.square() + std.square() - 1) - std.log()
+
+
+def perceptual_distance(config: VaeConfig) -> Frozen | None:
+    """The network that the configuration names, without its weights; none where it names none."""
+    if config.perceptual == "none":
+        return None
+    if config.perceptual == "embedded":
+        return EmbeddedDistance()
+    return (Lpips if config.perceptual == "lpips" else ConvNeXtDistance)(config.perceptual_path)

@@ -1,0 +1,97 @@
+"""CKNNA and the linear probe on features whose answers are known, and their way from a method's blocks."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from reg_models import INFO, make, randomized
+
+from common.datasets import ArrayImages
+from common.errors import UserError
+from evaluation.hidden_states import block_features, cknna, image_mean, linear_probe, tapped
+
+
+def cknna_by_hand(x, y, k):
+    """The definition with loops."""
+    n = len(x)
+    x, y = x / x.norm(dim=1, keepdim=True), y / y.norm(dim=1, keepdim=True)
+    products = [(f @ f.T).tolist() for f in (x, y)]
+    near = [[set(sorted((j for j in range(n) if j != i), key=lambda j: -p[i][j])[:k]) for i in range(n)] for p in products]
+    centred = [[[p[i][j] - sum(p[i]) / n for j in range(n)] for i in range(n)] for p in products]
+
+    def align(a, b):
+        return sum(centred[a][i][j] * centred[b][i][j] for i in range(n) for j in near[a][i] & near[b][i]) / (n - 1) ** 2
+
+    return align(0, 1) / math.sqrt(align(0, 0) * align(1, 1))
+
+
+def features(n=24, d=6, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("k", [1, 5, 23])
+def test_cknna_by_hand(k):
+    x = features()
+    y = x[:, :4] + 0.5 * features(d=4, seed=1)
+    assert cknna(x, y, k) == pytest.approx(cknna_by_hand(x, y, k), abs=1e-5)
+
+
+def test_cknna_of_equal_and_of_unrelated_features():
+    x = features(300, 16)
+    rotation = torch.linalg.qr(features(16, 16, 3)).Q
+    assert cknna(x, x) == pytest.approx(1, abs=1e-6)
+    assert cknna(x, 3 * x @ rotation) == pytest.approx(1, abs=2e-3)  # in float32 the tenth and eleventh neighbour of an image may change places
+    assert abs(cknna(x, features(300, 16, 2))) < 0.1
+    near = cknna(x, x + 0.2 * features(300, 16, 4))
+    far = cknna(x, x + 1.0 * features(300, 16, 4))
+    assert 1 > near > far > 0.1
+
+
+def test_cknna_refuses_too_few():
+    with pytest.raises(UserError, match="more than the 10 neighbours"):
+        cknna(features(10), features(10))
+
+
+def test_probe_finds_what_is_linear_and_nothing_else():
+    labels = torch.arange(600) % 3
+    centres = torch.eye(3, 8) * 4
+    x = centres[labels] + features(600, 8).float()
+    split = (x[:400], labels[:400]), (x[400:], labels[400:])
+    assert linear_probe(*split, 3, epochs=60) > 0.95
+    assert linear_probe(*split, 3, epochs=60) == linear_probe(*split, 3, epochs=60)
+    noise = features(600, 8, 5).float()
+    assert linear_probe((noise[:400], labels[:400]), (noise[400:], labels[400:]), 3, epochs=60) < 1 / 3 + 5 * math.sqrt(2 / 9 / 200)
+
+
+def test_scale_and_shift_of_a_channel_do_not_matter_to_the_probe():
+    labels = torch.arange(300) % 3
+    x = (torch.eye(3, 8) * 2)[labels] + features(300, 8).float()
+    moved = x * torch.linspace(0.01, 100, 8) + 5
+    results = [linear_probe((f[:200], labels[:200]), (f[200:], labels[200:]), 3, epochs=20) for f in (x, moved)]
+    assert results[0] == results[1]
+
+
+def test_tokens_before_the_image_are_left_out():
+    tokens = torch.randn(2, 17, 5)
+    torch.testing.assert_close(image_mean(tokens), tokens[:, 1:].mean(dim=1))
+    torch.testing.assert_close(image_mean(tokens[:, 1:]), tokens[:, 1:].mean(dim=1))
+
+
+def test_taps_are_removed():
+    block = torch.nn.Linear(2, 2)
+    with tapped([block]) as seen:
+        block(torch.zeros(1, 2))
+    block(torch.zeros(1, 2))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", ["dit", "sit", "repa", "reg"])
+def test_every_block_gives_features(monkeypatch, name):
+    method = randomized(make(name, monkeypatch))
+    pixels = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (6, 3, 16, 16), dtype=np.uint8)
+    images = ArrayImages(pixels, np.zeros(6, dtype=np.int64), "noise")
+    found, again, clean = (block_features(method, images, 6, time, 3, torch.device("cpu")) for time in (0.5, 0.5, 0.1))
+    assert [f.shape for f in found] == [(6, 24)] * 3 and INFO.image_size == 16
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    assert not torch.equal(found[0], clean[0])

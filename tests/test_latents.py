@@ -1,0 +1,276 @@
+"""Stored latents: in memory, in our shards, in the released layout; training from them is training from the images."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from reg_models import make
+from toys import toy_images
+
+from common.autoencoder import Encoder
+from common.datasets import ArrayImages
+from common.errors import UserError
+from common.latents import CARD, FeatureTable, LatentShards, check_encoder, encoder_digest, open_latents, read_card, write_latents
+from common.loader import TrainingPlan, training_batches
+from common.seeds import seed_step
+from common.tokenizer import OwnTokenizer, sd_name
+from common.trainer import prepare_batch
+from launch.prepare import main as prepare
+
+SHAPE = {"widths": [8], "stem": 2, "depth": 1, "latent_channels": 4}
+
+
+def tokenizer(seed: int = 0) -> OwnTokenizer:
+    """A small autoencoder with random weights, latents doubled and shifted by 0.25."""
+    built = OwnTokenizer("toy", SHAPE)
+    torch.manual_seed(seed)
+    encoder = Encoder(**SHAPE)
+    state = {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
+    state |= {key: torch.randn(value.shape) for key, value in built.state_dict().items() if key.startswith("decoder.")}
+    built.fill(state, "toy", torch.full((4,), 0.25), torch.full((4,), 2.0))
+    return built
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return tmp_path, write_latents(tmp_path, toy_images(), tokenizer(), batch=7, shard_images=16)
+
+
+# -- in memory --------------------------------------------------------------------------------------------------------------------
+
+
+def counting_table():
+    calls = []
+
+    def compute(images):
+        calls.append(len(images))
+        return images.mean(dim=(1, 2, 3)), 2 * images
+
+    return FeatureTable(compute), calls
+
+
+def test_each_image_is_computed_once():
+    table, calls = counting_table()
+    images = torch.randn(5, 3, 4, 4)
+    table.remember(5)
+    for chosen in ([0, 1], [1, 2], [4, 3, 0], [2, 2]):
+        mean, double = table({"image": images[chosen], "index": torch.tensor(chosen)})
+        assert torch.equal(double, 2 * images[chosen])
+        torch.testing.assert_close(mean, images[chosen].mean(dim=(1, 2, 3)))
+    assert sum(calls) == 1 + 5 and set(calls) == {1} and not table.missing.any()
+
+
+def test_without_memory_every_batch_is_computed():
+    table, calls = counting_table()
+    for _ in range(2):
+        table({"image": torch.randn(3, 3, 4, 4), "index": torch.arange(3)})
+    assert calls == [3, 3]
+
+
+def test_mirror_images_are_other_images():
+    table, calls = counting_table()
+    table.remember(3)
+    image = torch.randn(1, 3, 4, 4)
+    for mirrored, pixels in ((False, image), (True, image.flip(3)), (False, image), (True, image.flip(3))):
+        _, double = table({"image": pixels, "index": torch.tensor([1]), "mirrored": torch.tensor([mirrored])})
+        assert torch.equal(double, 2 * pixels)
+    assert sum(calls) == 1 + 2
+
+
+def test_a_table_beyond_memory_is_refused():
+    table = FeatureTable(lambda images: (torch.zeros(len(images), 1024, 1024),))
+    table.remember(1_281_167)
+    with pytest.raises(UserError, match=r"model.remember=true would keep 5004\.6 GiB"):
+        table({"image": torch.zeros(1, 3, 4, 4), "index": torch.tensor([0])})
+
+
+# -- our shards -------------------------------------------------------------------------------------------------------------------
+
+
+def test_shards_hold_the_moments_of_both_orientations(shards):
+    folder, card = shards
+    images, net = toy_images(), tokenizer()
+    assert len(card.shards) == 3 and card.shape == (8, 4, 4) and card.images == 40
+    latents = open_latents(folder, images)
+    indices, flips = np.array([39, 0, 17, 16]), np.array([True, False, True, False])
+    expected = torch.cat(net.encode_moments(torch.from_numpy(images.fetch(indices, flips)).float() / 127.5 - 1), dim=1)
+    torch.testing.assert_close(torch.from_numpy(latents.moments(indices, flips)), expected, atol=1e-5, rtol=1e-5)
+    latents.verify()
+
+
+def test_half_precision(tmp_path, shards):
+    write_latents(tmp_path / "half", toy_images(), tokenizer(), dtype="float16")
+    indices, flips = np.arange(40), np.zeros(40, dtype=bool)
+    half, full = (open_latents(folder, toy_images()).moments(indices, flips) for folder in (tmp_path / "half", shards[0]))
+    assert half.dtype == np.float32
+    np.testing.assert_allclose(half, full, rtol=2**-10, atol=1e-6)
+
+
+def test_writing_goes_on_and_is_repeatable(tmp_path, shards):
+    folder, card = shards
+    (folder / CARD).unlink()
+    removed = next(iter(card.shards))
+    (folder / removed).unlink()
+    kept = {name: (folder / name).stat().st_mtime_ns for name in card.shards if name != removed}
+    again = write_latents(folder, toy_images(), tokenizer(), batch=7, shard_images=16)
+    assert again == card and all((folder / name).stat().st_mtime_ns == time for name, time in kept.items())
+
+
+def test_an_unfinished_folder_is_refused(shards):
+    folder, _ = shards
+    (folder / CARD).unlink()
+    with pytest.raises(UserError, match="let it finish"):
+        open_latents(folder, toy_images())
+
+
+def test_latents_of_other_images_are_refused(shards):
+    folder, _ = shards
+    other = ArrayImages(255 - toy_images().images, toy_images().labels, "other")
+    with pytest.raises(UserError, match="other images"):
+        open_latents(folder, other)
+    with pytest.raises(UserError, match="Choose another folder"):
+        write_latents(folder, other, tokenizer())
+
+
+def test_another_encoder_is_refused(shards):
+    latents = LatentShards(shards[0])
+    check_encoder(latents.encoder_sha256, tokenizer())
+    with pytest.raises(UserError, match="another encoder"):
+        check_encoder(latents.encoder_sha256, tokenizer(seed=1))
+    with pytest.raises(UserError, match="another encoder"):
+        write_latents(shards[0], toy_images(), tokenizer(seed=1))
+
+
+def test_the_decoder_is_no_part_of_the_digest():
+    a, b = tokenizer(), tokenizer()
+    with torch.no_grad():
+        next(b.decoder.parameters()).add_(1)
+    assert encoder_digest(a) == encoder_digest(b)
+
+
+def test_damage_is_found(shards):
+    folder, card = shards
+    file = folder / list(card.shards)[1]
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"moments-00001\.npy is missing or damaged"):
+        LatentShards(folder).verify()
+
+
+def test_another_format_is_refused(shards):
+    folder, _ = shards
+    content = json.loads((folder / CARD).read_text())
+    (folder / CARD).write_text(json.dumps(content | {"format": 99}))
+    with pytest.raises(UserError, match="format 99"):
+        read_card(folder)
+
+
+# -- the released layout ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def released(tmp_path):
+    """One .npy an image under numbered sub-folders, and dataset.json in another order."""
+    images = toy_images()
+    entries = []
+    for i, label in enumerate(images.labels.tolist()):
+        name = f"0000{i // 20}/img-mean-std-{i:08d}.npy"
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        np.save(tmp_path / name, np.full((8, 4, 4), i, dtype=np.float32))
+        entries.append([name, label])
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": entries[::-1]}))
+    return tmp_path
+
+
+def test_released_layout_reads_in_sorted_order(released):
+    latents = open_latents(released, toy_images())
+    found = latents.moments(np.array([3, 39, 0]), np.zeros(3, dtype=bool))
+    assert found.shape == (3, 8, 4, 4) and found[:, 0, 0, 0].tolist() == [3, 39, 0]
+    check_encoder(latents.encoder_sha256, tokenizer())
+
+
+def test_released_layout_has_no_mirror_images(released):
+    with pytest.raises(UserError, match="no mirror images"):
+        open_latents(released, toy_images()).moments(np.array([0]), np.array([True]))
+
+
+def test_released_layout_must_fit_the_images(released):
+    content = json.loads((released / "dataset.json").read_text())
+    (released / "dataset.json").write_text(json.dumps({"labels": content["labels"][1:]}))
+    with pytest.raises(UserError, match="lists 39 latents"):
+        open_latents(released, toy_images())
+    (released / "dataset.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be read"):
+        open_latents(released, toy_images())
+
+
+# -- training ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_training_from_the_cache_is_training_from_the_images(shards, monkeypatch, flip):
+    """With the same seed the losses agree to float32's rounding: the posterior is drawn anew from the stored moments."""
+    cached, plain = toy_images(), toy_images()
+    cached.latents = open_latents(shards[0], cached)
+    plan = TrainingPlan(plain.labels, 8, seed=0, balanced=False, flip=flip)
+    method = make("sit", monkeypatch)
+    method.tokenizer = net = tokenizer()
+    method.moments_of = FeatureTable(net.encode_moments)
+    for step, (stored, encoded) in enumerate(zip(*(training_batches(s, plan, 0, 8, 1) for s in (cached, plain)), strict=False)):
+        assert "moments" in stored[0] and "moments" not in encoded[0] and ("mirrored" in stored[0]) == flip
+        drawn = []
+        for batch in (stored[0], encoded[0]):
+            seed_step(0, step, 0)
+            drawn.append(method.latents(prepare_batch(batch, torch.device("cpu"))))
+        torch.testing.assert_close(drawn[0], drawn[1], atol=1e-5, rtol=1e-5)
+        if step == 3:
+            break
+
+
+def test_two_reads_draw_twice(shards, monkeypatch):
+    method = make("sit", monkeypatch)
+    moments = torch.from_numpy(open_latents(shards[0], toy_images()).moments(np.arange(4), np.zeros(4, dtype=bool)))
+    a, b = (method.latents({"moments": moments}) for _ in range(2))
+    assert not torch.equal(a, b)
+
+
+# -- the command ------------------------------------------------------------------------------------------------------------------
+
+
+def test_prepare_command(tmp_path, capsys):
+    arguments = ["latents", "method=sit", "data=synthetic", f"to={tmp_path / 'cache'}", "device=cpu", "dtype=float16"]
+    assert prepare([*arguments, "data.image_size=8"]) == 0
+    assert "4600 images" in capsys.readouterr().out and read_card(tmp_path / "cache").dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["latent", "to=x"], "Did you mean 'latents'"),
+        (["latents", "method=sit"], "to= is missing"),
+        (["latents", "method=jit", "to=x"], "no tokenizer"),
+        (["latents", "method=sit", "to=x,y"], "one value each"),
+        (["tokenizer", "to=x"], "from= is missing"),
+        (["tokenizer", "to=x", "from=nowhere", "size=3"], "unknown keys: size"),
+        (["tokenizer", "to=x", "from=nowhere"], "not a run folder"),
+    ],
+)
+def test_mistakes_of_the_command(arguments, message, capsys):
+    assert prepare(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("encoder.mid_block.attentions.0.query.weight", "encoder.network.0.mid_block.attentions.0.to_q.weight"),
+        ("decoder.mid_block.attentions.0.proj_attn.bias", "decoder.1.mid_block.attentions.0.to_out.0.bias"),
+        ("encoder.mid_block.attentions.0.to_v.bias", "encoder.network.0.mid_block.attentions.0.to_v.bias"),
+        ("quant_conv.weight", "encoder.network.1.weight"),
+        ("post_quant_conv.bias", "decoder.0.bias"),
+    ],
+)
+def test_names_of_stable_diffusions_autoencoder(theirs, ours):
+    assert sd_name(theirs) == ours
