@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from common.errors import UserError
+from common.sharding import placed_like
 
 log = logging.getLogger("pixlat")
 MANIFEST = "manifest.json"
@@ -150,7 +151,7 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Tensor], name
         p = parameters[name]
         # A scalar step counter stays on the CPU unless the optimizer is fused, as torch itself does.
         on_cpu = value.ndim == 0 and not optimizer.defaults.get("fused")
-        optimizer.state[p][entry] = value if on_cpu else value.to(p.device)
+        optimizer.state[p][entry] = value if on_cpu else placed_like(value, p)
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -48,9 +48,9 @@ class TrainConfig:
     warmup_images: int = 0  # linear warm-up from 0
     schedule: str = "constant"  # constant, cosine or linear, from the end of the warm-up to the last image
     min_lr: float = 0.0  # where cosine and linear end
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW
-    eps: float = 1e-8  # AdamW
-    weight_decay: float = 0.0  # AdamW, unless a parameter group says otherwise
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # of AdamW, and of Nesterov Adam where a method asks for it
+    eps: float = 1e-8  # of both
+    weight_decay: float = 0.0  # of AdamW and Muon, unless a parameter group says otherwise
     clip_grad: float = 0.0  # global gradient norm; 0 does not clip
     ema_decay: list[float] = field(default_factory=list)  # one average a decay per step, e.g. [0.9999,0.9996]
     ema_halflife_images: list[float] = field(default_factory=list)  # one average a half-life in images, e.g. [5e5]
@@ -78,6 +78,48 @@ class EvalConfig:
 
 
 @dataclass
+class ClusterConfig:
+    """Where the run works, on how many processes. Nothing here changes a result; launch/README.md tells how a job lives."""
+
+    name: str = "here"  # here (this process), local (several processes of this machine), slurm, or a site's file (launch/clusters/README.md)
+    nodes: int = 1  # machines
+    gpus_per_node: int | None = None  # GPUs of each machine, one process for each; 0 computes on CPUs; slurm needs it
+    tasks_per_node: int | None = None  # processes a machine; none: one for each GPU, or one
+    sharding: str = "ddp"  # ddp (every process holds everything) or fsdp2 (parameters, gradients and optimizer state are spread over the processes)
+    cpus_per_task: int | None = None  # CPU cores a process, loader processes included; none: the cluster's default
+    mem_gb: float | None = None  # memory a machine; 0 is all of it, none the cluster's default
+    timeout_min: int | None = None  # minutes until the job is requeued or ended; slurm needs it
+    max_timeouts: int = 30  # how often a job may run into its time limit and go on
+    signal_delay_s: int = 120  # seconds between the warning and the end; more than the longest ten steps and one checkpoint take
+    partition: str | None = None  # slurm needs it; `sinfo -s` lists them
+    account: str | None = None  # who pays
+    qos: str | None = None  # quality of service
+    constraint: str | None = None  # features of the machines
+    nodelist: str | None = None  # only these machines
+    exclude: str | None = None  # not these machines
+    exclusive: bool = False  # share no machine with other jobs
+    reservation: str | None = None  # reserved machines
+    dependency: str | None = None  # e.g. afterok:1234; earlier stages are added by themselves
+    array_parallelism: int = 16  # runs of a sweep that work at the same time
+    comment: str | None = None  # shown by the scheduler
+    mail_user: str | None = None  # who is told
+    mail_type: str | None = None  # of what, e.g. END,FAIL
+    setup: list[str] = field(default_factory=list)  # shell lines before the run, e.g. ["module load cuda", "export NCCL_DEBUG=WARN"]
+    srun_args: list[str] | None = None  # arguments of srun; none: --kill-on-bad-exit=1 --cpus-per-task=N
+    python: str | None = None  # the command that is Python in the job, e.g. "singularity exec --nv image.sif python"; none: this Python
+    sbatch: list[str] = field(default_factory=list)  # any other option of sbatch, e.g. ["gres=gpu:a100:8", "nice"]
+    snapshot: bool = True  # run a copy of the code as it is now, whatever becomes of the checkout
+
+    def tasks_a_node(self) -> int:
+        """Processes on each machine."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    def processes(self) -> int:
+        """Processes in all."""
+        return self.nodes * self.tasks_a_node()
+
+
+@dataclass
 class RunConfig:
     """One run."""
 
@@ -91,6 +133,7 @@ class RunConfig:
     model: Any = None  # the method's own settings
     sample: Any = None  # the method's sampler
     eval: EvalConfig = field(default_factory=EvalConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     dry_run: bool = False  # print what would run and what it costs; write nothing
 
 
@@ -98,9 +141,10 @@ MIN_EVAL_IMAGES = 20  # one for each group that the evaluator's jackknife leaves
 
 # Settings that change neither a weight nor a score: two runs that differ only here are the same run.
 INERT_KEYS = ("name", "out", "dry_run", "data.workers", "train.threads", "train.trackers", "train.keep_checkpoints", "eval.batch", "eval.grid_columns")
+INERT_GROUPS = ("cluster.",)
 
 # `data=folder` is short for `data.name=folder`.
-GROUPS_WITH_NAME = ("data",)
+GROUPS_WITH_NAME = ("data", "cluster")
 
 
 def split_overrides(arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -194,6 +238,8 @@ def check(run: RunConfig) -> None:
         "train.clip_grad": (train.clip_grad, 0), "train.log_images": (train.log_images, 1), "train.checkpoint_images": (train.checkpoint_images, 1),
         "train.keep_checkpoints": (train.keep_checkpoints, 1), "train.preview_images": (train.preview_images, 0), "eval.num_images": (run.eval.num_images, 0),
         "eval.batch": (run.eval.batch, 1), "eval.grid_columns": (run.eval.grid_columns, 1), "data.workers": (run.data.workers, 0), "seed": (run.seed, 0),
+        "cluster.nodes": (run.cluster.nodes, 1), "cluster.signal_delay_s": (run.cluster.signal_delay_s, 1),
+        "cluster.max_timeouts": (run.cluster.max_timeouts, 0), "cluster.array_parallelism": (run.cluster.array_parallelism, 1),
     }  # fmt: skip
     for key, (value, lowest) in at_least.items():
         if value < lowest:
@@ -203,6 +249,7 @@ def check(run: RunConfig) -> None:
     one_of("train.schedule", train.schedule, ("constant", "cosine", "linear"))
     one_of("train.precision", train.precision, ("auto", "bf16", "fp32"))
     one_of("data.name", run.data.name, ("emoji32", "folder", "synthetic"))
+    one_of("cluster.sharding", run.cluster.sharding, ("ddp", "fsdp2"))
     one_of("eval.protocol", run.eval.protocol, ("embedded",))
     for tracker in train.trackers:
         one_of("train.trackers", tracker, ("tensorboard", "wandb"))
@@ -246,9 +293,14 @@ def to_dict(run: RunConfig) -> dict[str, Any]:
     return plain
 
 
+def inert(key: str) -> bool:
+    """Whether a setting changes neither a weight nor a score."""
+    return key in INERT_KEYS or key.startswith(INERT_GROUPS)
+
+
 def identity(run: RunConfig) -> str:
     """12 hex digits over everything that can change a weight or a score."""
-    settings = {key: value for key, value in flatten(to_dict(run)) if key not in INERT_KEYS}
+    settings = {key: value for key, value in flatten(to_dict(run)) if not inert(key)}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -265,7 +317,7 @@ def to_yaml(run: RunConfig) -> str:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`"train.lr: 0.001 -> 0.002"` for every key that matters and differs."""
     before, after = dict(flatten(old)), dict(flatten(new))
-    keys = [key for key in {**before, **after} if key not in INERT_KEYS]
+    keys = [key for key in {**before, **after} if not inert(key)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
 
 

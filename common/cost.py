@@ -70,9 +70,12 @@ class SamplingCost:
 
 
 def sampling_cost(method: Method, sample_config: Any) -> SamplingCost:
-    """Runs the sampler once for a batch. `method` must be on the meta device (`on_meta`)."""
+    """Runs the sampler once for a batch, or encoding and decoding where there is none. `method` must be on the meta device (`on_meta`)."""
     with recorded(method.sampling_networks()) as networks, torch.no_grad():
-        method.eval().sample(torch.zeros(BATCH, dtype=torch.int64, device="meta"), Noise(range(BATCH), "meta"), sample_config)
+        if method.task == "reconstruction":
+            method.eval().decode(method.encode(empty_batch(method.data, BATCH, "meta")["image"]))
+        else:
+            method.eval().sample(torch.zeros(BATCH, dtype=torch.int64, device="meta"), Noise(range(BATCH), "meta"), sample_config)
     return SamplingCost(
         net_forwards={name: network.images / BATCH for name, network in networks.items()},
         macs_per_forward={name: network.macs // max(network.images, 1) for name, network in networks.items()},

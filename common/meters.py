@@ -6,13 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.files import write_whole
+from common.files import read_rows, write_whole
 
 
 @dataclass
@@ -44,20 +43,6 @@ class Meters:
         """Starts a new window."""
         self.sums.clear()
         self.counts.clear()
-
-
-def append_row(file: Path, row: Mapping[str, Any]) -> None:
-    """Appends one line of JSON."""
-    with file.open("a") as stream:
-        stream.write(json.dumps(row) + "\n")
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; a last line cut short by a kill is left out."""
-    if not file.exists():
-        return []
-    lines = file.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def truncate_rows(file: Path, step: int) -> None:

@@ -15,10 +15,14 @@ AGREE_EVERY_STEPS = 10  # processes must stop at the same step; agreeing costs a
 
 
 class StopRequest:
-    """Within the block the stop signals set a flag instead of ending the process. A second Ctrl-C interrupts at once."""
+    """Within the block the stop signals set a flag instead of ending the process. A second Ctrl-C interrupts at once.
+
+    A signal that the block did not answer is passed on to the earlier handler at its end.
+    """
 
     def __init__(self) -> None:
         self.received = 0
+        self.answered = False
         self._old: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -26,22 +30,29 @@ class StopRequest:
             self._old = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        handled = callable(self._old.get(signal.Signals(self.received))) if self.received else False
+        if self.received and not self.answered and (kind is None or handled):  # the default action would hide an error on its way
+            signal.raise_signal(self.received)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received:
             raise KeyboardInterrupt
         self.received = number
 
-    def agreed(self, step: int) -> str | None:
-        """The name of a signal that any process has received, once all processes know of it; else None. All processes call it at the same steps."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return signal.Signals(self.received).name if self.received else None
-        if step % AGREE_EVERY_STEPS:
-            return None
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        flag = torch.tensor(int(self.received), device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return signal.Signals(int(flag)).name if flag else None
+    def agreed(self, step: int, last: bool = False) -> str | None:
+        """The name of a signal that any process has received, once all processes know of it; else None. All processes call it at the same steps.
+
+        Several processes ask each other every few steps, and at the last one.
+        """
+        number = self.received
+        if dist.is_available() and dist.is_initialized():
+            if step % AGREE_EVERY_STEPS and not last:
+                return None
+            flag = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            number = int(flag)
+        self.answered = bool(number)
+        return signal.Signals(number).name if number else None

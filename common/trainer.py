@@ -7,12 +7,13 @@ import importlib.util
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,10 +23,12 @@ from common.checkpoint import Checkpoint
 from common.config import TrainConfig
 from common.ema import Ema, build_emas
 from common.errors import UserError
-from common.meters import Meters, append_row, truncate_rows
+from common.files import append_row
+from common.meters import Meters, truncate_rows
 from common.optim import build_optimizers, learning_rate, set_learning_rate
 from common.progress import progress_bar
 from common.seeds import seed_step
+from common.sharding import communicating, filled, hollow, placed_like, shard, whole, whole_parameters
 from common.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -82,6 +85,35 @@ def prepare_batch(batch: dict[str, Tensor], device: torch.device) -> Batch:
     return {name: value.float().div_(127.5).sub_(1.0) if value.dtype == torch.uint8 else value for name, value in moved.items()}
 
 
+def everyones(batches: Iterator[Batch], processes: int) -> Iterator[Batch]:
+    """The micro-batches of all processes, in the order in which one process would see them: statistics must not depend on the number of processes."""
+    for batch in batches:
+        if processes == 1:
+            yield batch
+            continue
+        gathered = {name: [torch.empty_like(value) for _ in range(processes)] for name, value in batch.items()}
+        for name, value in batch.items():
+            dist.all_gather(gathered[name], value.contiguous())
+        yield from ({name: values[rank] for name, values in gathered.items()} for rank in range(processes))
+
+
+def implements(method: Method, name: str) -> bool:
+    """Whether the method has a function of its own for what the base class leaves empty."""
+    return sum(name in vars(each) for each in type(method).__mro__) > 1
+
+
+def own_state(method: Method) -> dict[str, Tensor]:
+    """The method's state without its external networks, which come from files of their own."""
+    outside = tuple(f"{name}." for name in method.external)
+    return {key: value for key, value in method.state_dict().items() if not key.startswith(outside)}
+
+
+def load_own_state(method: Method, state: Mapping[str, Tensor]) -> None:
+    """The inverse of `own_state`; a missing, extra or misshapen key is an error."""
+    outside = tuple(f"{name}." for name in method.external)
+    method.load_state_dict({**state, **{key: value for key, value in method.state_dict().items() if key.startswith(outside)}})
+
+
 @dataclass
 class TrainState:
     """Everything that a checkpoint holds, and the result of the training."""
@@ -94,21 +126,34 @@ class TrainState:
     identity: str
     accelerator: Accelerator
     meters: Meters
+    blank: Method | None = None  # where `method` is spread over the processes: its hollow copy, to sample with
     step: int = 0
     seconds: float = 0.0  # in the loop, over all resumed parts; previews and checkpoints not counted
     saved: Path | None = None
 
     @contextlib.contextmanager
     def weights(self, ema: str) -> Iterator[Method]:
-        """The method in evaluation mode under autocast, with the named average in place ("raw": as trained)."""
+        """The method in evaluation mode under autocast, with the named average in place ("raw": as trained). All processes ask together."""
         average = next((e for e in self.emas if e.name == ema), None)
         was_training = self.method.training
         self.method.eval()
         try:
-            with average.applied(dict(self.method.named_parameters())) if average else contextlib.nullcontext(), self.accelerator.autocast():
-                yield self.method
+            with self._whole_method(average) if self.blank else self._own_method(average) as method, self.accelerator.autocast():
+                yield method.eval()
         finally:
             self.method.train(was_training)
+
+    @contextlib.contextmanager
+    def _own_method(self, average: Ema | None) -> Iterator[Method]:
+        with average.applied(dict(self.method.named_parameters())) if average else contextlib.nullcontext():
+            yield self.method
+
+    @contextlib.contextmanager
+    def _whole_method(self, average: Ema | None) -> Iterator[Method]:
+        assert self.blank is not None
+        state = own_state(self.method) | (average.average if average else {})
+        with filled(self.blank, {name: whole(value) for name, value in state.items()}) as method:
+            yield method
 
     def check_finite(self) -> dict[str, float]:
         """The means of the running window; a non-finite one is a UserError. Called before anything is saved, so no checkpoint is ever poisoned."""
@@ -123,14 +168,13 @@ class TrainState:
         return means
 
     def save(self) -> None:
-        """Writes a checkpoint from the main process."""
+        """Writes a checkpoint from the main process; it does not tell how many processes there were."""
         self.check_finite()
         folder = self.folder / "checkpoints"
-        if self.accelerator.is_main_process:
-            names = {p: name for name, p in self.method.named_parameters()}
-            tensors = {"model": dict(self.method.state_dict()), "meters": dict(self.meters.sums)}
-            tensors |= {f"ema-{ema.name}": ema.average for ema in self.emas}
-            tensors |= {stem: checkpoint.optimizer_state(optimizer, names) for stem, optimizer in self._optimizer_stems()}
+        main = self.accelerator.is_main_process
+        if main or self.blank:
+            tensors = {stem: self._collected(part, main) for stem, part in self._tensors().items()}
+        if main:
             facts = {
                 "identity": self.identity,
                 "step": self.step,
@@ -143,29 +187,46 @@ class TrainState:
         self.saved = checkpoint.path_of(folder, self.step)
         self.accelerator.wait_for_everyone()
 
-    def restore(self) -> bool:
-        """Loads the newest whole checkpoint of the run folder; False if there is none."""
-        path = checkpoint.latest(self.folder / "checkpoints")
-        if path is None:
-            return False
-        loaded = checkpoint.load(path)
-        if loaded.facts["identity"] != self.identity:
-            raise UserError(f"{path} belongs to another configuration ({loaded.facts['identity']} instead of {self.identity}). Choose another name= or out=.")
-        self.method.load_state_dict(loaded.tensors["model"])
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """By file stem, as this process has them."""
+        names = {p: name for name, p in self.method.named_parameters()}
+        tensors = {"model": own_state(self.method), "meters": dict(self.meters.sums)}
+        tensors |= {f"ema-{ema.name}": ema.average for ema in self.emas}
+        return tensors | {stem: checkpoint.optimizer_state(optimizer, names) for stem, optimizer in self._optimizer_stems()}
+
+    def _collected(self, tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+        """Whole tensors for the process that keeps them; spread ones are gathered one by one and go to the CPU, the others stay what they are."""
+        if self.blank is None:
+            return dict(tensors)
+        gathered = ((name, whole(value)) for name, value in tensors.items())
+        return {name: value.cpu() for name, value in gathered if keep}
+
+    def restore(self, loaded: Checkpoint, path: Path) -> None:
+        """Takes up a checkpoint whose weights the method has already."""
         names = {p: name for name, p in self.method.named_parameters()}
         for stem, optimizer in self._optimizer_stems():
             checkpoint.load_optimizer_state(optimizer, loaded.tensors[stem], names)
         for ema in self.emas:
-            ema.average = {name: value.to(ema.average[name].device) for name, value in loaded.tensors[f"ema-{ema.name}"].items()}
+            ema.average = {name: placed_like(value, ema.average[name]) for name, value in loaded.tensors[f"ema-{ema.name}"].items()}
         device = self.accelerator.device
         self.meters = Meters({name: value.to(device) for name, value in loaded.tensors["meters"].items()}, loaded.facts["meter_counts"])
         self.step, self.seconds, self.saved = loaded.facts["step"], loaded.facts["seconds"], path
-        return True
 
     def _optimizer_stems(self) -> Iterator[tuple[str, Optimizer]]:
         for phase, optimizers in self.optimizers.items():
             for number, optimizer in enumerate(optimizers):
                 yield f"optimizer-{phase}-{number}", optimizer
+
+
+def newest_checkpoint(folder: Path, identity: str) -> tuple[Checkpoint, Path] | None:
+    """The newest whole checkpoint of a run folder, if there is one; one of another configuration is a UserError."""
+    path = checkpoint.latest(folder / "checkpoints")
+    if path is None:
+        return None
+    loaded = checkpoint.load(path)
+    if loaded.facts["identity"] != identity:
+        raise UserError(f"{path} belongs to another configuration ({loaded.facts['identity']} instead of {identity}). Choose another name= or out=.")
+    return loaded, path
 
 
 def train(
@@ -177,22 +238,32 @@ def train(
     identity: str,
     accelerator: Accelerator,
     preview: Callable[[TrainState], None] | None = None,
+    sharding: str = "ddp",
 ) -> TrainState:
     """Trains to `settings.images`, or goes on from the newest whole checkpoint under `folder`.
 
+    sharding: how several processes share the work, "ddp" or "fsdp2" (common/sharding.py). All processes call `preview`.
     Raises UserError for a non-finite loss or an unwritable folder (the last good checkpoint stays and is named), Stopped after SIGTERM, SIGUSR2 or Ctrl-C.
     """
     micro_batches_a_step = split_batch(settings, accelerator.num_processes)[1]
     steps = total_steps(settings)
     method.to(accelerator.device).train()
-    optimizers = {phase: build_optimizers(method.parameters_of(phase), settings) for phase in method.phases}
-    state = TrainState(method, optimizers, build_emas(method.averaged_parameters(), settings), settings, folder, identity, accelerator, Meters())
-    if not state.restore():
-        method.before_training(prepare_batch(batch, accelerator.device) for batches in make_batches(0, micro_batches_a_step) for batch in batches)
+    resumed = newest_checkpoint(folder, identity)
+    if resumed:
+        load_own_state(method, resumed[0].tensors["model"])
+    else:
+        own = (prepare_batch(batch, accelerator.device) for batches in make_batches(0, micro_batches_a_step) for batch in batches)
+        method.before_training(everyones(own, accelerator.num_processes))
     if settings.compile:
         for block in method.blocks():
             block.compile()
-    model: nn.Module = accelerator.prepare_model(method)
+    spread = sharding == "fsdp2" and accelerator.num_processes > 1
+    blank = hollow(method) if spread else None
+    model: nn.Module = shard(method, accelerator) if spread else accelerator.prepare_model(method)
+    optimizers = {phase: build_optimizers(method.parameters_of(phase), settings) for phase in method.phases}
+    state = TrainState(method, optimizers, build_emas(method.averaged_parameters(), settings), settings, folder, identity, accelerator, Meters(), blank)
+    if resumed:
+        state.restore(*resumed)
     parameters = dict(method.named_parameters())
     several = len(method.phases) > 1
     logger = _Logger(state, steps)
@@ -209,30 +280,31 @@ def train(
                 for j, batch in enumerate(batches):
                     draw = (number * len(batches) + j) * accelerator.num_processes + accelerator.process_index
                     seed_step(seed, step, draw)
-                    with contextlib.nullcontext() if j == len(batches) - 1 else accelerator.no_sync(model):
+                    with communicating(model, accelerator, last=j == len(batches) - 1):
                         out = model(phase, batch, step)
                         accelerator.backward(out["loss"] / len(batches))
                     state.meters.add({prefix + name: value for name, value in out.items()})
                 for optimizer in optimizers[phase]:
-                    set_learning_rate(optimizer, learning_rate(settings, images_seen))
+                    set_learning_rate(optimizer, learning_rate(settings, method.schedule_images(phase, images_seen)))
                 if settings.clip_grad:
                     trained = [p for optimizer in optimizers[phase] for group in optimizer.param_groups for p in group["params"]]
-                    state.meters.add({prefix + "grad_norm": accelerator.clip_grad_norm_(trained, settings.clip_grad)})
+                    state.meters.add({prefix + "grad_norm": whole(accelerator.clip_grad_norm_(trained, settings.clip_grad))})
                 for optimizer in optimizers[phase]:
                     optimizer.step()
                 for p in parameters.values():  # all of them: a generator's loss leaves gradients in its discriminator
                     p.grad = None
-            method.after_step(step)
+            with whole_parameters(method) if spread and implements(method, "after_step") else contextlib.nullcontext():
+                method.after_step(step)
             state.step = step + 1
             for ema in state.emas:
                 ema.update(parameters, state.step * settings.batch, settings.batch)
 
-            stop = request.agreed(state.step)
+            stop = request.agreed(state.step, last=state.step == steps)
             logger.after_step()
             if stop or due(settings.checkpoint_images, settings, state.step):
                 with logger.paused():
                     state.save()
-            if stop and state.step < steps:
+            if stop:
                 assert state.saved is not None
                 raise Stopped(stop, state.saved)
             if preview and settings.preview_images and due(settings.preview_images, settings, state.step):

@@ -18,7 +18,9 @@ def describe_run(run: RunConfig) -> str:
     method = on_meta(method_class, run.model, info)
     counts, sampling = parameter_counts(method), sampling_cost(method, run.sample)
     training = training_cost(method_class, run.model, info)
-    micro_batch, accumulation = split_batch(run.train, processes=1)
+    processes = run.cluster.processes() if run.cluster.name != "here" else 1
+    shared = "one process" if processes == 1 else f"each of {processes} processes"
+    micro_batch, accumulation = split_batch(run.train, processes)
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     stored = sum(p.numel() for p in (*method.parameters(), *method.buffers()))
     weights = 4 * (stored + 3 * trained + len(ema_names(run.train)) * trained)
@@ -29,7 +31,7 @@ def describe_run(run: RunConfig) -> str:
         to_yaml(run),
         f"folder       {run_folder(run)}",
         f"data         {info.name}: {info.num_train or 'unknown number of'} training images, {info.num_classes} classes, {info.image_size} px",
-        f"steps        {total_steps(run.train)} of {run.train.batch} images ({accumulation} x {micro_batch} on one process)",
+        f"steps        {total_steps(run.train)} of {run.train.batch} images ({accumulation} x {micro_batch} on {shared})",
         f"parameters   {counts.gen_trainable:,} trainable in the generator, {counts.gen_total:,} in all, "
         f"{counts.decoder:,} decoder, {counts.aux_train_only:,} in training only",
         f"training     {training / GIGA:.4g} GMACs an image, {training * run.train.images:.3g} MACs in all",

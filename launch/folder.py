@@ -1,12 +1,16 @@
 """The run folder: made once, locked while a process works in it, never overwritten.
 
 config.yaml      the resolved configuration
+stages.json      the checkpoints of earlier stages that the run is built on, where there are any
+jobs.jsonl       one line a submission to a scheduler: job, log, copy of the code
+failure.json     why the last job failed, and where its log is
 starts.jsonl     one line a start: command, packages, machine, git state
 code.diff        uncommitted changes, if there were any
 metrics.jsonl    one line a logging interval
 training.png     the curves of metrics.jsonl
 previews/        sample grids during training
 samples.png      one row a class; the same noise and labels for every method
+reconstruction.png  held-out images and what the autoencoder makes of them, for latent methods
 neighbours.png   samples beside their nearest training images
 checkpoints/     see common/checkpoint.py
 result.json      the record that the leaderboard reads; there once the run is finished
@@ -16,19 +20,26 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
 from common.config import RunConfig, differences, run_folder, to_dict, to_yaml
 from common.errors import UserError
 from common.files import write_whole
-from common.meters import append_row
-from launch.provenance import git_diff, provenance
 
 RESULT = "result.json"
+JOBS = "jobs.jsonl"
+FAILURE = "failure.json"
+LOCK = ".lock"
+PATIENCE_S = 1.0  # `launch/status.py` holds the lock for a moment when it looks
+RESTART_PATIENCE_S = 300.0
+log = logging.getLogger("pixlat")
 
 
 def open_folder(run: RunConfig) -> Path:
@@ -48,13 +59,6 @@ def open_folder(run: RunConfig) -> Path:
     return folder
 
 
-def record_start(folder: Path) -> None:
-    """Keeps where this start came from, beside the earlier ones."""
-    append_row(folder / "starts.jsonl", provenance())
-    if diff := git_diff():
-        write_whole(folder / "code.diff", diff)
-
-
 def check_same(folder: Path, run: RunConfig) -> None:
     """Refuses to continue a folder whose saved configuration differs in anything that matters."""
     saved: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
@@ -64,13 +68,29 @@ def check_same(folder: Path, run: RunConfig) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, enabled: bool = True) -> Iterator[None]:
-    """Keeps a second run out of the folder; the lock ends with the process, however it ends. Only the main process of a run locks (`enabled`)."""
+    """Keeps a second run out of the folder; the lock ends with the process, however it ends. Only the main process of a run locks (`enabled`).
+
+    A requeued job waits for the processes of its earlier start, which a lost machine may still be running.
+    """
     if not enabled:
         yield
         return
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is working in {folder}. Wait for it, stop it, or choose another name=.") from error
+    patience = RESTART_PATIENCE_S if os.environ.get("SLURM_RESTART_COUNT") else PATIENCE_S
+    deadline = time.monotonic() + patience
+    with (folder / LOCK).open("w") as lock:
+        while is_locked(lock):
+            if time.monotonic() > deadline:
+                raise UserError(f"another process is working in {folder}. Wait for it, stop it, or choose another name=.")
+            time.sleep(0.1)
         yield
+
+
+def is_locked(lock: TextIO) -> bool:
+    """Whether another process has the lock; if none has, this one has it afterwards."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:  # some network file systems have no locks
+        log.warning("%s cannot be locked (%s): nothing keeps a second run out", lock.name, error.strerror)
+    return False

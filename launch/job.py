@@ -22,24 +22,28 @@ from common import checkpoint
 from common.config import RunConfig, evaluated_ema, identity, run_folder
 from common.datasets import DataSource, load_data
 from common.errors import UserError
+from common.files import read_rows
 from common.hardware import peak_bytes, reset_peak
 from common.loader import TrainingPlan, training_batches
-from common.meters import read_rows
 from common.pictures import image_grid, nearest, neighbour_picture, save_png, training_curves
 from common.seeds import derive
 from common.trainer import Stopped, TrainState, make_accelerator, split_batch, train
 from evaluation.evaluate import evaluate_method
-from evaluation.generate import generate
+from evaluation.generate import generate, quantise
 from evaluation.leaderboard import read_records, to_terminal
+from evaluation.reconstruction import evaluate_reconstruction
 from evaluation.record import read_record, write_record
 from launch import record
 from launch.dry_run import describe_run
-from launch.folder import RESULT, locked, open_folder, record_start
+from launch.folder import RESULT, locked, open_folder
+from launch.provenance import record_start
+from launch.stages import earlier_runs, hold_to_stages, stage_runs, with_stages
 from methods import get_class
-from methods.base import DataInfo
+from methods.base import DataInfo, Method
 
 GRID_CLASSES = 10  # rows of the sample grid where there are more classes
 GRID_SEED = 0  # the same for every method, so that grids can be laid side by side
+RECONSTRUCTION_ROWS = 2
 NEIGHBOUR_SAMPLES = 20
 HELD_OUT_SAMPLES = 500
 NEIGHBOUR_SEARCH = 20_000  # training images searched at most
@@ -50,6 +54,7 @@ class Job:
     """One run, with what its parts share."""
 
     run: RunConfig
+    model: Any  # `run.model` with the run folders of earlier stages in place
     folder: Path
     source: DataSource
     info: DataInfo
@@ -59,6 +64,10 @@ class Job:
     def main(self) -> bool:
         return self.accelerator.is_main_process
 
+    @property
+    def generates(self) -> bool:
+        return get_class(self.run.method).task == "generation"
+
 
 def run_all(runs: Sequence[RunConfig]) -> int:
     """Runs one after the other; a run that fails does not keep the next from starting. Returns the exit code."""
@@ -67,7 +76,7 @@ def run_all(runs: Sequence[RunConfig]) -> int:
         if len(runs) > 1:
             print(f"\nrun {number + 1} of {len(runs)}: {run_folder(run)}", file=sys.stderr)
         try:
-            print(describe_run(run) if run.dry_run else run_one(run))
+            print("\n\n".join(describe_run(each) for each in (*stage_runs(run).values(), run)) if run.dry_run else run_one(run))
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             return 128 + stopped.signal_number
@@ -81,21 +90,23 @@ def run_all(runs: Sequence[RunConfig]) -> int:
 
 
 def run_one(run: RunConfig) -> str:
-    """Trains, samples, evaluates and records one run, or finds it finished. Returns what to tell the user."""
+    """Trains, samples, evaluates and records one run, after the stages that it waits for, or finds it finished. Returns what to tell the user."""
     source = load_data(run.data)
     info = DataInfo.of(source.info)
     method_class = get_class(run.method)
     with torch.device("meta"):
         method_class(run.model, info)  # refuses impossible settings before anything is allocated or written
+    model = with_stages(run, partial(train_stage, waiting=run))
     accelerator = make_accelerator(run.train, run_folder(run), len(method_class.phases))
     split_batch(run.train, accelerator.num_processes)
     with accelerator.main_process_first():
         folder = open_folder(run) if accelerator.is_main_process else run_folder(run)
-    job = Job(run, folder, source, info, accelerator)
+    job = Job(run, model, folder, source, info, accelerator)
     if (folder / RESULT).exists():
         return f"{summary(job)}\n\n{folder} is finished. Change a setting for a new run, or remove the folder to repeat it."
     with locked(folder, enabled=job.main):
         if job.main:
+            hold_to_stages(folder, earlier_runs(run, model))
             record_start(folder)
         state = train_job(job)
         peak = peak_bytes(accelerator.device)
@@ -104,15 +115,22 @@ def run_one(run: RunConfig) -> str:
     return summary(job) if job.main else ""
 
 
+def train_stage(stage: RunConfig, waiting: RunConfig) -> None:
+    """Runs an earlier stage to its end and says so."""
+    print(f"{run_folder(waiting)} needs {run_folder(stage)}, which comes first", file=sys.stderr)
+    print(run_one(stage), "\n", file=sys.stderr)
+
+
 def train_job(job: Job) -> TrainState:
     """Trains the method, or takes up its newest checkpoint."""
     run = job.run
     torch.manual_seed(derive("init", run.seed))
-    method = get_class(run.method)(run.model, job.info)
+    method = get_class(run.method)(job.model, job.info)
+    method.load_external()
     plan = TrainingPlan(job.source.train.labels, run.train.batch, run.seed, job.source.balanced, run.data.flip)
     micro_batch, _ = split_batch(run.train, job.accelerator.num_processes)
     batches = partial(_batches, job, plan, micro_batch)
-    return train(method, run.train, batches, job.folder, run.seed, identity(run), job.accelerator, partial(draw_preview, job))
+    return train(method, run.train, batches, job.folder, run.seed, identity(run), job.accelerator, partial(draw_preview, job), run.cluster.sharding)
 
 
 def _batches(job: Job, plan: TrainingPlan, micro_batch: int, start_step: int, accumulation: int) -> Iterator[list[dict[str, torch.Tensor]]]:
@@ -125,37 +143,58 @@ def _batches(job: Job, plan: TrainingPlan, micro_batch: int, start_step: int, ac
 # -- pictures -------------------------------------------------------------------------------------------------------------------
 
 
-def sample_grid(job: Job, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
+def sample_grid(job: Job, method: Method) -> tuple[NDArray[np.uint8], list[str]]:
     """(rows * columns, 3, H, W) uint8 images, row by row, and the class names of the rows."""
     classes = spread(job.info.num_classes, GRID_CLASSES)
     labels = classes.repeat(job.run.eval.grid_columns)
     images = np.empty((len(labels), job.info.channels, job.info.image_size, job.info.image_size), dtype=np.uint8)
-    with state.weights(evaluated_ema(job.run)) as method:
-        for batch, indices in generate(method, job.run.sample, labels, GRID_SEED, job.run.eval.batch, job.accelerator.device, distributed=False):
-            images[indices] = batch.cpu().numpy()
+    for batch, indices in generate(method, job.run.sample, labels, GRID_SEED, job.run.eval.batch, job.accelerator.device, distributed=False):
+        images[indices] = batch.cpu().numpy()
     return images, [job.source.info.class_names[c] for c in classes]
 
 
 def draw_preview(job: Job, state: TrainState) -> None:
-    """A small grid during training, from the main process."""
-    if job.main:
-        folder = job.folder / "previews"
-        folder.mkdir(exist_ok=True)
-        images, names = sample_grid(job, state)
-        save_png(image_grid(images, job.run.eval.grid_columns, names), folder / f"images-{state.step * job.run.train.batch:09d}.png")
+    """A small grid during training, from the main process; the weights may take all processes to put together."""
+    with state.weights(evaluated_ema(job.run)) as method:
+        if job.main:
+            folder = job.folder / "previews"
+            folder.mkdir(exist_ok=True)
+            images, names = sample_grid(job, method) if job.generates else reconstruction_grid(job, method)
+            save_png(image_grid(images, job.run.eval.grid_columns, names), folder / f"images-{state.step * job.run.train.batch:09d}.png")
 
 
 def draw_job(job: Job, state: TrainState) -> None:
-    """samples.png, neighbours.png and training.png, from the main process."""
-    if not job.main:
-        return
+    """training.png; samples.png and neighbours.png of what generates; reconstruction.png of what encodes. From the main process."""
+    with state.weights(evaluated_ema(job.run)) as method:
+        if job.main:
+            draw_pictures(job, method)
+
+
+def draw_pictures(job: Job, method: Method) -> None:
+    """The pictures of a run that has its weights."""
     columns = job.run.eval.grid_columns
-    images, names = sample_grid(job, state)
-    save_png(image_grid(images, columns, names), job.folder / "samples.png")
     rows = read_rows(job.folder / "metrics.jsonl")
     if rows:
         training_curves(rows, job.folder / "training.png")
-    draw_neighbours(job, images[spread(len(images), NEIGHBOUR_SAMPLES)])
+    if method.space != "pixel":
+        images, names = reconstruction_grid(job, method)
+        save_png(image_grid(images, columns, names), job.folder / "reconstruction.png")
+    if job.generates:
+        images, names = sample_grid(job, method)
+        save_png(image_grid(images, columns, names), job.folder / "samples.png")
+        draw_neighbours(job, images[spread(len(images), NEIGHBOUR_SAMPLES)])
+
+
+def reconstruction_grid(job: Job, method: Method) -> tuple[NDArray[np.uint8], list[str]]:
+    """Held-out images (training images where none are held out) in one row, what encode and decode make of them in the next."""
+    source = job.source.heldout if len(job.source.heldout) else job.source.train
+    real = source.fetch(spread(len(source), RECONSTRUCTION_ROWS * job.run.eval.grid_columns))
+    with torch.no_grad():
+        inputs = torch.from_numpy(real).to(job.accelerator.device).float() / 127.5 - 1
+        rebuilt = torch.cat([quantise(method.decode(method.encode(part))) for part in inputs.split(job.run.eval.batch)]).cpu().numpy()
+    columns = job.run.eval.grid_columns
+    rows = [images[start : start + columns] for start in range(0, len(real), columns) for images in (real, rebuilt)]
+    return np.concatenate(rows), ["real", "rebuilt"] * (len(rows) // 2)
 
 
 def spread(length: int, count: int) -> NDArray[np.int64]:
@@ -185,10 +224,11 @@ def evaluate_job(job: Job, state: TrainState, training_peak: int) -> None:
     reset_peak(job.accelerator.device)
     if job.run.eval.num_images:
         with state.weights(evaluated_ema(job.run)) as method:
-            result = evaluate_method(method, job.run, job.source, job.accelerator.device, cache=Path(job.run.out) / ".references")
+            evaluate = evaluate_method if job.generates else evaluate_reconstruction
+            result = evaluate(method, job.run, job.source, job.accelerator.device, cache=Path(job.run.out) / ".references")
     if job.main:
         peaks = (training_peak, peak_bytes(job.accelerator.device))
-        write_record(record.build(job.run, job.folder, job.source, job.info, state, result, peaks), job.folder / RESULT)
+        write_record(record.build(job.run, job.model, job.folder, job.source, job.info, state, result, peaks), job.folder / RESULT)
 
 
 def summary(job: Job) -> str:

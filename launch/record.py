@@ -15,15 +15,18 @@ from common.trainer import TrainState
 from evaluation.evaluate import Evaluation
 from evaluation.record import Record, build_record
 from launch.provenance import git_state, package_versions
+from launch.stages import earlier_runs
 from methods import get_class
 from methods.base import DataInfo, Description
 
 
-def build(run: RunConfig, folder: Path, source: DataSource, info: DataInfo, state: TrainState, evaluation: Evaluation | None, peaks: tuple[int, int]) -> Record:
-    """The validated record. `peaks`: bytes in training and in sampling."""
+def build(
+    run: RunConfig, model: Any, folder: Path, source: DataSource, info: DataInfo, state: TrainState, evaluation: Evaluation | None, peaks: tuple[int, int]
+) -> Record:
+    """The validated record. `model`: `run.model` with the folders of earlier stages in place; `peaks`: bytes in training and in sampling."""
     method_class = get_class(run.method)
-    method = on_meta(method_class, run.model, info)
-    told = method.describe(run.sample)
+    method = on_meta(method_class, model, info)
+    told = state.method.describe(run.sample)
     sampling, processes = sampling_cost(method, run.sample), state.accelerator.num_processes
     device, dtype = device_name(state.accelerator.device), "bfloat16" if state.accelerator.mixed_precision == "bf16" else "float32"
     images_seen = state.step * run.train.batch
@@ -52,12 +55,13 @@ def build(run: RunConfig, folder: Path, source: DataSource, info: DataInfo, stat
             "batch": run.train.batch,
             "precision": dtype,
             "optimizer": ", ".join(sorted({type(o).__name__ for optimizers in state.optimizers.values() for o in optimizers})),
-            "macs_total": training_cost(method_class, run.model, info) * images_seen,
+            "macs_total": training_cost(method_class, model, info) * images_seen,
             "device_seconds": state.seconds * processes,
             "device": device,
             "images_per_s": images_seen / state.seconds if state.seconds else None,
         },
         "pretrained_components": [dataclasses.asdict(component) for component in told.pretrained],
+        "parents": earlier_runs(run, model),
         "sampling": {
             "steps": told.steps,
             "nfe_evals": sampling.nfe,
@@ -86,7 +90,13 @@ def build(run: RunConfig, folder: Path, source: DataSource, info: DataInfo, stat
     return build_record(fields)
 
 
-ARTIFACTS = {"grid_png": "samples.png", "neighbours_png": "neighbours.png", "curve_png": "training.png", "log": "metrics.jsonl"}
+ARTIFACTS = {
+    "grid_png": "samples.png",
+    "reconstruction_png": "reconstruction.png",
+    "neighbours_png": "neighbours.png",
+    "curve_png": "training.png",
+    "log": "metrics.jsonl",
+}
 
 
 def system(run: RunConfig, space: str, told: Description) -> dict[str, Any]:

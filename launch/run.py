@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 
 from common.config import RunConfig, describe, load_presets, resolve, split_overrides, sweep
 from common.errors import UserError
+from launch.sites import with_site
 from methods import get_spec, registered
 
 USAGE = """\
@@ -23,6 +24,9 @@ pixlat: pixel space against latent space in image generation
   python launch/run.py method=jit data=folder data.path=~/photos data.image_size=64 name=photos
   python launch/run.py method=jit seed=0,1,2 train.lr=1e-3,2e-3    comma lists sweep: six runs, one after the other
   python launch/run.py method=jit preset=imagenet256-h dry_run=true    what it would do and cost; writes nothing
+  python launch/run.py method=jit preset=imagenet256-b data.path=... cluster=slurm cluster.partition=... cluster.nodes=4 cluster.gpus_per_node=8
+                                                                   cluster.timeout_min=1440    the same as a job; a sweep is one array
+  python launch/status.py                                          how all runs are: state, progress, time left, log
 
 The same command again resumes the run, or says that it is finished. It never overwrites.
 """
@@ -52,8 +56,11 @@ def _key_line(key: str, kind: str, default: str, meaning: str) -> str:
 
 def configurations(arguments: Sequence[str]) -> list[RunConfig]:
     """The runs that the command line asks for, checked, in order."""
-    overrides = split_overrides(arguments)
-    return [resolve(get_spec(choice.get("method", RunConfig.method)), choice) for choice in sweep(overrides)]
+    choices = [with_site(choice) for choice in sweep(split_overrides(arguments))]
+    runs = [resolve(get_spec(choice.get("method", RunConfig.method)), choice) for choice in choices]
+    if len({(run.cluster.name, run.out, run.dry_run) for run in runs}) > 1:
+        raise UserError("cluster, out and dry_run cannot be swept: give the command once for each.")
+    return runs
 
 
 def main() -> int:
@@ -64,6 +71,10 @@ def main() -> int:
         return 0
     try:
         runs = configurations(arguments)
+        if runs[0].cluster.name != "here":
+            from launch.cluster import submit_all
+
+            return submit_all(runs)
         from launch.job import run_all
 
         return run_all(runs)

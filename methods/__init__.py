@@ -17,7 +17,23 @@ ENTRY_POINT_GROUP = "pixlat.methods"
 # name -> "module:attribute" of a MethodSpec. Another package registers its method through an entry point of the group above.
 METHODS: dict[str, str] = {
     "jit": "methods.jit.config:SPEC",
+    "rae": "methods.rae.config:SPEC",
+    "rae_decoder": "methods.rae.config:DECODER_SPEC",
+    "dit": "methods.reg.config:DIT",
+    "sit": "methods.reg.config:SIT",
+    "repa": "methods.reg.config:REPA",
+    "reg": "methods.reg.config:REG",
+    "vae": "methods.vae.config:SPEC",
+    "pmf": "methods.pmf.config:SPEC",
 }
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run that must come first: `model.<key>` names its run folder (or a released file), and "train" trains it before."""
+
+    key: str
+    method: str
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,7 @@ class MethodSpec:
     config: type  # dataclass of the method's own settings (`model.*`)
     sample: type  # dataclass of its sampler's settings (`sample.*`)
     presets: str  # path of presets.yaml
+    stages: tuple[Stage, ...] = ()  # runs whose weights this method uses
 
 
 def registered() -> dict[str, str]:

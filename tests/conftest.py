@@ -12,6 +12,11 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for child processes; two cores are shared by parallel workers
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """A worker a core, and not so many that their copies of torch fill the memory of a large machine."""
+    return min(8, os.cpu_count() or 1)
+
+
 @pytest.fixture(autouse=True)
 def _single_thread():
     torch.set_num_threads(1)

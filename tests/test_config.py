@@ -75,8 +75,8 @@ def test_every_preset_of_every_method_resolves(name):
         run = resolve(get_spec(name), {"method": name, "preset": preset, "data.path": "/images"})
         assert settings["about"]
         assert run.preset == preset
-        if preset != "demo":
-            assert settings["expected"]["source"]
+        if expected := settings.get("expected"):
+            assert expected["source"]
 
 
 @pytest.mark.parametrize("name", sorted(registered()))

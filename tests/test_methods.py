@@ -4,9 +4,11 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 from common.config import resolve
 from common.cost import empty_batch, on_meta, parameter_counts, sampling_cost, training_cost
+from common.encoders.frozen import Frozen
 from common.seeds import Noise, image_seeds, seed_step
 from evaluation.evaluate import EmbeddedExtractor  # noqa: F401  the evaluator must import beside every method
 from methods import get_class, get_spec, registered
@@ -24,11 +26,29 @@ def run(request):
 def method(run) -> Method:
     torch.manual_seed(0)
     built = get_class(run.method)(run.model, INFO)
+    load_packaged(built)
     with torch.no_grad():  # zero-initialised layers would hide what is behind them
         for p in built.parameters():
             if p.requires_grad and not p.any():
                 p.normal_(std=0.05)
     return built
+
+
+def load_packaged(method: Method) -> None:
+    """The frozen networks that come with packages; decoders and guides of other runs keep their random weights."""
+    for name in method.external:
+        modules = method.get_submodule(name)
+        for module in modules.children() if isinstance(modules, nn.ModuleDict) else (modules,):
+            if isinstance(module, Frozen):
+                module.load()
+
+
+def make_images(run, method: Method, labels: torch.Tensor, seeds: list[int]) -> torch.Tensor:
+    """Samples; of a stage that does not generate, the reconstructions of noise images."""
+    noise = Noise(seeds)
+    if method.task == "generation":
+        return method.sample(labels, noise, run.sample)
+    return method.decode(method.encode(noise.normal(INFO.channels, INFO.image_size, INFO.image_size).clamp(-1, 1)))
 
 
 def batch(size: int) -> dict[str, torch.Tensor]:
@@ -69,8 +89,8 @@ def test_images_depend_on_their_own_seed_and_label_only(run, method):
     seeds = image_seeds(0, range(6))
     method.eval()
     with torch.no_grad():
-        together = method.sample(labels, Noise(seeds), run.sample)
-        alone = torch.cat([method.sample(labels[i : i + 1], Noise(seeds[i : i + 1]), run.sample) for i in range(6)])
+        together = make_images(run, method, labels, seeds)
+        alone = torch.cat([make_images(run, method, labels[i : i + 1], seeds[i : i + 1]) for i in range(6)])
     assert together.shape == (6, INFO.channels, INFO.image_size, INFO.image_size) and together.isfinite().all()
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)  # rounding of other matrix shapes, through the whole sampler
     assert not torch.equal(together[0], together[1])
@@ -78,16 +98,19 @@ def test_images_depend_on_their_own_seed_and_label_only(run, method):
 
 def test_cost_is_counted_and_evaluations_are_those_executed(run, method):
     counted = sampling_cost(on_meta(type(method), run.model, INFO), run.sample)
-    assert counted.nfe == method.evaluations(run.sample) <= sum(counted.net_forwards.values()) <= 2 * counted.nfe + 1
+    if method.task == "generation":
+        assert counted.nfe == method.evaluations(run.sample) <= sum(counted.net_forwards.values()) <= 2 * counted.nfe + 1
+    else:
+        assert counted.nfe == method.evaluations(run.sample) == 0 and counted.net_forwards["decoder"] == 1 and counted.macs_decoder > 0
     assert counted.macs_per_image > 0
     assert training_cost(type(method), run.model, INFO) > 0
     counts = parameter_counts(method)
-    assert 0 < counts.gen_trainable <= counts.gen_total
+    assert counts.gen_trainable <= counts.gen_total and counts.gen_trainable + counts.decoder > 0
 
 
 def test_the_leaderboard_is_told_what_it_shows(run, method):
     told = method.describe(run.sample)
-    assert told.prediction and told.sampler and told.steps >= 1
+    assert told.prediction and told.sampler and told.steps >= (method.task == "generation")
     assert (told.guidance == "none") == (told.guidance_scale is None)
     assert method.space in ("pixel", "latent_vae", "latent_rae", "latent_self")
 
@@ -95,6 +118,7 @@ def test_the_leaderboard_is_told_what_it_shows(run, method):
 def test_the_state_round_trips_and_averages_follow_trained_parameters(run, method):
     torch.manual_seed(1)
     other = get_class(run.method)(run.model, INFO)
+    load_packaged(other)
     other.load_state_dict(method.state_dict())
     for (name, a), (_, b) in zip(method.state_dict().items(), other.state_dict().items(), strict=True):
         assert torch.equal(a, b), name

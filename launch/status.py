@@ -1,0 +1,142 @@
+"""How all runs are: `python launch/status.py [FOLDER]`, by default of `runs`. State, progress, time left, job and log; asks `squeue`, not the accounting.
+
+finished     result.json is there
+running      a process holds the run's lock, or its job works
+waiting      its job is queued; Slurm's reason is behind it
+failed       its last job ended with an error, which is shown with its log
+stopped      nothing works on it; the same command again goes on
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
+
+from omegaconf import OmegaConf
+from tabulate import tabulate
+
+from common.files import read_rows
+from launch.folder import FAILURE, JOBS, LOCK, RESULT, is_locked
+from launch.slurm import JobState, job_states
+
+SIGNS = ("error:", "Error", "slurmstepd:", "srun: error", "oom", "Killed")  # of a line of a log that says why a job ended
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run."""
+
+    name: str
+    state: str
+    progress: str
+    images_per_s: str
+    left: str
+    job: str
+    log: str
+    reason: str = ""
+
+
+def main() -> int:
+    """Prints the table, and below it why runs failed or wait."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", default="runs", help="the folder of the run folders (out= of the runs)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a run")
+    arguments = parser.parse_args()
+    if not Path(arguments.out).is_dir():
+        print(f"error: there is no folder {arguments.out}. Give the out= of your runs.", file=sys.stderr)
+        return 2
+    rows = statuses(Path(arguments.out))
+    if arguments.json:
+        print("\n".join(json.dumps(vars(row)) for row in rows))
+        return 0
+    shown = [(row.name, row.state, row.progress, row.images_per_s, row.left, row.job, row.log) for row in rows]
+    print(tabulate(shown, headers=("run", "state", "done", "images/s", "time left", "job", "log"), disable_numparse=True))
+    for row in rows:
+        if row.reason:
+            print(f"\n{row.name}: {row.reason}")
+    return 0
+
+
+def statuses(out: Path) -> list[Row]:
+    """One row a run folder, by name."""
+    folders = sorted(file.parent for file in out.glob("*/config.yaml"))
+    jobs = job_states() if any((folder / JOBS).exists() for folder in folders) else {}
+    return [status(folder, jobs) for folder in folders]
+
+
+def status(folder: Path, jobs: Mapping[str, JobState] | None) -> Row:
+    """How one run is; `jobs`: the scheduler's, None where it does not answer."""
+    submitted = next(iter(read_rows(folder / JOBS)[-1:]), {})
+    job_id, log = submitted.get("job", ""), submitted.get("log", "")
+    job = (jobs or {}).get(job_id)
+    state, reason = judge(folder, job, log)
+    if jobs is None and submitted.get("cluster") == "slurm" and state == "stopped":
+        state, reason = "unknown", "the scheduler does not answer"
+    return Row(folder.name, state, *progress(folder, state), job_id, log, reason)
+
+
+def judge(folder: Path, job: JobState | None, log: str) -> tuple[str, str]:
+    """(state, reason), from what is in the folder and what the scheduler says of the last job."""
+    if (folder / RESULT).exists():
+        return "finished", ""
+    if job is not None and job.alive:
+        return ("waiting", job.reason) if job.state == "PENDING" else ("running", "")
+    if works(folder):
+        return "running", ""
+    if (folder / FAILURE).exists():
+        failure = json.loads((folder / FAILURE).read_text())
+        return "failed", f"{failure['reason']} Log: {failure['log']}"
+    if job is None or job.state == "COMPLETED":
+        return "stopped", ""
+    why = f" ({job.reason})" if job.reason not in ("None", "") else ""
+    return "failed" if job.state != "CANCELLED" else "stopped", f"{job.state}{why}: {last_words(log)} Log: {log}"
+
+
+def works(folder: Path) -> bool:
+    """Whether a process on this file system holds the run's lock; a start at this very moment waits a second for us."""
+    if not (folder / LOCK).exists():
+        return False
+    with (folder / LOCK).open("r+") as lock:
+        return is_locked(lock)
+
+
+def last_words(log: str) -> str:
+    """The last line of a log that looks like a reason."""
+    if not log or not Path(log).exists():
+        return "it wrote no log."
+    with Path(log).open("rb") as file:
+        file.seek(max(0, Path(log).stat().st_size - 20_000))
+        lines = file.read().decode(errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if any(sign in line for sign in SIGNS)), "the log does not say why.")
+
+
+def progress(folder: Path, state: str) -> tuple[str, str, str]:
+    """(share of the training images, images/s, time left), as far as they are known."""
+    total = OmegaConf.load(folder / "config.yaml").train.images
+    rows = read_rows(folder / "metrics.jsonl")
+    last: Mapping[str, Any] = rows[-1] if rows else {"images": 0, "images_per_s": None}
+    done = min(1.0, last["images"] / total) if total else 1.0
+    if state == "finished":
+        return "100 %", "", ""
+    speed = last["images_per_s"]
+    missing = max(0, total - last["images"])
+    left = "evaluating" if not missing else clock(missing / speed) if speed else ""
+    return f"{100 * done:.0f} %", f"{speed:.4g}" if speed else "", left if state == "running" else ""
+
+
+def clock(seconds: float) -> str:
+    """ "3 d 04:05", "4:05:06" """
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours // 24} d {hours % 24:02}:{minute:02}" if hours >= 24 else f"{hours}:{minute:02}:{second:02}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Short training runs of every registered method, in one process or as one of several: `python tests/process_runs.py FOLDER METHOD...`"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from toys import TinyGan
+
+from common.config import TrainConfig, resolve
+from common.datasets import ArrayImages
+from common.loader import TrainingPlan, training_batches
+from common.seeds import Noise
+from common.trainer import TrainState, make_accelerator, train
+from methods import get_class, get_spec
+from methods.base import DataInfo, Method
+from methods.jit.config import JiTSample
+from methods.jit.method import JiTMethod
+
+STEPS, BATCH, MICRO_BATCH, PROCESSES = 3, 8, 2, 2  # two micro-batches a process and step
+STATISTICS = {"stat_images"}  # settings that say how many images are looked at before the training
+GAN = "two phases"  # the toy with a discriminator that starts at the third step, and a teacher
+INFO = DataInfo("synthetic", num_classes=10, image_size=32, num_train=40)
+
+
+def build(name: str) -> Method:
+    """The demo's network, the same each time: frozen networks without their files' weights, and nothing hidden behind layers of zeros."""
+    if name == GAN:
+        return TinyGan()
+    run = resolve(get_spec(name), {"data.name": "synthetic", "data.image_size": "32"})
+    for key in STATISTICS & vars(run.model).keys():
+        setattr(run.model, key, 2 * BATCH)
+    torch.manual_seed(0)
+    method = get_class(name)(run.model, INFO)
+    for module in method.modules():
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({key: made_up(key, tensor) for key, tensor in tensors.items() if tensor is not None and tensor.is_meta})
+    with torch.no_grad():
+        for p in method.parameters():
+            if p.requires_grad and not p.any():
+                p.normal_(std=0.02)
+    return method
+
+
+def made_up(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Numbers in the place of weights that come from a file."""
+    if not tensor.is_floating_point() or name == "running_var":
+        return torch.ones_like(tensor, device="cpu")
+    values = 0.05 * torch.randn(tensor.shape)
+    return torch.nn.Parameter(values, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else values
+
+
+def fit(name: str, folder: Path, sharding: str = "ddp") -> TrainState:
+    """STEPS steps of a method, a checkpoint after each; goes on if there are checkpoints."""
+    settings = TrainConfig(images=STEPS * BATCH, batch=BATCH, micro_batch=MICRO_BATCH, lr=1e-3, clip_grad=1.0, ema_decay=[0.5])
+    settings.log_images, settings.checkpoint_images, settings.keep_checkpoints = BATCH, BATCH, STEPS
+    method = build(name)
+    size, classes = method.data.image_size, method.data.num_classes
+    rng = np.random.Generator(np.random.PCG64(0))
+    images = ArrayImages(rng.integers(0, 256, (INFO.num_train, 3, size, size), dtype=np.uint8), rng.integers(0, classes, INFO.num_train), "noise")
+    accelerator = make_accelerator(settings, folder, len(method.phases))
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = TrainingPlan(images.labels, BATCH, seed=0, balanced=True)
+    batches = partial(feed, images, plan, accelerator.process_index, accelerator.num_processes)
+    return train(method, settings, batches, folder, 0, name, accelerator, sharding=sharding)
+
+
+def feed(images: ArrayImages, plan: TrainingPlan, rank: int, world: int, start_step: int, accumulation: int) -> Iterator[list]:
+    """This process's training batches."""
+    return training_batches(images, plan, start_step, MICRO_BATCH, accumulation, rank, world)
+
+
+def draw(state: TrainState) -> torch.Tensor:
+    """Two images from the averaged weights, whatever holds them."""
+    with state.weights("0.5") as method, torch.no_grad():
+        return method.sample(torch.tensor([1, 2]), Noise([1, 2]), JiTSample(steps=2))
+
+
+def together(folder: Path, names: Sequence[str]) -> None:
+    """Two processes that train each method with DDP and with FSDP2, and go on with FSDP2 where a folder `<method>-start` has checkpoints."""
+    port = str(20_000 + os.getpid() % 10_000)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": str(PROCESSES), "LOCAL_WORLD_SIZE": str(PROCESSES)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    command = [sys.executable, str(Path(__file__).resolve()), str(folder), *names]
+    children = [
+        subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(PROCESSES)
+    ]
+    printed = [child.communicate(timeout=900)[0] for child in children]
+    if any(child.returncode for child in children):
+        raise AssertionError("\n".join(printed))
+
+
+def main(folder: Path, names: Sequence[str]) -> None:
+    """One of the processes."""
+    torch.set_num_threads(1)
+    for name in names:
+        fit(name, folder / f"{name}-ddp")
+        state = fit(name, folder / f"{name}-fsdp2", "fsdp2")
+        if isinstance(state.method, JiTMethod):
+            images = draw(state)
+            if state.accelerator.is_main_process:
+                torch.save(images, folder / "images.pt")
+    for start in sorted(folder.glob("*-start")):
+        fit(start.name.removesuffix("-start"), start, "fsdp2")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,498 @@
+"""From runs to jobs, without a scheduler: what would be submitted, what a process of a job does at a signal, and how runs are reported."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from common.config import ClusterConfig, describe, identity, resolve, run_folder
+from common.errors import UserError
+from common.files import append_row
+from common.signals import StopRequest
+from common.trainer import Stopped
+from launch import cluster, slurm, status, worker
+from launch.cluster import Planned, as_overrides, batch_options, check, groups, plan, sbatch_text
+from launch.folder import FAILURE, JOBS, LOCK, locked, open_folder
+from launch.run import configurations
+from launch.slurm import JobState
+from launch.snapshot import code_files, take_snapshot
+from launch.worker import Notice, Worker, export_processes, meeting_port
+from methods import get_spec, registered
+
+ROOT = Path(__file__).resolve().parent.parent
+SLURM = ("cluster=slurm", "cluster.partition=p", "cluster.timeout_min=60", "cluster.gpus_per_node=8")
+
+
+def one(*arguments: str):
+    (run,) = configurations(("method=jit", *arguments))
+    return run
+
+
+def text(*arguments: str) -> str:
+    return sbatch_text([Planned(one(*SLURM, *arguments))], Path("/code"))
+
+
+# -- configuration --------------------------------------------------------------------------------------------------------------
+
+
+def test_where_a_run_works_does_not_change_which_run_it_is():
+    assert identity(one()) == identity(one(*SLURM, "cluster.sharding=fsdp2")) and run_folder(one()) == run_folder(one(*SLURM))
+
+
+@pytest.mark.parametrize("missing", ["partition", "timeout_min", "gpus_per_node"])
+def test_a_site_s_values_are_required_and_never_somebody_s(missing):
+    run = one(*[argument for argument in SLURM if missing not in argument])
+    with pytest.raises(UserError, match=rf"cluster=slurm needs cluster\.{missing}: .*clusters/README.md"):
+        check(run)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("cluster=local", "cluster.nodes=2"), "cluster.nodes=2"),
+        (("cluster=slurmm",), "Did you mean 'slurm'"),
+        (("cluster=example",), "partition has no value yet"),
+        (("cluster=slurm,here",), "cannot be swept"),
+        (("cluster=local", "cluster.tasks_per_node=3"), "multiple of train.micro_batch=5 times 3 processes"),
+        (("cluster.sharding=zero",), "ddp, fsdp2"),
+        (("cluster.nodes=0",), "cluster.nodes=0"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_submitted(arguments, message):
+    with pytest.raises(UserError, match=message):
+        for run in configurations(("method=jit", "data.name=synthetic", *arguments)):
+            check(run)
+
+
+def test_a_site_s_file_is_under_the_command_line(tmp_path):
+    site = tmp_path / "mine.yaml"
+    site.write_text("partition: gpu\naccount: ???\ngpus_per_node: 4\nsetup: ['module load a, b']\n")
+    run = one(f"cluster={site}", "cluster.account=me", "cluster.gpus_per_node=2").cluster
+    assert (run.name, run.partition, run.account, run.gpus_per_node, run.setup) == ("slurm", "gpu", "me", 2, ["module load a, b"])
+    site.write_text("partitionn: gpu\n")
+    with pytest.raises(UserError, match=r"mine\.yaml: unknown key 'partitionn'\. Did you mean 'partition'"):
+        one(f"cluster={site}")
+
+
+def test_every_key_has_its_help():
+    rows = list(describe(ClusterConfig, "cluster"))
+    assert len(rows) == len(dataclasses.fields(ClusterConfig)) and all(meaning for *_, meaning in rows)
+
+
+@pytest.mark.parametrize("name", sorted(registered()))
+def test_a_run_survives_the_way_into_the_job(name):
+    run = resolve(get_spec(name), {"seed": "3", "data.path": "/a b=c,[d] é", "cluster.setup": '["a, b", "c=\\"d\\""]'})
+    assert resolve(get_spec(name), as_overrides(run)) == run
+
+
+# -- what is submitted ----------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_was_asked_for_is_passed_on():
+    plain = text()
+    for line in ("--partition=p", "--time=60", "--gpus-per-node=8", "--ntasks-per-node=8", "--signal=USR2@120", "--requeue", "--nodes=1"):
+        assert f"#SBATCH {line}\n" in plain
+    for option in ("account", "qos", "constraint", "exclude", "exclusive", "mail", "mem", "comment", "dependency", "wckey", "cpus-per-task", "array"):
+        assert f"#SBATCH --{option}" not in plain, option
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("cluster.account=me", "#SBATCH --account=me"),
+        ("cluster.qos=high", "#SBATCH --qos=high"),
+        ("cluster.constraint=a100", "#SBATCH --constraint=a100"),
+        ("cluster.nodelist=n1", "#SBATCH --nodelist=n1"),
+        ("cluster.exclude=n2", "#SBATCH --exclude=n2"),
+        ("cluster.exclusive=true", "#SBATCH --exclusive"),
+        ("cluster.reservation=r", "#SBATCH --reservation=r"),
+        ("cluster.dependency=afterok:7", "#SBATCH --dependency=afterok:7"),
+        ("cluster.comment='for the paper'", "#SBATCH --comment='for the paper'"),
+        ("cluster.mail_user=a@b.c", "#SBATCH --mail-user=a@b.c"),
+        ("cluster.mail_type=END", "#SBATCH --mail-type=END"),
+        ("cluster.mem_gb=0", "#SBATCH --mem=0"),
+        ("cluster.mem_gb=1.5", "#SBATCH --mem=1536M"),
+        ("cluster.cpus_per_task=6", "#SBATCH --cpus-per-task=6"),
+        ("cluster.cpus_per_task=6", "--kill-on-bad-exit=1 --cpus-per-task=6 "),  # srun does not inherit it everywhere
+        ("cluster.cpus_per_task=6", "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-6}"),
+        ("cluster.srun_args=[--mpi=pmix]", "%t_log.out --mpi=pmix sh -c"),
+        ("cluster.nodes=4", "#SBATCH --nodes=4"),
+        ("cluster.tasks_per_node=2", "#SBATCH --ntasks-per-node=2"),
+        ("cluster.signal_delay_s=300", "#SBATCH --signal=USR2@300"),
+        ("cluster.setup=[module load cuda]", "\nmodule load cuda\n"),
+        ("cluster.python='singularity exec i.sif python'", """sh -c 'trap "" USR2; exec "$0" "$@"' singularity exec i.sif python -u"""),
+        ("cluster.sbatch=[gres=gpu:a100:8]", "#SBATCH --gres=gpu:a100:8"),
+        ("cluster.sbatch=[--hold]", "#SBATCH --hold\n"),
+    ],
+)
+def test_each_option_reaches_the_batch_file(argument, line):
+    assert line in text(argument)
+
+
+def test_the_job_takes_its_code_from_the_copy_whatever_the_working_directory_holds():
+    assert "export PYTHONPATH=/code${PYTHONPATH:+:$PYTHONPATH}\nexport PYTHONSAFEPATH=1" in text()
+
+
+def test_a_sweep_is_one_array_with_a_limit():
+    runs = configurations(("method=jit", "seed=0,1,2", *SLURM, "cluster.array_parallelism=2"))
+    (group,) = groups(plan(runs))
+    assert len(group) == 3 and "#SBATCH --array=0-2%2" in sbatch_text(group, Path("/code")) and "_%A_%a" not in sbatch_text(group, Path("/code"))
+
+
+def test_earlier_stages_come_once_and_their_job_is_a_dependency(monkeypatch):
+    """Runs with seeds 0 and 1 wait for the run with train.lr=1 and their seed."""
+
+    def stages(run):
+        return {} if run.train.lr == 1 else {"codec": dataclasses.replace(run, train=dataclasses.replace(run.train, lr=1.0), cluster=ClusterConfig())}
+
+    monkeypatch.setattr(cluster, "stage_runs", stages)
+    runs = configurations(("method=jit", "seed=0,1", "train.lr=0.1,0.2", *SLURM))
+    first, second, third = groups(plan(runs))
+    assert [each.run.seed for each in first] == [0, 1] and {each.run.cluster.name for each in first} == {"slurm"}
+    assert [(each.run.seed, each.after) for each in second] == [(0, (first[0].folder,))] * 2
+    assert [(each.run.seed, each.after) for each in third] == [(1, (first[1].folder,))] * 2
+    assert batch_options(second, Path("/code"), ["12_0"])["dependency"] == "afterok:12_0"
+    assert "--kill-on-invalid-dep=yes" in sbatch_text(second, Path("/code"), ["12_0"])
+
+
+def test_a_dry_run_prints_the_batch_file_and_writes_nothing(tmp_path, capsys):
+    arguments = ("data.name=synthetic", "data.image_size=16", f"out={tmp_path / 'runs'}", "dry_run=true")
+    assert cluster.submit_all([one(*SLURM, *arguments)]) == 0
+    printed = capsys.readouterr().out
+    assert "each of 8 processes" in printed and "#SBATCH --partition=p" in printed and not list(tmp_path.iterdir())
+
+
+# -- the copy of the code -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    """A git checkout with a committed, a changed, a new and an ignored file."""
+    root = tmp_path / "checkout"
+    (root / "launch").mkdir(parents=True)
+    for name, content in {"launch/a.py": "A = 1", "launch/b.py": "B = 1", ".gitignore": "*.log", "elsewhere.py": ""}.items():
+        (root / name).write_text(content)
+    git = ["git", "-C", str(root), "-c", "user.name=x", "-c", "user.email=x@example.com"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run(git + command, check=True)
+    (root / "launch/b.py").write_text("B = 2")
+    (root / "launch/new.py").write_text("")
+    (root / "launch/some.log").write_text("")
+    for module in ("launch.snapshot", "launch.provenance"):
+        monkeypatch.setattr(f"{module}.ROOT", root)
+    return root
+
+
+def test_the_copy_has_changes_and_new_files_and_knows_its_commit(checkout, tmp_path):
+    copy = take_snapshot(tmp_path)
+    assert sorted(path.name for path in (copy / "launch").iterdir()) == ["a.py", "b.py", "new.py"] and not (copy / "elsewhere.py").exists()
+    assert (copy / "launch/b.py").read_text() == "B = 2"
+    note = json.loads((copy / "snapshot.json").read_text())
+    assert len(note["git_sha"]) == 40 and note["dirty"] and "+B = 2" in note["diff"]
+    assert take_snapshot(tmp_path) == copy
+    (checkout / "launch/a.py").write_text("A = 2")
+    assert take_snapshot(tmp_path) != copy and (copy / "launch/a.py").read_text() == "A = 1"
+
+
+def test_without_git_everything_but_caches_is_copied(checkout):
+    shutil.rmtree(checkout / ".git")
+    (checkout / "launch/__pycache__").mkdir()
+    (checkout / "launch/__pycache__/a.pyc").write_text("")
+    assert {file.name for file in code_files(checkout)} == {"a.py", "b.py", "new.py", "some.log"}
+
+
+def test_a_job_runs_the_copy_and_tells_its_origin(tmp_path):
+    copy = take_snapshot(tmp_path)
+    code = "import launch.provenance as p; print(p.__file__); print(p.git_state()['git_sha'])"
+    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONSAFEPATH": "1"}
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    assert printed == [str(copy / "launch/provenance.py"), json.loads((copy / "snapshot.json").read_text())["git_sha"]]
+
+
+# -- a process of a job ---------------------------------------------------------------------------------------------------------
+
+
+class Left(BaseException):
+    """Stands in for the end of the process."""
+
+
+class Environment(SimpleNamespace):
+    """A process of a Slurm job, as submitit describes it."""
+
+    def __init__(self, folder: Path, rank: int = 0, **changes) -> None:
+        paths = SimpleNamespace(result_pickle=folder / "result.pkl", stdout=folder / "log.out")
+        facts = {"cluster": "slurm", "job_id": "7_1", "raw_job_id": "8", "global_rank": rank, "local_rank": rank % 2, "num_tasks": 4, "num_nodes": 2}
+        super().__init__(**facts | {"hostnames": ["n1", "n2"], "paths": paths} | changes)
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """Signal handlers as they were; `requeued` counts what submitit's handler, which ends the process, was asked."""
+    requeued = []
+
+    def submitit(number, frame):
+        requeued.append(number)
+        sys.exit(-1)
+
+    def leave(code):
+        raise Left(code)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    signal.signal(signal.SIGUSR2, submitit)
+    monkeypatch.setattr(worker, "leave", leave)
+    monkeypatch.setattr(worker, "job_state", lambda job_id: JobState("RUNNING", "n[1-2]", "1:00", "None"))
+    yield SimpleNamespace(requeued=requeued, folder=tmp_path, monkeypatch=monkeypatch)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_the_submitted_module_is_light():
+    """submitit loads it before it listens to signals; a second of torch would be a second in which preemption ends the job for good."""
+    code = "import sys, launch.worker; sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'accelerate', 'submitit')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_signal_before_submitit_listens_is_ignored():
+    command = cluster.python_command(ClusterConfig())
+    code = "from signal import *; raise_signal(SIGUSR2); signal(SIGUSR2, lambda *_: print('heard')); raise_signal(SIGUSR2)"
+    result = subprocess.run(f'{command} -c "{code}"', shell=True, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "heard\n"), result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_outside_the_training_the_first_process_requeues_at_once(job, number):
+    with pytest.raises(Left, match="0"), Notice(Environment(job.folder)).heeded():
+        os.kill(os.getpid(), number)
+    assert job.requeued == [signal.SIGUSR2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_the_other_processes_work_on_until_the_first_has_left_and_then_leave_silently(job, number):
+    def work(self, environment):
+        os.kill(os.getpid(), number)
+        raise ConnectionError("Connection closed by peer")
+
+    job.monkeypatch.setattr(Worker, "work", work)
+    with fake_submitit(job, Environment(job.folder, rank=1)), pytest.raises(Left, match="0"):
+        Worker({}, job.folder)()
+    assert not job.requeued and not (job.folder / FAILURE).exists()
+
+
+def test_after_the_training_has_stopped_and_saved_the_first_process_requeues(job):
+    stopped = Stopped("SIGUSR2", Path("step-1"))
+    with pytest.raises(Left, match="0"), Notice(Environment(job.folder)).heeded():
+        raise stopped
+    assert job.requeued == [signal.SIGUSR2]
+    with pytest.raises(Left, match="0"), Notice(Environment(job.folder, rank=1)).heeded():
+        raise stopped
+    assert job.requeued == [signal.SIGUSR2]
+
+
+@pytest.mark.parametrize(("state", "requeued"), [("RUNNING", True), ("COMPLETING", False), ("CANCELLED", False), (None, False)])
+def test_a_cancelled_job_is_not_queued_again(job, state, requeued):
+    """`scontrol requeue` would bring it back; a SIGTERM alone does not tell cancellation from preemption, the controller does."""
+    job.monkeypatch.setattr(worker, "job_state", lambda job_id: state and JobState(state, "", "", ""))
+    with pytest.raises(Left, match="0" if requeued else "143"), Notice(Environment(job.folder)).heeded():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert bool(job.requeued) == requeued
+
+
+def test_a_job_that_cannot_be_requeued_says_so_in_one_line(job):
+    def broken(number, frame):
+        raise FileNotFoundError(2, "No such file or directory", "scontrol")
+
+    signal.signal(signal.SIGUSR2, broken)
+    job.monkeypatch.setattr(Worker, "work", lambda self, environment: os.kill(os.getpid(), signal.SIGUSR2))
+    with fake_submitit(job, Environment(job.folder)), pytest.raises(Left, match="1"):
+        Worker({}, job.folder)()
+    assert "scontrol" in failure(job) and "run the same command again" in failure(job)
+
+
+def test_requeueing_ignores_the_sigterm_that_it_causes(job):
+    """Otherwise it can end the very `scontrol requeue` that asked for it; ignored signals are inherited."""
+    assert Worker({}, job.folder).checkpoint().function == Worker({}, job.folder)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+
+
+def test_too_many_time_outs_are_named(job):
+    from submitit.core.utils import UncompletedJobError
+
+    def at_the_limit(number, frame):
+        raise UncompletedJobError("Job not requeued because: timed-out too many times.")
+
+    signal.signal(signal.SIGUSR2, at_the_limit)
+    job.monkeypatch.setattr(Worker, "work", lambda self, environment: os.kill(os.getpid(), signal.SIGUSR2))
+    with fake_submitit(job, Environment(job.folder)), pytest.raises(Left, match="1"):
+        Worker({"cluster.max_timeouts": "2"}, job.folder)()
+    assert "timed-out too many times" in failure(job) and "cluster.max_timeouts=2" in failure(job)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [(UserError("data.path=/x is gone."), "data.path=/x is gone."), (RuntimeError("\nfirst\nsecond"), "RuntimeError: first")]
+)
+def test_the_first_failure_is_kept_with_its_place_and_log(job, error, reason):
+    def work(self, environment):
+        raise error
+
+    job.monkeypatch.setattr(Worker, "work", work)
+    job.monkeypatch.setenv("SLURMD_NODENAME", "n9")
+    with fake_submitit(job, Environment(job.folder, rank=1)), pytest.raises(Left, match="1"):
+        Worker({}, job.folder)()
+    facts = json.loads((job.folder / FAILURE).read_text())
+    assert (facts["reason"], facts["process"], facts["node"], facts["job"]) == (reason, 1, "n9", "7_1") and facts["log"].endswith("log.out")
+    error = ValueError("later")
+    with fake_submitit(job, Environment(job.folder, rank=2)), pytest.raises(Left, match="1"):
+        Worker({}, job.folder)()
+    assert failure(job) == reason
+
+
+def test_an_earlier_start_leaves_neither_a_result_nor_a_failure(job):
+    for name in ("result.pkl", FAILURE):
+        (job.folder / name).write_text("{}")
+    job.monkeypatch.setattr(Worker, "work", lambda self, environment: None)
+    with fake_submitit(job, Environment(job.folder)):
+        Worker({}, job.folder)()
+    assert not (job.folder / "result.pkl").exists() and not (job.folder / FAILURE).exists()
+
+
+@contextmanager
+def fake_submitit(job, environment):
+    """submitit's JobEnvironment is the one given."""
+    with job.monkeypatch.context() as patch:
+        patch.setattr("submitit.JobEnvironment", lambda: environment)
+        yield
+
+
+def failure(job) -> str:
+    return json.loads((job.folder / FAILURE).read_text())["reason"]
+
+
+def test_the_processes_find_each_other_and_an_earlier_start_does_not_disturb(job, monkeypatch):
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(key, "to be restored")
+    export_processes(Environment(job.folder, rank=3))
+    found = {key: os.environ[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")}
+    assert found == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1"}
+    assert meeting_port("8", "0") != meeting_port("8", "1") != meeting_port("9", "1")
+
+
+def test_a_machine_without_its_gpus_is_named(monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "n5")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    with pytest.raises(UserError, match=r"n5 was to give 2 GPUs \(given: 0,1\).*cluster\.exclude=n5"):
+        worker.check_gpus(one(*SLURM[:3], "cluster.gpus_per_node=2"))
+
+
+def test_a_signal_that_training_did_not_answer_is_passed_on():
+    heard = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: heard.append(number))
+    try:
+        with StopRequest():
+            os.kill(os.getpid(), signal.SIGUSR2)
+        with pytest.raises(ConnectionError), StopRequest():
+            os.kill(os.getpid(), signal.SIGUSR2)
+            raise ConnectionError
+        assert heard == [signal.SIGUSR2] * 2
+        with StopRequest() as request:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert request.agreed(1) == "SIGUSR2"
+        assert len(heard) == 2
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_requeued_job_waits_for_the_lock_of_its_earlier_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.folder.PATIENCE_S", 0.0)
+    with (tmp_path / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is working in"), locked(tmp_path):
+            pass
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        monkeypatch.setattr("launch.folder.time.sleep", lambda seconds: fcntl.flock(lock, fcntl.LOCK_UN))
+        with locked(tmp_path):
+            pass
+
+
+# -- how runs are ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A run that was submitted and has shown 16,000 of 64,000 images."""
+    made = open_folder(one(f"out={tmp_path}", "name=run", "train.images=64000"))
+    append_row(made / JOBS, {"job": "7", "log": str(tmp_path / "log.out"), "cluster": "slurm"})
+    append_row(made / "metrics.jsonl", {"images": 16000, "images_per_s": 2.0})
+    return made
+
+
+def job_now(state: str, reason: str = "None") -> dict[str, JobState]:
+    return {"7": JobState(state, "n1", "1:00", reason)}
+
+
+def test_a_working_job_shows_progress_and_time_left(folder):
+    row = status.status(folder, job_now("RUNNING"))
+    assert (row.state, row.progress, row.images_per_s, row.left, row.job) == ("running", "25 %", "2", "6:40:00", "7")
+    append_row(folder / "metrics.jsonl", {"images": 64000, "images_per_s": 2.0})
+    assert status.status(folder, job_now("RUNNING")).left == "evaluating"
+
+
+def test_a_waiting_job_shows_why(folder):
+    row = status.status(folder, job_now("PENDING", "Dependency"))
+    assert (row.state, row.reason) == ("waiting", "Dependency")
+
+
+def test_a_failed_job_shows_its_reason_and_log(folder, tmp_path):
+    (folder / FAILURE).write_text(json.dumps({"reason": "no space left.", "log": "/l"}))
+    row = status.status(folder, job_now("FAILED"))
+    assert (row.state, row.reason) == ("failed", "no space left. Log: /l")
+    assert status.status(folder, job_now("RUNNING")).state == "running"  # queued again
+
+
+def test_a_job_that_could_say_nothing_shows_the_scheduler_s_word_and_the_log_s(folder, tmp_path):
+    (tmp_path / "log.out").write_text("train\nslurmstepd: error: Detected 1 oom-kill event(s)\nsome more\n")
+    row = status.status(folder, job_now("OUT_OF_MEMORY"))
+    assert row.state == "failed" and row.reason.startswith("OUT_OF_MEMORY: slurmstepd: error: Detected 1 oom-kill event(s) Log: ")
+    assert status.status(folder, job_now("CANCELLED")).state == "stopped"
+
+
+def test_without_a_job_the_lock_tells(folder):
+    assert status.status(folder, {}).state == "stopped"
+    with (folder / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert status.status(folder, {}).state == "running"
+    assert status.status(folder, None).state == "unknown"
+    (folder / "result.json").write_text("{}")
+    assert status.status(folder, None).state == "finished"
+
+
+def test_the_table_is_printed_without_torch(folder, tmp_path):
+    command = [sys.executable, "-X", "importtime", str(ROOT / "launch/status.py"), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PATH": "/nowhere"})
+    assert "run" in result.stdout and "unknown" in result.stdout and "the scheduler does not answer" in result.stdout
+    assert " torch\n" not in result.stderr
+
+
+def test_what_squeue_says_is_read_and_a_silent_controller_does_not_hang(tmp_path, monkeypatch):
+    script = tmp_path / "squeue"
+    script.write_text("#!/bin/sh\necho '7_1|RUNNING|n[1-2]|59:00|None'\necho '8|PENDING||1:00:00|Resources'\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert slurm.job_states() == {"7_1": JobState("RUNNING", "n[1-2]", "59:00", "None"), "8": JobState("PENDING", "", "1:00:00", "Resources")}
+    script.write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(slurm, "SECONDS", 0.2)
+    assert slurm.job_states() is None and slurm.job_state("7_1") is None
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(59.6, "0:01:00"), (3661, "1:01:01"), (90_000, "1 d 01:00")])
+def test_durations(seconds, shown):
+    assert status.clock(seconds) == shown

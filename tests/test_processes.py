@@ -1,0 +1,83 @@
+"""Two processes against one: the same losses and weights for every registered method, with DDP and with FSDP2, and checkpoints that fit everywhere.
+
+Processes add gradients up in another order, hence the tolerances; a wrong scale or a missing gradient shows in the first digits.
+"""
+
+import shutil
+
+import pytest
+import torch
+from process_runs import GAN, STEPS, draw, fit, together
+
+from common import checkpoint
+from common.files import read_rows
+from methods import registered
+
+CASES = [*sorted(registered()), GAN]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """All runs of two processes, started once."""
+    fit("jit", folder / "jit-start")
+    shutil.rmtree(folder / f"jit-start/checkpoints/step-{STEPS:08d}")
+    together(folder, CASES)
+    return folder
+
+
+@pytest.fixture(scope="module", params=CASES)
+def one(request, folder):
+    """The run of a single process that takes the micro-batches of the two one after the other."""
+    name = request.param
+    return name, fit(name, folder / f"{name}-one")
+
+
+def losses(folder):
+    return [{key: value for key, value in row.items() if key not in ("images_per_s", "seconds", "lr")} for row in read_rows(folder / "metrics.jsonl")]
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def trained(result):
+    """What an optimizer has moved, and its averages."""
+    parameters = {name: p.detach() for name, p in result.method.named_parameters() if p.requires_grad}
+    return parameters, result.emas[0].average
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_two_processes_give_the_losses_and_weights_of_one(one, two, folder, sharding):
+    name, result = one
+    for found, expected in zip(losses(two / f"{name}-{sharding}"), losses(folder / f"{name}-one"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    saved = checkpoint.load(checkpoint.latest(two / f"{name}-{sharding}/checkpoints")).tensors
+    parameters, average = trained(result)
+    assert_close({key: saved["model"][key] for key in parameters}, parameters)
+    assert_close(saved["ema-0.5"], average)
+
+
+def test_a_checkpoint_of_fsdp2_goes_on_in_one_process(one, two, tmp_path):
+    name, result = one
+    shutil.copytree(two / f"{name}-fsdp2", tmp_path / "run")
+    shutil.rmtree(tmp_path / f"run/checkpoints/step-{STEPS:08d}")
+    for found, expected in zip(trained(fit(name, tmp_path / "run")), trained(result), strict=True):
+        assert_close(found, expected)
+
+
+def test_a_checkpoint_of_one_process_goes_on_with_fsdp2(two):
+    states = [checkpoint.load(checkpoint.latest(two / f"jit-{kind}/checkpoints")).tensors for kind in ("start", "ddp")]
+    assert states[0].keys() == states[1].keys()
+    for stem, tensors in states[1].items():
+        assert_close(states[0][stem], tensors)
+
+
+def test_images_from_spread_weights_are_those_of_whole_ones(two, folder):
+    torch.testing.assert_close(torch.load(two / "images.pt"), draw(fit("jit", folder / "jit-images")), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,215 @@
+"""Real jobs on a real, if small, Slurm cluster: two nodes on this machine (tests/local_slurm.py).
+
+Where Slurm is not installed the tests are skipped; with CI in the environment that is a failure.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from local_slurm import PACKAGES, Cluster, wait_for
+from PIL import Image
+from safetensors.torch import load_file
+
+from common import synthetic
+from common.checkpoint import latest
+from common.files import read_rows
+from evaluation.record import read_record
+from methods import get_spec, registered
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ("model.depth=2", "model.width=16", "model.heads=2", "model.patch=8", "model.bottleneck=8", "model.context_tokens=2", "model.context_start=1")
+TRAIN = ("train.images=6400", "train.batch=16", "train.log_images=160", "train.checkpoint_images=1600", "train.preview_images=0")
+SMALL = (*MODEL, *TRAIN, "sample.steps=2", "eval.num_images=0", "eval.grid_columns=1")
+SLURM = ("cluster=slurm", "cluster.partition=main", "cluster.timeout_min=20", "cluster.gpus_per_node=0", "cluster.mem_gb=1")
+TWO_NODES = ("cluster.nodes=2",)
+SECONDS = 600  # for whatever a loaded machine takes
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Cluster]:
+    """Two nodes of four CPUs with two pretend GPUs each."""
+    if not shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin:/sbin"):
+        reason = f"Slurm is not installed: apt-get install -y --no-install-recommends {PACKAGES}"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not below pytest's, whose path is too long for sockets
+    cluster = Cluster(folder)
+    try:
+        cluster.start(nodes=2, cpus=4, gpus=2)
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """Where the runs are: each test has names of its own."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> tuple[str, ...]:
+    """10 classes of 8 images of 32 px, two of each in val/."""
+    root = tmp_path_factory.mktemp("images")
+    for number in range(80):
+        folder = root / ("val" if number % 40 < 10 else "train") / synthetic.CLASS_NAMES[number % 10]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(synthetic.draw(number, 32).transpose(1, 2, 0)).save(folder / f"{number}.png")
+    return ("data=folder", f"data.path={root}", "data.image_size=32")
+
+
+@pytest.fixture
+def launch(slurm, out, data) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command as a user does."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        settings = dict(argument.split("=", 1) for argument in (f"out={out}", *data, *arguments))
+        command = [sys.executable, str(ROOT / "launch/run.py"), *(f"{key}={value}" for key, value in settings.items())]
+        return subprocess.run(command, env=slurm.environment, cwd=out, capture_output=True, text=True, timeout=SECONDS)
+
+    return run
+
+
+def submitted(result: subprocess.CompletedProcess[str]) -> list[str]:
+    """The jobs of a command that did what it should."""
+    assert result.returncode == 0, result.stderr
+    return [words[1].rstrip(",") for words in map(str.split, result.stdout.splitlines()) if words[:1] == ["job"]]
+
+
+def statuses(slurm: Cluster, out: Path) -> dict[str, dict[str, str]]:
+    """What `launch/status.py` says, by run."""
+    command = [sys.executable, str(ROOT / "launch/status.py"), str(out), "--json"]
+    printed = subprocess.run(command, env=slurm.environment, capture_output=True, text=True, timeout=SECONDS, check=True).stdout
+    return {row["name"]: row for row in map(json.loads, printed.splitlines())}
+
+
+def finish(slurm: Cluster, folder: Path) -> None:
+    """Waits for the record; a run that fails shows its log."""
+
+    def over() -> bool:
+        return (folder / "result.json").exists() or (folder / "failure.json").exists()
+
+    assert wait_for(over, SECONDS, 0.5) and (folder / "result.json").exists(), "\n".join(map(str, [statuses(slurm, folder.parent), log_of(folder)]))
+
+
+def log_of(folder: Path) -> str:
+    """The logs of all processes of the last job."""
+    log = Path(read_rows(folder / "jobs.jsonl")[-1]["log"])
+    return "\n".join(file.read_text() for file in sorted(log.parent.glob("*_log.out")))
+
+
+def field(slurm: Cluster, job: str, name: str) -> str:
+    """One of the facts that the controller has of a job."""
+    words = slurm.client("scontrol", "--oneliner", "show", "job", job).split()
+    return dict(word.split("=", 1) for word in words if "=" in word)[name]
+
+
+def training(folder: Path) -> bool:
+    return len(read_rows(folder / "metrics.jsonl")) > 0
+
+
+def outcome(folder: Path) -> dict:
+    """What interruptions must not change: weights, losses, pictures."""
+    weights = {file.name: load_file(file) for file in sorted(latest(folder / "checkpoints").glob("*.safetensors"))}
+    rows = [{key: value for key, value in row.items() if key not in ("images_per_s", "seconds")} for row in read_rows(folder / "metrics.jsonl")]
+    return {"weights": weights, "metrics": rows, "picture": np.asarray(Image.open(folder / "samples.png")).tobytes()}
+
+
+def assert_same(one: dict, two: dict) -> None:
+    for name, tensors in one["weights"].items():
+        for key, value in tensors.items():
+            assert torch.equal(value, two["weights"][name][key]), (name, key)
+    assert one["metrics"] == two["metrics"] and one["picture"] == two["picture"]
+
+
+def test_a_preempted_run_on_two_nodes_equals_an_undisturbed_one_of_two_local_processes(slurm, out, launch):
+    """A job of a higher partition takes the nodes: all processes agree, save, are queued again, and go on from the same step."""
+    (job,) = submitted(launch("method=jit", *SMALL, *SLURM, *TWO_NODES, "cluster.exclusive=true", "name=preempted"))
+    folder = out / "preempted"
+    assert wait_for(lambda: training(folder), SECONDS)
+    slurm.client("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    assert wait_for(lambda: field(slurm, job, "Restarts") == "1", 60)
+    local = launch("method=jit", *SMALL, "cluster=local", "cluster.tasks_per_node=2", "name=local")
+    assert local.returncode == 0 and "finished" in local.stdout, local.stderr
+    finish(slurm, folder)
+    assert_same(outcome(out / "local"), outcome(folder))
+    log = log_of(folder)
+    assert len(read_rows(folder / "starts.jsonl")) == 2 and "Traceback" not in log and "stopped by SIGUSR2; saved" in log
+    saved = int(log.split("saved ")[1].split("step-")[1][:8])
+    assert 0 < saved < 400 and saved % 100, "it saved at the signal, not at an interval"
+    results = [pickle.loads(file.read_bytes())[0] for file in (out / ".jobs" / job).glob("*_result.pkl")]
+    assert results == ["success"] * 2, "a process of the first start left an error behind"
+
+
+def test_a_sweep_is_one_array_with_a_limit_and_survives_the_death_of_a_node(slurm, out, launch):
+    """Nothing is signalled: Slurm misses the node, queues its job again, and the run goes on from the newest whole checkpoint on the other node."""
+    first, second = submitted(launch("method=jit", *SMALL, *SLURM, "cluster.array_parallelism=2", "seed=0,1"))
+    assert first.endswith("_0") and second.endswith("_1") and first[:-2] == second[:-2]
+    assert field(slurm, second, "ArrayTaskThrottle") == "2"
+    folders = [next(file.parent for file in out.glob("*/jobs.jsonl") if read_rows(file)[-1]["job"] == job) for job in (first, second)]
+    for folder in folders:
+        finish(slurm, folder)
+    (job,) = submitted(launch("method=jit", *SMALL, *SLURM, "seed=1", "name=orphan"))
+    orphan = out / "orphan"
+    assert wait_for(lambda: latest(orphan / "checkpoints") is not None, SECONDS)
+    node = field(slurm, job, "NodeList")
+    slurm.kill_node(node)
+    assert wait_for(lambda: field(slurm, job, "Restarts") == "1", 60)
+    finish(slurm, orphan)
+    assert_same(outcome(folders[1]), outcome(orphan))
+    assert len(read_rows(orphan / "starts.jsonl")) == 2 and field(slurm, job, "NodeList") != node
+    assert statuses(slurm, out)["orphan"]["state"] == "finished"
+    slurm.start_node(node)
+    slurm.wait_idle([node], 30)
+
+
+def test_a_cancelled_run_saves_and_is_not_queued_again(slurm, out, launch):
+    (job,) = submitted(launch("method=jit", *SMALL, *SLURM, *TWO_NODES, "train.images=1600000", "name=cancelled"))
+    folder = out / "cancelled"
+    assert wait_for(lambda: training(folder), SECONDS)
+    again = launch("method=jit", *SMALL, *SLURM, *TWO_NODES, "train.images=1600000", "name=cancelled")
+    assert f"is job {job} already, running" in again.stdout and not submitted(again)
+    slurm.client("scancel", job)
+    assert wait_for(lambda: not slurm.client("squeue", "--noheader", "--jobs", job).strip(), 60)
+    row = statuses(slurm, out)["cancelled"]
+    assert row["state"] == "stopped" and field(slurm, job, "JobState") == "CANCELLED" and field(slurm, job, "Restarts") == "0"
+    assert latest(folder / "checkpoints") is not None and "stopped by SIGTERM; saved" in log_of(folder)
+
+
+def test_gpus_are_requested_and_a_machine_that_cannot_use_them_is_named(slurm, out, launch):
+    gpus = ("cluster=slurm", "cluster.partition=main", "cluster.timeout_min=20")
+    refused = launch("method=jit", *SMALL, *gpus, "cluster.gpus_per_node=4", "name=many")
+    assert refused.returncode == 2 and "Requested node configuration is not available" in refused.stderr
+    (job,) = submitted(launch("method=jit", *SMALL, *gpus, "cluster.gpus_per_node=2", "name=gpus"))
+    assert wait_for(lambda: field(slurm, job, "JobState") == "FAILED", SECONDS, 0.5)
+    row = statuses(slurm, out)["gpus"]
+    assert row["state"] == "failed" and "was to give 2 GPUs (given: 0,1)" in row["reason"] and "cluster.exclude=127.0.0.1" in row["reason"]
+    assert row["log"] in row["reason"] and "error: 127.0.0.1" in Path(row["log"]).read_text()
+    assert "gpu" in field(slurm, job, "TresPerNode")
+
+
+def test_every_method_trains_on_two_nodes(slurm, out, launch):
+    """With untrained earlier stages of two steps: what is tested is that the processes work together, and the dependency."""
+    shortest = ("train.images=32", "train.batch=16", "train.warmup_images=0", "train.preview_images=0", "eval.num_images=0", "eval.grid_columns=1")
+    jobs: dict[str, str] = {}
+    for name in sorted(registered(), key=lambda name: len(get_spec(name).stages)):
+        stages = get_spec(name).stages
+        earlier = [f"model.{stage.key}={out / stage.method}" for stage in stages]
+        waiting = [f"cluster.dependency=afterok:{':'.join(jobs[stage.method] for stage in stages)}"] if stages else []
+        statistics = ["model.stat_images=16"] if hasattr(get_spec(name).config, "stat_images") else []
+        result = launch(f"method={name}", *shortest, *statistics, *SLURM, *TWO_NODES, *earlier, *waiting, f"name={name}")
+        (jobs[name],) = submitted(result)
+    for name in jobs:
+        finish(slurm, out / name)
+        assert read_record(out / name / "result.json")["train"]["images_seen"] == 32
+        assert "Traceback" not in log_of(out / name)
