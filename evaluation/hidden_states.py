@@ -105,6 +105,7 @@ def image_mean(tokens: Tensor) -> Tensor:
 @torch.no_grad()
 def block_features(method: Method, images: ImageSet, count: int, time: float, batch: int, device: torch.device) -> list[Tensor]:
     """For each of the method's blocks the features (count, D) of the first images, noised to `time`; the noise is the same for every method."""
+    method.eval()
     parts: list[list[Tensor]] = []
     for start in range(0, count, batch):
         indices = range(start, min(start + batch, count))

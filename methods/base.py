@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from common.datasets import DataSummary
+from common.errors import UserError
 from common.seeds import Noise
 
 Batch = dict[str, Tensor]
@@ -135,6 +136,10 @@ class Method(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks, in order: the unit of compilation, activation checkpointing and sharding."""
         return []
+
+    def look(self, images: Tensor, time: float) -> None:
+        """One forward pass on images noised to `time` without their class, for those who listen to `blocks()` (evaluation/hidden_states.py)."""
+        raise UserError(f"{type(self).__name__} has no look(images, time), the forward pass on noised images whose blocks are listened to.")
 
     # -- sampling ---------------------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ def build_decoder(size: str, encoder: RepresentationEncoder, image_size: int) ->
 class DecoderMethod(Method):
     """A decoder D(E(x) + noise) against a discriminator that sees noise-free reconstructions."""
 
-    phases: ClassVar[tuple[str, ...]] = ("generator", "discriminator")
+    phases: tuple[str, ...] = ("generator", "discriminator")
     task = "reconstruction"
     space = "latent_rae"
 

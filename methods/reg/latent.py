@@ -21,7 +21,7 @@ class LatentMethod(Method):
     """Tokenizer and transformer; a subclass adds objective and sampler."""
 
     space = "latent_vae"
-    external = ("tokenizer",)
+    external: tuple[str, ...] = ("tokenizer",)
 
     def __init__(self, config: LatentConfig, data: DataInfo) -> None:
         super().__init__(config, data)
