@@ -323,7 +323,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def describe(config: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     """(key, type, default, help) of every field of a config dataclass, nested ones expanded; the help is the field's trailing comment."""
-    comments = dict(re.findall(r"^    (\w+)\s*:[^#\n]*#\s*(.+)$", inspect.getsource(config), flags=re.MULTILINE))
+    bases = [base for base in reversed(config.__mro__) if dataclasses.is_dataclass(base)]
+    comments = dict(pair for base in bases for pair in re.findall(r"^    (\w+)\s*:[^#\n]*#\s*(.+)$", inspect.getsource(base), flags=re.MULTILINE))
     for item in dataclasses.fields(config):
         key = f"{prefix}.{item.name}" if prefix else item.name
         default = item.default_factory() if callable(item.default_factory) else item.default

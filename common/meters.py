@@ -39,6 +39,22 @@ class Meters:
             means /= dist.get_world_size()
         return dict(zip(names, means.tolist(), strict=True))
 
+    def of_all_processes(self) -> dict[str, Tensor]:
+        """The sums by name, (processes,) each; all processes must ask."""
+        if not (dist.is_available() and dist.is_initialized() and self.sums):
+            return {name: value.reshape(1) for name, value in self.sums.items()}
+        names = sorted(self.sums)
+        own = torch.stack([self.sums[name] for name in names])
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, own)
+        return dict(zip(names, torch.stack(gathered, dim=1), strict=True))
+
+    @classmethod
+    def of_process(cls, sums: Mapping[str, Tensor], counts: Mapping[str, int], process: int, processes: int, device: torch.device) -> Meters:
+        """The inverse, for one process; where there were more or fewer of them, each has the mean."""
+        own = {name: (value.flatten()[process] if value.numel() == processes else value.mean()).to(device) for name, value in sums.items()}
+        return cls(own, dict(counts))
+
     def clear(self) -> None:
         """Starts a new window."""
         self.sums.clear()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -172,8 +173,9 @@ class TrainState:
         self.check_finite()
         folder = self.folder / "checkpoints"
         main = self.accelerator.is_main_process
+        meters = self.meters.of_all_processes()
         if main or self.blank:
-            tensors = {stem: self._collected(part, main) for stem, part in self._tensors().items()}
+            tensors = {stem: self._collected(part, main) for stem, part in self._tensors().items()} | {"meters": meters}
         if main:
             facts = {
                 "identity": self.identity,
@@ -190,7 +192,7 @@ class TrainState:
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         """By file stem, as this process has them."""
         names = {p: name for name, p in self.method.named_parameters()}
-        tensors = {"model": own_state(self.method), "meters": dict(self.meters.sums)}
+        tensors = {"model": own_state(self.method)}
         tensors |= {f"ema-{ema.name}": ema.average for ema in self.emas}
         return tensors | {stem: checkpoint.optimizer_state(optimizer, names) for stem, optimizer in self._optimizer_stems()}
 
@@ -208,8 +210,8 @@ class TrainState:
             checkpoint.load_optimizer_state(optimizer, loaded.tensors[stem], names)
         for ema in self.emas:
             ema.average = {name: placed_like(value, ema.average[name]) for name, value in loaded.tensors[f"ema-{ema.name}"].items()}
-        device = self.accelerator.device
-        self.meters = Meters({name: value.to(device) for name, value in loaded.tensors["meters"].items()}, loaded.facts["meter_counts"])
+        place = (self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device)
+        self.meters = Meters.of_process(loaded.tensors["meters"], loaded.facts["meter_counts"], *place)
         self.step, self.seconds, self.saved = loaded.facts["step"], loaded.facts["seconds"], path
 
     def _optimizer_stems(self) -> Iterator[tuple[str, Optimizer]]:
@@ -218,9 +220,13 @@ class TrainState:
                 yield f"optimizer-{phase}-{number}", optimizer
 
 
-def newest_checkpoint(folder: Path, identity: str) -> tuple[Checkpoint, Path] | None:
-    """The newest whole checkpoint of a run folder, if there is one; one of another configuration is a UserError."""
-    path = checkpoint.latest(folder / "checkpoints")
+def newest_checkpoint(folder: Path, identity: str, main: bool) -> tuple[Checkpoint, Path] | None:
+    """The newest whole checkpoint of a run folder, if there is one; one of another configuration is a UserError.
+
+    The main process chooses for all: on a network file system another machine may not see the newest one yet, and takes it by its name.
+    """
+    chosen = broadcast_object_list([checkpoint.latest(folder / "checkpoints") if main else None])
+    path: Path | None = chosen[0]
     if path is None:
         return None
     loaded = checkpoint.load(path)
@@ -248,7 +254,7 @@ def train(
     micro_batches_a_step = split_batch(settings, accelerator.num_processes)[1]
     steps = total_steps(settings)
     method.to(accelerator.device).train()
-    resumed = newest_checkpoint(folder, identity)
+    resumed = newest_checkpoint(folder, identity, accelerator.is_main_process)
     if resumed:
         load_own_state(method, resumed[0].tensors["model"])
     else:

@@ -168,7 +168,7 @@ def restore(folder: Path, overrides: dict[str, str]) -> tuple[Method, RunConfig]
     from methods.base import DataInfo
 
     weights = run_weights(folder)
-    kept = {key: json.dumps(value) for key, value in flatten(weights.config) if value != {}}
+    kept = {key: json.dumps(value) for key, value in flatten(weights.config) if value != {}} | {"preset": weights.config["preset"]}
     run = resolve(get_spec(weights.config["method"]), kept | overrides)
     method = get_class(run.method)(run.model, DataInfo.of(summarise(run.data)))
     method.load_external()

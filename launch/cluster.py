@@ -6,6 +6,7 @@ Every run folder is made here, so a mistake is told now and not tomorrow; `launc
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shlex
@@ -18,9 +19,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.config import ClusterConfig, RunConfig, flatten, run_folder, to_dict
+import torch
+
+from common.config import ClusterConfig, DataConfig, RunConfig, flatten, run_folder, to_dict
+from common.datasets import summarise
 from common.errors import UserError
 from common.files import append_row, read_rows
+from common.trainer import split_batch
 from launch.dry_run import describe_run
 from launch.folder import FAILURE, JOBS, RESULT, open_folder
 from launch.provenance import ROOT
@@ -28,6 +33,8 @@ from launch.slurm import job_states
 from launch.snapshot import take_snapshot
 from launch.stages import stage_runs
 from launch.worker import Worker
+from methods import get_class
+from methods.base import DataInfo
 
 if TYPE_CHECKING:
     from submitit import Job
@@ -106,13 +113,6 @@ def groups(levels: Sequence[Sequence[Planned]]) -> Iterator[list[Planned]]:
 
 def check(run: RunConfig) -> None:
     """Refuses what could only fail in the job: settings that the site requires, a batch that the processes cannot share, an impossible network."""
-    import torch
-
-    from common.datasets import summarise
-    from common.trainer import split_batch
-    from methods import get_class
-    from methods.base import DataInfo
-
     cluster = run.cluster
     if cluster.name == "local" and cluster.nodes > 1:
         raise UserError(f"cluster=local has one machine, not cluster.nodes={cluster.nodes}. Use cluster.tasks_per_node for several processes.")
@@ -120,9 +120,14 @@ def check(run: RunConfig) -> None:
         if getattr(cluster, key) is None:
             raise UserError(f"cluster=slurm needs cluster.{key}: {hint}. A site's file can hold it (launch/clusters/README.md).")
     split_batch(run.train, cluster.processes())
-    info = DataInfo.of(summarise(run.data))
     with torch.device("meta"):
-        get_class(run.method)(run.model, info)
+        get_class(run.method)(run.model, data_info(json.dumps(dataclasses.asdict(run.data))))
+
+
+@functools.cache
+def data_info(settings: str) -> DataInfo:
+    """What a method may know of the data; the runs of a sweep share it, since a large folder takes a while to list."""
+    return DataInfo.of(summarise(DataConfig(**json.loads(settings))))
 
 
 def already_queued(planned: Sequence[Planned]) -> dict[Path, str]:

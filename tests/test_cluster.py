@@ -171,6 +171,15 @@ def test_a_dry_run_prints_the_batch_file_and_writes_nothing(tmp_path, capsys):
     assert "each of 8 processes" in printed and "#SBATCH --partition=p" in printed and not list(tmp_path.iterdir())
 
 
+def test_a_submission_from_within_a_job_hides_that_job_and_not_the_cluster(monkeypatch):
+    """The scheduler would hand the outer request down; without SLURM_CONF it would not be found (submitit's clean_env hides it too)."""
+    monkeypatch.setenv("SLURM_CONF", "/etc/here")
+    monkeypatch.setenv("SLURM_GPUS_PER_NODE", "8")
+    with cluster.clean_environment():
+        assert os.environ.get("SLURM_CONF") == "/etc/here" and "SLURM_GPUS_PER_NODE" not in os.environ
+    assert os.environ["SLURM_GPUS_PER_NODE"] == "8"
+
+
 # -- the copy of the code -------------------------------------------------------------------------------------------------------
 
 
@@ -379,7 +388,9 @@ def failure(job) -> str:
 def test_the_processes_find_each_other_and_an_earlier_start_does_not_disturb(job, monkeypatch):
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(key, "to be restored")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
     export_processes(Environment(job.folder, rank=3))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,4"  # as the scheduler gave them; LOCAL_RANK chooses among them
     found = {key: os.environ[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")}
     assert found == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1"}
     assert meeting_port("8", "0") != meeting_port("8", "1") != meeting_port("9", "1")

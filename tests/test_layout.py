@@ -66,7 +66,19 @@ def test_every_folder_says_what_it_is_and_everything_public_has_a_docstring(pack
                 assert ast.get_docstring(node), (path, node.name)
 
 
-@pytest.mark.parametrize("module", ["launch.run", "launch.status", "evaluation.leaderboard", "evaluation.record", "evaluation.run", "evaluation.reference", "evaluation.sweep", "common.config"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "launch.run",
+        "launch.status",
+        "evaluation.leaderboard",
+        "evaluation.record",
+        "evaluation.run",
+        "evaluation.reference",
+        "evaluation.sweep",
+        "common.config",
+    ],
+)
 def test_no_torch_before_it_is_needed(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 import torch
-from process_runs import GAN, STEPS, draw, fit, together
+from process_runs import GAN, STEPS, build, draw, fit, together
 
 from common import checkpoint
 from common.files import read_rows
+from common.meters import Meters
 from methods import registered
 
 CASES = [*sorted(registered()), GAN]
@@ -41,10 +42,12 @@ def losses(folder):
     return [{key: value for key, value in row.items() if key not in ("images_per_s", "seconds", "lr")} for row in read_rows(folder / "metrics.jsonl")]
 
 
-def assert_close(found, expected):
+def assert_same_movement(found, expected, start):
+    """Adam divides by the size of a gradient, so where one is nearly zero its rounding shows: tensors are compared by their distance travelled."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        travelled, apart = (value - start[name]).norm(), (found[name] - value).norm()
+        assert apart <= 1e-3 * travelled + 1e-7 * value.numel() ** 0.5, f"{name}: {apart:.3g} apart after {travelled:.3g}"
 
 
 def trained(result):
@@ -58,26 +61,37 @@ def test_two_processes_give_the_losses_and_weights_of_one(one, two, folder, shar
     name, result = one
     for found, expected in zip(losses(two / f"{name}-{sharding}"), losses(folder / f"{name}-one"), strict=True):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    saved = checkpoint.load(checkpoint.latest(two / f"{name}-{sharding}/checkpoints")).tensors
+    saved, start = checkpoint.load(checkpoint.latest(two / f"{name}-{sharding}/checkpoints")).tensors, dict(build(name).named_parameters())
     parameters, average = trained(result)
-    assert_close({key: saved["model"][key] for key in parameters}, parameters)
-    assert_close(saved["ema-0.5"], average)
+    assert_same_movement({key: saved["model"][key] for key in parameters}, parameters, start)
+    assert_same_movement(saved["ema-0.5"], average, start)
 
 
+@pytest.mark.parametrize("one", ["jit", "pmf", GAN], indirect=True)
 def test_a_checkpoint_of_fsdp2_goes_on_in_one_process(one, two, tmp_path):
     name, result = one
+    start = dict(build(name).named_parameters())
     shutil.copytree(two / f"{name}-fsdp2", tmp_path / "run")
     shutil.rmtree(tmp_path / f"run/checkpoints/step-{STEPS:08d}")
     for found, expected in zip(trained(fit(name, tmp_path / "run")), trained(result), strict=True):
-        assert_close(found, expected)
+        assert_same_movement(found, expected, start)
 
 
 def test_a_checkpoint_of_one_process_goes_on_with_fsdp2(two):
     states = [checkpoint.load(checkpoint.latest(two / f"jit-{kind}/checkpoints")).tensors for kind in ("start", "ddp")]
     assert states[0].keys() == states[1].keys()
-    for stem, tensors in states[1].items():
-        assert_close(states[0][stem], tensors)
+    start = dict(build("jit").named_parameters())
+    for stem in ("model", "ema-0.5"):
+        assert_same_movement(*({key: state[stem][key] for key in start.keys() & state[stem].keys()} for state in states), start)
 
 
 def test_images_from_spread_weights_are_those_of_whole_ones(two, folder):
     torch.testing.assert_close(torch.load(two / "images.pt"), draw(fit("jit", folder / "jit-images")), rtol=1e-4, atol=1e-4)
+
+
+def test_a_logging_window_survives_another_number_of_processes():
+    saved = {"loss": torch.tensor([1.0, 3.0])}  # the sums of two processes over four micro-batches each
+    for processes, sums in ((2, [1.0, 3.0]), (1, [2.0]), (3, [2.0] * 3)):
+        resumed = [Meters.of_process(saved, {"loss": 4}, process, processes, torch.device("cpu")) for process in range(processes)]
+        assert [float(meters.sums["loss"]) for meters in resumed] == sums and resumed[0].counts == {"loss": 4}
+    assert torch.equal(Meters({"loss": torch.tensor(5.0)}, {"loss": 1}).of_all_processes()["loss"], torch.tensor([5.0]))

@@ -22,13 +22,18 @@ from safetensors.torch import load_file
 
 from common import synthetic
 from common.checkpoint import latest
+from common.config import resolve
+from common.errors import UserError
 from common.files import read_rows
 from evaluation.record import read_record
+from launch.cluster import submit_all
+from launch.run import configurations
+from launch.stages import stage_runs
 from methods import get_spec, registered
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ("model.depth=2", "model.width=16", "model.heads=2", "model.patch=8", "model.bottleneck=8", "model.context_tokens=2", "model.context_start=1")
-TRAIN = ("train.images=6400", "train.batch=16", "train.log_images=160", "train.checkpoint_images=1600", "train.preview_images=0")
+TRAIN = ("train.images=6400", "train.batch=16", "train.log_images=176", "train.checkpoint_images=1600", "train.preview_images=0")
 SMALL = (*MODEL, *TRAIN, "sample.steps=2", "eval.num_images=0", "eval.grid_columns=1")
 SLURM = ("cluster=slurm", "cluster.partition=main", "cluster.timeout_min=20", "cluster.gpus_per_node=0", "cluster.mem_gb=1")
 TWO_NODES = ("cluster.nodes=2",)
@@ -69,21 +74,39 @@ def data(tmp_path_factory) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def launch(slurm, out, data) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the command as a user does."""
+def settle(out, data) -> Callable[..., list[str]]:
+    """The arguments of the command, the later ones winning."""
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def merged(*arguments: str) -> list[str]:
         settings = dict(argument.split("=", 1) for argument in (f"out={out}", *data, *arguments))
-        command = [sys.executable, str(ROOT / "launch/run.py"), *(f"{key}={value}" for key, value in settings.items())]
-        return subprocess.run(command, env=slurm.environment, cwd=out, capture_output=True, text=True, timeout=SECONDS)
+        return [f"{key}={value}" for key, value in settings.items()]
 
+    return merged
+
+
+@pytest.fixture
+def submit(slurm, out, settle, monkeypatch, capsys) -> Callable[..., list[str]]:
+    """Submits from this process, which has imported torch already; returns the jobs."""
+
+    def run(*arguments: str) -> list[str]:
+        assert submit_all(configurations(settle(*arguments))) == 0
+        return jobs_of(capsys.readouterr().out)
+
+    for key, value in slurm.environment.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.chdir(out)
     return run
 
 
-def submitted(result: subprocess.CompletedProcess[str]) -> list[str]:
-    """The jobs of a command that did what it should."""
-    assert result.returncode == 0, result.stderr
-    return [words[1].rstrip(",") for words in map(str.split, result.stdout.splitlines()) if words[:1] == ["job"]]
+def jobs_of(printed: str) -> list[str]:
+    """The jobs that the command told of."""
+    return [words[1].rstrip(",") for words in map(str.split, printed.splitlines()) if words[:1] == ["job"]]
+
+
+def command(slurm: Cluster, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """The command as a user gives it."""
+    call = [sys.executable, str(ROOT / "launch/run.py"), *arguments]
+    return subprocess.run(call, env=slurm.environment, capture_output=True, text=True, timeout=SECONDS)
 
 
 def statuses(slurm: Cluster, out: Path) -> dict[str, dict[str, str]]:
@@ -132,14 +155,15 @@ def assert_same(one: dict, two: dict) -> None:
     assert one["metrics"] == two["metrics"] and one["picture"] == two["picture"]
 
 
-def test_a_preempted_run_on_two_nodes_equals_an_undisturbed_one_of_two_local_processes(slurm, out, launch):
+def test_a_preempted_run_on_two_nodes_equals_an_undisturbed_one_of_two_local_processes(slurm, out, settle):
     """A job of a higher partition takes the nodes: all processes agree, save, are queued again, and go on from the same step."""
-    (job,) = submitted(launch("method=jit", *SMALL, *SLURM, *TWO_NODES, "cluster.exclusive=true", "name=preempted"))
-    folder = out / "preempted"
+    told = command(slurm, settle("method=jit", *SMALL, *SLURM, *TWO_NODES, "cluster.exclusive=true", "name=preempted"))
+    assert told.returncode == 0, told.stderr
+    (job,), folder = jobs_of(told.stdout), out / "preempted"
     assert wait_for(lambda: training(folder), SECONDS)
     slurm.client("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     assert wait_for(lambda: field(slurm, job, "Restarts") == "1", 60)
-    local = launch("method=jit", *SMALL, "cluster=local", "cluster.tasks_per_node=2", "name=local")
+    local = command(slurm, settle("method=jit", *SMALL, "cluster=local", "cluster.tasks_per_node=2", "name=local"))
     assert local.returncode == 0 and "finished" in local.stdout, local.stderr
     finish(slurm, folder)
     assert_same(outcome(out / "local"), outcome(folder))
@@ -151,15 +175,15 @@ def test_a_preempted_run_on_two_nodes_equals_an_undisturbed_one_of_two_local_pro
     assert results == ["success"] * 2, "a process of the first start left an error behind"
 
 
-def test_a_sweep_is_one_array_with_a_limit_and_survives_the_death_of_a_node(slurm, out, launch):
+def test_a_sweep_is_one_array_with_a_limit_and_survives_the_death_of_a_node(slurm, out, submit):
     """Nothing is signalled: Slurm misses the node, queues its job again, and the run goes on from the newest whole checkpoint on the other node."""
-    first, second = submitted(launch("method=jit", *SMALL, *SLURM, "cluster.array_parallelism=2", "seed=0,1"))
+    first, second = submit("method=jit", *SMALL, *SLURM, "cluster.array_parallelism=2", "seed=0,1")
     assert first.endswith("_0") and second.endswith("_1") and first[:-2] == second[:-2]
     assert field(slurm, second, "ArrayTaskThrottle") == "2"
     folders = [next(file.parent for file in out.glob("*/jobs.jsonl") if read_rows(file)[-1]["job"] == job) for job in (first, second)]
     for folder in folders:
         finish(slurm, folder)
-    (job,) = submitted(launch("method=jit", *SMALL, *SLURM, "seed=1", "name=orphan"))
+    (job,) = submit("method=jit", *SMALL, *SLURM, "seed=1", "name=orphan")
     orphan = out / "orphan"
     assert wait_for(lambda: latest(orphan / "checkpoints") is not None, SECONDS)
     node = field(slurm, job, "NodeList")
@@ -173,12 +197,11 @@ def test_a_sweep_is_one_array_with_a_limit_and_survives_the_death_of_a_node(slur
     slurm.wait_idle([node], 30)
 
 
-def test_a_cancelled_run_saves_and_is_not_queued_again(slurm, out, launch):
-    (job,) = submitted(launch("method=jit", *SMALL, *SLURM, *TWO_NODES, "train.images=1600000", "name=cancelled"))
+def test_a_cancelled_run_saves_and_is_not_queued_again(slurm, out, submit):
+    (job,) = submit("method=jit", *SMALL, *SLURM, *TWO_NODES, "train.images=1600000", "name=cancelled")
     folder = out / "cancelled"
     assert wait_for(lambda: training(folder), SECONDS)
-    again = launch("method=jit", *SMALL, *SLURM, *TWO_NODES, "train.images=1600000", "name=cancelled")
-    assert f"is job {job} already, running" in again.stdout and not submitted(again)
+    assert not submit("method=jit", *SMALL, *SLURM, *TWO_NODES, "train.images=1600000", "name=cancelled"), "it works already"
     slurm.client("scancel", job)
     assert wait_for(lambda: not slurm.client("squeue", "--noheader", "--jobs", job).strip(), 60)
     row = statuses(slurm, out)["cancelled"]
@@ -186,11 +209,11 @@ def test_a_cancelled_run_saves_and_is_not_queued_again(slurm, out, launch):
     assert latest(folder / "checkpoints") is not None and "stopped by SIGTERM; saved" in log_of(folder)
 
 
-def test_gpus_are_requested_and_a_machine_that_cannot_use_them_is_named(slurm, out, launch):
+def test_gpus_are_requested_and_a_machine_that_cannot_use_them_is_named(slurm, out, submit):
     gpus = ("cluster=slurm", "cluster.partition=main", "cluster.timeout_min=20")
-    refused = launch("method=jit", *SMALL, *gpus, "cluster.gpus_per_node=4", "name=many")
-    assert refused.returncode == 2 and "Requested node configuration is not available" in refused.stderr
-    (job,) = submitted(launch("method=jit", *SMALL, *gpus, "cluster.gpus_per_node=2", "name=gpus"))
+    with pytest.raises(UserError, match="Requested node configuration is not available"):
+        submit("method=jit", *SMALL, *gpus, "cluster.gpus_per_node=4", "name=many")
+    (job,) = submit("method=jit", *SMALL, *gpus, "cluster.gpus_per_node=2", "name=gpus")
     assert wait_for(lambda: field(slurm, job, "JobState") == "FAILED", SECONDS, 0.5)
     row = statuses(slurm, out)["gpus"]
     assert row["state"] == "failed" and "was to give 2 GPUs (given: 0,1)" in row["reason"] and "cluster.exclude=127.0.0.1" in row["reason"]
@@ -198,17 +221,24 @@ def test_gpus_are_requested_and_a_machine_that_cannot_use_them_is_named(slurm, o
     assert "gpu" in field(slurm, job, "TresPerNode")
 
 
-def test_every_method_trains_on_two_nodes(slurm, out, launch):
-    """With untrained earlier stages of two steps: what is tested is that the processes work together, and the dependency."""
+def test_every_method_trains_on_two_nodes(slurm, out, submit):
+    """With earlier stages of two steps, which are dependencies."""
     shortest = ("train.images=32", "train.batch=16", "train.warmup_images=0", "train.preview_images=0", "eval.num_images=0", "eval.grid_columns=1")
     jobs: dict[str, str] = {}
-    for name in sorted(registered(), key=lambda name: len(get_spec(name).stages)):
-        stages = get_spec(name).stages
-        earlier = [f"model.{stage.key}={out / stage.method}" for stage in stages]
-        waiting = [f"cluster.dependency=afterok:{':'.join(jobs[stage.method] for stage in stages)}"] if stages else []
+
+    def start(name: str) -> None:
+        stages = {key: run.method for key, run in stage_runs(resolve(get_spec(name), {"data.name": "folder", "data.image_size": "32"})).items()}
+        for stage in stages.values():
+            start(stage)
+        if name in jobs:
+            return
+        earlier = [f"model.{key}={out / stage}" for key, stage in stages.items()]
+        waiting = [f"cluster.dependency=afterok:{':'.join(jobs[stage] for stage in stages.values())}"] if stages else []
         statistics = ["model.stat_images=16"] if hasattr(get_spec(name).config, "stat_images") else []
-        result = launch(f"method={name}", *shortest, *statistics, *SLURM, *TWO_NODES, *earlier, *waiting, f"name={name}")
-        (jobs[name],) = submitted(result)
+        (jobs[name],) = submit(f"method={name}", *shortest, *statistics, *SLURM, *TWO_NODES, *earlier, *waiting, f"name={name}")
+
+    for name in sorted(registered()):
+        start(name)
     for name in jobs:
         finish(slurm, out / name)
         assert read_record(out / name / "result.json")["train"]["images_seen"] == 32

@@ -76,7 +76,8 @@ class LatentMethod(Method):
     def look(self, images: Tensor, time: float) -> None:
         """One forward pass on images (B, 3, S, S) noised to `time` (1 is noise), without their classes: for those who listen to the blocks."""
         nulls = torch.full((len(images),), self.data.num_classes, device=images.device)
-        self.look_at(self.latents({"image": images}), images, time, nulls)
+        moments = torch.cat(self.tokenizer.encode_moments(images), dim=1)
+        self.look_at(self.latents({"moments": moments}), images, time, nulls)
 
     def look_at(self, x: Tensor, images: Tensor, time: float, labels: Tensor) -> None:
         """The forward pass of `look` for the images' latents."""
