@@ -24,7 +24,7 @@ class Meters:
     def add(self, scalars: Mapping[str, Tensor]) -> None:
         """Adds one observation of each scalar."""
         for name, value in scalars.items():
-            value = value.detach().float()
+            value = value.detach().to(torch.float32, copy=True)  # two names may share a tensor, which a checkpoint cannot hold
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
 
