@@ -65,6 +65,7 @@ def measure(run: RunConfig, batch: int, steps: int, sample: bool) -> dict[str, A
 
     from common.cost import on_meta, sampling_cost, training_cost
     from common.datasets import summarise
+    from common.encoders.frozen import Frozen
     from common.hardware import device_name, peak_bytes, peak_kind, reset_peak
     from common.trainer import make_accelerator
     from methods.base import DataInfo
@@ -73,7 +74,11 @@ def measure(run: RunConfig, batch: int, steps: int, sample: bool) -> dict[str, A
     accelerator = make_accelerator(run.train)
     device = accelerator.device
     torch.manual_seed(0)
-    method = method_class(run.model, info).to(device)
+    method = method_class(run.model, info)
+    for module in method.modules():
+        if isinstance(module, Frozen):  # a network of another run keeps its random weights: they do not change the speed
+            module.load()
+    method.to(device)
     where = {"device": device_name(device), "precision": accelerator.mixed_precision}
     result: dict[str, Any] = {"method": run.method, "preset": run.preset, **where, "batch": batch}
     seconds = time_training(method, run, batch, steps, accelerator)
