@@ -5,6 +5,7 @@ Shape legend: B batch, N tokens, D width, H heads, K head dimension, C image cha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -132,6 +133,22 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table)).flatten(-2)
     (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+
+
+@torch.no_grad()
+def initialize_linears(network: nn.Module, zero: Callable[[str], bool], normal: Callable[[str], bool]) -> None:
+    """DiT's rule for linear maps and convolutions by name: weights of 0, of N(0, 0.02^2), and Xavier's for all others; biases of 0."""
+    for name, module in network.named_modules():
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            continue
+        if zero(name):
+            nn.init.zeros_(module.weight)
+        elif normal(name):
+            nn.init.normal_(module.weight, std=0.02)
+        else:
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:

@@ -268,6 +268,20 @@ def one_of(key: str, value: str, options: Sequence[str]) -> None:
         raise UserError(f"{key}={value!r} is not one of {', '.join(options)}.{close_match(value, options)}")
 
 
+def require(holds: bool, where: str, value: object, rule: str) -> None:
+    """Raises UserError "model.depth=0: must be at least 1." unless the condition holds."""
+    if not holds:
+        raise UserError(f"{where}={value!r}: {rule}.")
+
+
+def checked_interval(where: str, interval: Sequence[float]) -> tuple[float, float]:
+    """A guidance interval as a pair with 0 <= low < high <= 1; anything else is a UserError."""
+    require(len(interval) == 2, where, interval, "must be two numbers, [low, high]")
+    low, high = interval
+    require(0 <= low < high <= 1, where, (low, high), "must satisfy 0 <= low < high <= 1")
+    return low, high
+
+
 def ema_names(train: TrainConfig) -> list[str]:
     """The names of a run's weight averages, in order: "0.9999" for a decay, "500000img" for a half-life in images."""
     return [f"{decay:g}" for decay in train.ema_decay] + [f"{halflife:.0f}img" for halflife in train.ema_halflife_images]

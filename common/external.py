@@ -54,19 +54,21 @@ def _load_pickled(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def key_faults(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """What keeps the tensors from being those of `shapes`, a line each: missing, unknown and misshapen keys."""
+    faults = [f"missing {name} {tuple(shape)}" for name, shape in shapes.items() if name not in state]
+    faults += [f"not known {name} {tuple(tensor.shape)}" for name, tensor in state.items() if name not in shapes]
+    found = {name: tuple(state[name].shape) for name in shapes if name in state}
+    return faults + [f"{name} is {shape}, expected {tuple(shapes[name])}" for name, shape in found.items() if shape != tuple(shapes[name])]
+
+
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
     """Puts the tensors in the place of the module's parameters and buffers, which may be on the meta device; on the CPU, in the module's types.
 
     Missing, extra and misshapen keys are a UserError that names them and `source`.
     """
     own = module.state_dict()
-    faults = [f"missing {name} {tuple(tensor.shape)}" for name, tensor in own.items() if name not in state]
-    faults += [f"not known {name} {tuple(tensor.shape)}" for name, tensor in state.items() if name not in own]
-    faults += [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
+    faults = key_faults(state, {name: tensor.shape for name, tensor in own.items()})
     if faults:
         more = [f"and {len(faults) - MAX_LISTED} more"] if len(faults) > MAX_LISTED else []
         raise UserError("\n  ".join([f"{source} does not fit {type(module).__name__}, {len(faults)} keys differ:", *faults[:MAX_LISTED], *more]))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.config import RunConfig, flatten, resolve, split_overrides
+from common.config import split_overrides
 from common.errors import UserError
 from common.seeds import derive
 
@@ -134,14 +134,15 @@ def measure(folder: Path, options: dict[str, str], overrides: dict[str, str]) ->
     """Both measures for every block of a run's network."""
     from common.datasets import load_data
     from common.encoders.representation import build_encoder
+    from evaluation.models import load_run
 
     time, neighbours, batch = float(options["time"]), int(options["neighbours"]), int(options["batch"])
-    method, run = restore(folder, overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = load_data(run.data)
+    model = load_run(folder, overrides, None, device)
+    method, source = model.method, load_data(model.run.data)
     encoder = build_encoder(options["encoder"])
     encoder.load()
-    encoder, method = encoder.to(device), method.to(device)
+    encoder = encoder.to(device)
     features, labels = {}, {}
     for part, images in (("train", source.train), ("heldout", source.heldout)):
         count = min(int(options["images"]), len(images))
@@ -157,23 +158,6 @@ def measure(folder: Path, options: dict[str, str], overrides: dict[str, str]) ->
         for number, (train, heldout) in enumerate(zip(features["train"], features["heldout"], strict=True), 1)
     ]
     return {"run": folder.name, "encoder": options["encoder"], "time": time, "neighbours": neighbours, "images": len(reference), "blocks": blocks}
-
-
-def restore(folder: Path, overrides: dict[str, str]) -> tuple[Method, RunConfig]:
-    """The method of a run folder with its evaluated weights, in evaluation mode on the CPU."""
-    from common.datasets import summarise
-    from common.external import run_weights
-    from common.trainer import load_own_state
-    from methods import get_class, get_spec
-    from methods.base import DataInfo
-
-    weights = run_weights(folder)
-    kept = {key: json.dumps(value) for key, value in flatten(weights.config) if value != {}} | {"preset": weights.config["preset"]}
-    run = resolve(get_spec(weights.config["method"]), kept | overrides)
-    method = get_class(run.method)(run.model, DataInfo.of(summarise(run.data)))
-    method.load_external()
-    load_own_state(method, weights.state)
-    return method.eval(), run
 
 
 def main(arguments: Sequence[str]) -> int:

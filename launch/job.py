@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,11 @@ class Job:
     def main(self) -> bool:
         return self.accelerator.is_main_process
 
+    @cached_property
+    def earlier(self) -> list[dict[str, Any]]:
+        """The runs that this one is built on, for the record; looked up once, since every file of their checkpoints is verified."""
+        return earlier_runs(self.run, self.model)
+
     @property
     def generates(self) -> bool:
         return get_class(self.run.method).task == "generation"
@@ -106,7 +111,7 @@ def run_one(run: RunConfig) -> str:
         return f"{summary(job)}\n\n{folder} is finished. Change a setting for a new run, or remove the folder to repeat it."
     with locked(folder, enabled=job.main):
         if job.main:
-            hold_to_stages(folder, earlier_runs(run, model))
+            hold_to_stages(folder, job.earlier)
             record_start(folder)
         state = train_job(job)
         peak = peak_bytes(accelerator.device)
@@ -228,7 +233,7 @@ def evaluate_job(job: Job, state: TrainState, training_peak: int) -> None:
             result = evaluate(method, job.run, job.source, job.accelerator.device, cache=Path(job.run.out) / ".references")
     if job.main:
         peaks = (training_peak, peak_bytes(job.accelerator.device))
-        write_record(record.build(job.run, job.model, job.folder, job.source, job.info, state, result, peaks), job.folder / RESULT)
+        write_record(record.build(job.run, job.model, job.earlier, job.folder, job.source, job.info, state, result, peaks), job.folder / RESULT)
 
 
 def summary(job: Job) -> str:

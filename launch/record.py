@@ -15,15 +15,26 @@ from common.trainer import TrainState
 from evaluation.evaluate import Evaluation
 from evaluation.record import Record, build_record
 from launch.provenance import git_state, package_versions
-from launch.stages import earlier_runs
 from methods import get_class
 from methods.base import DataInfo, Description
 
 
 def build(
-    run: RunConfig, model: Any, folder: Path, source: DataSource, info: DataInfo, state: TrainState, evaluation: Evaluation | None, peaks: tuple[int, int]
+    run: RunConfig,
+    model: Any,
+    earlier: list[dict[str, Any]],
+    folder: Path,
+    source: DataSource,
+    info: DataInfo,
+    state: TrainState,
+    evaluation: Evaluation | None,
+    peaks: tuple[int, int],
 ) -> Record:
-    """The validated record. `model`: `run.model` with the folders of earlier stages in place; `peaks`: bytes in training and in sampling."""
+    """The validated record.
+
+    model: `run.model` with the folders of earlier stages in place; earlier: what `launch.stages.earlier_runs` says of them;
+    peaks: bytes in training and in sampling.
+    """
     method_class = get_class(run.method)
     method = on_meta(method_class, model, info)
     told = state.method.describe(run.sample)
@@ -61,7 +72,7 @@ def build(
             "images_per_s": images_seen / state.seconds if state.seconds else None,
         },
         "pretrained_components": [dataclasses.asdict(component) for component in told.pretrained],
-        "parents": earlier_runs(run, model),
+        "parents": earlier,
         "sampling": {
             "steps": told.steps,
             "nfe_evals": sampling.nfe,

@@ -64,9 +64,10 @@ def earlier_runs(run: RunConfig, model: Any) -> list[dict[str, Any]]:
     """What the record says of the runs that this one is built on (`parents` in the schema); a released file is not a run."""
     found = []
     for stage in get_spec(run.method).stages:
-        folder = Path(str(getattr(model, stage.key)))
-        if not (folder / "config.yaml").exists():
+        place = getattr(model, stage.key)
+        if place is None or not (Path(place) / "config.yaml").exists():
             continue
+        folder = Path(place)
         saved = checkpoint.latest(folder / "checkpoints")
         if saved is None:
             raise UserError(f"model.{stage.key}={folder} is a run folder without a whole checkpoint. Finish that run, or give another one.")

@@ -8,7 +8,7 @@ import plain_reg
 import pytest
 import torch
 import torch.nn.functional as F
-from reg_models import CHANNELS, INFO, SIDE, SMALL, batch, make, randomized
+from reg_models import CHANNELS, INFO, SIDE, SMALL, Impulses, batch, make, randomized
 
 from common.blocks import sincos_table
 from common.cost import count_macs, parameter_counts, sampling_cost, training_cost
@@ -479,23 +479,6 @@ def test_evaluations_are_those_executed(monkeypatch, name, solver, calls):
     with torch.device("meta"):
         method = make(name, monkeypatch)
     assert sampling_cost(method, sample).net_forwards["network"] == calls == method.evaluations(sample)
-
-
-class Impulses:
-    """Stands in for `Noise` of count + 1 images: draw k is 1 in image k and 0 in the others, so the last image shows what no noise would do.
-
-    The sampler is affine in its draws, so its images give the mean and variance of its results exactly.
-    """
-
-    def __init__(self, draws):
-        self.count, self.draw = draws + 1, 0
-
-    def normal(self, *shape):
-        out = torch.zeros(self.count, *shape)
-        if self.draw < self.count - 1:
-            out[self.draw] = 1.0
-        self.draw += 1
-        return out
 
 
 MEAN, SPREAD = 0.7, 0.5

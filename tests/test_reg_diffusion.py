@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from reg_models import CHANNELS, SIDE, batch, make, randomized
+from reg_models import CHANNELS, SIDE, Impulses, batch, make, randomized
 
 from common.cost import sampling_cost
 from common.errors import UserError
@@ -162,20 +162,6 @@ def test_the_network_hears_the_times_as_they_are(monkeypatch):
 # -- sampler ----------------------------------------------------------------------------------------------------------------------
 
 MEAN, SPREAD = 0.7, 0.5
-
-
-class Impulses:
-    """Draw k is 1 in image k and 0 in the others; the last image shows what no noise would do. The sampler is affine in its draws."""
-
-    def __init__(self, draws):
-        self.count, self.draw = draws + 1, 0
-
-    def normal(self, *shape):
-        out = torch.zeros(self.count, *shape)
-        if self.draw < self.count - 1:
-            out[self.draw] = 1.0
-        self.draw += 1
-        return out
 
 
 def perfect_noise(z, data, noise):

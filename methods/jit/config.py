@@ -5,17 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import one_of
-from common.errors import UserError
+from common.config import checked_interval, one_of, require
 from methods import MethodSpec
 
 SPACES = ("x", "eps", "v")
-
-
-def require(holds: bool, where: str, value: object, rule: str) -> None:
-    """Raises UserError "model.depth=0: must be at least 1." unless the condition holds."""
-    if not holds:
-        raise UserError(f"{where}={value!r}: {rule}.")
 
 
 @dataclass
@@ -81,9 +74,7 @@ class JiTSample:
     def __post_init__(self) -> None:
         require(self.steps >= 1, "sample.steps", self.steps, "must be at least 1")
         require(self.guidance >= 1, "sample.guidance", self.guidance, "must be 1 (off) or more")
-        require(len(self.interval) == 2, "sample.interval", self.interval, "must be two numbers, [low, high]")
-        self.interval = (self.interval[0], self.interval[1])
-        require(0 <= self.interval[0] < self.interval[1] <= 1, "sample.interval", self.interval, "must satisfy 0 <= low < high <= 1")
+        self.interval = checked_interval("sample.interval", self.interval)
         one_of("sample.solver", self.solver, ("heun", "euler"))
         one_of("sample.ending", self.ending, ("official", "clean"))
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from common import flow
+from common.config import require
 from common.guidance import classifier_free
 from common.samplers import euler, heun
 from common.seeds import Noise
 from methods.base import Batch, DataInfo, Description, Method
-from methods.jit.config import JiTConfig, JiTSample, require
+from methods.jit.config import JiTConfig, JiTSample
 from methods.jit.network import JiT
 from methods.jit.reference import from_released
 

@@ -9,7 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.blocks import PatchEmbed, RMSNorm, SinusoidalEmbedding, SwiGLU, attend, rope_table, rotate, sincos_table, swiglu_hidden, unpatchify
+from common.blocks import (
+    PatchEmbed,
+    RMSNorm,
+    SinusoidalEmbedding,
+    SwiGLU,
+    attend,
+    initialize_linears,
+    rope_table,
+    rotate,
+    sincos_table,
+    swiglu_hidden,
+    unpatchify,
+)
 from methods.jit.config import JiTConfig
 
 
@@ -101,17 +113,11 @@ class JiT(nn.Module):
     @torch.no_grad()
     def initialize(self) -> None:
         """Xavier for every matrix, normal for embeddings, zero for what modulates or leaves the network: the untrained output is 0."""
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear | nn.Conv2d):
-                continue
-            if name.endswith("modulation") or name == "final.linear":
-                nn.init.zeros_(module.weight)
-            elif name.startswith("time_embed"):
-                nn.init.normal_(module.weight, std=0.02)
-            else:
-                nn.init.xavier_uniform_(module.weight.flatten(1))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        initialize_linears(
+            self,
+            zero=lambda name: name.endswith("modulation") or name == "final.linear",
+            normal=lambda name: name.startswith("time_embed"),
+        )
         nn.init.normal_(self.class_embed.weight, std=0.02)
         if self.context is not None:
             nn.init.normal_(self.context, std=0.02)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.blocks import sincos_table
 from common.errors import UserError, close_match
+from common.external import key_faults
 
 FILE_NAME = "checkpoint-last.pth"
 WEIGHTS = ("model_ema1", "model_ema2", "model")  # EMA 0.9999 (the published numbers), EMA 0.9996, raw
@@ -104,9 +105,7 @@ def from_released(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> di
     UserError lists every missing, extra and misshapen key; the fixed position table must equal ours.
     """
     shapes = {released_name(name): released_shape(name, tensor.shape) for name, tensor in ours.items()}
-    faults = [f"missing {name} {tuple(shape)}" for name, shape in shapes.items() if name not in state]
-    faults += [f"not known {name} {tuple(tensor.shape)}" for name, tensor in state.items() if name not in shapes]
-    faults += [f"{name} is {tuple(state[name].shape)}, expected {tuple(s)}" for name, s in shapes.items() if name in state and state[name].shape != s]
+    faults = key_faults(state, shapes)
     if faults:
         raise UserError("\n  ".join([f"The released weights do not fit this model, {len(faults)} keys differ:", *faults]))
     check_positions(state[POSITIONS])

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from common import perceptual
+from common.config import require
 from common.encoders.frozen import Frozen
 from common.flow import interpolate, match_dims
 from common.seeds import Noise
 from methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
-from methods.pmf.config import PMFConfig, PMFSample, require
+from methods.pmf.config import PMFConfig, PMFSample
 from methods.pmf.network import Condition, Head, PmfDiT, initialize, tail
 from methods.pmf.objective import Draws, adaptive, draw, effective_scale, squared_error, to_velocity, velocity_of_data
 from methods.pmf.reference import from_released

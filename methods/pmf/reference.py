@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.external import key_faults
 
 if TYPE_CHECKING:
     from methods.pmf.method import PMFMethod
@@ -150,9 +151,7 @@ def from_released(state: Mapping[str, Tensor], method: PMFMethod) -> dict[str, T
     shapes = {released_name(name): (*tensor.shape, 1, 1) if name.endswith(SPATIAL) else tuple(tensor.shape) for name, tensor in ours.items()}
     if not from_flax:
         shapes[ROPE] = tuple(method.network.rope[method.config.prefix :].shape[:2])
-    faults = [f"missing {name} {shape}" for name, shape in shapes.items() if name not in state]
-    faults += [f"not known {name} {tuple(tensor.shape)}" for name, tensor in state.items() if name not in shapes]
-    faults += [f"{name} is {tuple(state[name].shape)}, expected {s}" for name, s in shapes.items() if name in state and tuple(state[name].shape) != s]
+    faults = key_faults(state, shapes)
     if faults:
         names = " (PyTorch's names and shapes)" if from_flax else ""
         raise UserError("\n  ".join([f"The released weights do not fit this model, {len(faults)} keys differ{names}:", *faults]))

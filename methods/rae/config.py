@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from common.config import one_of
-from common.errors import UserError
+from common.config import checked_interval, one_of, require
 from methods import MethodSpec, Stage
 
 
@@ -37,12 +36,6 @@ class NetworkShape(NamedTuple):
     head_width: int
     head_depth: int
     head_heads: int
-
-
-def require(holds: bool, where: str, value: object, rule: str) -> None:
-    """Raises UserError "model.depth=0: must be at least 1." unless the condition holds."""
-    if not holds:
-        raise UserError(f"{where}={value!r}: {rule}.")
 
 
 # -- stage 1 --------------------------------------------------------------------------------------------------------------------
@@ -161,9 +154,7 @@ class RaeSample:
     def __post_init__(self) -> None:
         require(self.steps >= 1, "sample.steps", self.steps, "must be at least 1")
         require(self.guidance >= 1, "sample.guidance", self.guidance, "must be 1 (off) or more")
-        require(len(self.interval) == 2, "sample.interval", self.interval, "must be two numbers, [low, high]")
-        self.interval = (self.interval[0], self.interval[1])
-        require(0 <= self.interval[0] < self.interval[1] <= 1, "sample.interval", self.interval, "must satisfy 0 <= low < high <= 1")
+        self.interval = checked_interval("sample.interval", self.interval)
         one_of("sample.ending", self.ending, ("official", "clean"))
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from common.adversarial import Augmentation, adaptive_weight, augment, draw_augmentation, evaluating, hinge_discriminator, hinge_generator, quantise
+from common.config import require
 from common.encoders.frozen import Frozen
 from common.encoders.representation import RepresentationEncoder, build_encoder
 from common.latents import FeatureTable
 from common.perceptual import EmbeddedDistance, Lpips
 from methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
-from methods.rae.config import DECODERS, DecoderConfig, DecoderSample, require
+from methods.rae.config import DECODERS, DecoderConfig, DecoderSample
 from methods.rae.discriminator import build_discriminator
 from methods.rae.reference import decoder_from_released
 from methods.rae.vit import ViTDecoder

@@ -8,15 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import one_of
-from common.errors import UserError
+from common.config import checked_interval, one_of, require
 from methods import MethodSpec, Stage
-
-
-def require(holds: bool, where: str, value: object, rule: str) -> None:
-    """Raises UserError "model.depth=0: must be at least 1." unless the condition holds."""
-    if not holds:
-        raise UserError(f"{where}={value!r}: {rule}.")
 
 
 @dataclass
@@ -122,9 +115,7 @@ class SitSample:
         require(self.steps >= least, "sample.steps", self.steps, f"must be at least {least}")
         require(self.diffusion >= 0, "sample.diffusion", self.diffusion, "must be 0 or more")
         require(0 < self.last_step < 1, "sample.last_step", self.last_step, "must lie between 0 and 1")
-        require(len(self.interval) == 2, "sample.interval", self.interval, "must be two numbers, [low, high]")
-        self.interval = (self.interval[0], self.interval[1])
-        require(0 <= self.interval[0] < self.interval[1] <= 1, "sample.interval", self.interval, "must satisfy 0 <= low < high <= 1")
+        self.interval = checked_interval("sample.interval", self.interval)
         one_of("sample.solver", self.solver, ("sde", "euler", "heun"))
         check_guidance(self.guidance, self.guided_channels)
 

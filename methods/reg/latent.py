@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from common.config import require
 from common.latents import FeatureTable
 from common.tokenizer import build_tokenizer
 from methods.base import Batch, Component, DataInfo, Method
-from methods.reg.config import LatentConfig, require
+from methods.reg.config import LatentConfig
 from methods.reg.network import LatentTransformer, Shape
 from methods.reg.reference import from_released
 

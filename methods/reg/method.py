@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.config import require
 from common.encoders.representation import build_encoder
 from common.latents import FeatureTable
 from common.samplers import euler, euler_maruyama, heun
 from common.seeds import Noise
 from methods.base import Batch, Component, DataInfo, Description
-from methods.reg.config import RegConfig, RegSample, RepaConfig, SitConfig, SitSample, require
+from methods.reg.config import RegConfig, RegSample, RepaConfig, SitConfig, SitSample
 from methods.reg.latent import LatentMethod
 from methods.reg.network import Prediction, Shape, projector
 from methods.reg.path import Mix, draw_times, drift, mix

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common.blocks import SinusoidalEmbedding, attend, sincos_table, unpatchify
+from common.blocks import SinusoidalEmbedding, attend, initialize_linears, sincos_table, unpatchify
 
 QK_NORM_EPS = 1e-5
 NORM_EPS = 1e-6
@@ -165,17 +165,11 @@ class LatentTransformer(nn.Module):
     @torch.no_grad()
     def initialize(self) -> None:
         """Xavier for every matrix, normal for embeddings, zero for what modulates or leaves the network: the untrained output is 0."""
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear | nn.Conv2d):
-                continue
-            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
-                nn.init.zeros_(module.weight)
-            elif name.startswith("t_embedder"):
-                nn.init.normal_(module.weight, std=0.02)
-            else:
-                nn.init.xavier_uniform_(module.weight.flatten(1))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        initialize_linears(
+            self,
+            zero=lambda name: "adaLN_modulation" in name or name.startswith("final_layer.linear"),
+            normal=lambda name: name.startswith("t_embedder"),
+        )
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
 
     def forward(self, z: Tensor, time: Tensor, labels: Tensor, class_token: Tensor | None = None, hidden_after: int = 0) -> Prediction:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.blocks import sincos_table
 from common.errors import UserError
+from common.external import key_faults
 
 HEAD = "final_layer.linear."
 POSITIONS = "pos_embed"
@@ -34,9 +35,7 @@ def from_released(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], patch
     state = {modern_name(name, align_after): tensor for name, tensor in state.items()}
     shapes = {released_name(name): tensor.shape for name, tensor in ours.items()}
     state = {name: own_head(tensor, shapes[name][0], patch) if name.startswith(HEAD) else tensor for name, tensor in state.items()}
-    faults = [f"missing {name} {tuple(shape)}" for name, shape in shapes.items() if name not in state]
-    faults += [f"not known {name} {tuple(tensor.shape)}" for name, tensor in state.items() if name not in shapes]
-    faults += [f"{name} is {tuple(state[name].shape)}, expected {tuple(s)}" for name, s in shapes.items() if name in state and state[name].shape != s]
+    faults = key_faults(state, shapes)
     if faults:
         raise UserError("\n  ".join([f"The released weights do not fit this model, {len(faults)} keys differ:", *faults]))
     check_positions(state[POSITIONS])

@@ -5,17 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.config import one_of
-from common.errors import UserError
+from common.config import one_of, require
 from methods import MethodSpec
 
 GROUP = 8  # channels that share a norm
-
-
-def require(holds: bool, where: str, value: object, rule: str) -> None:
-    """Raises UserError "model.depth=0: must be at least 1." unless the condition holds."""
-    if not holds:
-        raise UserError(f"{where}={value!r}: {rule}.")
 
 
 @dataclass

@@ -20,10 +20,11 @@ from common.adversarial import (
     quantise,
 )
 from common.autoencoder import Decoder, Encoder
+from common.config import require
 from common.encoders.frozen import Frozen
 from common.perceptual import ConvNeXtDistance, EmbeddedDistance, Lpips
 from methods.base import Batch, DataInfo, Description, Method, ParamGroup
-from methods.vae.config import VaeConfig, VaeSample, require
+from methods.vae.config import VaeConfig, VaeSample
 
 STATISTICS_RATE = 0.005  # of the running moments of the latents; the last few hundred steps count
 
