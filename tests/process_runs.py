@@ -64,6 +64,7 @@ def made_up(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def fit(name: str, folder: Path, sharding: str = "ddp") -> TrainState:
     """STEPS steps of a method, a checkpoint after each; goes on if there are checkpoints."""
     settings = TrainConfig(images=STEPS * BATCH, batch=BATCH, micro_batch=MICRO_BATCH, lr=1e-3, clip_grad=1.0, ema_decay=[0.5])
+    settings.eps = 1e-3  # far above rounding: Adam divides by the size of a gradient and would magnify the rounding of one that is nearly zero
     settings.log_images, settings.checkpoint_images, settings.keep_checkpoints = BATCH, BATCH, STEPS
     method = build(name)
     size, classes = method.data.image_size, method.data.num_classes

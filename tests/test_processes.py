@@ -43,11 +43,11 @@ def losses(folder):
 
 
 def assert_same_movement(found, expected, start):
-    """Adam divides by the size of a gradient, so where one is nearly zero its rounding shows: tensors are compared by their distance travelled."""
+    """Tensors are compared by their distance travelled: a bound for each number would fail where it hardly moved and its rounding is all there is."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         travelled, apart = (value - start[name]).norm(), (found[name] - value).norm()
-        assert apart <= 1e-3 * travelled + 1e-7 * value.numel() ** 0.5, f"{name}: {apart:.3g} apart after {travelled:.3g}"
+        assert apart <= 5e-4 * travelled + 1e-7 * value.numel() ** 0.5, f"{name}: {apart:.3g} apart after {travelled:.3g}"
 
 
 def trained(result):
