@@ -34,6 +34,7 @@ class DataConfig:
     flip: bool = False  # mirror half of the training images
     balanced: bool | None = None  # draw classes uniformly; none: yes for emoji32, no otherwise
     holdout: float = 0.05  # held-out share of a folder that has no val/ of its own
+    latents: str | None = None  # folder of stored latents of the training images: of `launch/prepare.py latents`, or in REPA's released layout
     workers: int = 0  # loader processes; 0 loads in the training process
 
 
@@ -46,7 +47,8 @@ class TrainConfig:
     micro_batch: int | None = None  # images a process takes at once; none: batch / processes
     lr: float = 1e-3  # peak learning rate
     warmup_images: int = 0  # linear warm-up from 0
-    schedule: str = "constant"  # constant, cosine or linear, from the end of the warm-up to the last image
+    hold_images: int = 0  # images at the peak after the warm-up, before cosine or linear begin
+    schedule: str = "constant"  # constant, cosine or linear, from the end of warm-up and hold to the last image
     min_lr: float = 0.0  # where cosine and linear end
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # of AdamW, and of Nesterov Adam where a method asks for it
     eps: float = 1e-8  # of both
@@ -235,11 +237,12 @@ def check(run: RunConfig) -> None:
     train = run.train
     at_least: dict[str, tuple[float, float]] = {
         "train.images": (train.images, 0), "train.batch": (train.batch, 1), "train.lr": (train.lr, 0), "train.warmup_images": (train.warmup_images, 0),
-        "train.clip_grad": (train.clip_grad, 0), "train.log_images": (train.log_images, 1), "train.checkpoint_images": (train.checkpoint_images, 1),
-        "train.keep_checkpoints": (train.keep_checkpoints, 1), "train.preview_images": (train.preview_images, 0), "eval.num_images": (run.eval.num_images, 0),
-        "eval.batch": (run.eval.batch, 1), "eval.grid_columns": (run.eval.grid_columns, 1), "data.workers": (run.data.workers, 0), "seed": (run.seed, 0),
-        "cluster.nodes": (run.cluster.nodes, 1), "cluster.signal_delay_s": (run.cluster.signal_delay_s, 1),
-        "cluster.max_timeouts": (run.cluster.max_timeouts, 0), "cluster.array_parallelism": (run.cluster.array_parallelism, 1),
+        "train.hold_images": (train.hold_images, 0), "train.clip_grad": (train.clip_grad, 0), "train.log_images": (train.log_images, 1),
+        "train.checkpoint_images": (train.checkpoint_images, 1), "train.keep_checkpoints": (train.keep_checkpoints, 1),
+        "train.preview_images": (train.preview_images, 0), "eval.num_images": (run.eval.num_images, 0), "eval.batch": (run.eval.batch, 1),
+        "eval.grid_columns": (run.eval.grid_columns, 1), "data.workers": (run.data.workers, 0), "seed": (run.seed, 0), "cluster.nodes": (run.cluster.nodes, 1),
+        "cluster.signal_delay_s": (run.cluster.signal_delay_s, 1), "cluster.max_timeouts": (run.cluster.max_timeouts, 0),
+        "cluster.array_parallelism": (run.cluster.array_parallelism, 1),
     }  # fmt: skip
     for key, (value, lowest) in at_least.items():
         if value < lowest:

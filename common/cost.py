@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.latents import FeatureTable
 from common.seeds import Noise
 
 if TYPE_CHECKING:
@@ -43,19 +45,51 @@ def empty_batch(data: DataInfo, size: int, device: str) -> Batch:
     """A training batch of the right shapes."""
     image = torch.zeros(size, data.channels, data.image_size, data.image_size, device=device)
     index = torch.zeros(size, dtype=torch.int64, device=device)
-    return {"image": image, "label": index, "index": index}
+    moments = {} if data.latents is None else {"moments": torch.zeros(size, *data.latents.shape, device=device)}
+    return {"image": image, "label": index, "index": index, **moments}
 
 
-def training_cost(method_class: type[Method], config: Any, data: DataInfo) -> int:
-    """MACs per training image: forward and backward of every phase, frozen networks included."""
+@dataclass(frozen=True)
+class TrainingCost:
+    """MACs of training, forward and backward of every active phase and frozen networks included; optimizers and latent statistics are not."""
+
+    parts: tuple[tuple[int, int], ...]  # images seen before a part of the training, MACs an image in it; the first part starts at 0
+    encoding: int  # MACs of what is remembered of an image (`FeatureTable`): executed once for each, and in no part
+
+    @property
+    def per_image(self) -> int:
+        """MACs an image in the last part, with everything on."""
+        return self.parts[-1][1]
+
+    def total(self, images: int, encoded: int, batch: int = 1) -> int:
+        """MACs of the first `images` images in steps of `batch`, of which frozen networks saw `encoded` and remembered them."""
+        starts = [-(-first // batch) * batch for first, _ in self.parts] + [images]
+        spans = (max(0, min(end, images) - start) for start, end in pairwise(starts))
+        return self.encoding * encoded + sum(span * macs for span, (_, macs) in zip(spans, self.parts, strict=True))
+
+
+def training_cost(method_class: type[Method], config: Any, data: DataInfo) -> TrainingCost:
+    """Counts a training step in each part of the training that the method's turning points make."""
     method = on_meta(method_class, config, data).train()
     batch = empty_batch(data, BATCH, "meta")
+    encoding = sum(take_encoding_out(table, batch) for table in vars(method).values() if isinstance(table, FeatureTable) and table.num_images)
 
-    def step() -> None:
+    def step(images_seen: int) -> None:
         for phase in method.phases:
-            method(phase, batch, 0)["loss"].backward()
+            if method.phase_active(phase, images_seen):
+                method(phase, batch, 0)["loss"].backward()
 
-    return count_macs(step) // BATCH
+    starts = sorted({0, *method.turning_points()})
+    return TrainingCost(tuple((first, count_macs(partial(step, first)) // BATCH) for first in starts), encoding // BATCH)
+
+
+def take_encoding_out(table: FeatureTable, batch: Batch) -> int:
+    """MACs of the table's network for a batch on the meta device; the table answers with shapes alone from then on."""
+    outputs: list[tuple[Tensor, ...]] = []
+    with torch.no_grad():
+        macs = count_macs(lambda: outputs.append(table.compute(batch["image"])))
+    table.compute = lambda images: outputs[0]
+    return macs
 
 
 @dataclass(frozen=True)

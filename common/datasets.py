@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -27,7 +27,7 @@ from common.errors import UserError, close_match
 from common.splits import held_out
 
 if TYPE_CHECKING:
-    from common.latents import Latents
+    from common.latents import LatentFacts, Latents
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 HELD_OUT_FOLDERS = ("val", "validation", "test")
@@ -41,8 +41,10 @@ class DataSettings(Protocol):
     path: str | None
     image_size: int | None
     num_classes: int | None
+    flip: bool
     balanced: bool | None
     holdout: float
+    latents: str | None
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class DataSummary:
     num_heldout: int
     class_names: tuple[str, ...]
     digest: str  # SHA-256 over the identity of both parts
+    latents: LatentFacts | None = None  # stored ones, where training batches bring them (`data.latents`)
 
 
 class ImageSet:
@@ -156,7 +159,15 @@ def load_data(config: DataSettings) -> DataSource:
     found = source.info.num_classes
     if config.num_classes not in (None, found):
         raise UserError(f"data.num_classes={config.num_classes}, but {config.path or config.name} has {found} classes. Set {found} or leave it out.")
-    return source
+    return with_latents(source, Path(config.latents), config.flip) if config.latents else source
+
+
+def with_latents(source: DataSource, folder: Path, mirrored: bool) -> DataSource:
+    """The same data, whose training images come with their stored latents; a folder of other images is a UserError."""
+    from common.latents import open_latents
+
+    source.train.latents = latents = open_latents(folder, source.train, mirrored)
+    return replace(source, info=replace(source.info, latents=latents.facts))
 
 
 def summarise(config: DataSettings) -> DataSummary:

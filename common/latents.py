@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from common.checkpoint import sha256_of
 from common.errors import UserError
@@ -41,31 +42,29 @@ LARGEST_BYTES = 8 * 2**30
 
 
 class FeatureTable:
-    """A frozen network's outputs for training images; after `remember` it is asked once for each image and orientation.
+    """A frozen network's outputs for training images; where they are remembered, it is asked once for each image and orientation.
 
     It is no part of a checkpoint. Images are computed one at a time before they are kept, so that what is kept does not depend on the batch
     in which an image came first, and a run that was stopped goes on bit for bit.
     """
 
-    def __init__(self, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
-        """compute: images (B, 3, S, S) to tensors (B, ...)."""
+    def __init__(self, compute: Callable[[Tensor], tuple[Tensor, ...]], num_images: int = 0) -> None:
+        """compute: images (B, 3, S, S) to tensors (B, ...); num_images: of the training set whose outputs are remembered, 0 to ask every time."""
         self.compute = compute
-        self.num_images = 0
+        self.num_images = num_images
         self.tables: tuple[Tensor, ...] = ()  # each (N, ...), or (2 N, ...) where images are mirrored: the mirror images follow
         self.missing = torch.ones(0, dtype=torch.bool)
-
-    def remember(self, num_images: int) -> None:
-        """Keeps outputs from now on, for a training set of so many images."""
-        self.num_images = num_images
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The outputs for a training batch: "image", "index" and, where images may be mirrored, "mirrored" (B,) bool."""
-        if not self.num_images:
+        if not self.num_images or not has_numbers(batch["image"]):
             return self.compute(batch["image"])
         row = batch["index"] + self.num_images * batch["mirrored"] if "mirrored" in batch else batch["index"]
         if not self.tables:
-            self._make_room(self.compute(batch["image"][:1]), self.num_images * (2 if "mirrored" in batch else 1))
+            first = self.compute(batch["image"][:1])
+            self._make_room(first, self.num_images * (2 if "mirrored" in batch else 1))
+            self._keep(first, int(row[0]))
         if self.missing.any():  # on the host: once every image is known, nothing waits for the device
             self._fill(batch["image"], row.cpu())
         return tuple(table[row] for table in self.tables)
@@ -81,19 +80,37 @@ class FeatureTable:
         self.missing = torch.ones(count, dtype=torch.bool, device="cpu")
 
     def _fill(self, images: Tensor, rows: Tensor) -> None:
-        for i in self.missing[rows].nonzero().flatten().tolist():
-            for table, value in zip(self.tables, self.compute(images[i : i + 1]), strict=True):
-                table[rows[i]] = value[0]
-        self.missing[rows] = False
+        for i, row in enumerate(rows.tolist()):
+            if self.missing[row]:
+                self._keep(self.compute(images[i : i + 1]), row)
+
+    def _keep(self, values: tuple[Tensor, ...], row: int) -> None:
+        for table, value in zip(self.tables, values, strict=True):
+            table[row] = value[0]
+        self.missing[row] = False
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """False for the tensors with which costs are counted (common/cost.py): there is nothing in them to remember."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
 # -- in files -------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class LatentFacts:
+    """What a method may know of stored moments before it is built."""
+
+    shape: tuple[int, ...]  # (2 C, h, h)
+    encoder_sha256: str | None  # None: the files do not say
+
+
 class Latents(Protocol):
     """Stored moments of a training set."""
 
-    encoder_sha256: str | None  # None: the files do not say
+    @property
+    def facts(self) -> LatentFacts: ...
 
     def moments(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> NDArray[np.float32]:
         """(B, 2 C, h, h): means, then standard deviations, not normalised; of the mirror image where `flips` is true."""
@@ -192,7 +209,7 @@ class LatentShards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.card = read_card(folder)
-        self.encoder_sha256: str | None = self.card.encoder_sha256
+        self.facts = LatentFacts(self.card.shape, self.card.encoder_sha256)
 
     @cached_property
     def arrays(self) -> list[NDArray[np.generic]]:
@@ -240,8 +257,6 @@ class ReleasedLatents:
     The images are those of the training set in the sorted order of the file names, which is how the released code pairs them.
     """
 
-    encoder_sha256: str | None = None
-
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
@@ -252,9 +267,13 @@ class ReleasedLatents:
         self.files = [name for name, _ in entries]
         self.labels = np.array([label for _, label in entries], dtype=np.int64)
 
+    @cached_property
+    def facts(self) -> LatentFacts:
+        """The shape is that of the first file."""
+        return LatentFacts(self._read(self.files[0]).shape, None)
+
     def moments(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> NDArray[np.float32]:
-        if np.any(flips):
-            raise UserError(f"{self.folder} holds no mirror images. Set data.flip=false, or prepare latents with `python launch/prepare.py latents`.")
+        assert not np.any(flips)
         return np.stack([self._read(self.files[i]) for i in indices])
 
     def _read(self, name: str) -> NDArray[np.float32]:
@@ -273,11 +292,16 @@ class ReleasedLatents:
             )
 
 
-def open_latents(folder: Path, images: ImageSet) -> LatentShards | ReleasedLatents:
-    """Stored moments for a training set: our shards, or the released layout. A folder of other images is a UserError."""
+def open_latents(folder: Path, images: ImageSet, mirrored: bool = False) -> LatentShards | ReleasedLatents:
+    """Stored moments for a training set: our shards, or the released layout. A folder of other images is a UserError.
+
+    mirrored: whether those of mirror images are needed, too, which the released layout does not have.
+    """
     if not folder.is_dir():
-        raise UserError(f"data.latents={str(folder)!r} is not a folder. Make one with `python launch/prepare.py latents out={folder}`.")
+        raise UserError(f"data.latents={str(folder)!r} is not a folder. Make one with `python launch/prepare.py latents to={folder}`.")
     latents = ReleasedLatents(folder) if (folder / "dataset.json").exists() else LatentShards(folder)
+    if mirrored and isinstance(latents, ReleasedLatents):
+        raise UserError(f"data.latents={folder} holds no mirror images. Set data.flip=false, or prepare latents with `python launch/prepare.py latents`.")
     latents.check(images)
     return latents
 

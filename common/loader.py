@@ -55,6 +55,15 @@ class TrainingPlan:
         flips = rng.random(self.batch) < (0.5 if self.flip else 0.0)
         return (self._balanced_draw(rng) if self.balanced else self._epoch_walk(step)), flips
 
+    def distinct(self, steps: int, micro_batch: int, world: int = 1) -> int:
+        """How many images, mirror images counted apart, the first `steps` steps show to a process for the first time, summed over the processes."""
+        seen = np.zeros((world, 2, self._num_images), dtype=bool)
+        process = np.arange(self.batch) // micro_batch % world
+        for step in range(steps):
+            indices, flips = self.indices(step)
+            seen[process, flips.astype(np.int64), indices] = True
+        return int(seen.sum())
+
     def _balanced_draw(self, rng: np.random.Generator) -> NDArray[np.int64]:
         classes = rng.integers(len(self._class_count), size=self.batch)
         return self._by_class[self._class_start[classes] + rng.integers(self._class_count[classes])]

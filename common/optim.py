@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 
 def learning_rate(train: TrainConfig, images_seen: int) -> float:
-    """The learning rate of the step that starts after `images_seen` images: linear warm-up from 0, then constant, cosine or linear."""
+    """The learning rate of the step that starts after `images_seen` images: linear warm-up from 0, peak, then constant, cosine or linear."""
     if images_seen < train.warmup_images:
         return train.lr * images_seen / train.warmup_images
-    progress = min(1.0, (images_seen - train.warmup_images) / max(1, train.images - train.warmup_images))
+    start = train.warmup_images + train.hold_images
+    progress = min(1.0, max(0, images_seen - start) / max(1, train.images - start))
     if train.schedule == "cosine":
         return train.min_lr + (train.lr - train.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
     if train.schedule == "linear":

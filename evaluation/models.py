@@ -36,12 +36,12 @@ class Model:
 
 
 def saved_run(folder: Path, overrides: Mapping[str, str]) -> RunConfig:
-    """The configuration of a run folder, with some keys set anew and the folders of earlier stages in place."""
+    """The configuration of a run folder, with some keys set anew and the folders of earlier stages in place, without what only training reads."""
     file = folder / "config.yaml"
     if not file.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml. run= takes the folder that launch/run.py printed.")
     saved: Any = OmegaConf.to_container(OmegaConf.load(file))
-    settings = {key: json.dumps(value) for key, value in flatten(saved)} | {"preset": saved["preset"]} | dict(overrides)
+    settings = {key: json.dumps(value) for key, value in flatten(saved)} | {"preset": saved["preset"], "data.latents": "null"} | dict(overrides)
     run = resolve(get_spec(saved["method"]), settings)
     return dataclasses.replace(run, model=dataclasses.replace(run.model, **stage_folders(folder, run)))
 

@@ -82,7 +82,7 @@ def measure(run: RunConfig, batch: int, steps: int, sample: bool) -> dict[str, A
     where = {"device": device_name(device), "precision": accelerator.mixed_precision}
     result: dict[str, Any] = {"method": run.method, "preset": run.preset, **where, "batch": batch}
     seconds = time_training(method, run, batch, steps, accelerator)
-    macs = training_cost(method_class, run.model, info)
+    macs = training_cost(method_class, run.model, info).per_image
     result["train"] = rates(batch, seconds, macs) | {"peak_bytes": peak_bytes(device), "peak_kind": peak_kind(device)}
     if sample:
         reset_peak(device)

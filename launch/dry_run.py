@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from common.config import RunConfig, ema_names, load_presets, run_folder, to_yaml
-from common.cost import activation_bytes, on_meta, parameter_counts, sampling_cost, training_cost
+from common.cost import TrainingCost, activation_bytes, on_meta, parameter_counts, sampling_cost, training_cost
 from common.datasets import summarise
 from common.trainer import split_batch, total_steps
 from methods import get_class, get_spec
@@ -34,7 +34,7 @@ def describe_run(run: RunConfig) -> str:
         f"steps        {total_steps(run.train)} of {run.train.batch} images ({accumulation} x {micro_batch} on {shared})",
         f"parameters   {counts.gen_trainable:,} trainable in the generator, {counts.gen_total:,} in all, "
         f"{counts.decoder:,} decoder, {counts.aux_train_only:,} in training only",
-        f"training     {training / GIGA:.4g} GMACs an image, {training * run.train.images:.3g} MACs in all",
+        f"training     {training_line(training, run, info)}",
         f"sampling     {sampling.macs_per_image / GIGA:.4g} GMACs an image (papers: Gflops): {forwards}; {sampling.nfe} evaluations",
         f"memory       {(weights + activations) / GIGA:.3g} GB a process: {weights / GIGA:.3g} weights, gradients, optimizer and averages (fp32), "
         f"{activations / GIGA:.3g} activations of {micro_batch} images; buffers of kernels not counted",
@@ -42,3 +42,11 @@ def describe_run(run: RunConfig) -> str:
         "dry run: nothing was written",
     ]
     return "\n".join(lines)
+
+
+def training_line(cost: TrainingCost, run: RunConfig, info: DataInfo) -> str:
+    """MACs an image in each part of the training, and in all."""
+    first, *later = [f"{macs / GIGA:.4g} GMACs an image" + (f" from image {start:,} on" if start else "") for start, macs in cost.parts]
+    remembered = [f"{cost.encoding / GIGA:.4g} once for each image that is remembered"] if cost.encoding else []
+    encoded = min(run.train.images, info.num_train * (2 if run.data.flip else 1))
+    return ", ".join([first, *later, *remembered, f"{cost.total(run.train.images, encoded, run.train.batch):.3g} MACs in all"])

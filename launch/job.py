@@ -99,6 +99,8 @@ def run_one(run: RunConfig) -> str:
     source = load_data(run.data)
     info = DataInfo.of(source.info)
     method_class = get_class(run.method)
+    if info.latents and not method_class.takes_moments:
+        raise UserError(f"data.latents={run.data.latents} is not read by method={run.method}, which has no autoencoder's latents. Leave it out.")
     with torch.device("meta"):
         method_class(run.model, info)  # refuses impossible settings before anything is allocated or written
     model = with_stages(run, partial(train_stage, waiting=run))

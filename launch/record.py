@@ -11,7 +11,8 @@ from common.config import RunConfig, evaluated_ema
 from common.cost import on_meta, parameter_counts, sampling_cost, training_cost
 from common.datasets import DataSource
 from common.hardware import device_name, peak_kind
-from common.trainer import TrainState
+from common.loader import TrainingPlan
+from common.trainer import TrainState, split_batch
 from evaluation.evaluate import Evaluation
 from evaluation.record import Record, build_record
 from launch.provenance import git_state, package_versions
@@ -66,7 +67,7 @@ def build(
             "batch": run.train.batch,
             "precision": dtype,
             "optimizer": ", ".join(sorted({type(o).__name__ for optimizers in state.optimizers.values() for o in optimizers})),
-            "macs_total": training_cost(method_class, model, info) * images_seen,
+            "macs_total": training_macs(run, model, source, state.step, processes),
             "device_seconds": state.seconds * processes,
             "device": device,
             "images_per_s": images_seen / state.seconds if state.seconds else None,
@@ -99,6 +100,16 @@ def build(
         "notes": "",
     }
     return build_record(fields)
+
+
+def training_macs(run: RunConfig, model: Any, source: DataSource, step: int, processes: int) -> int:
+    """MACs of the first `step` steps on so many processes, in one go: after a stop, what was remembered of images is asked for again."""
+    cost = training_cost(get_class(run.method), model, DataInfo.of(source.info))
+    encoded = 0
+    if cost.encoding:
+        plan = TrainingPlan(source.train.labels, run.train.batch, run.seed, source.balanced, run.data.flip)
+        encoded = plan.distinct(step, split_batch(run.train, processes)[0], processes)
+    return cost.total(step * run.train.batch, encoded, run.train.batch)
 
 
 ARTIFACTS = {

@@ -38,7 +38,7 @@ def stage_run(run: RunConfig, stage: Stage) -> RunConfig:
             f"model.{stage.key}=train: method={stage.method} has no preset {run.preset!r}. "
             f"Train it yourself (python launch/run.py method={stage.method} preset=...) and give its run folder as model.{stage.key}."
         )
-    data = {f"data.{field.name}": getattr(run.data, field.name) for field in dataclasses.fields(run.data)}
+    data = {f"data.{field.name}": getattr(run.data, field.name) for field in dataclasses.fields(run.data) if field.name != "latents"}  # a later stage's
     handed = data | {key: _at(run, key) for key in HANDED_DOWN}
     return resolve(spec, {"preset": run.preset} | {key: json.dumps(value) for key, value in handed.items()})
 

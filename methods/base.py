@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from common.datasets import DataSummary
 from common.errors import UserError
+from common.latents import LatentFacts
 from common.seeds import Noise
 
 Batch = dict[str, Tensor]
@@ -24,11 +25,12 @@ class DataInfo:
     image_size: int  # pixels, square
     num_train: int
     channels: int = 3
+    latents: LatentFacts | None = None  # of stored latents: training batches then bring "moments"
 
     @classmethod
     def of(cls, summary: DataSummary) -> DataInfo:
         """From what `common.datasets` says of a data set."""
-        return cls(summary.name, summary.num_classes, summary.image_size, summary.num_train)
+        return cls(summary.name, summary.num_classes, summary.image_size, summary.num_train, latents=summary.latents)
 
 
 @dataclass
@@ -79,6 +81,7 @@ class Method(nn.Module):
     phases: tuple[str, ...] = ("main",)
     task: ClassVar[str] = "generation"  # or "reconstruction": a stage that is judged by encode and decode and has no `sample`
     external: tuple[str, ...] = ()  # sub-modules whose weights come from files (frozen encoders, another run's decoder)
+    takes_moments: ClassVar[bool] = False  # whether training takes "moments" (B, 2 C, h, h) of stored latents from the batch (`data.latents`)
     space: ClassVar[str] = "pixel"  # "pixel" | "latent_vae" | "latent_rae" | "latent_self", the leaderboard's column
 
     def __init__(self, config: Any, data: DataInfo) -> None:
@@ -118,6 +121,10 @@ class Method(nn.Module):
     def phase_active(self, phase: str, images_seen: int) -> bool:
         """Whether the phase is stepped at this point ("the discriminator starts at image N")."""
         return True
+
+    def turning_points(self) -> list[int]:
+        """Images seen after which a training step executes something else than before (a discriminator starts), for counting what training costs."""
+        return []
 
     def schedule_images(self, phase: str, images_seen: int) -> int:
         """The images that the phase's learning-rate schedule has seen; a discriminator that starts late starts its own warm-up then."""

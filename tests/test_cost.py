@@ -1,16 +1,21 @@
 """Counting: matrix products by hand, JiT by the paper's table and by its closed form, samplers by what they execute."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common.config import load_presets
-from common.cost import activation_bytes, count_macs, on_meta, parameter_counts, recorded, sampling_cost, training_cost
+from common.cost import TrainingCost, activation_bytes, count_macs, on_meta, parameter_counts, recorded, sampling_cost, training_cost
+from common.latents import FeatureTable, LatentFacts
+from common.loader import TrainingPlan
 from common.seeds import Noise
 from methods.base import DataInfo, Method
 from methods.jit.config import SPEC, JiTConfig, JiTSample
 from methods.jit.method import JiTMethod
+from methods.reg.config import SIT
+from methods.reg.method import SitMethod
 
 PRESETS = load_presets(SPEC.presets)
 SMALL = {"depth": 3, "width": 24, "heads": 2, "patch": 4, "bottleneck": 8, "context_tokens": 2, "context_start": 1}
@@ -77,7 +82,8 @@ def test_parameters_and_macs_of_every_size(size, patch, trainable, total, gmacs)
 def test_training_is_three_forwards_less_the_gradients_of_inputs():
     config = JiTConfig()
     inputs = 256 * 3 * 16**2 * 128 + 256 * 768  # the image and the time features need no gradient
-    assert training_cost(JiTMethod, config, DataInfo("imagenet", 1000, 256, 1_281_167)) == 3 * closed_form(config) - inputs
+    cost = training_cost(JiTMethod, config, DataInfo("imagenet", 1000, 256, 1_281_167))
+    assert cost == TrainingCost(((0, 3 * closed_form(config) - inputs),), 0) and cost.total(7, 0) == 7 * cost.per_image
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +160,58 @@ def test_decoder_and_helpers_are_kept_apart():
 def test_training_cost_covers_every_phase():
     generator = 16 * 2 + 24  # forward, weight gradient; teacher forward
     discriminator = 48 + 12 * 2  # decoder forward; discriminator forward and weight gradient
-    assert training_cost(TwoStage, None, DataInfo("test", 5, 2, 100)) == generator + discriminator
+    assert training_cost(TwoStage, None, DataInfo("test", 5, 2, 100)).per_image == generator + discriminator
+
+
+class LateAndRemembering(TwoStage):
+    """The same, whose discriminator is trained from image 10 on and heard from image 20 on, and whose teacher is remembered."""
+
+    def __init__(self, config, data):
+        super().__init__(config, data)
+        self.heard = True
+        self.taught = FeatureTable(lambda images: (self.teacher(images.flatten(1)[:, :12]),), data.num_train)
+
+    def phase_active(self, phase, images_seen):
+        self.heard = images_seen >= 20
+        return phase == "generator" or images_seen >= 10
+
+    def turning_points(self):
+        return [10, 20]
+
+    def forward(self, phase, batch, step):
+        out = super().forward(phase, {"image": batch["image"].new_zeros(len(batch["image"]), 3, 2, 2)}, step)
+        if phase == "generator":
+            (taught,) = self.taught(batch)
+            latents = torch.ones(len(taught), 4, device=taught.device)
+            heard = self.discriminator(self.decoder(self.generator(latents))).sum() if self.heard else 0.0
+            out["loss"] = self.generator(latents).sum() + taught.sum() + heard
+        return out
+
+
+def test_counted_training_is_what_a_training_executes():
+    """A real run under the counter, step by step: late phases and remembered outputs cost when they run, and no earlier or oftener."""
+    data, steps, size = DataInfo("test", 5, 2, 7), 9, 4
+    plan = TrainingPlan(np.arange(7) % 5, size, seed=0, balanced=True, flip=True)
+    torch.manual_seed(0)
+    method = LateAndRemembering(None, data)
+    cost, counted = training_cost(LateAndRemembering, None, data), 0
+    assert [first for first, _ in cost.parts] == [0, 10, 20] and cost.encoding == 24
+    for step in range(steps):
+        indices, flips = plan.indices(step)
+        batch = {"image": torch.randn(size, 3, 2, 2), "index": torch.from_numpy(indices), "mirrored": torch.from_numpy(flips)}
+        for phase in method.phases:
+            if method.phase_active(phase, step * size):
+                counted += count_macs(lambda phase=phase, batch=batch: method(phase, batch, 0)["loss"].backward())
+        assert counted == cost.total((step + 1) * size, plan.distinct(step + 1, size), size)
+    assert cost.parts[0][1] < cost.parts[1][1] < cost.parts[2][1] == cost.per_image
+
+
+def test_stored_latents_are_not_encoded():
+    config = SIT.config(depth=1, width=24, heads=2)
+    encoded, stored = (DataInfo("test", 5, 32, 100, latents=facts) for facts in (None, LatentFacts((16, 8, 8), None)))
+    method = on_meta(SitMethod, config, encoded)
+    encoder = count_macs(lambda: method.tokenizer.encode_moments(empty(1, 3, 32, 32)))
+    assert training_cost(SitMethod, config, encoded).per_image - training_cost(SitMethod, config, stored).per_image == encoder > 0
 
 
 def test_recording_runs_a_network_once_for_a_shape_and_leaves_it_as_it_was():

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from common.cost import count_macs
 from common.encoders import efficientnet_lite0 as lite0
 from common.encoders.frozen import IMAGENET_MEAN, IMAGENET_STD, channel_constants
 from common.encoders.representation import HUB_ENCODERS, TIMM_ENCODERS, TimmEncoder, TransformersEncoder, build_encoder, encoder_names
 from common.errors import UserError
+from common.perceptual import EmbeddedDistance
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -216,6 +218,15 @@ def test_embedded_encoder_is_the_normalised_fifth_stage(embedded):
     assert torch.equal(embedded(x), found.tokens) and torch.equal(embedded.pooled(x), found.pooled)
     assert torch.allclose(embedded(x[1:2]), found.tokens[1:2], atol=1e-5)
     assert embedded.component("both") == ("embedded", 4_631_000, lite0.WEIGHTS_SHA256)
+
+
+def test_embedded_networks_stop_behind_what_is_asked_for():
+    """Tokens and perceptual distance need five of the seven stages: two thirds of the pooled features' MACs."""
+    with torch.device("meta"):
+        encoder, distance, x = build_encoder("embedded"), EmbeddedDistance(size=128), torch.empty(1, 3, 128, 128)
+        by_stages = [count_macs(lambda n=n: encoder.network.stages(x, n)) for n in range(1, 8)]
+        assert count_macs(lambda: encoder(x)) == by_stages[4] < 0.7 * by_stages[6] == 0.7 * count_macs(lambda: encoder.represent(x))
+        assert count_macs(lambda: distance(x, x)) == 2 * by_stages[4]
 
 
 def test_embedded_encoder_passes_no_gradient_and_ignores_autocast(embedded):

@@ -9,14 +9,19 @@ from reg_models import make
 from toys import toy_images
 
 from common.autoencoder import Encoder
-from common.datasets import ArrayImages
+from common.config import DataConfig, resolve, run_folder
+from common.datasets import ArrayImages, load_data
 from common.errors import UserError
+from common.files import read_rows
 from common.latents import CARD, FeatureTable, LatentShards, check_encoder, encoder_digest, open_latents, read_card, write_latents
 from common.loader import TrainingPlan, training_batches
 from common.seeds import seed_step
 from common.tokenizer import OwnTokenizer, sd_name
 from common.trainer import prepare_batch
+from evaluation.record import read_record
+from launch.job import run_one
 from launch.prepare import main as prepare
+from methods import get_spec
 
 SHAPE = {"widths": [8], "stem": 2, "depth": 1, "latent_channels": 4}
 
@@ -40,25 +45,24 @@ def shards(tmp_path):
 # -- in memory --------------------------------------------------------------------------------------------------------------------
 
 
-def counting_table():
+def counting_table(num_images=0):
     calls = []
 
     def compute(images):
         calls.append(len(images))
         return images.mean(dim=(1, 2, 3)), 2 * images
 
-    return FeatureTable(compute), calls
+    return FeatureTable(compute, num_images), calls
 
 
 def test_each_image_is_computed_once():
-    table, calls = counting_table()
+    table, calls = counting_table(5)
     images = torch.randn(5, 3, 4, 4)
-    table.remember(5)
     for chosen in ([0, 1], [1, 2], [4, 3, 0], [2, 2]):
         mean, double = table({"image": images[chosen], "index": torch.tensor(chosen)})
         assert torch.equal(double, 2 * images[chosen])
         torch.testing.assert_close(mean, images[chosen].mean(dim=(1, 2, 3)))
-    assert sum(calls) == 1 + 5 and set(calls) == {1} and not table.missing.any()
+    assert calls == [1] * 5 and not table.missing.any()
 
 
 def test_without_memory_every_batch_is_computed():
@@ -69,18 +73,16 @@ def test_without_memory_every_batch_is_computed():
 
 
 def test_mirror_images_are_other_images():
-    table, calls = counting_table()
-    table.remember(3)
+    table, calls = counting_table(3)
     image = torch.randn(1, 3, 4, 4)
     for mirrored, pixels in ((False, image), (True, image.flip(3)), (False, image), (True, image.flip(3))):
         _, double = table({"image": pixels, "index": torch.tensor([1]), "mirrored": torch.tensor([mirrored])})
         assert torch.equal(double, 2 * pixels)
-    assert sum(calls) == 1 + 2
+    assert sum(calls) == 2
 
 
 def test_a_table_beyond_memory_is_refused():
-    table = FeatureTable(lambda images: (torch.zeros(len(images), 1024, 1024),))
-    table.remember(1_281_167)
+    table = FeatureTable(lambda images: (torch.zeros(len(images), 1024, 1024),), 1_281_167)
     with pytest.raises(UserError, match=r"model.remember=true would keep 5004\.6 GiB"):
         table({"image": torch.zeros(1, 3, 4, 4), "index": torch.tensor([0])})
 
@@ -135,9 +137,9 @@ def test_latents_of_other_images_are_refused(shards):
 
 def test_another_encoder_is_refused(shards):
     latents = LatentShards(shards[0])
-    check_encoder(latents.encoder_sha256, tokenizer())
+    check_encoder(latents.facts.encoder_sha256, tokenizer())
     with pytest.raises(UserError, match="another encoder"):
-        check_encoder(latents.encoder_sha256, tokenizer(seed=1))
+        check_encoder(latents.facts.encoder_sha256, tokenizer(seed=1))
     with pytest.raises(UserError, match="another encoder"):
         write_latents(shards[0], toy_images(), tokenizer(seed=1))
 
@@ -170,17 +172,21 @@ def test_another_format_is_refused(shards):
 # -- the released layout ----------------------------------------------------------------------------------------------------------
 
 
+def write_released(folder, moments, labels):
+    """One .npy an image under numbered sub-folders, and dataset.json in another order."""
+    entries = []
+    for i, label in enumerate(labels.tolist()):
+        name = f"{i // 20:05d}/img-mean-std-{i:08d}.npy"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / name, moments[i])
+        entries.append([name, label])
+    (folder / "dataset.json").write_text(json.dumps({"labels": entries[::-1]}))
+
+
 @pytest.fixture
 def released(tmp_path):
-    """One .npy an image under numbered sub-folders, and dataset.json in another order."""
     images = toy_images()
-    entries = []
-    for i, label in enumerate(images.labels.tolist()):
-        name = f"0000{i // 20}/img-mean-std-{i:08d}.npy"
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        np.save(tmp_path / name, np.full((8, 4, 4), i, dtype=np.float32))
-        entries.append([name, label])
-    (tmp_path / "dataset.json").write_text(json.dumps({"labels": entries[::-1]}))
+    write_released(tmp_path, np.arange(40, dtype=np.float32)[:, None, None, None] + np.zeros((8, 4, 4), dtype=np.float32), images.labels)
     return tmp_path
 
 
@@ -188,12 +194,12 @@ def test_released_layout_reads_in_sorted_order(released):
     latents = open_latents(released, toy_images())
     found = latents.moments(np.array([3, 39, 0]), np.zeros(3, dtype=bool))
     assert found.shape == (3, 8, 4, 4) and found[:, 0, 0, 0].tolist() == [3, 39, 0]
-    check_encoder(latents.encoder_sha256, tokenizer())
+    check_encoder(latents.facts.encoder_sha256, tokenizer())
 
 
 def test_released_layout_has_no_mirror_images(released):
     with pytest.raises(UserError, match="no mirror images"):
-        open_latents(released, toy_images()).moments(np.array([0]), np.array([True]))
+        open_latents(released, toy_images(), mirrored=True)
 
 
 def test_released_layout_must_fit_the_images(released):
@@ -243,6 +249,60 @@ def test_prepare_command(tmp_path, capsys):
     arguments = ["latents", "method=sit", "data=synthetic", f"to={tmp_path / 'cache'}", "device=cpu", "dtype=float16"]
     assert prepare([*arguments, "data.image_size=8"]) == 0
     assert "4600 images" in capsys.readouterr().out and read_card(tmp_path / "cache").dtype == "float16"
+
+
+RUN = {
+    "data.name": "synthetic", "data.image_size": "16", "data.flip": "true",
+    "model.depth": "1", "model.width": "24", "model.heads": "2", "model.remember": "false",
+    "train.images": "64", "train.batch": "16", "train.warmup_images": "0", "train.log_images": "16", "train.preview_images": "0",
+    "sample.steps": "2", "eval.num_images": "0", "eval.grid_columns": "1",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The latents of the synthetic images at 16 px."""
+    folder = tmp_path_factory.mktemp("latents") / "cache"
+    assert prepare(["latents", "method=sit", "data=synthetic", "data.image_size=16", f"to={folder}", "device=cpu"]) == 0
+    return folder
+
+
+def start(tmp_path, method="sit", **changes):
+    """Trains, and returns the folder of the run."""
+    run = resolve(get_spec(method), {**RUN, "out": str(tmp_path / "runs"), **changes})
+    run_one(run)
+    return run_folder(run)
+
+
+def losses(folder):
+    return [row["loss"] for row in read_rows(folder / "metrics.jsonl")]
+
+
+def test_a_run_reads_the_cache_or_the_released_layout_in_the_place_of_the_images(tmp_path, cache):
+    """The losses are the same to float32's rounding, and not those of another seed; the encoder is not in the cost of a run that reads."""
+    released = tmp_path / "vae-sd"
+    latents, labels = LatentShards(cache), load_data(DataConfig(name="synthetic")).train.labels
+    write_released(released, latents.moments(np.arange(4600), np.zeros(4600, dtype=bool)), labels)
+    plain = start(tmp_path)
+    cached = start(tmp_path, **{"data.latents": str(cache)})
+    assert losses(cached) == pytest.approx(losses(plain), rel=1e-5) != pytest.approx(losses(start(tmp_path, seed="1")), rel=1e-2)
+    costs = [read_record(folder / "result.json")["train"]["macs_total"] for folder in (plain, cached)]
+    assert costs[1] < costs[0]
+    unmirrored = {"data.flip": "false"}
+    read = start(tmp_path, **unmirrored, **{"data.latents": str(released)})
+    assert losses(read) == pytest.approx(losses(start(tmp_path, **unmirrored)), rel=1e-5)
+
+
+def test_latents_that_do_not_fit_are_refused(tmp_path, cache):
+    for method, changes, message in (
+        ("sit", {"data.image_size": "32"}, "4600 other images"),
+        ("jit", {}, "not read by method=jit"),
+        ("sit", {"model.tokenizer": "sd-ft-ema"}, r"\(16, 4, 4\): were not made by model.tokenizer=sd-ft-ema"),
+    ):
+        run = {"data.name": "synthetic", "data.image_size": "16", "out": str(tmp_path / "runs"), "data.latents": str(cache), **changes}
+        with pytest.raises(UserError, match=message):
+            run_one(resolve(get_spec(method), run))
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,8 @@ def test_cost_is_counted_and_evaluations_are_those_executed(run, method):
     else:
         assert counted.nfe == method.evaluations(run.sample) == 0 and counted.net_forwards["decoder"] == 1 and counted.macs_decoder > 0
     assert counted.macs_per_image > 0
-    assert training_cost(type(method), run.model, INFO) > 0
+    training = training_cost(type(method), run.model, INFO)
+    assert all(macs > 0 for _, macs in training.parts) and training.total(100, 64) > 0
     counts = parameter_counts(method)
     assert counts.gen_trainable <= counts.gen_total and counts.gen_trainable + counts.decoder > 0
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from rae_models import INFO, NETWORK, batch, stage1, stage2, use_toys
 from torch import nn
 from toys import Killed, fit, settings, state_of
 
+from common.config import resolve
 from common.cost import on_meta, parameter_counts, sampling_cost, training_cost
 from common.errors import UserError
+from common.optim import learning_rate
 from common.seeds import Noise, seed_step
 from common.trainer import load_own_state, own_state
-from methods.rae.config import RaeConfig, RaeSample
+from methods.rae.config import SPEC, RaeConfig, RaeSample
 from methods.rae.method import RaeMethod, shifted, time_grid
 from methods.rae.reference import decoder_to_released, network_to_released
 from methods.rae.statistics import ExactStatistics, MomentumStatistics, denormalise, measure, merge_exact, merge_momentum, normalise, read_statistics
@@ -222,6 +225,17 @@ def test_remembered_latents_change_nothing(decoder_file):
     assert torch.equal(*losses)
 
 
+def test_shorter_presets_are_the_beginning_of_the_authors_run():
+    """2e-4 for 40 epochs, then down to 2e-5 until epoch 800: 1.905e-4 at epoch 80, 1.147e-4 at 400 (spec/rae.md section 7)."""
+    epoch = 1251 * 1024
+    rates = {name: partial(learning_rate, resolve(SPEC, {"preset": f"imagenet{name}"}).train) for name in ("256-dh-xl", "256-dh-b", "512-dh-xl")}
+    whole = [rates["256-dh-xl"](n * epoch) for n in (0, 40, 80, 400, 800)]
+    assert whole == pytest.approx([2e-4, 2e-4, 1.905e-4, 1.147e-4, 2e-5], rel=4e-4)
+    for name, last in (("256-dh-b", 80), ("512-dh-xl", 400)):
+        assert resolve(SPEC, {"preset": f"imagenet{name}"}).train.images == last * epoch
+        assert [rates[name](n * epoch) for n in (0, 30, 60, last)] == pytest.approx([rates["256-dh-xl"](n * epoch) for n in (0, 30, 60, last)], rel=1e-6)
+
+
 # -- sampling and guidance ------------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +295,7 @@ def test_cost_counts_network_guide_and_decoder(decoder_file):
     assert cost.macs_decoder > 0 and cost.macs_per_forward["guide"] < cost.macs_per_forward["network"]
     plain = sampling_cost(on_meta(RaeMethod, dataclasses.replace(config, guide=None), INFO), RaeSample(steps=5, guidance=1.5))
     assert plain.net_forwards == {"network": 10, "decoder": 1}
-    assert training_cost(RaeMethod, config, INFO) > 0
+    assert training_cost(RaeMethod, config, INFO).per_image > 0
     counts = parameter_counts(on_meta(RaeMethod, config, INFO))
     assert counts.decoder > 0 and counts.gen_trainable < counts.gen_total
 

@@ -442,7 +442,7 @@ def test_memory_of_frozen_outputs_changes_nothing(monkeypatch):
             seed_step(5, 0, 0)
             losses.append(method("main", batch(), 0)["loss"].item())
         assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert sum(calls) == 4 + 1  # each image once, and one for the shapes
+    assert sum(calls) == 4  # each image once
 
 
 # -- the sampler ------------------------------------------------------------------------------------------------------------------
@@ -666,7 +666,7 @@ def test_training_cost_counts_teacher_and_projector(monkeypatch):
         costs = {}
         for name in FLOWS:
             built = make(name, monkeypatch)
-            costs[name] = training_cost(partial(lambda built, config, data: built, built), None, INFO)
+            costs[name] = training_cost(partial(lambda built, config, data: built, built), None, INFO).per_image
     assert costs["sit"] < costs["repa"] < costs["reg"]
 
 

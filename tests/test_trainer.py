@@ -285,6 +285,10 @@ def test_learning_rate_schedules():
     assert [learning_rate(config, n) for n in (100, 550, 1000, 2000)] == pytest.approx([2.0, 1.5, 1.0, 1.0])
     config.schedule = "linear"
     assert [learning_rate(config, n) for n in (100, 325, 1000)] == pytest.approx([2.0, 1.75, 1.0])
+    config.hold_images = 400
+    assert [learning_rate(config, n) for n in (50, 100, 500, 750, 1000)] == pytest.approx([1.0, 2.0, 2.0, 1.5, 1.0])
+    config.hold_images = 2000
+    assert [learning_rate(config, n) for n in (100, 1000)] == [2.0, 2.0]
 
 
 def test_ema_decay_and_halflife():

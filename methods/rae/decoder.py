@@ -50,13 +50,11 @@ class DecoderMethod(Method):
         frozen = {"perceptual": self.perceptual is not None, "discriminator.features": config.discriminator == "dino"}
         self.external = ("encoder", *(name for name, used in frozen.items() if used))
         self.adversarial = self.discriminator is not None
-        self.latents_of = FeatureTable(lambda images: (self.encoder(images),))
+        self.latents_of = FeatureTable(lambda images: (self.encoder(images),), data.num_train if config.remember else 0)
 
     def load_external(self) -> None:
         for name in self.external:
             cast("Frozen", self.get_submodule(name)).load()
-        if self.config.remember:
-            self.latents_of.remember(self.data.num_train)
 
     # -- training ---------------------------------------------------------------------------------------------------------------
 
@@ -110,6 +108,9 @@ class DecoderMethod(Method):
         """The trainer asks before every forward, which is how the decoder learns whether its adversarial loss has started."""
         self.adversarial = self.discriminator is not None and images_seen >= self.config.gan_start
         return phase == "generator" or images_seen >= self.config.discriminator_start
+
+    def turning_points(self) -> list[int]:
+        return [self.config.discriminator_start, self.config.gan_start] if self.discriminator else []
 
     def schedule_images(self, phase: str, images_seen: int) -> int:
         return images_seen if phase == "generator" else images_seen - self.config.discriminator_start

@@ -51,7 +51,7 @@ class RaeMethod(Method):
         self.register_buffer("latent_mean", torch.zeros(self.latent_shape))
         self.register_buffer("latent_var", torch.ones(self.latent_shape))
         self.shift = (self.latent_mean.numel() / config.shift_base) ** 0.5 if config.shift_base else 1.0
-        self.latents_of = FeatureTable(lambda images: (self.encoder(images),))
+        self.latents_of = FeatureTable(lambda images: (self.encoder(images),), data.num_train if config.remember else 0)
         self.digests: dict[str, str] = {}  # of the files behind decoder and guide
 
     # -- weights that come from elsewhere ---------------------------------------------------------------------------------------
@@ -64,8 +64,6 @@ class RaeMethod(Method):
             self.set_statistics(*(diffusers_layout.read_latent_statistics(path) if path.is_dir() else read_statistics(path, self.latent_shape)))
         if self.guide is not None:
             self.load_guide(self.guide, Path(self.config.guide))
-        if self.config.remember:
-            self.latents_of.remember(self.data.num_train)
 
     def load_decoder(self, path: Path) -> None:
         """From a run of stage 1, its evaluated average; from a released file; or from a folder of diffusers' AutoencoderRAE."""

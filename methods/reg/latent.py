@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import require
-from common.latents import FeatureTable
+from common.latents import FeatureTable, check_encoder
 from common.tokenizer import build_tokenizer
 from methods.base import Batch, Component, DataInfo, Method
 from methods.reg.config import LatentConfig
@@ -23,6 +23,7 @@ class LatentMethod(Method):
 
     space = "latent_vae"
     external: tuple[str, ...] = ("tokenizer",)
+    takes_moments = True
 
     def __init__(self, config: LatentConfig, data: DataInfo) -> None:
         super().__init__(config, data)
@@ -31,8 +32,12 @@ class LatentMethod(Method):
         require(data.image_size % factor == 0, "data.image_size", data.image_size, f"must be a multiple of the tokenizer's {factor} pixels")
         self.side = data.image_size // factor
         require(self.side % patch == 0, "model.patch", patch, f"must divide the {self.side} latent positions of a side")
+        if data.latents is not None:
+            expected = (2 * self.tokenizer.channels, self.side, self.side)
+            rule = f"were not made by model.tokenizer={config.tokenizer}, whose moments are {expected}"
+            require(data.latents.shape == expected, "data.latents: the stored moments", data.latents.shape, rule)
         self.network = LatentTransformer(self.shape())
-        self.moments_of = FeatureTable(self.tokenizer.encode_moments)
+        self.moments_of = FeatureTable(self.tokenizer.encode_moments, data.num_train if config.remember else 0)
 
     def build_frozen(self) -> None:
         """Makes the external sub-modules, without their weights."""
@@ -56,8 +61,8 @@ class LatentMethod(Method):
 
     def load_external(self) -> None:
         self.tokenizer.load()
-        if self.config.remember:
-            self.moments_of.remember(self.data.num_train)
+        if self.data.latents is not None:
+            check_encoder(self.data.latents.encoder_sha256, self.tokenizer)
 
     # -- training ---------------------------------------------------------------------------------------------------------------
 

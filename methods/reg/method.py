@@ -159,7 +159,7 @@ class RepaMethod(SitMethod):
         require(grid % ours == 0, "model.patch", config.patch, fits)
         self.pool = grid // ours  # the teacher's tokens a side that ours stands for
         self.projectors = nn.ModuleList([projector(config.width, config.projector_width, self.teacher.channels)])
-        self.features_of = FeatureTable(self.teach)
+        self.features_of = FeatureTable(self.teach, data.num_train if config.remember else 0)
 
     def build_frozen(self) -> None:
         super().build_frozen()
@@ -169,8 +169,6 @@ class RepaMethod(SitMethod):
     def load_external(self) -> None:
         super().load_external()
         self.teacher.load()
-        if self.config.remember:
-            self.features_of.remember(self.data.num_train)
 
     def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
         x = self.latents(batch)
@@ -255,9 +253,12 @@ class RegMethod(RepaMethod):
     @torch.no_grad()
     def teach(self, images: Tensor) -> tuple[Tensor, ...]:
         """The targets (B, 1 + N, C) with the class token first, or (B, N, C) where it is not as wide as a patch token; the class token (B, T)."""
-        tokens, pooled = self.teacher.represent(images)
-        patches = self.on_our_grid(tokens)
-        token = pooled if self.config.class_token == "pooled" else patches.mean(dim=1)
+        if self.config.class_token == "pooled":
+            tokens, token = self.teacher.represent(images)
+            patches = self.on_our_grid(tokens)
+        else:  # the tokens alone may cost less than the pooled features too
+            patches = self.on_our_grid(self.teacher(images))
+            token = patches.mean(dim=1)
         if token.shape[-1] == patches.shape[-1]:
             patches = torch.cat((token.unsqueeze(1), patches), dim=1)
         return patches, token

@@ -96,6 +96,9 @@ class VaeMethod(Method):
         self.heard = self.discriminator is not None and images_seen >= self.config.adversarial_start
         return phase == "autoencoder" or self.heard
 
+    def turning_points(self) -> list[int]:
+        return [self.config.adversarial_start] if self.discriminator else []
+
     def schedule_images(self, phase: str, images_seen: int) -> int:
         return images_seen if phase == "autoencoder" else images_seen - self.config.adversarial_start
 
