@@ -1,7 +1,7 @@
 """Speed of a method on this machine: `python evaluation/speed.py method=jit preset=imagenet256-b speed.batch=2` prints one JSON object.
 
 Takes the keys of launch/run.py, and speed.batch (images a training step and a sampling batch; default 8), speed.steps (timed steps; default 10)
-and speed.sample=false to time training only. Weights are random: speed does not depend on them.
+and speed.sample=false to time training only, as for a stage that does not sample. Weights are random: speed does not depend on them.
 
 `python evaluation/speed.py frechet [dims]` times the Fréchet distance against torch-fidelity's and clean-fid's, in one run on the same statistics.
 """
@@ -84,7 +84,7 @@ def measure(run: RunConfig, batch: int, steps: int, sample: bool) -> dict[str, A
     seconds = time_training(method, run, batch, steps, accelerator)
     macs = training_cost(method_class, run.model, info).per_image
     result["train"] = rates(batch, seconds, macs) | {"peak_bytes": peak_bytes(device), "peak_kind": peak_kind(device)}
-    if sample:
+    if sample and method.task == "generation":
         reset_peak(device)
         seconds = time_sampling(method, run, batch, device)
         cost = sampling_cost(on_meta(method_class, run.model, info), run.sample)

@@ -188,6 +188,17 @@ def test_what_muon_takes():
     assert {"network.class_embed.weight", "network.patch_embed.up.weight", "network.patch_embed.down.weight", "network.pos_embed"} <= left
 
 
+@pytest.mark.parametrize(("optimizer", "kinds"), [("muon", {"muon", "nesterov_adam"}), ("adam", {"adamw"})])
+def test_scalar_embeddings_have_a_rate_of_their_own(optimizer, kinds):
+    method = small(optimizer=optimizer, scalar_lr=0.1)
+    names = {id(p): name for name, p in method.named_parameters()}
+    groups = method.parameters_of("main")
+    slow = {names[id(p)] for group in groups if group.lr_scale == 0.1 for p in group.params}
+    assert slow == {name for name in names.values() if name.split(".")[1] in ("h_embed", "omega_embed", "t_min_embed", "t_max_embed")}
+    assert {group.lr_scale for group in groups} == {0.1, 1.0} and {group.kind for group in groups} == kinds
+    assert sum(len(group.params) for group in groups) == len(names)
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "torch_muon", "adam"])
 def test_optimizers_step_every_parameter(optimizer):
     method = small(optimizer=optimizer)

@@ -170,7 +170,6 @@ def test_embedded_tokenizer_is_small():
     assert str(EMBEDDED.relative_to(ROOT)) == "common/data/autoencoder32.safetensors"
 
 
-@pytest.mark.xfail(reason="the weights in the package are provisional: made by an earlier setting than the preset's", strict=True)
 def test_embedded_tokenizer_is_of_the_preset():
     card = read_card()
     run = resolve(get_spec("vae"), {"method": "vae", "preset": "demo"})

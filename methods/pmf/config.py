@@ -52,6 +52,7 @@ class PMFConfig:
     lpips_weights: str | None = None  # file or folder; none: the usual caches
     convnext_weights: str | None = None
     optimizer: str = "muon"  # muon | torch_muon | adam: for the matrices; the rest has Nesterov Adam with the first two
+    scalar_lr: float = 1.0  # learning rate of what embeds guidance, interval and step length, relative to all others'
     jvp: str = "fused"  # fused (tangents beside the forward, without a graph) | func (torch.func.jvp; not with train.compile)
 
     def __post_init__(self) -> None:
@@ -61,7 +62,7 @@ class PMFConfig:
             require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must be 0 or more")
         for name in ("uniform_share", "flow_share", "label_drop"):
             require(0 <= getattr(self, name) <= 1, f"model.{name}", getattr(self, name), "is a share, so between 0 and 1")
-        for name in ("clip", "noise_scale", "time_std", "norm_eps"):
+        for name in ("clip", "noise_scale", "time_std", "norm_eps", "scalar_lr"):
             require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
         require(self.head_depth <= self.depth, "model.head_depth", self.head_depth, f"is part of model.depth={self.depth}, so at most that")
         require(self.width % self.heads == 0, "model.heads", self.heads, f"must divide model.width={self.width}")

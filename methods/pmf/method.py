@@ -136,11 +136,13 @@ class PMFMethod(Method):
         """Matrices of the blocks, of the scalar embeddings and of both final maps for Muon; patch maps, class table and all vectors for Adam."""
         left_out = set(self.network.patch_embed.modules())
         chosen = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear) and module not in left_out}
-        trained = [p for p in self.parameters() if p.requires_grad]
-        if self.config.optimizer == "adam":
-            return [ParamGroup(trained)]
-        matrices, rest = ([p for p in trained if (id(p) in chosen) == wanted] for wanted in (True, False))
-        return [ParamGroup(matrices, kind=self.config.optimizer), ParamGroup(rest, kind="nesterov_adam")]
+        scalar = {id(p) for embed in self.network.scalar_embeds() for p in embed.parameters()}
+        kinds = ("adamw", "adamw") if self.config.optimizer == "adam" else (self.config.optimizer, "nesterov_adam")
+        groups: dict[tuple[str, float], list[nn.Parameter]] = {(kind, 1.0): [] for kind in kinds}
+        for p in (p for p in self.parameters() if p.requires_grad):
+            lr_scale = self.config.scalar_lr if id(p) in scalar else 1.0
+            groups.setdefault((kinds[id(p) not in chosen], lr_scale), []).append(p)
+        return [ParamGroup(params, kind=kind, lr_scale=lr_scale) for (kind, lr_scale), params in groups.items()]
 
     def blocks(self) -> list[nn.Module]:
         return [*self.network.blocks, *self.network.head.blocks, *self.v_head.blocks]

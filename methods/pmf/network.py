@@ -187,6 +187,10 @@ class PmfDiT(nn.Module):
         """z (B, C, S, S) to a prediction of the same shape."""
         return self.head(self.shared(self.embed(z, condition))[0], self.rope)[0]
 
+    def scalar_embeds(self) -> tuple[SinusoidalEmbedding, ...]:
+        """What embeds the step length, the guidance scale and its interval."""
+        return self.h_embed, self.omega_embed, self.t_min_embed, self.t_max_embed
+
     def shared(self, x: Tensor, dx: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The blocks before the heads, (B, N, D) to (B, N, D)."""
         for block in self.blocks:
@@ -226,7 +230,7 @@ def initialize(network: PmfDiT, v_head: Head) -> None:
     for stack in (network.blocks, network.head.blocks, v_head.blocks):
         for linear in (module for module in stack.modules() if isinstance(module, nn.Linear)):
             nn.init.normal_(linear.weight, std=0.32 * linear.in_features**-0.5)
-    for embed in (network.h_embed, network.omega_embed, network.t_min_embed, network.t_max_embed):
+    for embed in network.scalar_embeds():
         for linear in (module for module in embed.modules() if isinstance(module, nn.Linear)):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
             nn.init.zeros_(linear.bias)
