@@ -27,8 +27,8 @@ from common.errors import UserError, close_match
 class DataConfig:
     """What is trained on."""
 
-    name: str = "emoji32"  # emoji32 (embedded), folder (your images, one sub-folder a class) or synthetic
-    path: str | None = None  # root of an image folder, for data=folder
+    name: str = "emoji32"  # emoji32 (embedded), folder (your images, one sub-folder a class), tar, parquet, arrow, shards (cropped before) or synthetic
+    path: str | None = None  # folder of the images, or of the files that hold them
     image_size: int | None = None  # pixels; emoji32 has 32, a folder needs it
     num_classes: int | None = None  # expected number of classes; another number in the data is an error
     flip: bool = False  # mirror half of the training images
@@ -36,6 +36,8 @@ class DataConfig:
     holdout: float = 0.05  # held-out share of a folder that has no val/ of its own
     latents: str | None = None  # folder of stored latents of the training images: of `launch/prepare.py latents`, or in REPA's released layout
     workers: int = 0  # loader processes; 0 loads in the training process
+    broken: str = "error"  # images that cannot be read: error, or skip (named and counted; the next of its class stands in for it)
+    modes: str = "convert"  # CMYK, palette, 16-bit and transparent images: convert (to RGB, as ADM's code does) or strict (they are broken)
 
 
 @dataclass
@@ -142,8 +144,13 @@ class RunConfig:
 MIN_EVAL_IMAGES = 20  # one for each group that the evaluator's jackknife leaves out
 
 # Settings that change neither a weight nor a score: two runs that differ only here are the same run.
-INERT_KEYS = ("name", "out", "dry_run", "data.workers", "train.threads", "train.trackers", "train.keep_checkpoints", "eval.batch", "eval.grid_columns")
+INERT_KEYS = (
+    "name", "out", "dry_run", "data.workers", "data.broken", "train.threads", "train.trackers", "train.keep_checkpoints", "eval.batch", "eval.grid_columns",
+)  # fmt: skip
 INERT_GROUPS = ("cluster.",)
+
+# Keys that came after runs had been made, with the value that those runs had: a run does not become another one because a key was added.
+LATER_KEYS: dict[str, Any] = {"data.modes": "convert", "data.latents": None, "train.hold_images": 0}
 
 # `data=folder` is short for `data.name=folder`.
 GROUPS_WITH_NAME = ("data", "cluster")
@@ -251,7 +258,9 @@ def check(run: RunConfig) -> None:
         raise UserError(f"eval.num_images={run.eval.num_images} is too small; error bars need at least {MIN_EVAL_IMAGES} images, and 0 skips the evaluation.")
     one_of("train.schedule", train.schedule, ("constant", "cosine", "linear"))
     one_of("train.precision", train.precision, ("auto", "bf16", "fp32"))
-    one_of("data.name", run.data.name, ("emoji32", "folder", "synthetic"))
+    one_of("data.name", run.data.name, ("emoji32", "folder", "tar", "parquet", "arrow", "shards", "synthetic"))
+    one_of("data.broken", run.data.broken, ("error", "skip"))
+    one_of("data.modes", run.data.modes, ("convert", "strict"))
     one_of("cluster.sharding", run.cluster.sharding, ("ddp", "fsdp2"))
     one_of("eval.protocol", run.eval.protocol, ("embedded",))
     for tracker in train.trackers:
@@ -317,7 +326,7 @@ def inert(key: str) -> bool:
 
 def identity(run: RunConfig) -> str:
     """12 hex digits over everything that can change a weight or a score."""
-    settings = {key: value for key, value in flatten(to_dict(run)) if not inert(key)}
+    settings = {key: value for key, value in flatten(to_dict(run)) if not inert(key) and LATER_KEYS.get(key, ...) != value}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -333,7 +342,7 @@ def to_yaml(run: RunConfig) -> str:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`"train.lr: 0.001 -> 0.002"` for every key that matters and differs."""
-    before, after = dict(flatten(old)), dict(flatten(new))
+    before, after = LATER_KEYS | dict(flatten(old)), LATER_KEYS | dict(flatten(new))
     keys = [key for key in {**before, **after} if not inert(key)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
 

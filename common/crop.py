@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,35 @@ from common.errors import UserError
 _BOX, _BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
 
-def read_square(path: Path, size: int) -> NDArray[np.uint8]:
-    """The file as (3, size, size) uint8 RGB, centre-cropped. A file that cannot be decoded is a UserError that names it."""
+PLAIN_MODES = ("RGB", "L")  # 8-bit colour and grey: what a data set of photographs is expected to hold
+
+
+def read_square(path: Path, size: int, convert: bool = True) -> NDArray[np.uint8]:
+    """The file as (3, size, size) uint8 RGB, centre-cropped. A file that cannot be decoded is a UserError that names it.
+
+    convert: CMYK, palette, 16-bit and transparent images become RGB; without it they are a UserError too.
+    """
     try:
-        with Image.open(path) as image:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Restore or remove the file.") from error
+    return decode_square(content, size, path, convert)
+
+
+def decode_square(content: bytes, size: int, name: object, convert: bool = True) -> NDArray[np.uint8]:
+    """The same for the bytes of an image file; `name` is for the message of the UserError."""
+    about = f"{name} ({len(content):,} bytes)"  # zero bytes is the commonest fault
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if not convert and image.mode not in PLAIN_MODES:
+                raise UserError(f"{about} is of mode {image.mode}, and data.modes=strict allows {' and '.join(PLAIN_MODES)} only.")
             return center_crop(to_rgb(image), size)
+    except UserError:
+        raise
     except Image.UnidentifiedImageError:
-        raise UserError(f"{path} is not an image that Pillow can read ({_bytes_of(path)}). Replace or remove the file.") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise on damaged files
-        raise UserError(f"{path} cannot be decoded ({_bytes_of(path)}): {error}. Replace or remove the file.") from error
+        raise UserError(f"{about} is not an image that Pillow can read. Replace or remove it, or set data.broken=skip.") from None
+    except Exception as error:  # Pillow's decoders meet damaged bytes with whatever they lead to, and a name must come with it
+        raise UserError(f"{about} cannot be decoded: {error or type(error).__name__}. Replace or remove it, or set data.broken=skip.") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -53,8 +74,3 @@ def _resize(image: Image.Image, width: int, height: int, kernel: Image.Resamplin
     some grey levels. One axis at a time gives the pixels of Pillow 12 with both, bit for bit.
     """
     return image.resize((width, image.height), kernel).resize((width, height), kernel)
-
-
-def _bytes_of(path: Path) -> str:
-    """The file's size for a message; zero bytes is the commonest fault."""
-    return f"{path.stat().st_size:,} bytes" if path.exists() else "the file does not exist"

@@ -2,6 +2,8 @@
 
 emoji32    the embedded data set (emoji32.py, data/README.md), in memory
 folder     any folder of images with one sub-folder a class, decoded on demand
+tar, parquet, arrow    images inside WebDataset tars or the tables of Hugging Face, decoded on demand (archives.py)
+shards     any of these, cropped once by `launch/prepare.py images` (shards.py)
 synthetic  coloured shapes of any size, drawn on demand
 
 Nothing here is random: order, split and pixels depend on the configuration and the files alone.
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +22,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from common import synthetic
-from common.crop import read_square
+from common import shards, synthetic
+from common.archives import ARCHIVES, HELD_OUT_NAMES, IMAGE_SUFFIXES, Archive, open_archive
+from common.crop import decode_square, read_square
 from common.emoji32 import HELD_OUT_SHARE, IMAGE_SIZE, SHA256, load_emoji32
 from common.errors import UserError, close_match
 from common.splits import held_out
@@ -29,8 +32,7 @@ from common.splits import held_out
 if TYPE_CHECKING:
     from common.latents import LatentFacts, Latents
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-HELD_OUT_FOLDERS = ("val", "validation", "test")
+ON_DISK = ("folder", "shards", *ARCHIVES)  # data sets that need data.path
 SYNTHETIC_TRAIN, SYNTHETIC_HELD_OUT = 4600, 500
 
 
@@ -45,6 +47,8 @@ class DataSettings(Protocol):
     balanced: bool | None
     holdout: float
     latents: str | None
+    broken: str
+    modes: str
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,9 @@ class ImageSet:
         self.labels = labels
         self.image_size = image_size
         self.latents: Latents | None = None  # stored moments of the images, which then come with every training batch
-        self._identity = identity
+        self.identity = identity
+        self.skips = False  # whether the next readable image of its class stands in for one that cannot be read, which otherwise is a UserError
+        self.broken: dict[int, str] = {}  # position -> what is wrong, of the images that were skipped so far
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -77,7 +83,7 @@ class ImageSet:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what determines the images, their labels, order and size."""
-        text = f"{self._identity}\n{self.image_size}\n".encode()
+        text = f"{self.identity}\n{self.image_size}\n".encode()
         return hashlib.sha256(text + self.labels.astype("<i8").tobytes()).hexdigest()
 
     def fetch(self, indices: Sequence[int] | NDArray[np.int64], flips: Sequence[bool] | NDArray[np.bool_] | None = None) -> NDArray[np.uint8]:
@@ -92,8 +98,23 @@ class ImageSet:
         """Fresh copies of the images, (B, 3, H, W)."""
         images = np.empty((len(indices), 3, self.image_size, self.image_size), dtype=np.uint8)
         for row, index in enumerate(indices):
-            images[row] = self._read_one(int(index))
+            images[row] = self._read_or_next(int(index)) if self.skips else self._read_one(int(index))
         return images
+
+    def _read_or_next(self, index: int) -> NDArray[np.uint8]:
+        """The image; where it cannot be read the next one of its class, in a circle. The same in every process, whatever it has met before."""
+        for candidate in self._stand_ins(index):
+            if candidate not in self.broken:
+                try:
+                    return self._read_one(candidate)
+                except UserError as error:
+                    self.broken[candidate] = str(error)
+        raise UserError(f"no image of class {self.labels[index]} can be read. The first of them: {self.broken[index]}")
+
+    def _stand_ins(self, index: int) -> Iterator[int]:
+        yield index
+        alike = np.flatnonzero(self.labels == self.labels[index])
+        yield from np.roll(alike, -1 - int(np.searchsorted(alike, index)))[:-1].tolist()
 
     def _read_one(self, index: int) -> NDArray[np.uint8]:
         raise NotImplementedError
@@ -113,13 +134,37 @@ class ArrayImages(ImageSet):
 class FolderImages(ImageSet):
     """Image files, decoded and cropped on demand."""
 
-    def __init__(self, root: Path, files: Sequence[str], labels: NDArray[np.int64], image_size: int, identity: str) -> None:
+    def __init__(self, root: Path, files: Sequence[str], labels: NDArray[np.int64], image_size: int, identity: str, convert: bool = True) -> None:
         super().__init__(labels, image_size, identity)
         self.root = root
         self.files = files  # relative to root, with "/"
+        self.convert = convert  # as in common/crop.py
 
     def _read_one(self, index: int) -> NDArray[np.uint8]:
-        return read_square(self.root / self.files[index], self.image_size)
+        return read_square(self.root / self.files[index], self.image_size, self.convert)
+
+
+class ArchiveImages(ImageSet):
+    """Some of the images of an archive, decoded and cropped on demand."""
+
+    def __init__(self, archive: Archive, positions: NDArray[np.int64], image_size: int, convert: bool = True) -> None:
+        super().__init__(archive.labels[positions], image_size, archive.identity(positions) + _strictness(convert))
+        self.archive, self.positions, self.convert = archive, positions, convert
+
+    def _read_one(self, index: int) -> NDArray[np.uint8]:
+        position = int(self.positions[index])
+        return decode_square(self.archive.read(position), self.image_size, self.archive.name(position), self.convert)
+
+
+class ShardImages(ImageSet):
+    """Images that were cropped before, memory-mapped."""
+
+    def __init__(self, part: shards.Part, image_size: int) -> None:
+        super().__init__(part.labels(), image_size, part.identity)
+        self.part = part
+
+    def _read_one(self, index: int) -> NDArray[np.uint8]:
+        return self.part.read(index)
 
 
 class SyntheticImages(ImageSet):
@@ -150,12 +195,14 @@ def load_data(config: DataSettings) -> DataSource:
         raise UserError(f"data.holdout={config.holdout} is not a fraction. Set it to at least 0 and below 1, for instance data.holdout=0.1.")
     if config.image_size is not None and config.image_size < 1:
         raise UserError(f"data.image_size={config.image_size} is not a size in pixels. Set it to a positive number, for instance 256.")
-    loaders = {"emoji32": _load_emoji32, "folder": _load_folder, "synthetic": _load_synthetic}
+    loaders = {"emoji32": _load_emoji32, "folder": _load_folder, "shards": _load_shards, "synthetic": _load_synthetic, **dict.fromkeys(ARCHIVES, _load_archive)}
     if config.name not in loaders:
         raise UserError(f"data={config.name!r} is not a data set.{close_match(config.name, loaders)} Data sets: {', '.join(loaders)}.")
-    if config.path and config.name != "folder":
+    if config.path and config.name not in ON_DISK:
         raise UserError(f"data.path={config.path!r} is not read by data={config.name}. Add data=folder, or leave the path out.")
     source = loaders[config.name](config)
+    for part in (source.train, source.heldout):
+        part.skips = config.broken == "skip"
     found = source.info.num_classes
     if config.num_classes not in (None, found):
         raise UserError(f"data.num_classes={config.num_classes}, but {config.path or config.name} has {found} classes. Set {found} or leave it out.")
@@ -172,8 +219,8 @@ def with_latents(source: DataSource, folder: Path, mirrored: bool) -> DataSource
 
 def summarise(config: DataSettings) -> DataSummary:
     """What the data are, for plans and benchmarks: a folder that is not named yet is described by the configuration alone."""
-    if config.name == "folder" and config.path is None and config.num_classes and config.image_size:
-        return DataSummary("folder", config.num_classes, config.image_size, 0, 0, (), digest="")
+    if config.name in ON_DISK and config.path is None and config.num_classes and config.image_size:
+        return DataSummary(config.name, config.num_classes, config.image_size, 0, 0, (), digest="")
     return load_data(config).info
 
 
@@ -205,6 +252,37 @@ def _load_synthetic(config: DataSettings) -> DataSource:
     return _source("synthetic", synthetic.CLASS_NAMES, train, heldout, balanced=bool(config.balanced))
 
 
+# -- archives and shards --------------------------------------------------------------------------------------------------------
+
+
+def _load_archive(config: DataSettings) -> DataSource:
+    """Split by what the names of files and folders say, else by the hash of the images' names."""
+    root, size = _place_and_size(config)
+    archive = open_archive(config.name, root)
+    train, heldout = archive.split()
+    if heldout is None:
+        mask = held_out([archive.name(index) for index in train.tolist()], archive.labels[train], config.holdout)
+        train, heldout = train[~mask], train[mask]
+    for positions in (train, heldout):
+        labels = archive.labels[positions]
+        if len(labels) and (labels.min() < 0 or labels.max() >= len(archive.class_names)):
+            first = archive.name(int(positions[0]))
+            raise UserError(f"{first} and what follows it: labels from {labels.min()} to {labels.max()}, and there are {len(archive.class_names)} classes.")
+    parts = [ArchiveImages(archive, positions, size, config.modes == "convert") for positions in (train, heldout)]
+    return _source(root.resolve().name, archive.class_names, parts[0], parts[1], balanced=bool(config.balanced))
+
+
+def _load_shards(config: DataSettings) -> DataSource:
+    """What `launch/prepare.py images` made, with the classes, the split and the digests of the data that it was made of."""
+    if not config.path:
+        raise UserError("data=shards needs data.path=FOLDER: what `python launch/prepare.py images` made.")
+    card = shards.read_card(Path(config.path).expanduser())
+    if config.image_size not in (None, card.image_size):
+        raise UserError(f"data.image_size={config.image_size}, but {config.path} holds images of {card.image_size} pixels. Prepare shards of that size.")
+    train, heldout = (ShardImages(card.part(name), card.image_size) for name in shards.PARTS)
+    return _source(card.name, card.class_names, train, heldout, balanced=bool(config.balanced))
+
+
 # -- folders --------------------------------------------------------------------------------------------------------------------
 
 
@@ -224,21 +302,18 @@ class Listing:
         files, sizes = [self.files[i] for i in chosen], [self.sizes[i] for i in chosen]
         return Listing(self.root, self.class_names, files, sizes, self.labels[chosen])
 
-    def images(self, image_size: int) -> FolderImages:
+    def images(self, image_size: int, convert: bool = True) -> FolderImages:
         """The image set. Its identity is names and sizes in bytes: hashing the contents of 1.28 million files would take hours."""
         hasher = hashlib.sha256()
         for file, size in zip(self.files, self.sizes, strict=True):
             hasher.update(f"{file}\0{size}\n".encode())
-        return FolderImages(self.root, self.files, self.labels, image_size, hasher.hexdigest())
+        return FolderImages(self.root, self.files, self.labels, image_size, hasher.hexdigest() + _strictness(convert), convert)
 
 
 def _load_folder(config: DataSettings) -> DataSource:
     """`train/` and `val/` (or `validation/`, `test/`) sub-folders where they exist, else a split by the hash of the file names."""
-    if not config.path:
-        raise UserError("data=folder needs data.path=FOLDER: a folder with one sub-folder of images for each class.")
-    if config.image_size is None:
-        raise UserError("data=folder needs data.image_size=PIXELS: images are scaled and centre-cropped to that square, for instance 256.")
-    root = Path(config.path).expanduser()
+    root, size = _place_and_size(config)
+    convert = config.modes == "convert"
     train_root, heldout_root = _parts_of(root)
     train = list_folder(train_root)
     if heldout_root is None:
@@ -248,8 +323,23 @@ def _load_folder(config: DataSettings) -> DataSource:
     else:
         heldout = list_folder(heldout_root)
         _check_same_classes(train, heldout)
-    parts = (train.images(config.image_size), heldout.images(config.image_size))
+    parts = (train.images(size, convert), heldout.images(size, convert))
     return _source(root.resolve().name, train.class_names, *parts, balanced=bool(config.balanced))
+
+
+def _place_and_size(config: DataSettings) -> tuple[Path, int]:
+    """data.path and data.image_size, which data that are decoded on demand need."""
+    if not config.path:
+        what = "a folder with one sub-folder of images for each class" if config.name == "folder" else f"the folder of the .{config.name} files"
+        raise UserError(f"data={config.name} needs data.path=FOLDER: {what}.")
+    if config.image_size is None:
+        raise UserError(f"data={config.name} needs data.image_size=PIXELS: images are scaled and centre-cropped to that square, for instance 256.")
+    return Path(config.path).expanduser(), config.image_size
+
+
+def _strictness(convert: bool) -> str:
+    """What the identity of a set has besides names and sizes: where odd modes are refused, other images may stand in."""
+    return "" if convert else "\nstrict"
 
 
 def _parts_of(root: Path) -> tuple[Path, Path | None]:
@@ -257,7 +347,7 @@ def _parts_of(root: Path) -> tuple[Path, Path | None]:
     names = _sub_folders(root)
     if "train" not in names or not _sub_folders(root / "train"):
         return root, None
-    heldout = [name for name in HELD_OUT_FOLDERS if name in names]
+    heldout = [name for name in HELD_OUT_NAMES if name in names]
     return root / "train", root / heldout[0] if heldout else None
 
 

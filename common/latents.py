@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from common.checkpoint import sha256_of
 from common.errors import UserError
-from common.files import write_whole
+from common.files import hold_to, write_whole
 
 if TYPE_CHECKING:
     from common.datasets import ImageSet
@@ -158,8 +158,7 @@ def write_latents(folder: Path, images: ImageSet, tokenizer: Tokenizer, batch: i
         "dtype": dtype,
         "shard_images": shard_images,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    _hold_to(folder / "plan.json", facts)
+    hold_to(folder / "plan.json", facts, "latents of other images, of another encoder or in another layout")
     digests = {}
     for number, start in enumerate(range(0, len(images), shard_images)):
         file = folder / f"moments-{number:05d}.npy"
@@ -169,14 +168,6 @@ def write_latents(folder: Path, images: ImageSet, tokenizer: Tokenizer, batch: i
     card = Card(**facts, shards=digests)  # type: ignore[arg-type]
     write_whole(folder / CARD, json.dumps(asdict(card), indent=1) + "\n")
     return card
-
-
-def _hold_to(file: Path, facts: Mapping[str, object]) -> None:
-    """Keeps what the folder is for, at the first start; a later start for something else is a UserError."""
-    text = json.dumps(facts, indent=1) + "\n"
-    if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise UserError(f"{file.parent} holds latents of other images, of another encoder or in another layout ({file.name}). Choose another folder.")
-    write_whole(file, text)
 
 
 def _write_shard(file: Path, images: ImageSet, tokenizer: Tokenizer, indices: NDArray[np.int64], batch: int, dtype: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import logging
 import signal
 import weakref
 from collections.abc import Generator, Iterator
@@ -22,6 +23,7 @@ from common.datasets import ImageSet
 from common.errors import UserError
 from common.seeds import derive
 
+log = logging.getLogger("pixlat")
 GRACE_SECONDS = 30  # how long loader processes outlive a SIGTERM; Slurm's default KillWait
 
 Request = tuple[NDArray[np.int64], NDArray[np.bool_]]  # indices (m,) and flips (m,) of one micro-batch
@@ -102,7 +104,8 @@ def training_batches(
     A micro-batch is {"image": uint8 (m, 3, H, W), "label": int64 (m,), "index": int64 (m,)}, with "mirrored": bool (m,) where the plan mirrors
     images and "moments": float32 (m, 2 C, h, h) where the set has stored latents (common/latents.py). The global batch is cut into world * accumulation
     micro-batches, of which number j * world + rank is the j-th of process `rank`; so two processes with one micro-batch each see what one process
-    with two sees. With `workers` > 0 that many processes read ahead. An unreadable image is a UserError in the process that trains.
+    with two sees. With `workers` > 0 that many processes read ahead. An unreadable image is a UserError in the process that trains, or where the
+    set skips such images a warning and an entry in its `broken`.
     """
     if micro_batch * accumulation * world != plan.batch:
         raise UserError(
@@ -119,14 +122,15 @@ def training_batches(
         worker_init_fn=_outlive_signals,
         generator=torch.Generator(),  # else the loader would draw from the global one
     )
-    steps = _steps(iter(loader), accumulation)
+    steps = _steps(iter(loader), accumulation, images)
     atexit.register(_close, weakref.ref(steps))
     return steps
 
 
-def _steps(micro_batches: Iterator[dict[str, Any]], accumulation: int) -> Generator[list[dict[str, Tensor]], None, None]:
+def _steps(micro_batches: Iterator[dict[str, Any]], accumulation: int, images: ImageSet) -> Generator[list[dict[str, Tensor]], None, None]:
+    told: set[int] = set()
     while True:
-        yield [_checked(next(micro_batches)) for _ in range(accumulation)]
+        yield [_checked(next(micro_batches), images, told) for _ in range(accumulation)]
 
 
 def _requests(plan: TrainingPlan, start_step: int, micro_batch: int, accumulation: int, rank: int, world: int) -> Iterator[Request]:
@@ -149,6 +153,7 @@ class _Reader(Dataset[dict[str, Any]]):
 
     def __getitem__(self, request: Request) -> dict[str, Any]:
         indices, flips = request
+        known = len(self.images.broken)
         arrays: dict[str, NDArray[Any]] = {"label": self.images.labels[indices], "index": indices.copy()}
         if self.mirrors:
             arrays["mirrored"] = flips.copy()
@@ -158,12 +163,19 @@ class _Reader(Dataset[dict[str, Any]]):
                 arrays["moments"] = self.images.latents.moments(indices, flips)
         except UserError as error:
             return {"error": str(error)}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        new = dict(itertools.islice(self.images.broken.items(), known, None))
+        return {name: torch.from_numpy(array) for name, array in arrays.items()} | ({"skipped": new} if new else {})
 
 
-def _checked(micro_batch: dict[str, Any]) -> dict[str, Tensor]:
+def _checked(micro_batch: dict[str, Any], images: ImageSet, told: set[int]) -> dict[str, Tensor]:
+    """The micro-batch without news of other processes: an error is raised, skipped images are told once and kept in `images.broken`."""
     if "error" in micro_batch:
         raise UserError(micro_batch["error"])
+    for position, reason in micro_batch.pop("skipped", {}).items():
+        if position not in told:
+            told.add(position)
+            images.broken[position] = reason
+            log.warning("%s Another image of its class stands in for it; %d of %d were skipped so far.", reason, len(told), len(images))
     return micro_batch
 
 

@@ -3,6 +3,9 @@
 Takes the keys of launch/run.py, and speed.batch (images a training step and a sampling batch; default 8), speed.steps (timed steps; default 10)
 and speed.sample=false to time training only, as for a stage that does not sample. Weights are random: speed does not depend on them.
 
+`python evaluation/speed.py data data=folder data.path=... data.image_size=256` tells how many images a second one core reads, in the order of the
+files and at random as training does: divide what your GPUs take by it for the number of loader processes.
+
 `python evaluation/speed.py frechet [dims]` times the Fréchet distance against torch-fidelity's and clean-fid's, in one run on the same statistics.
 """
 
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 DEFAULTS = {"speed.batch": "8", "speed.steps": "10", "speed.sample": "true"}
 WARMUP = 3
+DATA_BATCH = 32
+DATA_SECONDS = 3.0
 
 
 def main(arguments: list[str]) -> int:
@@ -38,6 +43,10 @@ def main(arguments: list[str]) -> int:
     try:
         if arguments[0] == "frechet":
             print(json.dumps(measure_frechet(arguments[1:]), indent=1))
+            return 0
+        if arguments[0] == "data":
+            run = resolve(get_spec(RunConfig.method), next(sweep(split_overrides(arguments[1:]))))
+            print(json.dumps(measure_data(run), indent=1))
             return 0
         overrides = split_overrides(arguments)
         options = {key: overrides.pop(key, [default])[0] for key, default in DEFAULTS.items()}
@@ -57,6 +66,33 @@ def measure_frechet(arguments: list[str]) -> dict[str, Any]:
     if arguments and not arguments[0].isdigit():
         raise UserError(f"frechet {arguments[0]}: the number of dimensions is wanted, for example frechet 2048.")
     return compare(int(arguments[0]) if arguments else 2048)
+
+
+def measure_data(run: RunConfig) -> dict[str, Any]:
+    """Training images a second that one core reads, decodes and crops."""
+    from common.datasets import load_data
+    from common.hardware import processor_name
+    from common.loader import TrainingPlan
+
+    start = time.perf_counter()
+    source = load_data(run.data)
+    opened = time.perf_counter() - start
+    plan = TrainingPlan(source.train.labels, DATA_BATCH, 0, balanced=False)
+    count = len(source.train)
+    orders: dict[str, Callable[[int], Any]] = {
+        "in_order": lambda step: [(step * DATA_BATCH + i) % count for i in range(DATA_BATCH)],
+        "random": lambda step: plan.indices(step)[0],
+    }
+    rates = {}
+    for name, order in orders.items():
+        source.train.fetch(order(0))
+        start, step = time.perf_counter(), 0
+        while time.perf_counter() - start < DATA_SECONDS:
+            step += 1
+            source.train.fetch(order(step))
+        rates[f"images_per_s_{name}"] = step * DATA_BATCH / (time.perf_counter() - start)
+    facts = {"data": run.data.name, "image_size": source.info.image_size, "images": count, "seconds_to_open": opened, "processor": processor_name()}
+    return facts | rates
 
 
 def measure(run: RunConfig, batch: int, steps: int, sample: bool) -> dict[str, Any]:

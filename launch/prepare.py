@@ -1,5 +1,8 @@
 """What is prepared once for many runs. `python launch/prepare.py COMMAND key=value ...`
 
+  images     the training and held-out images, decoded and cropped once, in files that a later run reads with data=shards data.path=FOLDER. Takes data.*
+             keys, and to=FOLDER, workers=N (processes; all cores), shard_images=8192 (a file)
+                 python launch/prepare.py images data=tar data.path=/data/imagenet-wds data.image_size=256 to=/scratch/imagenet256
   latents    the moments of every training image's latents, in files that a later run reads with data.latents=FOLDER. Takes the keys of launch/run.py, and
              to=FOLDER, batch=64, dtype=float32 (or float16), device=auto
                  python launch/prepare.py latents method=reg preset=imagenet256-xl data.path=/data/imagenet/train to=/scratch/latents
@@ -11,7 +14,9 @@ The same command again goes on where it was stopped, or finds everything there.
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +25,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 from common.config import RunConfig, resolve, split_overrides
 from common.errors import UserError, close_match
 from methods import get_spec
+
+
+def images(options: dict[str, str]) -> str:
+    """Decodes and crops a data set."""
+    folder, workers = Path(_take(options, "to")), int(options.pop("workers", str(os.cpu_count() or 1)))
+    shard_images = int(options.pop("shard_images", "8192"))
+    if odd := [key for key in options if not key.startswith("data.")]:
+        raise UserError(f"unknown keys: {', '.join(odd)}. {__doc__}")
+    data = resolve(get_spec(RunConfig.method), options).data
+    from common.datasets import load_data
+    from common.shards import write_shards
+
+    source, start = load_data(data), time.perf_counter()
+    card = write_shards(folder, source, workers, shard_images)
+    seconds, count = time.perf_counter() - start, source.info.num_train + source.info.num_heldout
+    skipped = [reason for part in card.parts.values() for reason in part.skipped.values()]
+    told = [f"  {reason}" for reason in skipped]
+    made = f"{count} images of {card.image_size} px under {folder}, {count / seconds:.0f} images/s on {max(1, workers)} processes; {len(skipped)} skipped"
+    return "\n".join([made, *told, f"Use them with data=shards data.path={folder}"])
 
 
 def latents(options: dict[str, str]) -> str:
@@ -54,7 +78,7 @@ def tokenizer(options: dict[str, str]) -> str:
     return f"{file} ({card['bytes']:,} bytes, sha256 {card['sha256']}), {card['psnr_heldout']:.2f} dB on held-out images"
 
 
-COMMANDS: dict[str, Callable[[dict[str, str]], str]] = {"latents": latents, "tokenizer": tokenizer}
+COMMANDS: dict[str, Callable[[dict[str, str]], str]] = {"images": images, "latents": latents, "tokenizer": tokenizer}
 
 
 def _take(options: dict[str, str], key: str) -> str:

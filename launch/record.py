@@ -97,7 +97,7 @@ def build(
         "selection": {"n_configs": 1, "n_samples": 0, "swept": []},
         "metrics": evaluation.metrics if evaluation else {},
         "artifacts": {key: name if (folder / name).exists() else None for key, name in ARTIFACTS.items()},
-        "notes": "",
+        "notes": f"{len(source.train.broken)} unreadable training images were skipped" if source.train.broken else "",
     }
     return build_record(fields)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config import RunConfig, describe, differences, identity, resolve, run_folder, split_overrides, sweep, to_dict
+from common.config import LATER_KEYS, RunConfig, describe, differences, identity, resolve, run_folder, split_overrides, sweep, to_dict
 from common.errors import UserError
 from launch.run import configurations
 from methods import get_spec, registered
@@ -106,3 +106,15 @@ def test_a_mistake_exits_with_2_and_one_line_on_stderr():
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
     assert "torch" not in result.stderr
+
+
+def test_keys_that_came_later_leave_earlier_runs_what_they_were() -> None:
+    run = resolve(get_spec("jit"), {"seed": "0"})
+    saved = to_dict(run)
+    for key, value in LATER_KEYS.items():
+        group, name = key.split(".")
+        assert saved[group].pop(name) == value
+    assert differences(saved, to_dict(run)) == []
+    changed = resolve(get_spec("jit"), {"data.modes": "strict"})
+    assert differences(saved, to_dict(changed)) == ["data.modes: convert -> strict"]
+    assert identity(changed) != identity(run)

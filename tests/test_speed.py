@@ -35,3 +35,12 @@ def test_rates_macs_and_memory_as_json():
 def test_a_mistake_is_one_line():
     result = speed("model.dept=2")
     assert result.returncode == 2 and result.stderr.startswith("error: ") and "model.depth" in result.stderr
+
+
+def test_data_are_timed_in_both_orders(monkeypatch, capsys):
+    from evaluation import speed
+
+    monkeypatch.setattr(speed, "DATA_SECONDS", 0.05)
+    assert speed.main(["data", "data=synthetic", "data.image_size=16"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["images"] == 4600 and min(measured["images_per_s_in_order"], measured["images_per_s_random"]) > 10

@@ -1,0 +1,318 @@
+"""Image files inside larger files: WebDataset tars, Parquet tables and Arrow files as Hugging Face writes them. Read on demand, by position.
+
+Names of files and folders tell what is for training (train) and what is held out (val, validation, test). Nothing is unpacked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+HELD_OUT_NAMES = ("val", "validation", "test")  # of folders and files, best first
+LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
+GROUPS_KEPT = 2  # row groups of Parquet files that a process keeps decoded: reading in order decodes each once
+
+
+class Archive:
+    """Encoded images with labels. It holds no open file, so that loader processes can be forked."""
+
+    suffix: str
+
+    def __init__(self, files: Sequence[Path], labels: NDArray[np.int64], class_names: tuple[str, ...], parts: NDArray[np.str_]) -> None:
+        """labels (N,); parts (N,): "train", one of HELD_OUT_NAMES, or "" where no name tells."""
+        self.files, self.labels, self.class_names, self.parts = files, labels, class_names, parts
+
+    def name(self, index: int) -> str:
+        """Where the image lies, for messages and for the split."""
+        raise NotImplementedError
+
+    def size(self, index: int) -> int:
+        """Bytes of the image, or of the file that it lies in."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> bytes:
+        """The image file at a position."""
+        raise NotImplementedError
+
+    def split(self) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        """Positions of the training images and of the held-out ones; None where no name tells."""
+        if not (self.parts == "train").any():
+            return np.arange(len(self.parts)), None
+        found = next((name for name in HELD_OUT_NAMES if (self.parts == name).any()), None)
+        return np.flatnonzero(self.parts == "train"), None if found is None else np.flatnonzero(self.parts == found)
+
+    def identity(self, positions: NDArray[np.int64]) -> str:
+        """SHA-256 over names and sizes: hashing the contents of 1.28 million images would take hours."""
+        hasher = hashlib.sha256()
+        for index in positions.tolist():
+            hasher.update(f"{self.name(index)}\0{self.size(index)}\n".encode())
+        return hasher.hexdigest()
+
+
+def open_archive(kind: str, root: Path) -> Archive:
+    """All files of a kind (a key of ARCHIVES) at or below a path, in the order of their names."""
+    archive = ARCHIVES[kind]
+    files = [root] if root.is_file() else sorted(root.rglob(f"*{archive.suffix}")) if root.is_dir() else []
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]
+    if not files:
+        raise UserError(f"data.path={str(root)!r} holds no {archive.suffix} file. Give the folder of the files, or one file.")
+    return archive(root, files)
+
+
+def part_of(path: PurePosixPath | Path) -> str:
+    """What the names in a path say: "train", one of HELD_OUT_NAMES, or "". A name may have other words beside it (imagenet-train-0001.tar)."""
+    words = set(re.split(r"[^a-z]+", str(path).lower()))
+    return next((name for name in ("train", *HELD_OUT_NAMES) if name in words), "")
+
+
+def part_of_file(root: Path, file: Path) -> str:
+    """The same for a file below the root, whose own name says nothing."""
+    return part_of(file.relative_to(root) if file != root else Path(file.name))
+
+
+# -- WebDataset tars ------------------------------------------------------------------------------------------------------------
+
+
+class Member(NamedTuple):
+    """One image of a tar."""
+
+    offset: int  # bytes
+    size: int
+    name: str
+    label: str | int  # a number where `.cls` gives one
+    part: str
+
+
+class TarArchive(Archive):
+    """Members of one name are one sample (`0001.jpg`, `0001.cls`); without a `.cls` the class is the member's folder, or the tar of its synset."""
+
+    suffix = ".tar"
+
+    def __init__(self, root: Path, files: Sequence[Path]) -> None:
+        members = [(number, member) for number, file in enumerate(files) for member in _members(file, part_of_file(root, file))]
+        if not members:
+            raise UserError(f"{files[0]}{_others(files)} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+        self.where = np.array([(number, member.offset, member.size) for number, member in members], dtype=np.int64)
+        self.members = [member.name for _, member in members]
+        found = {member.label for _, member in members}
+        if len({type(label) for label in found}) > 1:
+            raise UserError(f"{files[0]}{_others(files)}: some images have a class number (.cls) and some only a folder. Repair the tars.")
+        class_names = sorted(found, key=str) if isinstance(members[0][1].label, str) else range(1 + max(map(int, found)))
+        numbers = {name: number for number, name in enumerate(class_names)}
+        labels = np.array([numbers[member.label] for _, member in members], dtype=np.int64)
+        super().__init__(files, labels, tuple(map(str, class_names)), np.array([member.part for _, member in members]))
+
+    def name(self, index: int) -> str:
+        return f"{self.files[self.where[index, 0]].name}/{self.members[index]}"
+
+    def size(self, index: int) -> int:
+        return int(self.where[index, 2])
+
+    def read(self, index: int) -> bytes:
+        number, offset, size = self.where[index].tolist()
+        try:
+            with self.files[number].open("rb") as file:
+                file.seek(offset)
+                return file.read(size)
+        except OSError as error:
+            raise UserError(f"{self.files[number]} cannot be read: {error.strerror}. Was it moved during the run?") from error
+
+
+def _members(file: Path, part: str) -> Iterator[Member]:
+    images: dict[PurePosixPath, tuple[str, int, int]] = {}  # sample -> name, offset, size
+    labels: dict[PurePosixPath, str] = {}
+    end = 0  # of the last member
+    try:
+        with tarfile.open(file, mode="r:") as tar:
+            for entry in tar:
+                end = entry.offset_data + -(-entry.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                path = PurePosixPath(entry.name)
+                if not entry.isfile() or path.name.startswith("."):
+                    continue
+                sample = path.parent / path.name.partition(".")[0]
+                if path.suffix.lower() in IMAGE_SUFFIXES:
+                    images[sample] = entry.name, entry.offset_data, entry.size
+                elif path.suffix == ".cls":
+                    labels[sample] = tar.extractfile(entry).read().decode().strip()  # type: ignore[union-attr]  # it is a file
+    except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read as an uncompressed tar ({error}). Download it again, or unpack a compressed one.") from error
+    if file.stat().st_size < end + tarfile.BLOCKSIZE:  # an empty block ends every tar, and tarfile does not miss it
+        raise UserError(f"{file} is cut short: its {file.stat().st_size:,} bytes end in or behind {entry.name} without an end mark. Download it again.")
+    for sample, (name, offset, size) in images.items():
+        text = labels.get(sample, "")
+        label = int(text) if text.isdecimal() else text or _class_of(file, sample)
+        yield Member(offset, size, name, label, part or part_of(sample.parent if text else sample.parent.parent))
+
+
+def _class_of(file: Path, sample: PurePosixPath) -> str:
+    """The folder, or the synset of a tar like ImageNet's own (n01440764.tar with n01440764_10026.JPEG)."""
+    if sample.parent.name:
+        return sample.parent.name
+    if sample.name.startswith(f"{file.stem}_"):
+        return file.stem
+    raise UserError(f"{file}: the class of {sample.name} is unknown; it has neither a .cls member beside it nor a folder.")
+
+
+# -- Parquet and Arrow ----------------------------------------------------------------------------------------------------------
+
+
+class TableArchive(Archive):
+    """Tables with a column of images (a struct with `bytes`, or binary) and one of class numbers, in pieces that are read as wholes."""
+
+    def __init__(self, root: Path, files: Sequence[Path]) -> None:
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise UserError(f"{files[0]} needs the package pyarrow: pip install 'pixlat[tables]'.") from None
+        schema = self.schema(files[0])
+        self.image, self.label = _columns(schema, files[0])
+        pieces = [self.pieces(file) for file in files]  # of each file, the labels of its pieces
+        self.owners = [(number, piece) for number, found in enumerate(pieces) for piece in range(len(found))]
+        self.starts = np.cumsum([0, *(len(labels) for found in pieces for labels in found)])
+        rows = [sum(len(labels) for labels in found) for found in pieces]
+        self.first_rows = np.cumsum([0, *rows])
+        self.file_sizes = [file.stat().st_size for file in files]
+        labels = np.concatenate([labels for found in pieces for labels in found]).astype(np.int64)
+        class_names = _feature_names(schema, self.label) or tuple(str(number) for number in range(1 + labels.max(initial=-1)))
+        super().__init__(files, labels, class_names, np.repeat([part_of_file(root, file) for file in files], rows))
+
+    def name(self, index: int) -> str:
+        number = self._file_of(index)
+        return f"{self.files[number].name}, row {index - self.first_rows[number]}"
+
+    def size(self, index: int) -> int:
+        return self.file_sizes[self._file_of(index)]
+
+    def _file_of(self, index: int) -> int:
+        return int(np.searchsorted(self.first_rows, index, side="right")) - 1
+
+    def read(self, index: int) -> bytes:
+        order = int(np.searchsorted(self.starts, index, side="right")) - 1
+        number, piece = self.owners[order]
+        try:
+            entry = self.column(self.files[number], piece)[index - int(self.starts[order])].as_py()
+        except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            raise UserError(f"{self.name(index)} cannot be read: {error}. Download {self.files[number]} again.") from error
+        content: bytes | None = entry["bytes"] if isinstance(entry, dict) else entry
+        if content is None:
+            raise UserError(f"{self.name(index)} holds a path instead of an image. Save the data set with its images inside.")
+        return content
+
+    def schema(self, file: Path) -> pyarrow.Schema:
+        """The columns of a file."""
+        raise NotImplementedError
+
+    def pieces(self, file: Path) -> list[NDArray[np.int64]]:
+        """The labels of each piece of a file."""
+        raise NotImplementedError
+
+    def column(self, file: Path, piece: int) -> pyarrow.ChunkedArray:
+        """The images of one piece."""
+        raise NotImplementedError
+
+
+class ParquetArchive(TableArchive):
+    """A piece is a row group, which is decoded whole: fast in order, slow at random. Prepare shards of it for training."""
+
+    suffix = ".parquet"
+
+    def schema(self, file: Path) -> pyarrow.Schema:
+        return _parquet(file).schema_arrow
+
+    def pieces(self, file: Path) -> list[NDArray[np.int64]]:
+        opened = _parquet(file)
+        return [opened.read_row_group(group, [self.label], use_threads=False).column(0).to_numpy() for group in range(opened.num_row_groups)]
+
+    def column(self, file: Path, piece: int) -> pyarrow.ChunkedArray:
+        return _row_group(file, piece, self.image)
+
+
+class ArrowArchive(TableArchive):
+    """What `save_to_disk` and the cache of `datasets` hold: memory-mapped, each image is read where it lies."""
+
+    suffix = ".arrow"
+
+    def schema(self, file: Path) -> pyarrow.Schema:
+        return _arrow_table(file).schema
+
+    def pieces(self, file: Path) -> list[NDArray[np.int64]]:
+        return [_arrow_table(file).column(self.label).to_numpy()]
+
+    def column(self, file: Path, piece: int) -> pyarrow.ChunkedArray:
+        return _arrow_table(file).column(self.image)
+
+
+def _opened(file: Path, open_it: Callable[[], Any]) -> Any:
+    try:
+        return open_it()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}). Download it again.") from error
+
+
+def _parquet(file: Path) -> Any:
+    from pyarrow.parquet import ParquetFile
+
+    return _opened(file, lambda: ParquetFile(file))
+
+
+@lru_cache(maxsize=GROUPS_KEPT)
+def _row_group(file: Path, group: int, column: str) -> pyarrow.ChunkedArray:
+    return _parquet(file).read_row_group(group, [column], use_threads=False).column(0)
+
+
+@cache  # maps of files take no memory
+def _arrow_table(file: Path) -> pyarrow.Table:
+    import pyarrow
+
+    def read() -> pyarrow.Table:
+        try:
+            return pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all()
+        except pyarrow.ArrowInvalid:  # the other of Arrow's two file formats
+            return pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all()
+
+    return _opened(file, read)
+
+
+def _columns(schema: pyarrow.Schema, file: Path) -> tuple[str, str]:
+    """The names of the columns of images and of labels."""
+    from pyarrow import types
+
+    def holds_images(kind: pyarrow.DataType) -> bool:
+        if types.is_struct(kind):
+            return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+    image = next((field.name for field in schema if holds_images(field.type)), None)
+    label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+    if image is None or label is None:
+        raise UserError(f"{file} has the columns {', '.join(schema.names)}; wanted are one of images and one called {', '.join(LABEL_COLUMNS)}.")
+    return image, label
+
+
+def _feature_names(schema: pyarrow.Schema, label: str) -> tuple[str, ...] | None:
+    """The class names that Hugging Face keeps beside the columns."""
+    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    names = features.get(label, {}).get("names")
+    return tuple(names) if names else None
+
+
+def _others(files: Sequence[Path]) -> str:
+    return f" and {len(files) - 1} more" if len(files) > 1 else ""
+
+
+ARCHIVES: dict[str, type[TarArchive | TableArchive]] = {"tar": TarArchive, "parquet": ParquetArchive, "arrow": ArrowArchive}

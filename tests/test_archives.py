@@ -1,0 +1,328 @@
+"""ImageNet's forms: class folders, WebDataset tars, Hugging Face's tables and cropped shards give the same images; broken ones have a name."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import pickle
+import sys
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from image_archives import SYNSETS, Entry, entries, photo, webdataset, write_arrow, write_folder, write_parquet, write_tar
+from PIL import Image
+from shared_data import shared_file, unpacked
+
+from common.archives import open_archive
+from common.config import DataConfig
+from common.datasets import DataSource, load_data
+from common.errors import UserError
+from common.loader import TrainingPlan, training_batches
+from launch import prepare
+
+TRAIN, VAL = entries(), entries(per_class=2, start=50)
+
+
+def config(name: str, path: Path, **changes: object) -> DataConfig:
+    return replace(DataConfig(name=name, path=str(path), image_size=16), **changes)  # type: ignore[arg-type]
+
+
+def folder(root: Path, train: list[Entry] = TRAIN, val: list[Entry] = VAL) -> DataConfig:
+    write_folder(root / "train", train)
+    return config("folder", write_folder(root / "val", val).parent)
+
+
+def wds(root: Path, train: list[Entry] = TRAIN, val: list[Entry] = VAL) -> DataConfig:
+    webdataset(root / "imagenet1k-train-0000.tar", train[:5])
+    webdataset(root / "imagenet1k-train-0001.tar", train[5:])
+    webdataset(root / "imagenet1k-validation-00.tar", val)
+    return config("tar", root)
+
+
+def folder_tar(root: Path, train: list[Entry] = TRAIN, val: list[Entry] = VAL) -> DataConfig:
+    parts = (("train", train), ("val", val))
+    return config("tar", write_tar(root / "sample.tar", {f"sample/{part}/{s}/{name}": content for part, found in parts for s, name, content in found}))
+
+
+def synset_tars(root: Path, train: list[Entry] = TRAIN, val: list[Entry] = VAL) -> DataConfig:
+    for synset in SYNSETS:
+        for part, found in (("train", train), ("val", val)):
+            write_tar(root / part / f"{synset}.tar", {name: content for s, name, content in found if s == synset})
+    return config("tar", root)
+
+
+def parquet(root: Path, train: list[Entry] = TRAIN, val: list[Entry] = VAL) -> DataConfig:
+    write_parquet(root / "data" / "train-00000-of-00002.parquet", train[:7])
+    write_parquet(root / "data" / "train-00001-of-00002.parquet", train[7:])
+    write_parquet(root / "data" / "validation-00000-of-00001.parquet", val)
+    return config("parquet", root)
+
+
+def arrow(root: Path, train: list[Entry] = TRAIN, val: list[Entry] = VAL) -> DataConfig:
+    write_arrow(root / "train" / "data-00000-of-00002.arrow", train[:7])
+    write_arrow(root / "train" / "data-00001-of-00002.arrow", train[7:], stream=False)
+    write_arrow(root / "validation" / "data-00000-of-00001.arrow", val)
+    return config("arrow", root)
+
+
+FORMS = [wds, folder_tar, synset_tars, parquet, arrow]
+Form = Callable[..., DataConfig]
+
+
+def everything(source: DataSource) -> list[np.ndarray]:
+    return [array for part in (source.train, source.heldout) for array in (part.labels, part.fetch(range(len(part))))]
+
+
+# -- the same images in every form -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_folders_images_split_and_class_numbers(tmp_path: Path, form: Form) -> None:
+    expected, found = load_data(folder(tmp_path / "folder")), load_data(form(tmp_path / "archive"))
+    for ours, theirs in zip(everything(found), everything(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert (found.info.num_train, found.info.num_heldout, found.info.num_classes) == (12, 6, 3)
+    assert found.info.class_names == (("0", "1", "2") if form is wds else SYNSETS)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_loader_processes_read_every_form(tmp_path: Path, form: Form) -> None:
+    images = load_data(form(tmp_path)).train
+    plan = TrainingPlan(images.labels, 6, 0, balanced=False, flip=True)
+    alone, spread = (list(islice(training_batches(images, plan, 0, 6, 1, workers=workers), 4)) for workers in (0, 2))
+    for (a,), (b,) in zip(alone, spread, strict=True):
+        assert (a["image"] == b["image"]).all()
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(images)).fetch([3]), images.fetch([3]))
+
+
+def test_without_names_of_parts_a_hash_splits(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "some.parquet", entries(per_class=20))
+    source = load_data(config("parquet", tmp_path, holdout=0.1))
+    assert np.bincount(source.heldout.labels).tolist() == [2, 2, 2]
+    assert load_data(config("parquet", tmp_path / "some.parquet", holdout=0.1)).info.digest == source.info.digest
+    assert load_data(config("parquet", tmp_path, holdout=0.2)).info.digest != source.info.digest
+
+
+def test_a_test_part_without_labels_is_left_alone(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    settings = parquet(tmp_path)
+    found = pa.parquet.read_table(tmp_path / "data" / "validation-00000-of-00001.parquet")
+    unlabelled = found.set_column(1, "label", pa.array([-1] * len(found), pa.int64()))
+    pa.parquet.write_table(unlabelled, tmp_path / "data" / "test-00000-of-00001.parquet")
+    assert load_data(settings).info.num_heldout == 6
+    (tmp_path / "data" / "validation-00000-of-00001.parquet").unlink()
+    with pytest.raises(UserError, match=r"test-00000-of-00001\.parquet, row 0 .* labels from -1 to -1"):
+        load_data(settings)
+
+
+def test_the_photographs_of_imagenet_are_the_same_from_a_tar_and_from_a_folder(tmp_path: Path) -> None:
+    packed = load_data(config("tar", shared_file("imagenet-sample.tar"), image_size=64))
+    loose = load_data(config("folder", unpacked("imagenet-sample.tar", tmp_path), image_size=64, holdout=0.0))
+    assert packed.info.num_classes == loose.info.num_classes == 100
+    assert packed.info.class_names == loose.info.class_names == tuple(sorted(loose.info.class_names))
+    chosen = np.arange(0, 100, 9)
+    np.testing.assert_array_equal(packed.train.fetch(chosen), loose.train.fetch(chosen))
+
+
+def test_cifars_parts_inside_one_tar_are_told_apart() -> None:
+    source = load_data(config("tar", shared_file("cifar10-subset.tar"), image_size=32))
+    assert (source.info.num_classes, source.info.num_train + source.info.num_heldout) == (10, 12_000)
+    assert source.train.archive.name(int(source.train.positions[0])).split("/")[2] == "train"  # type: ignore[attr-defined]
+    assert source.heldout.archive.name(int(source.heldout.positions[0])).split("/")[2] == "test"  # type: ignore[attr-defined]
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------------------
+
+
+def compressed(root: Path) -> DataConfig:
+    root.mkdir()
+    (root / "train.tar").write_bytes(b"\x1f\x8b" + bytes(2000))
+    return config("tar", root)
+
+
+def cut(root: Path) -> DataConfig:
+    settings = folder_tar(root)
+    with tarfile.open(root / "sample.tar") as tar:
+        second = tar.getmembers()[1]
+    (root / "sample.tar").write_bytes((root / "sample.tar").read_bytes()[: second.offset])  # where a member ends, which tarfile does not mind
+    return settings
+
+
+def paths_only(root: Path) -> DataConfig:
+    return config("parquet", write_parquet(root / "x.parquet", [(SYNSETS[0], "a.jpg", None)] * 3))  # type: ignore[list-item]
+
+
+def other_columns(root: Path) -> DataConfig:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    root.mkdir()
+    pa.parquet.write_table(pa.table({"text": ["a"], "label": [0]}), root / "x.parquet")
+    return config("parquet", root)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda root: config("tar", root), "holds no .tar file"),
+        (compressed, r"train\.tar cannot be read as an uncompressed tar"),
+        (cut, r"sample\.tar is cut short"),
+        (lambda root: config("tar", write_tar(root / "x.tar", {"a.jpg": photo(0)})), "the class of a is unknown"),
+        (lambda root: config("tar", write_tar(root / "x.tar", {"k/a.jpg": photo(0), "k/b.jpg": photo(1), "k/b.cls": b"3"})), "only a folder"),
+        (lambda root: config("tar", write_tar(root / "x.tar", {"k/a.txt": b"words"})), "holds no image"),
+        (paths_only, r"x\.parquet, row 0 holds a path instead of an image"),
+        (other_columns, "has the columns text, label"),
+        (lambda root: replace(parquet(root), path=None), r"data=parquet needs data\.path"),
+        (lambda root: replace(parquet(root), image_size=None), r"needs data\.image_size"),
+        (lambda root: config("shards", root), r"images\.json cannot be read"),
+    ],
+)
+def test_archive_mistakes_are_explained(tmp_path: Path, build: Callable[[Path], DataConfig], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_data(build(tmp_path / "set")).train.fetch(range(1))
+
+
+def test_a_missing_pyarrow_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = parquet(tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install 'pixlat\[tables\]'"):
+        load_data(settings)
+
+
+# -- broken images -----------------------------------------------------------------------------------------------------------------
+
+
+def encoded(mode: str, kind: str) -> bytes:
+    grey = Image.fromarray(np.full((20, 20), 128, dtype=np.uint8))
+    made = {"I;16": Image.fromarray(np.full((20, 20), 128 * 257, dtype=np.uint16)), "P": grey.quantize(4)}
+    image = made.get(mode) or grey.convert("RGB").convert(mode)
+    stream = io.BytesIO()
+    image.save(stream, format=kind)
+    return stream.getvalue()
+
+
+BROKEN = {"truncated": photo(4)[:400], "zero-byte": b"", "text": b"<html>", "damaged": photo(4)[:300] + bytes(200)}
+ODD = {"CMYK": encoded("CMYK", "jpeg"), "P": encoded("P", "png"), "I;16": encoded("I;16", "png"), "RGBA": encoded("RGBA", "png")}
+BAD = 4  # position of the broken image: the first of the second class
+
+
+def with_bad(content: bytes) -> list[Entry]:
+    return [(synset, name, content if number == BAD else good) for number, (synset, name, good) in enumerate(TRAIN)]
+
+
+@pytest.mark.parametrize("form", [folder, *FORMS])
+@pytest.mark.parametrize("fault", ["truncated", "zero-byte", "text"])
+def test_a_broken_image_is_named_or_the_next_of_its_class_stands_in(tmp_path: Path, form: Form, fault: str) -> None:
+    settings = form(tmp_path, with_bad(BROKEN[fault]))
+    name = "row 4" if form in (parquet, arrow) else r"004\.jpg" if form is wds else r"n01530575_0000\.JPEG"
+    with pytest.raises(UserError, match=name):
+        load_data(settings).train.fetch(range(12))
+    images = load_data(replace(settings, broken="skip")).train
+    found = images.fetch(range(12))
+    np.testing.assert_array_equal(found[BAD], found[BAD + 1])
+    np.testing.assert_array_equal(np.delete(found, BAD, 0), np.delete(load_data(form(tmp_path / "whole")).train.fetch(range(12)), BAD, 0))
+    assert list(images.broken) == [BAD]
+
+
+@pytest.mark.parametrize("mode", ODD)
+def test_odd_modes_are_converted_as_in_adm_or_count_as_broken(tmp_path: Path, mode: str) -> None:
+    settings = folder(tmp_path, with_bad(ODD[mode]))
+    assert abs(load_data(settings).train.fetch([BAD]).astype(int) - 128).max() <= 2
+    with pytest.raises(UserError, match=rf"0000\.JPEG.* is of mode {mode}, and data.modes=strict"):
+        load_data(replace(settings, modes="strict")).train.fetch([BAD])
+    skipping = load_data(replace(settings, modes="strict", broken="skip"))
+    np.testing.assert_array_equal(*skipping.train.fetch([BAD, BAD + 1]))
+    assert skipping.info.digest != load_data(settings).info.digest
+
+
+def test_a_damaged_image_is_either_read_or_named(tmp_path: Path) -> None:
+    """Decoders fill in what they can; whatever else they meet must not leave without a name."""
+    whole = photo(4)
+    rng = np.random.Generator(np.random.PCG64(0))
+    faults = 0
+    for trial in range(60):
+        content = bytearray(photo(4, "png") if trial % 2 else whole)
+        for place in rng.integers(2, len(content), 8):
+            content[place] = rng.integers(256)
+        images = load_data(folder(tmp_path / str(trial), with_bad(bytes(content)))).train
+        try:
+            assert images.fetch([BAD]).shape == (1, 3, 16, 16)
+        except UserError as error:
+            assert "n01530575_0000.JPEG" in str(error)
+            faults += 1
+    assert 10 < faults < 60
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_images_are_told_once_and_counted_in_the_process_that_trains(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    images = load_data(replace(folder(tmp_path, with_bad(b"")), broken="skip")).train
+    plan = TrainingPlan(images.labels, 6, 0, balanced=False)
+    with caplog.at_level(logging.WARNING, "pixlat"):
+        batches = list(islice(training_batches(images, plan, 0, 6, 1, workers=workers), 8))
+    assert len(caplog.messages) == 1
+    assert "n01530575_0000.JPEG (0 bytes)" in caplog.messages[0] and "1 of 12 were skipped so far" in caplog.messages[0]
+    assert list(images.broken) == [BAD]
+    assert all(set(batch) == {"image", "label", "index"} for (batch,) in batches)
+
+
+def test_a_class_without_a_readable_image_is_an_error(tmp_path: Path) -> None:
+    train = [(synset, name, b"" if synset == SYNSETS[1] else content) for synset, name, content in TRAIN]
+    with pytest.raises(UserError, match=r"no image of class 1 can be read.*n01530575_0003"):
+        load_data(replace(folder(tmp_path, train), broken="skip")).train.fetch([7])
+
+
+# -- shards ------------------------------------------------------------------------------------------------------------------------
+
+
+def prepared(settings: DataConfig, to: Path, *more: str) -> int:
+    return prepare.main(["images", f"data={settings.name}", f"data.path={settings.path}", "data.image_size=16", f"to={to}", *more])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_hold_the_images_labels_split_and_digests_of_the_data(tmp_path: Path, workers: int) -> None:
+    settings = wds(tmp_path / "data")
+    assert prepared(settings, tmp_path / "shards", f"workers={workers}", "shard_images=5") == 0
+    expected, found = load_data(settings), load_data(DataConfig(name="shards", path=str(tmp_path / "shards")))
+    for ours, theirs in zip(everything(found), everything(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert found.info == expected.info
+    assert len(list((tmp_path / "shards").glob("train-0*.npy"))) == 3
+    np.testing.assert_array_equal(found.train.fetch([7], [True]), expected.train.fetch([7])[..., ::-1])
+    pickle.loads(pickle.dumps(found.train)).fetch([11])
+
+
+def test_preparing_again_keeps_whole_shards_and_refuses_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings, shards = folder(tmp_path / "data", with_bad(b"")), tmp_path / "shards"
+    assert prepared(settings, shards, "workers=0") == 2
+    assert "n01530575_0000.JPEG (0 bytes)" in capsys.readouterr().err
+    assert not (shards / "images.json").exists()
+    assert prepared(settings, shards, "workers=0", "data.broken=skip") == 0
+    assert "1 skipped" in capsys.readouterr().out
+    before = {file: file.stat().st_mtime_ns for file in shards.glob("*-0*.npy")}
+    (shards / "images.json").unlink()
+    assert prepared(settings, shards, "workers=0", "data.broken=skip") == 0
+    assert {file: file.stat().st_mtime_ns for file in shards.glob("*-0*.npy")} == before
+    skipped = json.loads((shards / "images.json").read_text())["parts"]["train"]["skipped"]
+    assert list(skipped) == [str(BAD)] and "0000.JPEG" in skipped[str(BAD)]
+    assert prepared(wds(tmp_path / "other"), shards) == 2
+    assert "cropped images of other data" in capsys.readouterr().err
+    with pytest.raises(UserError, match="holds images of 16 pixels"):
+        load_data(config("shards", shards, image_size=32))
+    (shards / "train-00000.npy").write_bytes(b"short")
+    with pytest.raises(UserError, match=r"train-00000\.npy is missing or shorter than its 12 images"):
+        load_data(config("shards", shards))
+
+
+def test_every_archive_says_what_it_is(tmp_path: Path) -> None:
+    parquet(tmp_path)
+    archive = open_archive("parquet", tmp_path)
+    assert archive.name(8) == "train-00001-of-00002.parquet, row 1"
+    assert archive.size(8) == (tmp_path / "data" / "train-00001-of-00002.parquet").stat().st_size
