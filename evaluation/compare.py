@@ -103,8 +103,8 @@ def table(found: Mapping[str, Entry]) -> str:
 
 def _cells(name: str, entry: Entry, metric: str) -> list[str]:
     runs = list(entry.values())
-    macs = [training_macs(run) for run in runs]
-    spent = "" if None in macs else f"{fmean(macs) / PETA:.4g}"  # type: ignore[type-var]
+    macs = [known for run in runs if (known := training_macs(run)) is not None]
+    spent = f"{fmean(macs) / PETA:.4g}" if len(macs) == len(runs) else ""
     images = sorted({run["train"]["images_seen"] for run in runs})
     style, score = metric_style(metric), fmean(run["metrics"][metric]["value"] for run in runs)
     return [printable(name), str(len(runs)), ", ".join(f"{n:,}" for n in images), spent, f"{score * style.scale:{style.form}}"]
