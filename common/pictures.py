@@ -20,6 +20,7 @@ from common.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BACKGROUND, FRAME, INK, FAINT, ALARM = (242, 242, 239), (222, 222, 218), (40, 40, 40), (110, 110, 110), (204, 41, 41)
 TILE_PIXELS = 96  # small images are enlarged to about this
@@ -173,7 +174,6 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draws the rows of a metrics.jsonl over the images seen: all losses in one panel, each other quantity in its own, one line a phase."""
     if not rows:
         raise UserError(f"{path}: there are no metrics to draw. metrics.jsonl gets its first line after train.log_images images.")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = _panels(rows)
@@ -183,6 +183,13 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes = figure.add_subplot(-(-len(panels) // columns), columns, number + 1)
         _draw_panel(axes, title, names, rows)
         _draw_x_axis(axes, [row["images"] for row in rows])
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Draws a matplotlib figure into a PNG file, whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     save_png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)

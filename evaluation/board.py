@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from common.errors import UserError
+from evaluation.claims.record import ClaimRecord, read_claims
 from evaluation.curve import CURVE, CurvePoint, read_curve
 from evaluation.protocol import protocol_name
 from evaluation.record import RESULT, Record, read_record
@@ -30,6 +31,7 @@ class Records:
     left_out: list[str]  # one sentence for each record that is broken or invalid, with its path
     folders: dict[str, Path] = field(default_factory=dict)  # row_id -> where the record's pictures and logs lie
     curves: dict[str, list[CurvePoint]] = field(default_factory=dict)  # row_id -> its scores while it trained
+    claims: list[tuple[ClaimRecord, Path]] = field(default_factory=list)  # the checked claims of papers, with their folders
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def read_records(runs: Path, pattern: str = RESULT) -> Records:
             found.curves[record["row_id"]] = read_curve(path.parent / CURVE)
         except UserError as error:  # a broken record is left out; one with a broken curve goes without
             found.left_out.append(str(error))
+    found.claims.extend(read_claims(runs, found.left_out))
     return found
 
 

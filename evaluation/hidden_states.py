@@ -87,9 +87,13 @@ def linear_probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_
 
 @contextmanager
 def tapped(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Within the block of code, the list fills with the outputs of the modules, in the order in which they run."""
+    """Within the block of code, the list fills with the outputs of the modules, of several each one's first, in the order in which they run."""
     seen: list[Tensor] = []
-    handles = [block.register_forward_hook(lambda module, args, output: seen.append(output)) for block in blocks]
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [block.register_forward_hook(keep) for block in blocks]
     try:
         yield seen
     finally:

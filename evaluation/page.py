@@ -16,8 +16,9 @@ from string import Template
 from typing import Any
 
 from common.errors import UserError
-from evaluation.attachments import grid_of, losses_of
+from evaluation.attachments import attachment, grid_of, grid_uri, losses_of
 from evaluation.board import Group, Records, Section, floor_at, sections
+from evaluation.claims.record import PICTURE_FILE, ClaimRecord
 from evaluation.columns import ABSENT, Cell, Column, best, columns_of, metric_style
 from evaluation.curve import CurvePoint
 from evaluation.matched import curves_of, matched_tables
@@ -69,6 +70,7 @@ def page_data(records: Records, published: Sequence[PublishedRow]) -> dict[str, 
         "bestNote": BEST_NOTE,
         "sections": [section_data(section, records, left_out) for section in found],
         "grids": grids_data(found, records.folders, left_out),
+        "claims": [claim_data(record, folder, left_out) for record, folder in records.claims],
         "published": [{"resolution": resolution, "table": published_table(rows)} for resolution, rows in published_tables(published)],
         "publishedNote": PUBLISHED_NOTE,
         "leftOut": left_out,
@@ -227,6 +229,24 @@ def grids_data(found: Sequence[Section], folders: Mapping[str, Path], left_out: 
         if grid:
             figures[label] = figure_data(row, group, label, grid)
     return [{"title": f"{name}, {resolution} px", "figures": list(figures.values())} for (name, _, resolution), figures in by_data.items() if figures]
+
+
+def claim_data(record: ClaimRecord, folder: Path, left_out: list[str]) -> dict[str, Any]:
+    """A checked claim: the sentences and tables of its record, and its picture."""
+    picture = None
+    try:
+        path = attachment(folder, PICTURE_FILE)
+        picture = grid_uri(path) if path else None
+    except UserError as error:
+        left_out.append(str(error))
+    cells = [[each["text"], f"{each['value']:.4g}", f"{each['se']:.2g}" if each["n"] else ABSENT, each["verdict"]] for each in record["criteria"]]
+    return {
+        **{name: record[name] for name in ("name", "verdict", "statement", "paper", "setting", "remarks")},
+        "budget": ("quick run, " if record["quick"] else "") + (f"{len(record['seeds'])} seeds" if record["seeds"] else "nothing random"),
+        "criteria": {"headers": ["criterion", "found", "standard error", "verdict"], "cells": cells},
+        "table": {"headers": record["table"]["headers"], "cells": record["table"]["rows"]},
+        "picture": picture,
+    }
 
 
 def figure_data(row: Record, group: Group, label: str, grid: tuple[str, int, int]) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def to_markdown(records: Records, published: Sequence[PublishedRow] = ()) -> str
     parts = ["# Leaderboard", *(markdown_section(section, records) for section in sections(records.rows))]
     if not records.rows:
         parts.append("No records.")
+    parts += markdown_claims(records)
     if published:
         parts.append(markdown_published(published))
     if records.left_out:
@@ -76,6 +77,12 @@ def markdown_section(section: Section, records: Records) -> str:
 def markdown_table(group: Group, columns: Sequence[Column]) -> str:
     """A ranked table; the best of each column is bold."""
     return pipe_table(body(group, columns, escape, lambda text: f"**{text}**"), ["rank", *(escape(column.header) for column in columns)])
+
+
+def markdown_claims(records: Records) -> list[str]:
+    """The verdicts of the checked claims, where there are any."""
+    rows = [[escape(claim["name"]), escape(claim["statement"]), claim["verdict"], "quick" if claim["quick"] else "full"] for claim, _ in records.claims]
+    return ["## Claims of the papers, checked here", pipe_table(rows, ["claim", "statement", "verdict", "budget"])] if rows else []
 
 
 def markdown_published(published: Sequence[PublishedRow]) -> str:

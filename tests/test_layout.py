@@ -52,7 +52,8 @@ def test_the_trainer_the_evaluator_and_the_launcher_name_no_method():
     for package in ("common", "evaluation", "launch"):
         for path in (ROOT / package).rglob("*.py"):
             words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-            assert not words & set(names) or path.name == "config.py", path  # config.py: the default of `method`
+            exempt = path.name == "config.py" or path.parent.name == "claims"  # the default of `method`; statements about methods
+            assert not words & set(names) or exempt, path
 
 
 @pytest.mark.parametrize("package", PACKAGES)

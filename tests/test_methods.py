@@ -9,8 +9,10 @@ from torch import nn
 from common.config import resolve
 from common.cost import empty_batch, on_meta, parameter_counts, sampling_cost, training_cost
 from common.encoders.frozen import Frozen
+from common.errors import UserError
 from common.seeds import Noise, image_seeds, seed_step
 from evaluation.evaluate import EmbeddedExtractor  # noqa: F401  the evaluator must import beside every method
+from evaluation.hidden_states import image_mean, tapped
 from methods import get_class, get_spec, registered
 from methods.base import DataInfo, Method
 
@@ -107,6 +109,22 @@ def test_cost_is_counted_and_evaluations_are_those_executed(run, method):
     assert all(macs > 0 for _, macs in training.parts) and training.total(100, 64) > 0
     counts = parameter_counts(method)
     assert counts.gen_trainable <= counts.gen_total and counts.gen_trainable + counts.decoder > 0
+
+
+def test_the_blocks_of_every_generator_can_be_listened_to(method):
+    images = batch(4)["image"]
+    if method.task == "reconstruction":
+        with pytest.raises(UserError, match="no look"):
+            method.look(images, 0.5)
+        return
+    seen = {}
+    for time in (0.1, 0.9):
+        torch.manual_seed(0)
+        with tapped(method.eval().blocks()) as outputs, torch.no_grad():
+            method.look(images, time)
+        seen[time] = [image_mean(tokens) for tokens in outputs]
+    assert len(seen[0.1]) == len(method.blocks()) > 0
+    assert all(a.shape[0] == 4 and a.isfinite().all() and not torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))
 
 
 def test_the_leaderboard_is_told_what_it_shows(run, method):

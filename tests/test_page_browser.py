@@ -12,6 +12,8 @@ from PIL import Image
 from records import metric, record
 
 from evaluation import leaderboard
+from evaluation.claims.framework import Claim, Criterion, Estimate, Evidence
+from evaluation.claims.record import build, write_claim
 from evaluation.record import write_record
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
@@ -45,6 +47,16 @@ def a_row(name, system, seed=0, **changes):
     )  # fmt: skip
 
 
+def keep_claim(folder):
+    """The record and the picture of a checked claim."""
+    folder.mkdir()
+    criterion = Criterion("a", HOSTILE, "at most", 1.0)
+    claim = Claim(HOSTILE, "paper", HOSTILE, "setting", (criterion,), lambda budget: None, (1.0, 1.0))
+    evidence = Evidence({"a": Estimate(1.0, 0.5, 3)}, ["name", "value"], [[HOSTILE, "1 ± 0.5"]], figure=None, remarks=[HOSTILE])
+    write_claim(build(claim, evidence, quick=True, seconds=1.0, device="cpu"), folder)
+    Image.linear_gradient("L").resize((400, 200)).convert("RGB").save(folder / "claim.png")
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """A board with two protocols, guided and unguided rows, a hostile name, an unscored row and a broken record."""
@@ -58,6 +70,7 @@ def page(tmp_path_factory):
         Image.linear_gradient("L").resize((300, 300)).convert("RGB").save(folder / "samples.png")
         log = "".join(json.dumps({"images": 100 * i, "loss": 1 / i}) + "\n" for i in range(1, 50))
         (folder / "metrics.jsonl").write_text(log)
+    keep_claim(runs / "claim")
     (runs / "broken").mkdir()
     (runs / "broken" / "result.json").write_text(json.dumps({HOSTILE: 1}))
     assert leaderboard.main(["--runs", str(runs), "--out", str(runs)]) == 0
@@ -146,7 +159,9 @@ def keep(browser, name):
 
 def test_everything_is_drawn_and_nothing_fetched(browser):
     headings = [each.text for each in browser.find_elements(By.TAG_NAME, "h2")]
-    assert headings == ["toy, 32 px, 1,000 images", "toy, 32 px, 5,000 images", "Samples, side by side", "Published, not measured here", "Left out"]
+    parts = ["Samples, side by side", "Claims of the papers, checked here", "Published, not measured here", "Left out"]
+    assert headings == ["toy, 32 px, 1,000 images", "toy, 32 px, 5,000 images", *parts]
+    assert browser.find_element(By.CSS_SELECTOR, "#claims h3").text == f"{HOSTILE}: inconclusive" and browser.find_elements(By.CSS_SELECTOR, "#claims img")
     assert [each.text for each in browser.find_elements(By.CSS_SELECTOR, "section:first-child h3")] == ["Unguided", "Guided"]
     assert cells(browser, "run")[:2] == ["beta-none-0", "beta-none-1"]
     assert cells(browser, "#")[-2:] == ["7", "-"]
@@ -209,7 +224,7 @@ def test_the_keyboard_sorts_filters_and_opens(browser):
 
 def test_the_first_tab_stops_lead_to_the_tables(browser):
     stops = []
-    for _ in range(9):
+    for _ in range(10):
         ActionChains(browser).send_keys(Keys.TAB).perform()
         stops.append(browser.execute_script("const e = document.activeElement; return e.id || e.textContent || e.className"))
     assert stops[0] == "Skip to the tables"

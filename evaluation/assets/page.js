@@ -114,9 +114,10 @@ function sortableTable({ columns, rows, best }, caption, pageRows, redraw = () =
 
 const whenAttached = []; // DataTables measures its table, so it starts when the page has it
 
-function plainTable({ headers, cells }, caption) {
-  const head = element("tr", {}, ...headers.map((text, i) => element("th", { scope: "col", class: i === 1 || i === 3 ? "text" : "number" }, text)));
-  const body = cells.map((row) => element("tr", {}, ...row.map((text, i) => element("td", { class: i === 1 || i === 3 ? "text" : "number" }, text))));
+function plainTable({ headers, cells }, caption, texts = [1, 3]) {
+  const kind = (i) => (texts.includes(i) ? "text" : "number");
+  const head = element("tr", {}, ...headers.map((text, i) => element("th", { scope: "col", class: kind(i) }, text)));
+  const body = cells.map((row) => element("tr", {}, ...row.map((text, i) => element("td", { class: kind(i) }, text))));
   return element("div", { class: "scroll" }, element("table", { class: "plain", "aria-label": caption }, element("thead", {}, head), element("tbody", {}, ...body)));
 }
 
@@ -326,6 +327,30 @@ function gridsPart() {
   );
 }
 
+function claimPart(claim) {
+  const texts = claim.table.headers.flatMap((_, i) => (claim.table.cells.every((row) => /^[-\d.,±e+ ]*$/.test(row[i] ?? "")) ? [] : [i]));
+  const picture = claim.picture && element("img", { src: claim.picture[0], width: claim.picture[1], height: claim.picture[2], alt: `Figure of ${claim.name}`, loading: "lazy" });
+  return element(
+    "article", { class: "claim" },
+    element("h3", {}, `${claim.name}: ${claim.verdict}`),
+    element("p", {}, claim.statement),
+    element("p", { class: "note" }, `${claim.paper}; ${claim.budget}`),
+    plainTable(claim.criteria, `Criteria of ${claim.name}`, [0, 3]),
+    folded("How it was checked, and everything that was measured", element("p", {}, claim.setting), ...claim.remarks.map((text) => element("p", {}, text)), plainTable(claim.table, `Measurements of ${claim.name}`, texts)),
+    picture,
+  );
+}
+
+function claimsPart() {
+  if (!data.claims.length) return null;
+  return element(
+    "section", { id: "claims" },
+    element("h2", {}, "Claims of the papers, checked here"),
+    element("p", { class: "note" }, "Criteria were written down before the runs; a verdict follows where the 95 % interval of every estimate lies on one side of its bound."),
+    ...data.claims.map(claimPart),
+  );
+}
+
 function publishedPart() {
   if (!data.published.length) return null;
   return element(
@@ -383,7 +408,7 @@ function stored(write) {
 }
 
 function start() {
-  const parts = [...data.sections.map(sectionPart), gridsPart(), publishedPart(), leftOutPart()].filter(Boolean);
+  const parts = [...data.sections.map(sectionPart), gridsPart(), claimsPart(), publishedPart(), leftOutPart()].filter(Boolean);
   const main = document.getElementById("main");
   main.replaceChildren(...(data.rows ? [] : [element("p", {}, "No records.")]), ...parts);
   document.querySelector("nav").append(...navigation(parts));

@@ -147,6 +147,14 @@ class PMFMethod(Method):
     def blocks(self) -> list[nn.Module]:
         return [*self.network.blocks, *self.network.head.blocks, *self.v_head.blocks]
 
+    def look(self, images: Tensor, time: float) -> None:
+        times, ones = torch.full((len(images),), time, device=images.device), torch.ones(len(images), device=images.device)
+        z = interpolate(images, self.config.noise_scale * torch.randn_like(images), times)
+        null = torch.full((len(z),), self.data.num_classes, device=z.device)
+        tokens, _ = self.network.shared(self.network.embed(z, Condition(0 * ones, ones, 0 * ones, ones, null)))
+        for head in (self.network.head, self.v_head):
+            head(tokens, self.network.rope)
+
     # -- sampling ---------------------------------------------------------------------------------------------------------------
 
     def sample(self, labels: Tensor, noise: Noise, config: PMFSample) -> Tensor:

@@ -141,6 +141,10 @@ class RaeMethod(Method):
     def blocks(self) -> list[nn.Module]:
         return list(self.network.blocks)
 
+    def look(self, images: Tensor, time: float) -> None:
+        x, times = self.encode(images), torch.full((len(images),), time, device=images.device)
+        self.network(flow.interpolate(x, torch.randn_like(x), times), times, torch.full((len(x),), self.data.num_classes, device=x.device))
+
     # -- sampling ---------------------------------------------------------------------------------------------------------------
 
     def sample(self, labels: Tensor, noise: Noise, config: RaeSample) -> Tensor:

@@ -1,0 +1,1 @@
+"""The papers' falsifiable statements that a CPU can check, one file each; `framework.py` says what a claim is."""

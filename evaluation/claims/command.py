@@ -1,0 +1,118 @@
+"""The command behind `python evaluation/claims.py`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+from common.errors import UserError
+from common.files import write_whole
+from evaluation.claims.framework import all_claims, find
+from evaluation.claims.record import PICTURE_FILE, ClaimRecord, build, read_claims, write_claim
+from evaluation.tables import escape, pipe_table
+
+REPORT = "claims.md"
+
+
+def listing() -> str:
+    """Every claim with its criteria and its cost."""
+    parts = []
+    for claim in all_claims().values():
+        quick, full = claim.minutes
+        lines = [f"{claim.name} ({claim.paper}; {full:g} min, quick {quick:g})", f"  {claim.statement}"]
+        parts.append("\n".join([*lines, *(f"  - {criterion}" for criterion in claim.criteria)]))
+    return "\n\n".join(parts)
+
+
+def run(names: Sequence[str], quick: bool, out: Path, jobs: int) -> str:
+    """Checks claims, `jobs` at a time on a core each; a record and a picture each, in a folder of its own. Returns the report."""
+    chosen = sorted(find(names), key=lambda claim: -claim.minutes[0 if quick else 1])  # the long ones first, so that no core waits at the end
+    tasks = [(claim.name, quick, out / f"{claim.name}{'-quick' if quick else ''}") for claim in chosen]
+    if min(jobs, len(tasks)) == 1:
+        for task in tasks:
+            check(*task)
+    else:
+        with ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+            for done in as_completed([pool.submit(check, *task) for task in tasks]):
+                done.result()
+    return report(out)
+
+
+def check(name: str, quick: bool, folder: Path) -> ClaimRecord:
+    """Measures one claim on one thread, draws it and writes its record."""
+    import torch
+
+    from common.hardware import device_name
+    from common.pictures import save_figure
+
+    torch.set_num_threads(1)
+    (claim,) = find([name])
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    evidence = claim.measure(claim.budget(quick, folder.parent / ".references"))
+    record = build(claim, evidence, quick, time.perf_counter() - start, device_name(torch.device("cpu")))
+    save_figure(evidence.figure, folder / PICTURE_FILE)
+    write_claim(record, folder)
+    print(f"{name}: {record['verdict']}, after {record['seconds']:.0f} s", file=sys.stderr)
+    return record
+
+
+def report(out: Path) -> str:
+    """The verdicts for a terminal; claims.md in `out` has everything."""
+    left_out: list[str] = []
+    found = read_claims(out, left_out)
+    for reason in left_out:
+        print(f"left out: {reason}", file=sys.stderr)
+    if not found:
+        raise UserError(f"no claim has been checked below {out}. Run `python evaluation/claims.py run --quick`.")
+    write_whole(out / REPORT, to_markdown(found, out))
+    rows = [[record["name"], record["verdict"], "quick" if record["quick"] else "full", f"{record['seconds']:.0f} s"] for record, _ in found]
+    return f"{pipe_table(rows, ['claim', 'verdict', 'budget', 'took'], 'simple')}\n\n{out / REPORT}"
+
+
+def to_markdown(found: Sequence[tuple[ClaimRecord, Path]], out: Path) -> str:
+    """All records as one page with their pictures."""
+    parts = ["# Claims of the papers, checked"]
+    for record, folder in found:
+        criteria = [[escape(item["text"]), f"{item['value']:.4g}", f"{item['se']:.2g}" if item["n"] else "", item["verdict"]] for item in record["criteria"]]
+        rows = [[escape(cell) for cell in row] for row in record["table"]["rows"]]
+        parts += [
+            f"## {escape(record['name'])}: {record['verdict']}",
+            f"*{escape(record['statement'])}* {escape(record['paper'])}.",
+            f"{escape(record['setting'])} {'Quick run.' if record['quick'] else ''} Seeds: {', '.join(map(str, record['seeds'])) or 'nothing is random'}.",
+            pipe_table(criteria, ["criterion", "found", "standard error", "verdict"]),
+            pipe_table(rows, [escape(header) for header in record["table"]["headers"]]),
+            *map(escape, record["remarks"]),
+        ]
+        if (folder / PICTURE_FILE).exists():
+            parts.append(f"![{escape(record['name'])}]({(folder / PICTURE_FILE).relative_to(out).as_posix()})")
+    return "\n\n".join(parts) + "\n"
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 whatever the verdicts, 2 for a mistake in the command."""
+    parser = argparse.ArgumentParser(prog="claims.py", description="Statements of the papers that a CPU can check. Without a command: lists them.")
+    parser.add_argument("command", nargs="?", choices=("list", "run", "report"), default="list")
+    parser.add_argument("names", nargs="*", help="claims to run; none: all")
+    parser.add_argument("--quick", action="store_true", help="a smaller budget; all claims together take at most 15 minutes on two cores")
+    parser.add_argument("--jobs", type=int, default=cores(), help=f"claims at the same time, a core each (default: {cores()})")
+    parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="where records, pictures and claims.md go (default: runs/claims)")
+    options = parser.parse_args(arguments)
+    try:
+        told = {"list": listing, "run": lambda: run(options.names, options.quick, options.out, options.jobs), "report": lambda: report(options.out)}
+        print(told[options.command]())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

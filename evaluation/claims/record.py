@@ -1,0 +1,88 @@
+"""The record of a checked claim, `claim.v1`: claim.json beside claim.png in a folder of its own. Every string in it is data. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from jsonschema_rs import Draft202012Validator
+
+from common.errors import UserError
+from common.files import write_whole
+from evaluation.claims.framework import Claim, Evidence, judge
+
+CLAIM_FILE, PICTURE_FILE = "claim.json", "claim.png"
+SCHEMA_FILE = Path(__file__).with_name("claim.v1.schema.json")
+
+ClaimRecord: TypeAlias = dict[str, Any]
+
+
+def build(claim: Claim, evidence: Evidence, quick: bool, seconds: float, device: str) -> ClaimRecord:
+    """The validated record."""
+    verdict, each = judge(claim, evidence)
+    criteria = []
+    for criterion, outcome in zip(claim.criteria, each, strict=True):
+        estimate = evidence.estimates[criterion.estimate]
+        criteria.append({"text": str(criterion), "value": estimate.value, "se": estimate.se, "n": estimate.n, "verdict": outcome.value})
+    record: ClaimRecord = {
+        "schema": "claim.v1",
+        "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "name": claim.name,
+        "paper": claim.paper,
+        "statement": claim.statement,
+        "setting": claim.setting,
+        "verdict": verdict.value,
+        "criteria": criteria,
+        "table": {"headers": list(evidence.headers), "rows": [list(row) for row in evidence.rows]},
+        "remarks": list(evidence.remarks),
+        "quick": quick,
+        "seeds": list(claim.budget(quick).seeds),
+        "seconds": seconds,
+        "device": device,
+    }
+    validate(record)
+    return record
+
+
+@cache
+def _validator() -> Draft202012Validator:
+    return Draft202012Validator(json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
+
+
+def validate(record: Any) -> None:
+    """Raises UserError with every fault."""
+    if faults := [f"{'.'.join(map(str, error.instance_path)) or 'record'}: {error.message[:300]}" for error in _validator().iter_errors(record)]:
+        raise UserError("; ".join(sorted(faults)))
+
+
+def write_claim(record: Mapping[str, Any], folder: Path) -> Path:
+    """Writes claim.json, whole or not at all."""
+    return write_whole(folder / CLAIM_FILE, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_claim(path: Path) -> ClaimRecord:
+    """A valid record, or a UserError that names the file and the fault."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        validate(record)
+    except (OSError, ValueError, RecursionError) as error:  # a UserError is a ValueError
+        raise UserError(f"{path}: {error}") from error
+    return dict(record)
+
+
+def read_claims(runs: Path, left_out: list[str]) -> list[tuple[ClaimRecord, Path]]:
+    """The newest record of each claim below a folder, in the order of names, with its folder; what is broken is named in `left_out`."""
+    newest: dict[str, tuple[ClaimRecord, Path]] = {}
+    for path in sorted(runs.rglob(CLAIM_FILE)):
+        try:
+            record = read_claim(path)
+        except UserError as error:
+            left_out.append(str(error))
+            continue
+        if record["name"] not in newest or newest[record["name"]][0]["created_utc"] <= record["created_utc"]:
+            newest[record["name"]] = record, path.parent
+    return [newest[name] for name in sorted(newest)]
