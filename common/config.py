@@ -70,13 +70,23 @@ class TrainConfig:
 
 
 @dataclass
+class BudgetConfig:
+    """How long, in the place of train.images, so that runs can be compared at equal cost; schedules follow. The first budget to be reached ends the run."""
+
+    train_macs: float | None = None  # MACs of training, earlier stages included; the images that they allow are counted before the run starts
+    images: int | None = None  # training images
+
+
+@dataclass
 class EvalConfig:
-    """What is sampled and scored after the training."""
+    """What is sampled and scored after the training, and with every_images during it."""
 
     protocol: str = "embedded"  # how the score is computed; see evaluation/README.md
     num_images: int = 1000  # generated images; 0 skips the evaluation
     batch: int = 50  # images sampled at once
     seed: int = 0  # of the noise and of the label order
+    seeds: list[int] = field(default_factory=list)  # several of them, e.g. [0,1,2]: num_images with each, mean and spread are recorded; none: seed alone
+    every_images: int = 0  # a line of curve.jsonl, the scores so far, every so many training images; 0 is off
     ema: str | None = None  # which average to sample with, e.g. 0.999; none: the first one, or the raw weights if there is none; raw: the raw weights
     grid_columns: int = 10  # images a class in the sample grid
 
@@ -134,6 +144,7 @@ class RunConfig:
     seed: int = 0  # of weights, data order, noise and dropout
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     model: Any = None  # the method's own settings
     sample: Any = None  # the method's sampler
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -146,11 +157,12 @@ MIN_EVAL_IMAGES = 20  # one for each group that the evaluator's jackknife leaves
 # Settings that change neither a weight nor a score: two runs that differ only here are the same run.
 INERT_KEYS = (
     "name", "out", "dry_run", "data.workers", "data.broken", "train.threads", "train.trackers", "train.keep_checkpoints", "eval.batch", "eval.grid_columns",
+    "eval.every_images",
 )  # fmt: skip
-INERT_GROUPS = ("cluster.",)
+INERT_GROUPS = ("cluster.", "budget.")  # a budget only says how `train.images` was found
 
 # Keys that came after runs had been made, with the value that those runs had: a run does not become another one because a key was added.
-LATER_KEYS: dict[str, Any] = {"data.modes": "convert", "data.latents": None, "train.hold_images": 0}
+LATER_KEYS: dict[str, Any] = {"data.modes": "convert", "data.latents": None, "train.hold_images": 0, "eval.seeds": []}
 
 # `data=folder` is short for `data.name=folder`.
 GROUPS_WITH_NAME = ("data", "cluster")
@@ -249,13 +261,17 @@ def check(run: RunConfig) -> None:
         "train.preview_images": (train.preview_images, 0), "eval.num_images": (run.eval.num_images, 0), "eval.batch": (run.eval.batch, 1),
         "eval.grid_columns": (run.eval.grid_columns, 1), "data.workers": (run.data.workers, 0), "seed": (run.seed, 0), "cluster.nodes": (run.cluster.nodes, 1),
         "cluster.signal_delay_s": (run.cluster.signal_delay_s, 1), "cluster.max_timeouts": (run.cluster.max_timeouts, 0),
-        "cluster.array_parallelism": (run.cluster.array_parallelism, 1),
+        "cluster.array_parallelism": (run.cluster.array_parallelism, 1), "eval.every_images": (run.eval.every_images, 0),
     }  # fmt: skip
     for key, (value, lowest) in at_least.items():
         if value < lowest:
             raise UserError(f"{key}={value} is too small; it must be at least {lowest}.")
     if 0 < run.eval.num_images < MIN_EVAL_IMAGES:
         raise UserError(f"eval.num_images={run.eval.num_images} is too small; error bars need at least {MIN_EVAL_IMAGES} images, and 0 skips the evaluation.")
+    for key, budget in (("budget.train_macs", run.budget.train_macs), ("budget.images", run.budget.images)):
+        require(budget is None or budget > 0, key, budget, "must be positive")
+    seeds = run.eval.seeds
+    require(len(set(seeds)) == len(seeds) and min(seeds, default=0) >= 0, "eval.seeds", seeds, "must be different numbers from 0 on")
     one_of("train.schedule", train.schedule, ("constant", "cosine", "linear"))
     one_of("train.precision", train.precision, ("auto", "bf16", "fp32"))
     one_of("data.name", run.data.name, ("emoji32", "folder", "tar", "parquet", "arrow", "shards", "synthetic"))
@@ -302,6 +318,11 @@ def ema_names(train: TrainConfig) -> list[str]:
 def evaluated_ema(run: RunConfig) -> str:
     """The name of the average that is sampled with, or "raw"."""
     return run.eval.ema or next(iter(ema_names(run.train)), "raw")
+
+
+def sampling_seeds(run: RunConfig) -> list[int]:
+    """The seeds that the run is sampled with, one evaluation each."""
+    return run.eval.seeds or [run.eval.seed]
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -36,6 +38,17 @@ class StopRequest:
         handled = callable(self._old.get(signal.Signals(self.received))) if self.received else False
         if self.received and not self.answered and (kind is None or handled):  # the default action would hide an error on its way
             signal.raise_signal(self.received)
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Within the block signals do what they did before: for long work after everything is saved, which nobody should have to wait for."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        if self.received:  # since the processes last agreed
+            signal.raise_signal(self.received)
+        yield
+        for number in self._old:
+            signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received:

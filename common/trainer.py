@@ -7,7 +7,7 @@ import importlib.util
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 # (first step, micro-batches of this process a step) -> for each step its micro-batches: uint8 "image", "label", "index"
 MakeBatches = Callable[[int, int], Iterator[list[dict[str, Tensor]]]]
+
+# (every so many images, what is done then). It is also done at a start that takes up a checkpoint of such a moment, since the last start may have been
+# stopped in it: `state.start == state.step` tells. All processes call it, and it cannot disturb the training.
+Interlude = tuple[int, Callable[["TrainState"], None]]
 
 
 class Stopped(Exception):
@@ -78,6 +82,11 @@ def total_steps(settings: TrainConfig) -> int:
 def due(every_images: int, settings: TrainConfig, step: int) -> bool:
     """Whether the step that has just ended was the one that passed a multiple of `every_images`, or was the last."""
     return step == total_steps(settings) or step * settings.batch // every_images > (step - 1) * settings.batch // every_images
+
+
+def due_interludes(interludes: Sequence[Interlude], state: TrainState) -> list[Callable[[TrainState], None]]:
+    """What is to be done at this step of the training."""
+    return [call for every, call in interludes if every and state.step and due(every, state.settings, state.step)]
 
 
 def prepare_batch(batch: dict[str, Tensor], device: torch.device) -> Batch:
@@ -129,7 +138,8 @@ class TrainState:
     meters: Meters
     blank: Method | None = None  # where `method` is spread over the processes: its hollow copy, to sample with
     step: int = 0
-    seconds: float = 0.0  # in the loop, over all resumed parts; previews and checkpoints not counted
+    start: int = 0  # the step that this start took up
+    seconds: float = 0.0  # in the loop, over all resumed parts; interludes and checkpoints not counted
     saved: Path | None = None
 
     @contextlib.contextmanager
@@ -213,6 +223,7 @@ class TrainState:
         place = (self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device)
         self.meters = Meters.of_process(loaded.tensors["meters"], loaded.facts["meter_counts"], *place)
         self.step, self.seconds, self.saved = loaded.facts["step"], loaded.facts["seconds"], path
+        self.start = self.step
 
     def _optimizer_stems(self) -> Iterator[tuple[str, Optimizer]]:
         for phase, optimizers in self.optimizers.items():
@@ -243,12 +254,12 @@ def train(
     seed: int,
     identity: str,
     accelerator: Accelerator,
-    preview: Callable[[TrainState], None] | None = None,
+    interludes: Sequence[Interlude] = (),
     sharding: str = "ddp",
 ) -> TrainState:
     """Trains to `settings.images`, or goes on from the newest whole checkpoint under `folder`.
 
-    sharding: how several processes share the work, "ddp" or "fsdp2" (common/sharding.py). All processes call `preview`.
+    sharding: how several processes share the work, "ddp" or "fsdp2" (common/sharding.py).
     Raises UserError for a non-finite loss or an unwritable folder (the last good checkpoint stays and is named), Stopped after SIGTERM, SIGUSR2 or Ctrl-C.
     """
     micro_batches_a_step = split_batch(settings, accelerator.num_processes)[1]
@@ -275,6 +286,9 @@ def train(
     logger = _Logger(state, steps)
 
     with StopRequest() as request, logger.progress_bar():
+        with logger.paused(), request.lifted():
+            for interlude in due_interludes(interludes, state):
+                interlude(state)
         loader = make_batches(state.step, micro_batches_a_step) if state.step < steps else iter(())
         for step in range(state.step, steps):
             images_seen = step * settings.batch
@@ -305,17 +319,18 @@ def train(
             for ema in state.emas:
                 ema.update(parameters, state.step * settings.batch, settings.batch)
 
-            stop = request.agreed(state.step, last=state.step == steps)
+            pause = due_interludes(interludes, state)
+            stop = request.agreed(state.step, last=bool(pause) or state.step == steps)
             logger.after_step()
-            if stop or due(settings.checkpoint_images, settings, state.step):
+            if stop or pause or due(settings.checkpoint_images, settings, state.step):
                 with logger.paused():
                     state.save()
             if stop:
                 assert state.saved is not None
                 raise Stopped(stop, state.saved)
-            if preview and settings.preview_images and due(settings.preview_images, settings, state.step):
-                with logger.paused():
-                    preview(state)
+            with logger.paused(), request.lifted() if pause else contextlib.nullcontext():
+                for interlude in pause:
+                    interlude(state)
     if state.saved is None:
         state.save()
     return state

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.config import sampling_seeds
 from common.errors import UserError
 from common.progress import progress_bar
 from evaluation.class_accuracy import fit_discriminant
@@ -156,14 +157,14 @@ def evaluate_method(
 ) -> Evaluation:
     """Samples `run.eval.num_images` images from a method and measures them against its data; every process takes part.
 
-    cache: the folder for the features of the real images, shared by all runs. seeds: sampling seeds, `run.eval.seed` alone if there are none;
+    cache: the folder for the features of the real images, shared by all runs. seeds: sampling seeds, the run's own if there are none;
     with several the metrics are means over as many sets of images.
     """
     check_enough("generated", run.eval.num_images)
     extractor = EmbeddedExtractor(device)
     reference = load_reference(source, extractor, cache)
     clock, parts = Clock(), []
-    for seed in seeds or (run.eval.seed,):
+    for seed in seeds or sampling_seeds(run):
         labels = balanced_labels(run.eval.num_images, source.info.num_classes, seed)
         images = generate(method, run.sample, labels, seed, run.eval.batch, device)
         parts.append(evaluate(progress(clock.timed(images), len(labels), "evaluating"), labels, extractor, reference))

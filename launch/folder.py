@@ -7,6 +7,7 @@ failure.json     why the last job failed, and where its log is
 starts.jsonl     one line a start: command, packages, machine, git state
 code.diff        uncommitted changes, if there were any
 metrics.jsonl    one line a logging interval
+curve.jsonl      scores during training, with eval.every_images (evaluation/curve.py)
 training.png     the curves of metrics.jsonl
 previews/        sample grids during training
 samples.png      one row a class; the same noise and labels for every method

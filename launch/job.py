@@ -5,6 +5,7 @@ Every part can be repeated: a run that was stopped anywhere goes on from what is
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,21 +17,24 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 
 from common import checkpoint
 from common.config import RunConfig, evaluated_ema, identity, run_folder
 from common.datasets import DataSource, load_data
 from common.errors import UserError
-from common.files import read_rows
+from common.files import read_rows, write_whole
 from common.hardware import peak_bytes, reset_peak
 from common.loader import TrainingPlan, training_batches
 from common.pictures import image_grid, nearest, neighbour_picture, save_png, training_curves
 from common.seeds import derive
-from common.trainer import Stopped, TrainState, make_accelerator, split_batch, train
-from evaluation.evaluate import evaluate_method
+from common.trainer import Stopped, TrainState, make_accelerator, split_batch, total_steps, train
+from evaluation.curve import CURVE, read_curve
+from evaluation.evaluate import Evaluation, evaluate_method
 from evaluation.generate import generate, quantise
 from evaluation.leaderboard import read_records, to_terminal
+from evaluation.protocol import protocol_hash
 from evaluation.reconstruction import evaluate_reconstruction
 from evaluation.record import read_record, write_record
 from launch import record
@@ -137,7 +141,8 @@ def train_job(job: Job) -> TrainState:
     plan = TrainingPlan(job.source.train.labels, run.train.batch, run.seed, job.source.balanced, run.data.flip)
     micro_batch, _ = split_batch(run.train, job.accelerator.num_processes)
     batches = partial(_batches, job, plan, micro_batch)
-    return train(method, run.train, batches, job.folder, run.seed, identity(run), job.accelerator, partial(draw_preview, job), run.cluster.sharding)
+    interludes = [(run.train.preview_images, partial(draw_preview, job)), (run.eval.every_images if run.eval.num_images else 0, partial(score_preview, job))]
+    return train(method, run.train, batches, job.folder, run.seed, identity(run), job.accelerator, interludes, run.cluster.sharding)
 
 
 def _batches(job: Job, plan: TrainingPlan, micro_batch: int, start_step: int, accumulation: int) -> Iterator[list[dict[str, torch.Tensor]]]:
@@ -162,12 +167,12 @@ def sample_grid(job: Job, method: Method) -> tuple[NDArray[np.uint8], list[str]]
 
 def draw_preview(job: Job, state: TrainState) -> None:
     """A small grid during training, from the main process; the weights may take all processes to put together."""
+    picture = job.folder / f"previews/images-{state.step * job.run.train.batch:09d}.png"
     with state.weights(evaluated_ema(job.run)) as method:
-        if job.main:
-            folder = job.folder / "previews"
-            folder.mkdir(exist_ok=True)
+        if job.main and not (state.step == state.start and picture.exists()):
+            picture.parent.mkdir(exist_ok=True)
             images, names = sample_grid(job, method) if job.generates else reconstruction_grid(job, method)
-            save_png(image_grid(images, job.run.eval.grid_columns, names), folder / f"images-{state.step * job.run.train.batch:09d}.png")
+            save_png(image_grid(images, job.run.eval.grid_columns, names), picture)
 
 
 def draw_job(job: Job, state: TrainState) -> None:
@@ -225,14 +230,32 @@ def draw_neighbours(job: Job, samples: NDArray[np.uint8]) -> None:
 # -- evaluation -----------------------------------------------------------------------------------------------------------------
 
 
+def score(job: Job, state: TrainState) -> Evaluation:
+    """The scores of the run as it is now; noise and labels are the same whenever it is asked."""
+    with state.weights(evaluated_ema(job.run)) as method:
+        evaluate = evaluate_method if job.generates else evaluate_reconstruction
+        return evaluate(method, job.run, job.source, job.accelerator.device, cache=Path(job.run.out) / ".references")
+
+
+def score_preview(job: Job, state: TrainState) -> None:
+    """A line of curve.jsonl during training; the end of the training has none, its scores are the record's."""
+    images = state.step * job.run.train.batch
+    points = read_curve(job.folder / CURVE)
+    known = state.step == state.start and any(point["images"] == images for point in points)
+    if state.step == total_steps(job.run.train) or broadcast_object_list([known])[0]:
+        return
+    scores = score(job, state)
+    if job.main:
+        macs = record.training_macs(job.run, job.model, job.source, state.step, job.accelerator.num_processes)
+        point = {"images": images, "macs_train": macs, "protocol_hash": protocol_hash(scores.protocol), "metrics": scores.metrics}
+        earlier = [each for each in points if each["images"] < images]  # later ones are of a start whose last steps were lost
+        write_whole(job.folder / CURVE, "".join(json.dumps(each) + "\n" for each in (*earlier, point)))
+
+
 def evaluate_job(job: Job, state: TrainState, training_peak: int) -> None:
     """Samples, scores, and writes result.json, which marks the run as finished."""
-    result = None
     reset_peak(job.accelerator.device)
-    if job.run.eval.num_images:
-        with state.weights(evaluated_ema(job.run)) as method:
-            evaluate = evaluate_method if job.generates else evaluate_reconstruction
-            result = evaluate(method, job.run, job.source, job.accelerator.device, cache=Path(job.run.out) / ".references")
+    result = score(job, state) if job.run.eval.num_images else None
     if job.main:
         peaks = (training_peak, peak_bytes(job.accelerator.device))
         write_record(record.build(job.run, job.model, job.earlier, job.folder, job.source, job.info, state, result, peaks), job.folder / RESULT)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common import checkpoint
-from common.config import RunConfig, evaluated_ema
+from common.config import RunConfig, evaluated_ema, sampling_seeds
 from common.cost import on_meta, parameter_counts, sampling_cost, training_cost
 from common.datasets import DataSource
 from common.hardware import device_name, peak_kind
@@ -60,7 +60,7 @@ def build(
             "ema_kind": evaluated_ema(run),
         },
         "code": {**git_state(), "package_versions": package_versions()},
-        "seeds": {"train": run.seed, "sample": [run.eval.seed]},
+        "seeds": {"train": run.seed, "sample": sampling_seeds(run)},
         "train": {
             "epochs": images_seen / max(1, source.info.num_train),
             "images_seen": images_seen,
@@ -71,6 +71,7 @@ def build(
             "device_seconds": state.seconds * processes,
             "device": device,
             "images_per_s": images_seen / state.seconds if state.seconds else None,
+            "budget": dataclasses.asdict(run.budget),
         },
         "pretrained_components": [dataclasses.asdict(component) for component in told.pretrained],
         "parents": earlier,
@@ -137,8 +138,9 @@ def system(run: RunConfig, space: str, told: Description) -> dict[str, Any]:
 def speed(run: RunConfig, evaluation: Evaluation | None, processes: int, device: str, dtype: str) -> dict[str, Any]:
     """Sampling throughput as it was during the evaluation; `evaluation/speed.py` measures it on its own."""
     seconds = evaluation.sampling_seconds if evaluation else 0.0
+    made = run.eval.num_images * (len(sampling_seeds(run)) if get_class(run.method).task == "generation" else 1)
     return {
-        "images_per_s": run.eval.num_images / seconds if seconds else None,
+        "images_per_s": made / seconds if seconds else None,
         "latency_s_b1": None,
         "batch": run.eval.batch * processes,
         "dtype": dtype,

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 
 from common.config import RunConfig, describe, load_presets, resolve, split_overrides, sweep
 from common.errors import UserError
+from launch.budget import within_budget
 from launch.sites import with_site
 from methods import get_spec, registered
 
@@ -26,6 +27,7 @@ pixlat: pixel space against latent space in image generation
   python launch/run.py method=jit preset=imagenet256-h dry_run=true    what it would do and cost; writes nothing
   python launch/run.py method=jit preset=imagenet256-b data.path=... cluster=slurm cluster.partition=... cluster.nodes=4 cluster.gpus_per_node=8
                                                                    cluster.timeout_min=1440    the same as a job; a sweep is one array
+  python launch/run.py method=jit,pmf budget.train_macs=1e13 eval.every_images=6400    runs of equal cost, scored as they train
   python launch/status.py                                          how all runs are: state, progress, time left, log
 
 The same command again resumes the run, or says that it is finished. It never overwrites.
@@ -57,6 +59,9 @@ def _key_line(key: str, kind: str, default: str, meaning: str) -> str:
 def configurations(arguments: Sequence[str]) -> list[RunConfig]:
     """The runs that the command line asks for, checked, in order."""
     choices = [with_site(choice) for choice in sweep(split_overrides(arguments))]
+    for choice in choices:
+        if "train.images" in choice and (budget := next((key for key in choice if key.startswith("budget.")), None)):
+            raise UserError(f"train.images={choice['train.images']} and {budget}={choice[budget]} both say how long the training is. Keep one.")
     runs = [resolve(get_spec(choice.get("method", RunConfig.method)), choice) for choice in choices]
     if len({(run.cluster.name, run.out, run.dry_run) for run in runs}) > 1:
         raise UserError("cluster, out and dry_run cannot be swept: give the command once for each.")
@@ -70,7 +75,7 @@ def main() -> int:
         print(help_text())
         return 0
     try:
-        runs = configurations(arguments)
+        runs = [within_budget(run) for run in configurations(arguments)]
         if runs[0].cluster.name != "here":
             from launch.cluster import submit_all
 

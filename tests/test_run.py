@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 from common import synthetic
 from common.checkpoint import latest
 from common.meters import read_rows
+from evaluation.curve import read_curve
 from evaluation.record import read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ("model.depth=2", "model.width=16", "model.heads=2", "model.patch=4", "model.bottleneck=8", "model.context_tokens=2", "model.context_start=1")
 TRAIN = ("train.images=320", "train.batch=16", "train.warmup_images=0", "train.log_images=32", "train.checkpoint_images=48", "train.preview_images=160")
-EVAL = ("eval.num_images=24", "eval.batch=10", "eval.grid_columns=3", "sample.steps=3")
+EVAL = ("eval.num_images=24", "eval.every_images=160", "eval.batch=10", "eval.grid_columns=3", "sample.steps=3")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,7 @@ def outcome(folder: Path) -> dict:
     return {
         "weights": {file.name: load_file(file) for file in sorted(checkpoint.glob("*.safetensors"))},
         "metrics": metrics,
+        "curve": read_rows(folder / "curve.jsonl"),
         "scores": read_record(folder / "result.json")["metrics"],
         "pictures": {name: pixels.tobytes() for name, pixels in pictures.items()},
     }
@@ -66,7 +68,7 @@ def assert_same(a: dict, b: dict) -> None:
     for name, tensors in a["weights"].items():
         for key, value in tensors.items():
             assert torch.equal(value, b["weights"][name][key]), (name, key)
-    for part in ("metrics", "scores", "pictures"):
+    for part in ("metrics", "curve", "scores", "pictures"):
         assert a[part] == b[part], part
 
 
@@ -87,6 +89,7 @@ def test_the_run_folder_is_complete_and_named_at_the_end(finished):
     for name in ("samples.png", "neighbours.png", "training.png", "metrics.jsonl", "result.json"):
         assert (finished / name).stat().st_size > 0
         assert str(finished / name) in printed
+    assert [point["images"] for point in read_curve(finished / "curve.jsonl")] == [160]
     for name in ("config.yaml", "starts.jsonl", "previews/images-000000160.png", "previews/images-000000320.png"):
         assert (finished / name).exists(), name
     first = json.loads((finished / "starts.jsonl").read_text().splitlines()[0])
@@ -116,27 +119,28 @@ def test_other_settings_in_the_same_folder_are_refused(images, finished):
     assert result.returncode == 2 and "train.lr: " in result.stderr and "another name=" in result.stderr
 
 
-def killed(arguments: list[str], after: float) -> bool:
-    """Starts a run and kills it without warning after so many seconds, unless it is over by then."""
+def killed(arguments: list[str], number: signal.Signals, after: float) -> bool:
+    """Starts a run and sends it a signal after so many seconds, unless it is over by then."""
     child = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         child.communicate(timeout=after)
         return False
     except subprocess.TimeoutExpired:
-        child.send_signal(signal.SIGKILL)
+        child.send_signal(number)
         child.communicate()
         return True
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_kill_minus_nine_at_any_moment_changes_nothing(images, finished, tmp_path, seed):
-    """Killed without warning again and again, at random times, in training, checkpoint writing, drawing or evaluation."""
+def test_kills_at_any_moment_change_nothing(images, finished, tmp_path, seed):
+    """Killed again and again, at random times, in training, scores, checkpoint writing, drawing or evaluation; tests/soak.py does it to the demo."""
     rng = random.Random(seed)
     seconds = float((finished.parent / "seconds").read_text())
     kills = 0
     while kills == 0:  # a machine that is less busy now than when the run was measured may finish before the first kill
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        kills = sum(killed(command(images, tmp_path), rng.uniform(0.3, 0.8) * seconds) for _ in range(6))
+        signals = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGUSR2, signal.SIGKILL, signal.SIGTERM)
+        kills = sum(killed(command(images, tmp_path), number, rng.uniform(0.3, 0.8) * seconds) for number in signals)
         seconds /= 2
     assert start(command(images, tmp_path)).returncode == 0
     assert_same(outcome(finished), outcome(tmp_path / "run"))

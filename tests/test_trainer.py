@@ -215,7 +215,7 @@ def test_previews_and_evaluation_cannot_disturb_training(tmp_path):
     from common.trainer import train
     from methods.jit.config import JiTSample
 
-    config = settings(preview_images=24)
+    config = settings()
     plan = TrainingPlan(toy_images().labels, config.batch, 3, balanced=True)
 
     def preview(state):
@@ -225,7 +225,7 @@ def test_previews_and_evaluation_cannot_disturb_training(tmp_path):
 
     batches = partial(batches_until, toy_images(), plan, config, 0, 1, None)
     (tmp_path / "seen").mkdir()
-    seen = train(tiny_jit(), config, batches, tmp_path / "seen", 3, "toy", make_accelerator(config), preview)
+    seen = train(tiny_jit(), config, batches, tmp_path / "seen", 3, "toy", make_accelerator(config), [(24, preview)])
     assert_equal_states(state_of(fit(tiny_jit(), tmp_path / "plain")), state_of(seen))
 
 
