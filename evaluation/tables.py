@@ -142,26 +142,28 @@ LATEX = {
     "-": "-{}", "'": r"\textquotesingle{}", "±": r"$\pm$", "↓": r"$\downarrow$", "↑": r"$\uparrow$",
 }  # fmt: skip
 
+FITTED = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
+
 
 def latex_escape(text: str) -> str:
-    """Any string as LaTeX that prints it. `-{}` keeps two hyphens from becoming a dash."""
-    return "".join(LATEX.get(character, character) for character in printable(text))
+    """Any string as LaTeX that prints it, beyond Latin-1 by its code points, which any engine can. `-{}` keeps two hyphens from becoming a dash."""
+    return "".join(LATEX.get(c, c if ord(c) < 256 else f"U+{ord(c):04X}") for c in printable(text))
 
 
 def to_latex(records: Records) -> str:
     """A booktabs table for each protocol and guidance, in the essential columns."""
-    parts = [r"% \usepackage{booktabs}, \usepackage{textcomp}, \usepackage[T1]{fontenc}"]
+    parts = [r"% \usepackage{booktabs} \usepackage{graphicx} \usepackage{textcomp} \usepackage[T1]{fontenc}"]
     parts += [latex_table(section, group) for section in sections(records.rows) for group in section.groups]
     return "\n\n".join(parts) + "\n"
 
 
 def latex_table(section: Section, group: Group) -> str:
-    """One table environment; its caption carries the protocol's hash."""
+    """One table environment, no wider than the text; its caption carries the protocol's hash."""
     columns = [column for column in columns_of(group) if column.essential]
     rows = body(group, columns, latex_escape, partial("\\textbf{{{}}}".format))
     headers = ["", *(latex_escape(column.header) for column in columns)]
     alignment = "r" + "".join("l" if column.key in ("run", "method") else "r" for column in columns)
     caption = f"{latex_escape(metric_style(group.primary).label)}, {group.heading.lower()}. Protocol {latex_escape(section.name)}. {BEST_NOTE}"
-    lines = [r"\begin{table}[t]", r"\centering", rf"\caption{{{caption}}}", rf"\begin{{tabular}}{{{alignment}}}", r"\toprule"]
+    lines = [r"\begin{table}[t]", r"\centering", rf"\caption{{{caption}}}", FITTED, rf"\begin{{tabular}}{{{alignment}}}", r"\toprule"]
     lines += [" & ".join(headers) + r" \\", r"\midrule", *(" & ".join(row) + r" \\" for row in rows)]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"])

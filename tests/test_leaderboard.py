@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -150,6 +151,20 @@ def test_latex_prints_strings_and_never_runs_them(name):
     harmless = re.sub(r"\\(text[a-z]+\{\}|[{}$&#%_]|textbf|pm)", "", latex_escape(name)).replace("-{}", "")
     assert not re.search(r"[\\{}$&#%_^~<>|\"]", harmless)
     assert text.count(r"\begin{") == text.count(r"\end{") == 2
+
+
+def test_latex_compiles_whatever_the_names_and_fits_the_page(tmp_path):
+    if not shutil.which("pdflatex"):
+        reason = "LaTeX is not installed: apt-get install -y --no-install-recommends texlive-latex-recommended"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    characters = ["".join(map(chr, range(start, start + 32))) for start in range(0, 256, 32)]
+    text = to_latex(Records([record(name, 50.0 + i) for i, name in enumerate([*HOSTILE, *characters, "日本 \U0001f388", "x" * 200])], []))
+    preamble = text.splitlines()[0].removeprefix("% ")
+    (tmp_path / "table.tex").write_text(f"\\documentclass{{article}}{preamble}\\begin{{document}}\n{text}\\end{{document}}\n")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-draftmode", "table.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -164,7 +164,7 @@ function logScale(values) {
   const round = d3.scaleLog(domain, [0, 1]).ticks(6);
   const choices = [/./, /^[125]e/, /^[12]e/, /^1e/].map((first) => round.filter((tick) => first.test(tick.toExponential())));
   const few = choices.find((ticks) => ticks.length <= 7) || choices.at(-1);
-  return { type: "log", domain, ticks: few.length > 1 ? few : d3.ticks(...domain, 5) };
+  return { type: "log", domain, ticks: few.length > 1 ? few : d3.ticks(...domain, 3) };
 }
 
 function tickText(tick) {
