@@ -28,6 +28,7 @@ from common.files import read_rows
 from evaluation.record import read_record
 from launch.cluster import submit_all
 from launch.run import configurations
+from launch.snapshot import PACKAGES as CODE
 from launch.stages import stage_runs
 from methods import get_spec, registered
 
@@ -197,15 +198,23 @@ def test_a_sweep_is_one_array_with_a_limit_and_survives_the_death_of_a_node(slur
     slurm.wait_idle([node], 30)
 
 
-def test_a_cancelled_run_saves_and_is_not_queued_again(slurm, out, submit):
-    (job,) = submit("method=jit", *SMALL, *SLURM, *TWO_NODES, "train.images=1600000", "name=cancelled")
+def test_a_run_goes_on_after_its_time_limit_and_not_after_it_is_cancelled(slurm, out, submit):
+    """Slurm itself signals at the limit of a minute, which it checks every half minute; then the limit is raised, and the run cancelled."""
+    endless = ("method=jit", *SMALL, *SLURM, *TWO_NODES, "train.images=16000000", "name=cancelled", "cluster.timeout_min=1", "cluster.signal_delay_s=40")
+    (job,) = submit(*endless)
     folder = out / "cancelled"
     assert wait_for(lambda: training(folder), SECONDS)
-    assert not submit("method=jit", *SMALL, *SLURM, *TWO_NODES, "train.images=1600000", "name=cancelled"), "it works already"
+    assert not submit(*endless), "it works already"
+    assert wait_for(lambda: field(slurm, job, "Restarts") == "1", 120)
+    slurm.client("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    saved = int(log_of(folder).split("stopped by SIGUSR2; saved ")[1].split("step-")[1][:8])
+    assert wait_for(lambda: [row for row in read_rows(folder / "metrics.jsonl") if row["step"] > saved + 11], SECONDS)
+    steps = [row["step"] for row in read_rows(folder / "metrics.jsonl")]
+    assert steps == list(range(11, steps[-1] + 1, 11)) and len(read_rows(folder / "starts.jsonl")) == 2, "no step is lost, none is taken twice"
     slurm.client("scancel", job)
     assert wait_for(lambda: not slurm.client("squeue", "--noheader", "--jobs", job).strip(), 60)
     row = statuses(slurm, out)["cancelled"]
-    assert row["state"] == "stopped" and field(slurm, job, "JobState") == "CANCELLED" and field(slurm, job, "Restarts") == "0"
+    assert row["state"] == "stopped" and field(slurm, job, "JobState") == "CANCELLED" and field(slurm, job, "Restarts") == "1"
     assert latest(folder / "checkpoints") is not None and "stopped by SIGTERM; saved" in log_of(folder)
 
 
@@ -217,29 +226,46 @@ def test_gpus_are_requested_and_a_machine_that_cannot_use_them_is_named(slurm, o
     assert wait_for(lambda: field(slurm, job, "JobState") == "FAILED", SECONDS, 0.5)
     row = statuses(slurm, out)["gpus"]
     assert row["state"] == "failed" and "was to give 2 GPUs (given: 0,1)" in row["reason"] and "cluster.exclude=127.0.0.1" in row["reason"]
-    assert row["log"] in row["reason"] and "error: 127.0.0.1" in Path(row["log"]).read_text()
+    log = Path(row["reason"].rpartition("Log: ")[2])  # of the process that failed first
+    assert log.parent == Path(row["log"]).parent and "error: 127.0.0.1" in log.read_text()
     assert "gpu" in field(slurm, job, "TresPerNode")
 
 
-def test_every_method_trains_on_two_nodes(slurm, out, submit):
-    """With earlier stages of two steps, which are dependencies."""
-    shortest = ("train.images=32", "train.batch=16", "train.warmup_images=0", "train.preview_images=0", "eval.num_images=0", "eval.grid_columns=1")
-    jobs: dict[str, str] = {}
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of the code in which every method has a preset `tiny`: its demo for two steps."""
+    root = tmp_path / "checkout"
+    for package in CODE:
+        shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in registered():
+        spec = get_spec(name)
+        model = {"stat_images": 16} if hasattr(spec.config, "stat_images") else {}
+        train = {"images": 32, "batch": 16, "warmup_images": 0, "preview_images": 0}
+        preset = {"extends": "demo", "model": model, "train": train, "eval": {"num_images": 0, "grid_columns": 1}}
+        with (root / Path(spec.presets).relative_to(ROOT)).open("a") as file:
+            file.write(f"\ntiny: {json.dumps(preset)}\n")
+    return root
 
-    def start(name: str) -> None:
-        stages = {key: run.method for key, run in stage_runs(resolve(get_spec(name), {"data.name": "folder", "data.image_size": "32"})).items()}
-        for stage in stages.values():
-            start(stage)
-        if name in jobs:
-            return
-        earlier = [f"model.{key}={out / stage}" for key, stage in stages.items()]
-        waiting = [f"cluster.dependency=afterok:{':'.join(jobs[stage] for stage in stages.values())}"] if stages else []
-        statistics = ["model.stat_images=16"] if hasattr(get_spec(name).config, "stat_images") else []
-        (jobs[name],) = submit(f"method={name}", *shortest, *statistics, *SLURM, *TWO_NODES, *earlier, *waiting, f"name={name}")
 
-    for name in sorted(registered()):
-        start(name)
-    for name in jobs:
-        finish(slurm, out / name)
-        assert read_record(out / name / "result.json")["train"]["images_seen"] == 32
-        assert "Traceback" not in log_of(out / name)
+def test_every_method_trains_on_two_nodes_and_its_earlier_stages_before_it(slurm, out, settle, checkout):
+    """One sweep from one command: an array for what can start at once, and jobs that depend on it."""
+    methods = sorted(registered())
+    arguments = settle(*SLURM, *TWO_NODES, f"method={','.join(methods)}", "preset=tiny", "cluster.array_parallelism=2")
+    told = subprocess.run([sys.executable, str(checkout / "launch/run.py"), *arguments], env=slurm.environment, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    folders = {name: next(out.glob(f"{name}-folder-tiny-seed0-*")) for name in methods}
+    jobs = {name: read_rows(folder / "jobs.jsonl")[-1]["job"] for name, folder in folders.items()}
+    stages = {name: [run.method for run in stage_runs(resolve(get_spec(name), {"data.name": "folder", "data.image_size": "32"})).values()] for name in methods}
+    assert any(stages.values()) and set(jobs_of(told.stdout)) == set(jobs.values())
+    rows = statuses(slurm, out)
+    for name, earlier in stages.items():
+        for stage in earlier:
+            assert field(slurm, jobs[name], "Dependency").startswith(f"afterok:{jobs[stage]}"), "submitted before the earlier stage has ended"
+            assert (rows[folders[name].name]["state"], rows[folders[name].name]["reason"]) == ("waiting", "Dependency")
+    for name, folder in folders.items():
+        finish(slurm, folder)
+        record = read_record(folder / "result.json")
+        assert record["train"]["images_seen"] == 32 and "Traceback" not in log_of(folder)
+        built_on = {parent["method"]: parent["checkpoint_sha256"] for parent in record["parents"]}
+        for stage in stages[name]:
+            assert built_on[stage] == read_record(folders[stage] / "result.json")["checkpoint"]["sha256"]
