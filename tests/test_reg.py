@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from reg_models import CHANNELS, INFO, SIDE, SMALL, Impulses, batch, make, randomized
 
-from common.blocks import sincos_table
+from common.blocks import projector, sincos_table
 from common.cost import count_macs, parameter_counts, sampling_cost, training_cost
 from common.errors import UserError
 from common.seeds import Noise, seed_step
 from methods.reg.config import RegConfig, RegSample, SitSample
 from methods.reg.method import Draws, RegMethod, is_guided, ode_times, sde_times
-from methods.reg.network import LatentTransformer, Prediction, Shape, projector
+from methods.reg.network import LatentTransformer, Prediction, Shape
 from methods.reg.path import draw_times, drift, mix
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}

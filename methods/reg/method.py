@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.blocks import projector
 from common.config import require
 from common.encoders.representation import build_encoder
 from common.latents import FeatureTable
@@ -23,7 +24,7 @@ from common.seeds import Noise
 from methods.base import Batch, Component, DataInfo, Description
 from methods.reg.config import RegConfig, RegSample, RepaConfig, SitConfig, SitSample
 from methods.reg.latent import LatentMethod
-from methods.reg.network import Prediction, Shape, projector
+from methods.reg.network import Prediction, Shape
 from methods.reg.path import Mix, draw_times, drift, mix
 from methods.reg.reference import from_released
 

@@ -12,10 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common.blocks import SinusoidalEmbedding, attend, initialize_linears, sincos_table, unpatchify
-
-QK_NORM_EPS = 1e-5
-NORM_EPS = 1e-6
+from common.blocks import NORM_EPS, DitBlock, SinusoidalEmbedding, initialize_linears, modulate, plain_norm, sincos_table, unpatchify
 
 
 @dataclass(frozen=True)
@@ -43,16 +40,6 @@ class Prediction(NamedTuple):
     hidden: Tensor | None  # (B, N, D), the tokens after the block that was asked for; REG's class token is the first
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
-
-
-def layer_norm(width: int) -> nn.LayerNorm:
-    """Layer norm whose scale and shift come from elsewhere."""
-    return nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
-
-
 class PatchEmbed(nn.Module):
     """Patches to tokens, rows first."""
 
@@ -75,59 +62,12 @@ class ClassEmbed(nn.Module):
         return self.embedding_table(labels)
 
 
-class Attention(nn.Module):
-    """Multi-head attention. The rows of `qkv` are q | k | v, each head-major."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.heads, self.exact = shape.heads, shape.exact_attention
-        head_dim = shape.width // shape.heads
-        self.qkv = nn.Linear(shape.width, 3 * shape.width)
-        self.q_norm = nn.LayerNorm(head_dim, eps=QK_NORM_EPS) if shape.qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(head_dim, eps=QK_NORM_EPS) if shape.qk_norm else nn.Identity()
-        self.proj = nn.Linear(shape.width, shape.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, K)
-        out = attend(self.q_norm(q), self.k_norm(k), v, exact=self.exact)
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    """Linear, tanh-approximated GELU, Linear."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.act = nn.GELU(approximate="tanh")
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """x += gate Attention(modulated norm(x)), then the same with the MLP; shifts, scales and gates come from the condition (adaLN-zero)."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.norm1, self.attn = layer_norm(shape.width), Attention(shape)
-        self.norm2, self.mlp = layer_norm(shape.width), Mlp(shape.width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(shape.width, 6 * shape.width))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x (B, N, D), condition time + class (B, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).unsqueeze(1).chunk(6, dim=-1)
-        x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
-        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
-
-
 class FinalLayer(nn.Module):
     """Modulated norm, then one linear map for the image tokens and, in REG, one for the class token, which shares the modulation."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.norm_final = layer_norm(shape.width)
+        self.norm_final = plain_norm(shape.width)
         self.linear = nn.Linear(shape.width, shape.patch**2 * shape.outputs)
         self.linear_cls = nn.Linear(shape.width, shape.class_token) if shape.class_token else None
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(shape.width, 2 * shape.width))
@@ -152,7 +92,7 @@ class LatentTransformer(nn.Module):
         self.x_embedder = PatchEmbed(shape.channels, shape.patch, shape.width)
         self.t_embedder = SinusoidalEmbedding(shape.width)
         self.y_embedder = ClassEmbed(shape.num_classes, shape.width)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.depth))
+        self.blocks = nn.ModuleList(DitBlock(shape.width, shape.heads, shape.qk_norm, shape.exact_attention) for _ in range(shape.depth))
         self.final_layer = FinalLayer(shape)
         if shape.class_token:
             self.cls_projectors2 = nn.Linear(shape.class_token, shape.width)
@@ -188,13 +128,3 @@ class LatentTransformer(nn.Module):
             hidden = x if number == hidden_after else hidden
         tokens, token = self.final_layer(x, condition)
         return Prediction(unpatchify(tokens, self.shape.patch, self.shape.outputs), token, hidden)
-
-
-def projector(width: int, hidden: int, outputs: int) -> nn.Sequential:
-    """REPA's map from the transformer's tokens to the teacher's: three linear layers with SiLU between them."""
-    layers = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
-    for layer in layers:
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-    return layers
