@@ -19,6 +19,7 @@ SLOPE = 0.2  # of the leaky ReLUs
 NORM_EPS = 1e-6
 GRADIENT_FLOOR = 1e-6  # added to the adversarial gradient's norm
 MAX_WEIGHT = 1e4
+POWER_ITERATIONS = 30  # before the first step
 
 
 # -- losses ---------------------------------------------------------------------------------------------------------------------
@@ -104,6 +105,15 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
+def normed(layer: nn.Module) -> nn.Module:
+    """The layer under a spectral norm whose estimate is good from the start: a generator may be judged before the discriminator's first step."""
+    normed: nn.Module = spectral_norm(layer)
+    for hook in normed._forward_pre_hooks.values():
+        for _ in range(POWER_ITERATIONS):
+            hook.compute_weight(normed, do_power_iteration=True)  # type: ignore[attr-defined]
+    return normed
+
+
 class TokenNorm(nn.Module):
     """Normalises each channel of each sample over its tokens, then scales and shifts: batch norm with virtual batches of one sample."""
 
@@ -114,12 +124,11 @@ class TokenNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, N), in float32 at least, to the same shape and type."""
-        normed = F.instance_norm(x.float(), weight=self.weight, bias=self.bias, eps=NORM_EPS)
-        return normed.to(x.dtype)
+        return F.instance_norm(x.float(), weight=self.weight, bias=self.bias, eps=NORM_EPS).to(x.dtype)
 
 
 def _convolution(channels: int, out: int, kernel: int) -> nn.Module:
-    return spectral_norm(nn.Conv1d(channels, out, kernel, padding=kernel // 2, padding_mode="circular"))
+    return normed(nn.Conv1d(channels, out, kernel, padding=kernel // 2, padding_mode="circular"))
 
 
 def _activated(channels: int, kernel: int) -> nn.Sequential:
@@ -164,10 +173,10 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         inputs = (channels, *widths[:-1])
         self.layers = nn.ModuleList(
-            spectral_norm(nn.Conv2d(c, width, 3, padding=1) if level == 0 else nn.Conv2d(c, width, 4, stride=2, padding=1))
+            normed(nn.Conv2d(c, width, 3, padding=1) if level == 0 else nn.Conv2d(c, width, 4, stride=2, padding=1))
             for level, (c, width) in enumerate(zip(inputs, widths, strict=True))
         )
-        self.out = spectral_norm(nn.Conv2d(widths[-1], 1, 3, padding=1))
+        self.out = normed(nn.Conv2d(widths[-1], 1, 3, padding=1))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) to logits (B, h * w)."""

@@ -133,6 +133,14 @@ def vectors(module):
     return {name: value.clone() for name, value in module.layers.state_dict().items() if name.endswith("_u")}
 
 
+def test_spectral_norms_are_right_before_the_first_step():
+    torch.manual_seed(0)
+    network = PatchDiscriminator(3, (32, 64, 128)).eval()
+    network(torch.zeros(1, 3, 16, 16))
+    largest = [torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() for layer in (*network.layers, network.out)]
+    assert largest == pytest.approx([1.0] * 4, rel=0.03)
+
+
 def test_spectral_norms_are_frozen_while_evaluating_and_improve_at_each_training_forward():
     torch.manual_seed(0)
     network = PatchDiscriminator(3, (8, 16))
