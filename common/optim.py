@@ -42,6 +42,7 @@ def build_optimizers(groups: Iterable[ParamGroup], train: TrainConfig) -> list[O
     for group in groups:
         weight_decay = train.weight_decay if group.weight_decay is None else group.weight_decay
         options = {"params": group.params, "lr_scale": group.lr_scale, "weight_decay": weight_decay, "split": group.split}
+        options |= {} if group.betas is None else {"betas": group.betas}
         by_kind.setdefault(group.kind, []).append(options)
     if unknown := by_kind.keys() - BUILDERS.keys():
         raise UserError(f"optimizer kinds {sorted(unknown)} are not known. Kinds: {', '.join(BUILDERS)}.")

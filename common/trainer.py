@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -344,6 +345,7 @@ class _Logger:
         self.steps = steps
         self.main = state.accelerator.is_main_process
         self.file = state.folder / "metrics.jsonl"
+        self.alarmed: set[str] = set()
         if self.main:
             truncate_rows(self.file, state.step)
         if state.settings.trackers:
@@ -384,6 +386,10 @@ class _Logger:
             lr = learning_rate(state.settings, (state.step - 1) * state.settings.batch)
             row = {"step": state.step, "images": state.step * state.settings.batch, **means, "lr": lr}
             append_row(self.file, row | {"images_per_s": images / seconds, "seconds": state.seconds})
+            for name, alarm in state.method.alarms(means).items():
+                if name not in self.alarmed:
+                    self.bar.write(f"warning after {row['images']} images: {alarm}", sys.stderr)
+                    self.alarmed.add(name)
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in means.items() if name.endswith("loss")})
         if state.settings.trackers:
             state.accelerator.log(means, step=state.step)

@@ -41,6 +41,7 @@ class ParamGroup:
     kind: str = "adamw"  # a key of common.optim.BUILDERS
     lr_scale: float = 1.0
     weight_decay: float | None = None  # None: the run's `train.weight_decay`
+    betas: tuple[float, float] | None = None  # of AdamW; None: the run's `train.betas`
     split: int = 1  # Muon: a matrix is this many matrices stacked along dim 0 (a fused q, k, v has 3), each orthogonalised alone
 
 
@@ -135,6 +136,11 @@ class Method(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Called after the optimizers of a step (a teacher that is part of the loss). State goes into buffers or parameters."""
+
+    def alarms(self, means: Mapping[str, float]) -> dict[str, str]:
+        """What the user must know at once, name -> sentence, from the means of what `forward` reports (with "<phase>/" before the names where there are
+        several phases). The trainer asks when it writes a log line, and prints each name once."""
+        return {}
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the trainer's EMAs follow; default: all trainable ones. A discriminator leaves itself out."""

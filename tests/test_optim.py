@@ -219,3 +219,9 @@ def test_a_quadratic_is_minimised():
         p.grad = 2 * (p.detach() - goal)
         optimizer.step()
     assert (p - goal).norm() < 0.02 * goal.norm()
+
+
+def test_a_group_may_have_betas_of_its_own():
+    groups = [ParamGroup(zeros((2, 2)), betas=(0.5, 0.9)), ParamGroup(zeros((2, 2)))]
+    (optimizer,) = optim.build_optimizers(groups, TrainConfig(betas=[0.9, 0.95]))
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.5, 0.9), (0.9, 0.95)]
