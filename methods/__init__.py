@@ -19,6 +19,7 @@ METHODS: dict[str, str] = {
     "jit": "methods.jit.config:SPEC",
     "rae": "methods.rae.config:SPEC",
     "rae_decoder": "methods.rae.config:DECODER_SPEC",
+    "dsd": "methods.dsd.config:SPEC",
     "dit": "methods.reg.config:DIT",
     "sit": "methods.reg.config:SIT",
     "repa": "methods.reg.config:REPA",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.spectral_norm import SpectralNorm
 from toys import TinyGan
 
 from common.config import TrainConfig, resolve
@@ -24,6 +25,9 @@ from methods.jit.method import JiTMethod
 STEPS, BATCH, MICRO_BATCH, PROCESSES = 2, 8, 2, 2  # two micro-batches a process and step
 STATISTICS = {"stat_images"}  # settings that say how many images are looked at before the training
 GAN = "two phases"  # the toy with a discriminator that starts late, and a teacher
+VARIANTS = {
+    "dsd with a discriminator": ("dsd", {"model.gan_weight": "0.1", "model.gan_start": str(BATCH), "model.discriminator_widths": "[8,8]"})
+}  # name -> method, settings
 INFO = DataInfo("synthetic", num_classes=10, image_size=32, num_train=40)
 
 
@@ -38,19 +42,29 @@ def build(name: str) -> Method:
     """The demo's network, the same each time: frozen networks without their files' weights, and nothing hidden behind layers of zeros."""
     if name == GAN:
         return Gan()
-    run = resolve(get_spec(name), {"data.name": "synthetic", "data.image_size": "32"})
+    method_name, changes = VARIANTS.get(name, (name, {}))
+    run = resolve(get_spec(method_name), {"data.name": "synthetic", "data.image_size": "32", **changes})
     for key in STATISTICS & vars(run.model).keys():
         setattr(run.model, key, 2 * BATCH)
     torch.manual_seed(0)
-    method = get_class(name)(run.model, INFO)
+    method = get_class(method_name)(run.model, INFO)
     for module in method.modules():
         for tensors in (module._parameters, module._buffers):
             tensors.update({key: made_up(key, tensor) for key, tensor in tensors.items() if tensor is not None and tensor.is_meta})
+    for module in method.modules():
+        settle(module)
     with torch.no_grad():
         for p in method.parameters():
             if p.requires_grad and not p.any():
                 p.normal_(std=0.02)
     return method
+
+
+def settle(module: torch.nn.Module) -> None:
+    """Ends the power iterations of a spectral norm: they go on with every forward, of which one process has more than each of several."""
+    for hook in module._forward_pre_hooks.values():
+        for _ in range(1000 if isinstance(hook, SpectralNorm) else 0):
+            hook.compute_weight(module, do_power_iteration=True)
 
 
 def made_up(name: str, tensor: torch.Tensor) -> torch.Tensor:

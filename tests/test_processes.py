@@ -7,14 +7,14 @@ import shutil
 
 import pytest
 import torch
-from process_runs import GAN, STEPS, build, draw, fit, together
+from process_runs import GAN, STEPS, VARIANTS, build, draw, fit, together
 
 from common import checkpoint
 from common.files import read_rows
 from common.meters import Meters
 from methods import registered
 
-CASES = [*sorted(registered()), GAN]
+CASES = [*sorted(registered()), *VARIANTS, GAN]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,8 @@ def test_two_processes_give_the_losses_and_weights_of_one(one, two, folder, shar
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     saved, start = checkpoint.load(checkpoint.latest(two / f"{name}-{sharding}/checkpoints")).tensors, dict(build(name).named_parameters())
     parameters, average = trained(result)
+    frozen = {key: p for key, p in result.method.named_parameters() if key in saved["model"] and not p.requires_grad}  # a teacher that `after_step` moves
+    assert_same_movement({key: saved["model"][key] for key in frozen}, frozen, start)
     assert_same_movement({key: saved["model"][key] for key in parameters}, parameters, start)
     assert_same_movement(saved["ema-0.5"], average, start)
 

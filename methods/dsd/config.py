@@ -1,0 +1,121 @@
+"""DSD's settings. Torch-free, so that `--help` is quick; README.md says which of them are the paper's and which are ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.config import checked_interval, one_of, require
+from methods import MethodSpec
+
+
+@dataclass
+class DsdConfig:
+    """The network, its objective and the switches of the ablations. Image size and class count come from the data."""
+
+    depth: int = 25  # blocks of the trunk
+    width: int = 768
+    heads: int = 12
+    patch: int = 16  # pixels a side of a token, in images and latents alike
+    latent_channels: int = 32  # numbers of a token's latent
+    head_depth: int = 1  # blocks of the diffusion head, and of the velocity head
+    latent_norm: str = "ln"  # of the latents: ln (each token over its channels, no affine) | bn (each channel over the batch) | none
+    label_drop: float = 0.1  # probability of training without the class
+    time: str = "uniform"  # distribution of training times: uniform | logit_normal(0, 1)
+    # Self-distillation, and what the ablations switch.
+    target: str = "stopgrad"  # the target's latent: stopgrad | live (gradients flow into it)
+    predict: str = "z"  # what the diffusion head returns and is compared in: z (clean latent) | v (velocity)
+    ema: bool = True  # the target comes from an average of the encoder
+    ema_momentum: float = 0.996  # of that average, a step
+    ema_momentum_end: float = 1.0  # where a half cosine takes it
+    ema_steps: int = 0  # over so many steps; 0: it stays ema_momentum
+    mask: bool = True  # hide patches from the online encoder; the target's sees all
+    mask_ratio: tuple[float, float] = (-0.1, 0.7)  # the hidden share of an image is uniform between these, negative meaning none
+    input_grad: bool = True  # the diffusion loss reaches the encoder through the noisy latent
+    velocity_head_detach: bool = True  # the velocity head's loss stops before the trunk
+    # Reconstruction.
+    rec_weight: float = 1.0  # of all three terms
+    clean_share: float = 0.5  # share of latents that are decoded without noise
+    noise_max: float = 0.5  # the others are decoded as (1 - tau) z + tau noise_scale n, tau uniform up to this
+    noise_scale: float = 1.0
+    perceptual: str = "lpips"  # lpips | embedded (EfficientNet-Lite0, needs no download) | none
+    perceptual_weight: float = 1.0
+    perceptual_path: str | None = None  # file of the perceptual network's weights; none: the library's cache
+    gan_weight: float = 0.1  # of the adversarial term; 0: no discriminator
+    gan_start: int = 0  # training images after which the discriminator is trained and heard
+    gan_lr_scale: float = 1.0  # the discriminator's learning rate relative to train.lr
+    discriminator_widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])  # channels of its layers; each but the first halves the side
+    # Other terms; a weight of 0 leaves the term and its layers out.
+    velocity_weight: float = 1.0
+    align: str = "timm-dinov3-b"  # encoder whose tokens shallow features are aligned with; common/encoders lists them; none: off
+    align_path: str | None = None  # file or folder of its weights; none: the usual caches
+    align_weight: float = 0.5
+    align_after: int | None = None  # number of the aligned block, from 1; none: a third of the depth
+    self_weight: float = 0.5  # last features towards those of the target's encoder
+    cls_weight: float = 0.1  # classification of the encoder's mean feature
+    label_smoothing: float = 0.1
+    projector_width: int = 2048
+    remember: bool = False  # keep the aligned encoder's tokens of every training image in memory, instead of asking it again
+    health_every: int = 50  # steps between measurements of the latents' rank and spread
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "width", "heads", "patch", "head_depth", "projector_width", "health_every"):
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        require(self.latent_channels >= 2, "model.latent_channels", self.latent_channels, "must be at least 2")
+        for name in ("label_drop", "ema_momentum", "ema_momentum_end", "clean_share", "noise_max", "label_smoothing"):
+            require(0 <= getattr(self, name) <= 1, f"model.{name}", getattr(self, name), "must lie between 0 and 1")
+        for name in ("ema_steps", "rec_weight", "noise_scale", "perceptual_weight", "gan_weight", "gan_start", "align_weight", "self_weight", "cls_weight"):
+            require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must be 0 or more")
+        for name in ("velocity_weight", "gan_lr_scale"):
+            require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
+        require(self.width % self.heads == 0, "model.heads", self.heads, f"must divide model.width={self.width}")
+        require(self.width % 4 == 0, "model.width", self.width, "must be a multiple of 4 for the 2-D position table")
+        one_of("model.latent_norm", self.latent_norm, ("ln", "bn", "none"))
+        one_of("model.time", self.time, ("uniform", "logit_normal"))
+        one_of("model.target", self.target, ("stopgrad", "live"))
+        one_of("model.predict", self.predict, ("z", "v"))
+        one_of("model.perceptual", self.perceptual, ("lpips", "embedded", "none"))
+        alive = self.target == "stopgrad" or not self.ema
+        require(alive, "model.target", self.target, "needs model.ema=false: no gradient flows into an average")
+        low, high = self.mask_ratio
+        require(low <= high <= 1, "model.mask_ratio", (low, high), "must be two numbers in order, the second at most 1")
+        inside = 1 <= self.aligned_block <= self.depth
+        require(inside, "model.align_after", self.align_after, f"must be the number of one of the {self.depth} blocks, from 1")
+
+    @property
+    def aligned_block(self) -> int:
+        """Number of the block whose output is aligned, from 1."""
+        return max(1, round(self.depth / 3)) if self.align_after is None else self.align_after
+
+
+@dataclass
+class DsdSample:
+    """The sampler, in the paper's time: 1 is data."""
+
+    steps: int = 250
+    solver: str = "euler"  # euler | heun (the last step is Euler's) | sde (Euler-Maruyama; the last step is the ODE's)
+    head: str = "velocity"  # velocity (its own head) | latent (from the clean latent that the diffusion head predicts)
+    diffusion: float = 1.0  # sde: the noise has variance rate diffusion * (1 - time)
+    clip: float = 0.05  # head=latent: floor of 1 - time where it divides
+    guidance: float = 1.0  # 1: off
+    interval: tuple[float, float] = (0.0, 1.0)  # where guidance is on, ends included
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "sample.steps", self.steps, "must be at least 1")
+        require(self.diffusion >= 0, "sample.diffusion", self.diffusion, "must be 0 or more")
+        require(self.clip > 0, "sample.clip", self.clip, "must be positive")
+        require(self.guidance >= 1, "sample.guidance", self.guidance, "must be 1 (off) or more")
+        self.interval = checked_interval("sample.interval", self.interval)
+        one_of("sample.solver", self.solver, ("euler", "heun", "sde"))
+        one_of("sample.head", self.head, ("velocity", "latent"))
+
+
+SPEC = MethodSpec(
+    name="dsd",
+    title="DSD: one transformer that encodes, denoises and decodes, trained end to end as self-distillation",
+    paper="Diffusion As Self-Distillation: End-to-End Latent Diffusion In One Model (arXiv 2511.14716)",
+    implementation="methods.dsd.method:DsdMethod",
+    config=DsdConfig,
+    sample=DsdSample,
+    presets=str(Path(__file__).with_name("presets.yaml")),
+)

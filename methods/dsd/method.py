@@ -1,0 +1,330 @@
+"""DSD's objective and sampler (arXiv 2511.14716): diffusion as self-distillation between an online encoder and its average.
+
+Time runs as everywhere in `common/`: t = 1 is noise. The paper counts the other way; 1 - t is what the network receives, and its velocity points
+towards the data. What the paper leaves open is decided in README.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import flow
+from common.adversarial import PatchDiscriminator, augment, draw_augmentation, evaluating, hinge_discriminator, hinge_generator, quantise
+from common.blocks import projector
+from common.config import require
+from common.encoders.frozen import Frozen
+from common.encoders.representation import RepresentationEncoder, build_encoder
+from common.errors import UserError
+from common.guidance import classifier_free
+from common.latents import FeatureTable
+from common.perceptual import EmbeddedDistance, Lpips
+from common.samplers import euler, euler_maruyama, heun
+from common.seeds import Noise
+from common.spectrum import between_images, effective_rank, latent_health
+from methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
+from methods.dsd.config import DsdConfig, DsdSample
+from methods.dsd.network import DecodePass, Denoised, DsdNetwork, Encoded
+from methods.dsd.objective import SPACES, Draws, decoder_input, diffusion_loss, disagreement, draw_hidden, noised, velocity_loss
+
+LEAST_SPREAD = 0.15  # of the latents' standard deviation between images, relative to their scale: naive training is below
+LEAST_RANK = 0.2  # of the latents' effective rank, as a share of the channels
+LETTERS = {(20, 384): "S", (26, 576): "M", (25, 768): "B"}  # the names are ours
+
+
+class DsdMethod(Method):
+    """One network in three roles, its encoder's average as the target, and the auxiliary heads that training needs."""
+
+    phases: tuple[str, ...] = ("generator", "discriminator")
+    space = "latent_self"
+
+    def __init__(self, config: DsdConfig, data: DataInfo) -> None:
+        super().__init__(config, data)
+        require(data.image_size % config.patch == 0, "model.patch", config.patch, f"must divide the image size {data.image_size}")
+        self.side = data.image_size // config.patch
+        self.network = DsdNetwork(config, data.image_size, data.channels, data.num_classes)
+        self.decoder = DecodePass(self.network)
+        self.target_encoder = copy.deepcopy(self.network.encoder).requires_grad_(False) if config.ema else None
+        self.predictor = mlp(config.width, config.projector_width, config.width) if config.self_weight else None
+        self.classifier = nn.Linear(config.width, data.num_classes) if config.cls_weight else None
+        self.teacher, self.projector = self.build_teacher()
+        self.features_of = FeatureTable(lambda images: (self.teach(images),), data.num_train if config.remember else 0)
+        self.perceptual: Frozen | None = None
+        if config.perceptual != "none":
+            self.perceptual = Lpips(config.perceptual_path) if config.perceptual == "lpips" else EmbeddedDistance()
+        self.discriminator = PatchDiscriminator(data.channels, config.discriminator_widths) if config.gan_weight else None
+        # Which networks are trained and which are frozen depends on the terms of the loss.
+        self.phases = self.phases if self.discriminator else self.phases[:1]
+        self.external = tuple(name for name in ("teacher", "perceptual") if getattr(self, name) is not None)
+        self.heard = self.discriminator is not None and not config.gan_start  # whether the decoder listens to the discriminator
+
+    def build_teacher(self) -> tuple[RepresentationEncoder | None, nn.Module | None]:
+        """The encoder that shallow features are aligned with, without its weights, and the map to its tokens."""
+        config = self.config
+        if config.align == "none" or not config.align_weight:
+            return None, None
+        teacher = build_encoder(config.align, config.align_path).requires_grad_(False)
+        grid = teacher.grid(self.data.image_size)
+        fits = f"gives {self.side} x {self.side} tokens, which must divide the {grid} x {grid} of the encoder model.align={config.align}"
+        require(grid % self.side == 0, "model.patch", config.patch, fits)
+        self.pool = grid // self.side  # the teacher's tokens a side that ours stands for
+        return teacher, projector(config.width, config.projector_width, teacher.channels)
+
+    def load_external(self) -> None:
+        for name in self.external:
+            cast("Frozen", self.get_submodule(name)).load()
+
+    # -- training ---------------------------------------------------------------------------------------------------------------
+
+    def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
+        images, draws = batch["image"], self.draw(batch)
+        if phase == "discriminator":
+            return self.judge(images, draws)
+        taught = self.features_of(batch)[0] if self.teacher is not None else None
+        return self.objective(images, batch["label"], draws, taught, step % self.config.health_every == 0)
+
+    def draw(self, batch: Batch) -> Draws:
+        """One draw of everything for each image of a batch."""
+        config, images = self.config, batch["image"]
+        count, device, shape = len(images), images.device, (len(images), self.side**2, self.config.latent_channels)
+        dropped = torch.rand(count, device=device) < config.label_drop
+        tau = config.noise_max * torch.rand(count, device=device)
+        return Draws(
+            hidden=draw_hidden(config.mask_ratio, count, self.side**2, device) if config.mask else None,
+            labels=batch["label"].masked_fill(dropped, self.data.num_classes),
+            t=torch.rand(count, device=device) if config.time == "uniform" else flow.logit_normal(0.0, 1.0, count, device=device),
+            noise=torch.randn(shape, device=device),
+            tau=tau.masked_fill(torch.rand(count, device=device) < config.clean_share, 0.0),
+            decode_noise=torch.randn(shape, device=device),
+            augmentation=draw_augmentation(count, self.data.image_size, device) if self.discriminator is not None else None,
+        )
+
+    def objective(self, images: Tensor, classes: Tensor, draws: Draws, taught: Tensor | None, measure: bool = False) -> dict[str, Tensor]:
+        """The weighted sum of all terms, for images (B, 3, S, S), their classes (B,) and the teacher's tokens (B, N, C'); `measure`: latent health too."""
+        online = self.network.encoder(images, draws.hidden)
+        clean = self.target_of(images, online)
+        denoised = self.denoise(noised(self.config, online.z, draws.noise, draws.t), draws.t, draws.labels)
+        terms = {
+            "diffusion": diffusion_loss(self.config, denoised.output, clean.z, draws.noise),
+            "velocity": velocity_loss(denoised.velocity, clean.z, draws.noise),
+            **self.reconstruction_terms(images, online.z, draws),
+            **self.feature_terms(classes, online, denoised, clean, taught),
+        }
+        loss = torch.stack([self.weight_of(name) * term for name, term in terms.items()]).sum()
+        out = {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+        if measure and len(images) > 1:  # one image does not differ from others
+            rank = effective_rank(between_images(denoised.output.detach()))
+            out |= latent_health(clean.z.detach()) | {"erank_predicted": rank.float()}
+        return out
+
+    def target_of(self, images: Tensor, online: Encoded) -> Encoded:
+        """What the target branch sees in the whole images: the average's answer; without one, the online encoder's own."""
+        if self.target_encoder is None and not self.config.mask:
+            return online
+        with torch.set_grad_enabled(self.config.target == "live"):
+            encoded: Encoded = (self.target_encoder or self.network.encoder)(images)
+        return encoded
+
+    def denoise(self, z: Tensor, t: Tensor, labels: Tensor) -> Denoised:
+        """The network's answers in our time."""
+        answer = self.network.denoise(z, 1 - t, labels)
+        output = -answer.output if self.config.predict == "v" else answer.output
+        return answer._replace(output=output, velocity=-answer.velocity)
+
+    def reconstruction_terms(self, images: Tensor, z1: Tensor, draws: Draws) -> dict[str, Tensor]:
+        """Squared error, perceptual distance and the discriminator's opinion of what noisy latents of the masked images are decoded to."""
+        rebuilt = self.network.decode(decoder_input(self.config, z1, draws.tau, draws.decode_noise))
+        terms = {"reconstruction": (rebuilt - images).square().mean()}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(rebuilt, images).mean()
+        if self.heard:
+            assert self.discriminator is not None and draws.augmentation is not None
+            with evaluating(self.discriminator):
+                terms["gan"] = hinge_generator(self.discriminator(augment(rebuilt, draws.augmentation)))
+        return terms
+
+    def feature_terms(self, classes: Tensor, online: Encoded, denoised: Denoised, clean: Encoded, taught: Tensor | None) -> dict[str, Tensor]:
+        """Alignment of shallow features, self-distillation of the last ones (both of the encoder's and of the denoiser's pass), classification."""
+        terms = {}
+        passes = (online.features, denoised.features)
+        if self.projector is not None and taught is not None:
+            terms["align"] = torch.stack([disagreement(self.projector(features.shallow), taught) for features in passes]).mean()
+        if self.predictor is not None:
+            terms["self"] = torch.stack([disagreement(self.predictor(features.last), clean.features.last) for features in passes]).mean()
+        if self.classifier is not None:
+            logits = self.classifier(online.features.last.mean(dim=1))
+            terms["cls"] = F.cross_entropy(logits, classes, label_smoothing=self.config.label_smoothing)
+        return terms
+
+    def weight_of(self, term: str) -> float:
+        """The weight of a term in the loss."""
+        config = self.config
+        weights = {"diffusion": 1.0, "velocity": config.velocity_weight, "reconstruction": config.rec_weight, "align": config.align_weight}
+        weights |= {"perceptual": config.rec_weight * config.perceptual_weight, "gan": config.rec_weight * config.gan_weight}
+        weights |= {"self": config.self_weight, "cls": config.cls_weight}
+        return weights[term]
+
+    def judge(self, images: Tensor, draws: Draws) -> dict[str, Tensor]:
+        """The discriminator's hinge loss on images and on what the decoder makes of their noisy latents, rounded to 8 bits and augmented alike."""
+        assert self.discriminator is not None and draws.augmentation is not None
+        with torch.no_grad():
+            z1 = self.network.encoder(images, draws.hidden).z
+            rebuilt = quantise(self.network.decode(decoder_input(self.config, z1, draws.tau, draws.decode_noise)))
+        real, fake = (self.discriminator(augment(x, draws.augmentation)) for x in (images, rebuilt))
+        return {"loss": hinge_discriminator(real, fake), "real": real.mean().detach(), "fake": fake.mean().detach()}
+
+    @torch.no_grad()
+    def teach(self, images: Tensor) -> Tensor:
+        """The aligned encoder's tokens on our grid, (B, N, C')."""
+        assert self.teacher is not None
+        return F.avg_pool2d(self.teacher(images), self.pool).flatten(2).transpose(1, 2)
+
+    def phase_active(self, phase: str, images_seen: int) -> bool:
+        """The trainer asks before every forward, which is how the decoder learns whether its adversarial term has started."""
+        self.heard = self.discriminator is not None and images_seen >= self.config.gan_start
+        return phase == "generator" or self.heard
+
+    def turning_points(self) -> list[int]:
+        return [self.config.gan_start] if self.discriminator else []
+
+    def schedule_images(self, phase: str, images_seen: int) -> int:
+        return images_seen if phase == "generator" else images_seen - self.config.gan_start
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Moves the target's encoder towards the online one. This average is part of the loss; those for sampling are the trainer's."""
+        if self.target_encoder is None:
+            return
+        averages, values = (tuple(encoder.parameters()) for encoder in (self.target_encoder, self.network.encoder))
+        torch._foreach_lerp_(averages, values, 1 - momentum(self.config, step))
+
+    def alarms(self, means: Mapping[str, float]) -> dict[str, str]:
+        found = {name.rpartition("/")[2]: value for name, value in means.items()}
+        if "erank" not in found:
+            return {}
+        if found["std_between"] >= LEAST_SPREAD * found["latent_rms"] and found["erank_share"] >= LEAST_RANK:
+            return {}
+        facts = (
+            f"effective rank {found['erank']:.2f} of {self.config.latent_channels}, std between images {found['std_between']:.3f} of {found['latent_rms']:.3f}"
+        )
+        cure = "Keep model.target=stopgrad, model.predict=z and model.ema=true, or raise model.rec_weight"
+        return {"collapse": f"the latents are collapsing: {facts}. {cure}."}
+
+    def parameters_of(self, phase: str) -> list[ParamGroup]:
+        if phase == "discriminator":
+            assert self.discriminator is not None
+            return [ParamGroup(list(self.discriminator.parameters()), lr_scale=self.config.gan_lr_scale, betas=(0.5, 0.9))]
+        outside = ("discriminator.", *(f"{name}." for name in self.external))
+        return [ParamGroup([p for name, p in self.named_parameters() if p.requires_grad and not name.startswith(outside)])]
+
+    def averaged_parameters(self) -> dict[str, nn.Parameter]:
+        return {f"network.{name}": p for name, p in self.network.named_parameters()}
+
+    def blocks(self) -> list[nn.Module]:
+        network = self.network
+        return [*network.encoder.trunk.blocks, *network.diffusion_head.blocks, *network.velocity_head.blocks]
+
+    def look(self, images: Tensor, time: float) -> None:
+        """The trunk's blocks are heard twice, as they encode the clean images and as they denoise; then the diffusion and the velocity head's."""
+        z = self.network.encoder(images).z
+        t = torch.full((len(z),), time, device=z.device)
+        self.denoise(flow.interpolate(z, torch.randn_like(z), t), t, torch.full((len(z),), self.data.num_classes, device=z.device))
+
+    # -- sampling ---------------------------------------------------------------------------------------------------------------
+
+    def sample(self, labels: Tensor, noise: Noise, config: DsdSample) -> Tensor:
+        z = noise.normal(self.side**2, self.config.latent_channels)
+        times = [1 - step / config.steps for step in range(config.steps + 1)]
+
+        def velocity(z: Tensor, t: float) -> Tensor:
+            return self.velocity(z, t, labels, config)
+
+        def drift(z: Tensor, t: float) -> Tensor:  # v - w score / 2 with w = diffusion t and score = -((1 - t) v + z) / t
+            v = velocity(z, t)
+            return v if t == times[-2] else v + config.diffusion / 2 * ((1 - t) * v + z)
+
+        if config.solver == "sde":
+            z = euler_maruyama(drift, lambda t: config.diffusion * t, z, times, noise)
+        else:
+            z = (heun if config.solver == "heun" else euler)(velocity, z, times)
+        return self.decoder(z)
+
+    def velocity(self, z: Tensor, t: float, labels: Tensor, config: DsdSample) -> Tensor:
+        """The guided velocity dz/dt; guidance acts on the head's answer, in which the velocity is affine."""
+
+        def predict(z: Tensor, labels: Tensor) -> Tensor:
+            return self.network(z, torch.full((len(z),), 1 - t, device=z.device), labels, config.head)
+
+        guided = config.interval[0] <= 1 - t <= config.interval[1]
+        answer = classifier_free(predict, z, labels, self.data.num_classes, config.guidance if guided else 1.0)
+        if config.head == "velocity" or self.config.predict == "v":
+            return -answer
+        return flow.to_velocity(answer, SPACES["z"], z, t, config.clip)
+
+    def evaluations(self, config: DsdSample) -> int:
+        return 2 * config.steps - 1 if config.solver == "heun" else config.steps
+
+    def sampling_networks(self) -> dict[str, nn.Module]:
+        return {"network": self.network, "decoder": self.decoder}
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) to latents (B, C, S / p, S / p), from the sampled weights; the target's encoder is for training alone."""
+        return self.network.encoder(images).z.transpose(1, 2).unflatten(2, (self.side, self.side))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(latents.flatten(2).transpose(1, 2))
+
+    def describe(self, config: DsdSample) -> Description:
+        guided = config.guidance != 1.0
+        letter = LETTERS.get((self.config.depth, self.config.width))
+        return Description(
+            prediction=SPACES[self.config.predict],
+            loss_space=SPACES[self.config.predict],
+            sampler=f"{config.solver}, {config.head} head",
+            steps=config.steps,
+            guidance="cfg" if guided else "none",
+            guidance_scale=config.guidance if guided else None,
+            interval=config.interval if guided else None,
+            size=f"{letter}/{self.config.patch}" if letter else None,
+            variant=variant(self.config),
+            pretrained=self.components(),
+        )
+
+    def components(self) -> tuple[Component, ...]:
+        """The frozen networks that training needs, with the digests of their files once they are loaded."""
+        found = []
+        for role in self.external:
+            frozen = cast("Frozen", self.get_submodule(role))
+            name = frozen.name if isinstance(frozen, RepresentationEncoder) else type(frozen).__name__
+            found.append(Component(name, role, frozen.num_parameters(), frozen.sha256, "train"))
+        return tuple(found)
+
+    def from_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        raise UserError("no released weights of DSD are known. Give run= or checkpoint= of a run of this suite.")
+
+
+def mlp(width: int, hidden: int, outputs: int) -> nn.Sequential:
+    """The predictor of self-distillation: two layers."""
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+
+
+def momentum(config: DsdConfig, step: int) -> float:
+    """Of the target's average at a step: from `ema_momentum` along half a cosine to `ema_momentum_end`."""
+    if not config.ema_steps:
+        return config.ema_momentum
+    progress = min(1.0, step / config.ema_steps)
+    return config.ema_momentum_end - (config.ema_momentum_end - config.ema_momentum) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def variant(config: DsdConfig) -> str | None:
+    """The ablation in words; none for the method as it is."""
+    full = DsdConfig()
+    names = ("target", "predict", "ema", "mask", "input_grad", "latent_norm", "velocity_head_detach")
+    changed = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) != getattr(full, name)]
+    return ", ".join(changed) or None

@@ -1,0 +1,196 @@
+"""One transformer with three roles: images to latents, noisy latents to clean ones, latents to images (arXiv 2511.14716; README.md marks what is ours).
+
+Shape legend: B batch, N tokens, D width, C latent channels, S image side, p patch side, h = S / p, N = h h. A token is a patch in every role.
+Times are the paper's here: 1 is data.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.blocks import NORM_EPS, Attention, DitBlock, Mlp, PatchEmbed, SinusoidalEmbedding, at_least_float32, initialize_linears, sincos_table, unpatchify
+from methods.dsd.config import DsdConfig
+
+
+class Features(NamedTuple):
+    """What one pass leaves in the trunk."""
+
+    shallow: Tensor  # (B, N, D) after the aligned block
+    last: Tensor  # (B, N, D)
+
+
+class Encoded(NamedTuple):
+    """The encoder's answer."""
+
+    z: Tensor  # (B, N, C), float32 at least
+    features: Features
+
+
+class Denoised(NamedTuple):
+    """The two heads' answers to a noisy latent, float32 at least."""
+
+    output: Tensor  # (B, N, C), what `config.predict` names
+    velocity: Tensor  # (B, N, C), towards the data
+    features: Features
+
+
+class Block(nn.Module):
+    """x += Attention(norm(x)), then x += MLP(norm(x))."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(width, eps=NORM_EPS), Attention(width, heads, qk_norm=True)
+        self.norm2, self.mlp = nn.LayerNorm(width, eps=NORM_EPS), Mlp(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to the same shape."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Trunk(nn.Module):
+    """The blocks that all roles share. It knows neither time nor class: they are part of the tokens."""
+
+    positions: Tensor
+
+    def __init__(self, config: DsdConfig, grid: int) -> None:
+        super().__init__()
+        self.aligned_block = config.aligned_block
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
+        self.register_buffer("positions", sincos_table(grid, config.width)[None])
+
+    def forward(self, tokens: Tensor) -> Features:
+        x = tokens + self.positions
+        shallow = x
+        for number, block in enumerate(self.blocks, 1):
+            x = block(x)
+            shallow = x if number == self.aligned_block else shallow
+        return Features(shallow, x)
+
+
+class LatentNorm(nn.Module):
+    """Unit scale without parameters, so that unit noise is commensurate with the latents and their scale cannot run away."""
+
+    def __init__(self, kind: str, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.kind = kind
+        self.batch_norm = nn.BatchNorm1d(channels, affine=False) if kind == "bn" else None
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = at_least_float32(z)
+        if self.batch_norm is not None:
+            return self.batch_norm(z.flatten(0, 1)).view_as(z)
+        return F.layer_norm(z, (self.channels,), eps=NORM_EPS) if self.kind == "ln" else z
+
+
+class Encoder(nn.Module):
+    """Images to latents through the trunk: what the target's average is an average of."""
+
+    def __init__(self, config: DsdConfig, grid: int, channels: int) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(channels, config.patch, config.width, 0, bias=True)
+        self.mask_token = nn.Parameter(torch.empty(config.width)) if config.mask else None
+        self.role = nn.Parameter(torch.empty(config.width))
+        self.trunk = Trunk(config, grid)
+        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.out = nn.Linear(config.width, config.latent_channels)
+        self.latent_norm = LatentNorm(config.latent_norm, config.latent_channels)
+
+    def forward(self, images: Tensor, hidden: Tensor | None = None) -> Encoded:
+        """(B, 3, S, S) in [-1, 1] to latents; hidden (B, N) bool: patches that are replaced by the one learned token."""
+        tokens = self.patch_embed(images)
+        if hidden is not None:
+            assert self.mask_token is not None
+            tokens = torch.where(hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
+        features = self.trunk(tokens + self.role)
+        return Encoded(self.latent_norm(self.out(self.norm(features.last))), features)
+
+
+class DiffusionHead(nn.Module):
+    """adaLN-zero blocks on the trunk's features, a norm and one linear map to a latent's channels."""
+
+    def __init__(self, config: DsdConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(DitBlock(config.width, config.heads, qk_norm=True) for _ in range(config.head_depth))
+        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.out = nn.Linear(config.width, config.latent_channels)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(B, N, D) and (B, D) to (B, N, C), float32 at least."""
+        for block in self.blocks:
+            x = block(x, condition)
+        return at_least_float32(self.out(self.norm(x)))
+
+
+class DsdNetwork(nn.Module):
+    """The encoder, whose trunk also denoises and decodes, and the layers of the other two roles."""
+
+    def __init__(self, config: DsdConfig, image_size: int, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.patch, self.channels = config.patch, channels
+        self.detach_velocity = config.velocity_head_detach
+        width = config.width
+        self.encoder = Encoder(config, image_size // config.patch, channels)
+        self.latent_embed = nn.Linear(config.latent_channels, width)
+        self.denoise_role = nn.Parameter(torch.empty(width))
+        self.decode_role = nn.Parameter(torch.empty(width))
+        self.time_embed = SinusoidalEmbedding(width)
+        self.class_embed = nn.Embedding(num_classes + 1, width)
+        self.diffusion_head = DiffusionHead(config)
+        self.velocity_head = DiffusionHead(config)
+        self.image_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.image_out = nn.Linear(width, config.patch**2 * channels)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Xavier for every matrix, normal for embeddings, zero for what modulates; latents of unit scale. No head starts at zero: gradients must pass."""
+        initialize_linears(self, zero=lambda name: "adaLN_modulation" in name, normal=lambda name: name.startswith("time_embed"))
+        nn.init.normal_(self.encoder.out.weight, std=self.encoder.out.in_features**-0.5)
+        for parameter in (self.class_embed.weight, self.encoder.role, self.encoder.mask_token, self.denoise_role, self.decode_role):
+            if parameter is not None:
+                nn.init.normal_(parameter, std=0.02)
+
+    def condition(self, time: Tensor, labels: Tensor) -> Tensor:
+        """(B, D) from times (B,), 1 is data, and labels (B,) int64, the last row of the table being "no class"."""
+        return self.time_embed(time) + self.class_embed(labels)
+
+    def features(self, z: Tensor, condition: Tensor) -> Features:
+        """The trunk's answer to noisy latents (B, N, C)."""
+        return self.encoder.trunk(self.latent_embed(z) + self.denoise_role + condition[:, None])
+
+    def denoise(self, z: Tensor, time: Tensor, labels: Tensor) -> Denoised:
+        """Both heads at once, for training."""
+        condition = self.condition(time, labels)
+        features = self.features(z, condition)
+        output = self.diffusion_head(features.last, condition)
+        seen = (features.last.detach(), condition.detach()) if self.detach_velocity else (features.last, condition)
+        return Denoised(output, self.velocity_head(*seen), features)
+
+    def forward(self, z: Tensor, time: Tensor, labels: Tensor, head: str) -> Tensor:
+        """One evaluation of the sampler: the "velocity" head's answer or, for "latent", the diffusion head's. The other head is not run."""
+        condition = self.condition(time, labels)
+        chosen = self.velocity_head if head == "velocity" else self.diffusion_head
+        return chosen(self.features(z, condition).last, condition)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (B, N, C) to images (B, 3, S, S), nominally in [-1, 1], float32 at least."""
+        features = self.encoder.trunk(self.latent_embed(z) + self.decode_role)
+        return at_least_float32(unpatchify(self.image_out(self.image_norm(features.last)), self.patch, self.channels))
+
+
+class DecodePass(nn.Module):
+    """The network in its third role, so that its cost is counted by itself. It owns no tensor, so its parameters count once."""
+
+    def __init__(self, network: DsdNetwork) -> None:
+        super().__init__()
+        self.shared = (network,)  # in a tuple a module is not registered
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Latents (B, N, C) to images."""
+        return self.shared[0].decode(z)
