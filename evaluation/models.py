@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from methods.base import DataInfo, Method
 
 
+IMPORTED = "imported.json"  # in a run folder that was made of a released file: where the weights come from
+
+
 @dataclass(frozen=True)
 class Model:
     """A method with its weights on a device, in evaluation mode."""
@@ -37,13 +40,18 @@ class Model:
 
 def saved_run(folder: Path, overrides: Mapping[str, str]) -> RunConfig:
     """The configuration of a run folder, with some keys set anew and the folders of earlier stages in place, without what only training reads."""
+    settings = saved_settings(folder) | {"data.latents": "null"} | dict(overrides)
+    run = resolve(get_spec(json.loads(settings["method"])), settings)
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, **stage_folders(folder, run)))
+
+
+def saved_settings(folder: Path) -> dict[str, str]:
+    """Every key of a folder's config.yaml, as on the command line."""
     file = folder / "config.yaml"
     if not file.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml. run= takes the folder that launch/run.py printed.")
     saved: Any = OmegaConf.to_container(OmegaConf.load(file))
-    settings = {key: json.dumps(value) for key, value in flatten(saved)} | {"preset": saved["preset"], "data.latents": "null"} | dict(overrides)
-    run = resolve(get_spec(saved["method"]), settings)
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, **stage_folders(folder, run)))
+    return {key: json.dumps(value) for key, value in flatten(saved)} | {"preset": saved["preset"]}
 
 
 def stage_folders(folder: Path, run: RunConfig) -> dict[str, str]:
@@ -78,6 +86,9 @@ def load_run(folder: Path, overrides: Mapping[str, str], ema: str | None, device
     record = finished(folder)
     step = (record or {}).get("checkpoint", {}).get("step")
     checkpoint = {"sha256": weights.sha256, "step": step, "ema_decay": decays.get(name), "ema_kind": name}
+    if (folder / IMPORTED).exists():
+        origin = json.loads((folder / IMPORTED).read_text(encoding="utf-8"))
+        checkpoint = {"sha256": origin["sha256"], "step": None, "ema_decay": origin["ema_decay"], "ema_kind": origin["weights"]}
     return Model(method.to(device).eval(), run, info, folder.name, checkpoint, record, sampling_dtype(run, device))
 
 

@@ -6,6 +6,11 @@
   latents    the moments of every training image's latents, in files that a later run reads with data.latents=FOLDER. Takes the keys of launch/run.py, and
              to=FOLDER, batch=64, dtype=float32 (or float16), device=auto
                  python launch/prepare.py latents method=reg preset=imagenet256-xl data.path=/data/imagenet/train to=/scratch/latents
+  import     a run folder of a file that a method's authors released, for evaluation/run.py. Takes method=, file= (or a folder), and name=, out=runs, preset=
+             (none: the one with the file's architecture), weights= (which of the file's), licence=, and keys of launch/run.py
+                 python launch/prepare.py import method=jit file=JiT-B-16/checkpoint-last.pth name=jit-b16-released
+  export     weights as safetensors, config and a model card of a run: from=, to=, ema=, licence=
+                 python launch/prepare.py export from=runs/my-run to=my-run-released licence=MIT
   tokenizer  one file with the weights and one with the facts of an autoencoder that was trained here
                  python launch/prepare.py tokenizer from=runs/my-autoencoder to=autoencoder.safetensors
 
@@ -78,7 +83,33 @@ def tokenizer(options: dict[str, str]) -> str:
     return f"{file} ({card['bytes']:,} bytes, sha256 {card['sha256']}), {card['psnr_heldout']:.2f} dB on held-out images"
 
 
-COMMANDS: dict[str, Callable[[dict[str, str]], str]] = {"images": images, "latents": latents, "tokenizer": tokenizer}
+def import_file(options: dict[str, str]) -> str:
+    """Makes a run folder of a released file, or of what `export` wrote."""
+    file, method = Path(_take(options, "file")).expanduser(), _take(options, "method")
+    name, out = options.pop("name", file.stem), options.pop("out", RunConfig.out)
+    weights, preset, licence = (options.pop(key, None) for key in ("weights", "preset", "licence"))
+    from launch.released import import_released
+
+    return import_released(file, Path(out) / name, method, weights, preset, licence, options)
+
+
+def export(options: dict[str, str]) -> str:
+    """Writes what can be given away of a run."""
+    folder, to = Path(_take(options, "from")), Path(_take(options, "to"))
+    ema, licence = options.pop("ema", None), options.pop("licence", "")
+    _refuse(options)
+    from launch.export import export_run
+
+    return export_run(folder, to, ema, licence)
+
+
+COMMANDS: dict[str, Callable[[dict[str, str]], str]] = {
+    "images": images,
+    "latents": latents,
+    "import": import_file,
+    "export": export,
+    "tokenizer": tokenizer,
+}
 
 
 def _take(options: dict[str, str], key: str) -> str:

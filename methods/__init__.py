@@ -49,6 +49,7 @@ class MethodSpec:
     sample: type  # dataclass of its sampler's settings (`sample.*`)
     presets: str  # path of presets.yaml
     stages: tuple[Stage, ...] = ()  # runs whose weights this method uses
+    released: str = ""  # "module:function" that opens a file of the authors (`base.Released`); "" where there is none
 
 
 def registered() -> dict[str, str]:

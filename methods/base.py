@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -70,6 +71,23 @@ class Description:
     size: str | None = None  # "B/16"
     variant: str | None = None
     pretrained: tuple[Component, ...] = ()
+
+
+@dataclass(frozen=True)
+class Released:
+    """A file of a method's authors, opened, and what its shapes tell (`MethodSpec.released`)."""
+
+    state: Mapping[str, Tensor]  # as `Method.from_reference` takes it
+    model: dict[str, Any]  # settings of `model.*`; what the shapes do not tell is left out
+    num_classes: int
+    image_size: int
+    weights: str  # which of the file's weights these are, in the file's words
+    ema_decay: float | None  # of these weights; None: unknown, or not averaged
+    licence: str  # of the repository that released it; a file says nothing of its own
+
+
+# (file, which of its sets of weights; None: the one behind the published numbers) -> what is in it
+OpenReleased = Callable[[Path, "str | None"], Released]
 
 
 class Method(nn.Module):

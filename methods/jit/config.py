@@ -87,4 +87,5 @@ SPEC = MethodSpec(
     config=JiTConfig,
     sample=JiTSample,
     presets=str(Path(__file__).with_name("presets.yaml")),
+    released="methods.jit.reference:open_released",
 )

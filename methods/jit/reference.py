@@ -6,7 +6,7 @@ import argparse
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 from common.blocks import sincos_table
 from common.errors import UserError, close_match
 from common.external import key_faults
+from methods.base import Released
 
 FILE_NAME = "checkpoint-last.pth"
-WEIGHTS = ("model_ema1", "model_ema2", "model")  # EMA 0.9999 (the published numbers), EMA 0.9996, raw
+WEIGHTS = {"model_ema1": 0.9999, "model_ema2": 0.9996, "model": None}  # decay of the average; the first gave the published numbers
 
 # Ours to theirs, applied in order to a name of `JiTMethod.state_dict()`.
 RENAMES = (
@@ -85,6 +86,14 @@ def recognise(state: Mapping[str, Tensor]) -> Architecture:
     except (KeyError, ValueError, IndexError) as error:
         begin = ", ".join(sorted(state)[:3])
         raise UserError(f"This is not the state dict of a released JiT: {error!r} while reading its shapes. Its keys: {begin}, ...") from error
+
+
+def open_released(path: Path, weights: str | None = None) -> Released:
+    """A released file for `launch/prepare.py import`."""
+    weights = weights or next(iter(WEIGHTS))
+    state = read_checkpoint(path, weights)
+    model = asdict(recognise(state))
+    return Released(state, model, model.pop("num_classes"), model.pop("image_size"), weights, WEIGHTS[weights], "MIT")
 
 
 def released_name(name: str) -> str:

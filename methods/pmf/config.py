@@ -109,4 +109,5 @@ SPEC = MethodSpec(
     config=PMFConfig,
     sample=PMFSample,
     presets=str(Path(__file__).with_name("presets.yaml")),
+    released="methods.pmf.reference:open_released",
 )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.external import key_faults
+from common.external import key_faults, read_tensors
+from methods.base import Released
 
 if TYPE_CHECKING:
     from methods.pmf.method import PMFMethod
@@ -135,6 +137,17 @@ def recognise(state: Mapping[str, Tensor]) -> Architecture:
     except (KeyError, ValueError, IndexError) as error:
         begin = ", ".join(sorted(state)[:3])
         raise UserError(f"This is not the state dict of a released pMF: {error!r} while reading its shapes. Its keys: {begin}, ...") from error
+
+
+def open_released(path: Path, weights: str | None = None) -> Released:
+    """A released PyTorch file for `launch/prepare.py import`. Which of the averages it holds is not known."""
+    if weights is not None:
+        raise UserError(f"weights={weights!r}: a released pMF file holds one set of weights. Leave the key out.")
+    state = read_tensors(path)
+    model = asdict(recognise(state))
+    if model["mlp_hidden"] == int(model["width"] * 8 / 3):
+        model["mlp_hidden"] = None
+    return Released(state, model, model.pop("num_classes"), model.pop("image_size"), "the only ones", None, "MIT")
 
 
 def from_released(state: Mapping[str, Tensor], method: PMFMethod) -> dict[str, Tensor]:

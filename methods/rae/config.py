@@ -167,4 +167,5 @@ SPEC = MethodSpec(
     sample=RaeSample,
     presets=str(Path(__file__).with_name("presets.yaml")),
     stages=(Stage("decoder", "rae_decoder"), Stage("guide", "rae")),
+    released="methods.rae.reference:open_released",
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 from common.blocks import rope_table, sincos_table
 from common.errors import UserError
 from common.external import read_tensors
+from methods.base import Released
 from methods.rae.config import DECODERS, NetworkShape
 
 Renames = Sequence[tuple[str, str]]
@@ -46,6 +47,8 @@ NETWORK_RENAMES: Renames = (
 HEAD_RENAMES: Renames = ((r"^embed\.", "s_embedder.proj."), (r"^head_embed\.", "x_embedder.proj."), *NETWORK_RENAMES)
 PLAIN_RENAMES: Renames = ((r"^embed\.", "x_embedder.proj."), *NETWORK_RENAMES)
 
+TOKEN_PIXELS = 16  # an image side of a token, in every released network
+EMA_DECAY = 0.9995  # of the released recipe
 ROTATIONS = re.compile(r"(enc_|dec_|)feat_rope\.freqs_(cos|sin)")
 POSITION_TOLERANCE = 1e-5  # their tables are computed in float64 or float32 and kept in float32; ours in float64
 
@@ -143,6 +146,17 @@ def recognise(state: Mapping[str, Tensor], head_depth: int = 2) -> NetworkShape:
     except (KeyError, IndexError) as error:
         begin = ", ".join(sorted(state)[:3])
         raise UserError(f"This is not the state dict of a released DiT-DH: {error!r} while reading its shapes. Its keys: {begin}, ...") from error
+
+
+def open_released(path: Path, weights: str | None = None) -> Released:
+    """A released network, or a training checkpoint's average, for `launch/prepare.py import`."""
+    if weights is not None:
+        raise UserError(f"weights={weights!r}: a released network is one set of weights, and of a training checkpoint the average is taken.")
+    state = read_released(path)
+    shape = recognise(state)
+    model = {name: getattr(shape, name) for name in (shape._fields if shape.head_depth else ("width", "depth", "heads", "head_depth"))}
+    image_size = TOKEN_PIXELS * round(state["pos_embed"].shape[1] ** 0.5)
+    return Released(state, model, len(state["y_embedder.embedding_table.weight"]) - 1, image_size, "ema", EMA_DECAY, "MIT")
 
 
 def network_from_released(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], shape: NetworkShape, where: str = "model.") -> dict[str, Tensor]:

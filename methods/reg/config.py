@@ -152,6 +152,7 @@ DIT = MethodSpec(
     sample=DitSample,
     presets=_presets("dit"),
     stages=(TOKENIZER,),
+    released="methods.reg.reference:open_dit",
 )
 SIT = MethodSpec(
     name="sit",
@@ -162,6 +163,7 @@ SIT = MethodSpec(
     sample=SitSample,
     presets=_presets("sit"),
     stages=(TOKENIZER,),
+    released="methods.reg.reference:open_sit",
 )
 REPA = MethodSpec(
     name="repa",
@@ -172,6 +174,7 @@ REPA = MethodSpec(
     sample=SitSample,
     presets=_presets("repa"),
     stages=(TOKENIZER,),
+    released="methods.reg.reference:open_repa",
 )
 REG = MethodSpec(
     name="reg",
@@ -182,4 +185,5 @@ REG = MethodSpec(
     sample=RegSample,
     presets=_presets("reg"),
     stages=(TOKENIZER,),
+    released="methods.reg.reference:open_reg",
 )

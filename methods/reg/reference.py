@@ -8,16 +8,52 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from common.blocks import sincos_table
 from common.errors import UserError
-from common.external import key_faults
+from common.external import key_faults, read_tensors
+from methods.base import Released
 
 HEAD = "final_layer.linear."
 POSITIONS = "pos_embed"
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width: the shapes do not tell the heads
+FACTOR = 8  # pixels a side of a latent position, in every released model
+EMA_DECAY = 0.9999
 POSITION_TOLERANCE = 1e-5  # their table is float64 sines rounded to float32, and so is ours
+
+
+def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], int, int]:
+    """(settings, number of classes, latent positions a side) of a released state dict."""
+    try:
+        width, _, patch, _ = state["x_embedder.proj.weight"].shape
+        aligned = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+        later = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
+        model: dict[str, Any] = {"depth": aligned + later, "width": width, "patch": patch, "qk_norm": "blocks.0.attn.q_norm.weight" in state}
+        model |= {"heads": HEADS[width]} if width in HEADS else {}
+        model |= {"projector_width": len(state["projectors.0.0.weight"])} if "projectors.0.0.weight" in state else {}
+        model |= {"align_after": aligned} if later else {}
+        return model, len(state["y_embedder.embedding_table.weight"]) - 1, patch * int(state[POSITIONS].shape[1] ** 0.5)
+    except (KeyError, ValueError, IndexError) as error:
+        begin = ", ".join(sorted(state)[:3])
+        raise UserError(f"This is not the state dict of a released DiT, SiT, REPA or REG: {error!r} in reading its shapes. Its keys: {begin}, ...") from error
+
+
+def open_released(licence: str, path: Path, weights: str | None = None) -> Released:
+    """A released file for `launch/prepare.py import`: a plain average, or a training checkpoint whose average is taken."""
+    if weights is not None:
+        raise UserError(f"weights={weights!r}: a released file is one set of weights, and of a training checkpoint the average is taken.")
+    state = read_tensors(path)
+    model, num_classes, side = recognise(state)
+    return Released(state, model, num_classes, FACTOR * side, "ema", EMA_DECAY, licence)
+
+
+open_sit = open_repa = open_reg = partial(open_released, "MIT")
+open_dit = partial(open_released, "CC BY-NC 4.0")
 
 
 def released_name(name: str) -> str:

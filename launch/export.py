@@ -1,0 +1,85 @@
+"""From a run folder to what can be given away: weights as safetensors, the configuration, and a card that says what they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from common.checkpoint import sha256_of
+from common.config import ema_names, load_presets
+from common.errors import UserError
+from common.external import RunWeights, run_weights
+from common.files import write_whole
+from evaluation.models import IMPORTED, saved_run
+from evaluation.record import RESULT, Record, read_record
+from methods import MethodSpec, get_spec
+
+WEIGHTS = "model.safetensors"
+FILES = (WEIGHTS, "config.yaml", "README.md")
+
+
+def export_run(folder: Path, to: Path, ema: str | None, licence: str) -> str:
+    """Writes the three files; `ema` as in evaluation/run.py. Frozen networks stay outside, as in checkpoints."""
+    run = saved_run(folder, {})
+    weights = run_weights(folder, ema)
+    if to.exists() and any(to.iterdir()):
+        raise UserError(f"{to} is not empty. Choose another to=.")
+    to.mkdir(parents=True, exist_ok=True)
+    name = ema or run.eval.ema or next(iter(ema_names(run.train)), "raw")
+    decay = dict(zip(ema_names(run.train), run.train.ema_decay, strict=False)).get(name, "")
+    metadata = {"format": "pt", "method": run.method, "ema": name, "ema_decay": str(decay), "licence": licence, "checkpoint_sha256": weights.sha256}
+    save_file({key: tensor.contiguous() for key, tensor in weights.state.items()}, to / WEIGHTS, metadata)
+    shutil.copyfile(folder / "config.yaml", to / "config.yaml")
+    write_whole(to / "README.md", card(folder, weights, get_spec(run.method), run.preset, name, licence, sha256_of(to / WEIGHTS)))
+    return "\n".join(str(to / file) for file in FILES)
+
+
+def card(folder: Path, weights: RunWeights, spec: MethodSpec, preset: str, ema: str, licence: str, sha256: str) -> str:
+    """The model card, with the front matter that Hugging Face reads."""
+    record: Record = read_record(folder / RESULT) if (folder / RESULT).exists() else {}
+    imported = json.loads((folder / IMPORTED).read_text(encoding="utf-8")) if (folder / IMPORTED).exists() else {}
+    licence = licence or imported.get("licence", "")
+    front = ["---", f"license: {licence.lower() or 'other'}", "library_name: pixlat", "pipeline_tag: unconditional-image-generation", "---"]
+    return "\n".join([*front, "", f"# {folder.name}", "", f"{spec.title}.", "", f"Method: {spec.paper}; preset `{preset}`.", "",
+        *origin(record, imported, weights, ema), "", *scores(record), *expected(spec, preset),
+        "## Use", "", f"    python launch/prepare.py import method={spec.name} file=FOLDER name={folder.name}",
+        f"    python evaluation/run.py run=runs/{folder.name}", "",
+        f"`{WEIGHTS}` (sha256 {sha256}) holds {len(weights.state)} tensors under pixlat's names, `config.yaml` every setting. Frozen networks are not in it.",
+        f"Licence of the weights: {licence or 'not stated'}.", "",
+    ])  # fmt: skip
+
+
+def origin(record: Mapping[str, Any], imported: Mapping[str, Any], weights: RunWeights, ema: str) -> list[str]:
+    """Where the weights come from."""
+    if imported:
+        return [f"Imported from `{Path(imported['file']).name}` (sha256 {imported['sha256']}, its `{imported['weights']}`), released by the authors."]
+    data, train = weights.config["data"], record.get("train", {})
+    seen = f" on {train['images_seen']:,} images shown, batch {train['batch']}, {train['optimizer']}, {train['precision']}" if train else ""
+    commit = f", code {record['code']['git_sha'][:12]}" if record.get("code") else ""
+    return [f"Trained on {record.get('data', {}).get('name', data['name'])}{seen}{commit}. Weights: {ema}, checkpoint sha256 {weights.sha256}."]
+
+
+def scores(record: Mapping[str, Any]) -> list[str]:
+    """The measured numbers under their protocol."""
+    if not record.get("metrics"):
+        return ["Not evaluated.", ""]
+    rows = [f"| {name} | {entry['value']:.5g} | {'' if entry.get('se') is None else format(entry['se'], '.2g')} |" for name, entry in record["metrics"].items()]
+    return [
+        f"Protocol `{record['protocol_hash']}`: compare with rows of the same hash only.",
+        "",
+        "| metric | value | standard error |",
+        "|---|---|---|",
+        *rows,
+        "",
+    ]
+
+
+def expected(spec: MethodSpec, preset: str) -> list[str]:
+    """The published score of the preset."""
+    score = load_presets(spec.presets).get(preset, {}).get("expected")
+    return [f"Published for this preset: {', '.join(f'{key} {value}' for key, value in score.items())}.", ""] if score else []
