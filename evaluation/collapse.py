@@ -14,9 +14,8 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,8 @@ from evaluation.command import help_text, parse, run_command
 from methods import get_spec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from common.datasets import DataSource, ImageSet
     from methods.base import Method
 
@@ -77,9 +78,12 @@ def study(run: RunConfig, heldout: int) -> list[Row]:
 
         plan = TrainingPlan(source.train.labels, run.train.batch, run.seed, source.balanced, run.data.flip)
         micro_batch, _ = split_batch(run.train, accelerator.num_processes)
-        place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-        batches = partial(training_batches, source.train, plan, micro_batch=micro_batch, **place)
-        train(method, run.train, lambda step, count: batches(start_step=step, accumulation=count), Path(folder), run.seed, identity(run), accelerator, preview)
+
+        def batches(start_step: int, accumulation: int) -> Iterator[list[dict[str, Tensor]]]:
+            place = (accelerator.process_index, accelerator.num_processes)
+            return training_batches(source.train, plan, start_step, micro_batch, accumulation, *place)
+
+        train(method, run.train, batches, Path(folder), run.seed, identity(run), accelerator, [(run.train.preview_images, preview)])
         logged = {row["step"]: row for row in read_rows(Path(folder) / "metrics.jsonl")}
     return [row | {key: value for key, value in logged.get(row["step"], {}).items() if key == "erank_predicted"} for row in rows]
 

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from common.datasets import ArrayImages
-from evaluation.collapse import PRESETS, Claim, claims, claims_table, main, measure, table
+from evaluation.collapse import PRESETS, Claim, claims, claims_table, measure, table, usage, work
+from evaluation.command import run_command
 from methods.base import Method
 
 
@@ -71,6 +72,11 @@ def test_claims_hold_for_the_story_and_fail_for_its_opposite():
     assert "4.26 (4.26 to 4.26)" in table(SOUND, PRESETS)
 
 
+def command(arguments):
+    """The exit code."""
+    return run_command(arguments, usage, work)
+
+
 def test_the_command_trains_measures_and_draws(tmp_path, capsys):
     arguments = [
         "method=dsd",
@@ -82,7 +88,7 @@ def test_the_command_trains_measures_and_draws(tmp_path, capsys):
         "train.preview_images=8",
         "train.log_images=8",
     ]
-    assert main([*arguments, "model.depth=1", "model.width=16", "model.health_every=1"]) == 0
+    assert command([*arguments, "model.depth=1", "model.width=16", "model.health_every=1"]) == 0
     report = json.loads((tmp_path / "collapse.json").read_text())
     assert list(report["runs"]) == PRESETS and len(report["claims"]) == 32
     for by_seed in report["runs"].values():
@@ -92,9 +98,9 @@ def test_the_command_trains_measures_and_draws(tmp_path, capsys):
     assert len(starts) == 1  # the same network before training, whatever the loss
     assert Image.open(tmp_path / "collapse.png").size == (800, 350)
     assert capsys.readouterr().err.count("collapse-naive-seed") == 2
-    assert main([*arguments, "model.depth=1", "model.width=16", "model.health_every=1"]) == 0
+    assert command([*arguments, "model.depth=1", "model.width=16", "model.health_every=1"]) == 0
     assert "collapse-naive" not in capsys.readouterr().err  # kept
-    assert main([*arguments, "model.depth=2", "model.width=16", "model.health_every=1"]) == 2
+    assert command([*arguments, "model.depth=2", "model.width=16", "model.health_every=1"]) == 2
     assert "was measured with other settings" in capsys.readouterr().err
-    assert main(["out=x", "seeds=[0]"]) == 2
+    assert command(["out=x", "seeds=[0]"]) == 2
     assert "give method=" in capsys.readouterr().err

@@ -231,8 +231,8 @@ class DsdMethod(Method):
         return [*network.encoder.trunk.blocks, *network.diffusion_head.blocks, *network.velocity_head.blocks]
 
     def look(self, images: Tensor, time: float) -> None:
-        """The trunk's blocks are heard twice, as they encode the clean images and as they denoise; then the diffusion and the velocity head's."""
-        z = self.network.encoder(images).z
+        """The blocks are heard as they denoise, then those of the diffusion and the velocity head; not as they encode the clean images."""
+        z = self.network.encoder(images, heard=False).z
         t = torch.full((len(z),), time, device=z.device)
         self.denoise(flow.interpolate(z, torch.randn_like(z), t), t, torch.full((len(z),), self.data.num_classes, device=z.device))
 

@@ -63,11 +63,12 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.register_buffer("positions", sincos_table(grid, config.width)[None])
 
-    def forward(self, tokens: Tensor) -> Features:
+    def forward(self, tokens: Tensor, heard: bool = True) -> Features:
+        """heard: whether those who listen to the blocks hear this pass."""
         x = tokens + self.positions
         shallow = x
         for number, block in enumerate(self.blocks, 1):
-            x = block(x)
+            x = block(x) if heard else block.forward(x)
             shallow = x if number == self.aligned_block else shallow
         return Features(shallow, x)
 
@@ -101,13 +102,13 @@ class Encoder(nn.Module):
         self.out = nn.Linear(config.width, config.latent_channels)
         self.latent_norm = LatentNorm(config.latent_norm, config.latent_channels)
 
-    def forward(self, images: Tensor, hidden: Tensor | None = None) -> Encoded:
+    def forward(self, images: Tensor, hidden: Tensor | None = None, heard: bool = True) -> Encoded:
         """(B, 3, S, S) in [-1, 1] to latents; hidden (B, N) bool: patches that are replaced by the one learned token."""
         tokens = self.patch_embed(images)
         if hidden is not None:
             assert self.mask_token is not None
             tokens = torch.where(hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
-        features = self.trunk(tokens + self.role)
+        features = self.trunk(tokens + self.role, heard)
         return Encoded(self.latent_norm(self.out(self.norm(features.last))), features)
 
 
