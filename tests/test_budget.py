@@ -247,10 +247,14 @@ def test_a_signal_during_a_score_ends_the_run_at_once_and_nothing_is_lost(tmp_pa
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("went on")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(jobs, "evaluate_method", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            start(tmp_path, data, "eval.every_images=32")
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs deaf to it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(jobs, "evaluate_method", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                start(tmp_path, data, "eval.every_images=32")
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert latest(tmp_path / "run/checkpoints").name == "step-00000004"
     with monkeypatch.context() as patch:
         patch.setattr(jobs, "draw_job", lambda *_: _raise())

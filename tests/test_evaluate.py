@@ -290,7 +290,7 @@ def toy_source():
 
 
 def test_a_method_is_measured(tmp_path):
-    run = SimpleNamespace(sample=0.15, eval=SimpleNamespace(num_images=40, seed=0, batch=15))
+    run = SimpleNamespace(sample=0.15, eval=SimpleNamespace(num_images=40, seed=0, seeds=[], batch=15))
     good = evaluate_method(NoisyLabels(), run, toy_source(), "cpu", tmp_path)
     assert good.protocol["samples"]["n"] == 40
     assert protocol_name(good.protocol).startswith("embedded-v1/toy-train/n=40/balanced#")
@@ -320,7 +320,7 @@ def test_without_held_out_images_there_is_no_floor(tmp_path):
 
 
 def test_too_few_images_are_refused(tmp_path):
-    run = SimpleNamespace(sample=0.15, eval=SimpleNamespace(num_images=10, seed=0, batch=15))
+    run = SimpleNamespace(sample=0.15, eval=SimpleNamespace(num_images=10, seed=0, seeds=[], batch=15))
     with pytest.raises(UserError, match="at least 20"):
         evaluate_method(NoisyLabels(), run, toy_source(), "cpu", tmp_path)
 
