@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import tarfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
@@ -28,7 +29,7 @@ LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
 GROUPS_KEPT = 2  # row groups of Parquet files that a process keeps decoded: reading in order decodes each once
 
 
-class Archive:
+class Archive(ABC):
     """Encoded images with labels. It holds no open file, so that loader processes can be forked."""
 
     suffix: str
@@ -37,17 +38,17 @@ class Archive:
         """labels (N,); parts (N,): "train", one of HELD_OUT_NAMES, or "" where no name tells."""
         self.files, self.labels, self.class_names, self.parts = files, labels, class_names, parts
 
+    @abstractmethod
     def name(self, index: int) -> str:
         """Where the image lies, for messages and for the split."""
-        raise NotImplementedError
 
+    @abstractmethod
     def size(self, index: int) -> int:
         """Bytes of the image, or of the file that it lies in."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, index: int) -> bytes:
         """The image file at a position."""
-        raise NotImplementedError
 
     def split(self) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
         """Positions of the training images and of the held-out ones; None where no name tells."""
@@ -213,17 +214,17 @@ class TableArchive(Archive):
             raise UserError(f"{self.name(index)} holds a path instead of an image. Save the data set with its images inside.")
         return content
 
+    @abstractmethod
     def schema(self, file: Path) -> pyarrow.Schema:
         """The columns of a file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pieces(self, file: Path) -> list[NDArray[np.int64]]:
         """The labels of each piece of a file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def column(self, file: Path, piece: int) -> pyarrow.ChunkedArray:
         """The images of one piece."""
-        raise NotImplementedError
 
 
 class ParquetArchive(TableArchive):

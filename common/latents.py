@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from common import mapped
 from common.checkpoint import sha256_of
 from common.errors import UserError
 from common.files import hold_to, write_whole
@@ -160,10 +161,10 @@ def write_latents(folder: Path, images: ImageSet, tokenizer: Tokenizer, batch: i
     }
     hold_to(folder / "plan.json", facts, "latents of other images, of another encoder or in another layout")
     digests = {}
-    for number, start in enumerate(range(0, len(images), shard_images)):
+    for number, positions in mapped.shard_ranges(len(images), shard_images):
         file = folder / f"moments-{number:05d}.npy"
         if not file.exists():
-            _write_shard(file, images, tokenizer, np.arange(start, min(start + shard_images, len(images))), batch, dtype)
+            _write_shard(file, images, tokenizer, np.array(positions), batch, dtype)
         digests[file.name] = sha256_of(file)
     card = Card(**facts, shards=digests)  # type: ignore[arg-type]
     write_whole(folder / CARD, json.dumps(asdict(card), indent=1) + "\n")
@@ -172,15 +173,11 @@ def write_latents(folder: Path, images: ImageSet, tokenizer: Tokenizer, batch: i
 
 def _write_shard(file: Path, images: ImageSet, tokenizer: Tokenizer, indices: NDArray[np.int64], batch: int, dtype: str) -> None:
     """(images, 2, 2 C, h, h): axis 1 is the image and its mirror image."""
-    temporary = file.with_name(f".{file.name}")
     side = images.image_size // tokenizer.factor
-    shape = (len(indices), 2, 2 * tokenizer.channels, side, side)
-    array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
-    for start in range(0, len(indices), batch):
-        part = indices[start : start + batch]
-        array[start : start + len(part)] = _moments_of(images, tokenizer, part)
-    array.flush()
-    temporary.replace(file)
+    with mapped.new_shard(file, (len(indices), 2, 2 * tokenizer.channels, side, side), dtype) as array:
+        for start in range(0, len(indices), batch):
+            part = indices[start : start + batch]
+            array[start : start + len(part)] = _moments_of(images, tokenizer, part)
 
 
 def _moments_of(images: ImageSet, tokenizer: Tokenizer, indices: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -201,18 +198,11 @@ class LatentShards:
         self.folder = folder
         self.card = read_card(folder)
         self.facts = LatentFacts(self.card.shape, self.card.encoder_sha256)
-
-    @cached_property
-    def arrays(self) -> list[NDArray[np.generic]]:
-        """The shards; opened where they are used, since loader processes each need their own maps."""
-        return [np.load(self.folder / name, mmap_mode="r") for name in self.card.shards]
-
-    def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key != "arrays"}
+        self.shards = mapped.Shards([folder / name for name in self.card.shards])
 
     def moments(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> NDArray[np.float32]:
         shard, row = np.divmod(indices, self.card.shard_images)
-        found = [self.arrays[s][r, int(flip)] for s, r, flip in zip(shard, row, flips, strict=True)]
+        found = [self.shards.arrays[s][r, int(flip)] for s, r, flip in zip(shard, row, flips, strict=True)]
         return np.stack(found).astype(np.float32)
 
     def check(self, images: ImageSet) -> None:
@@ -232,13 +222,7 @@ class LatentShards:
 
 def read_card(folder: Path) -> Card:
     """latents.json of a folder; a UserError if it is missing or of another format."""
-    file = folder / CARD
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}). Make the folder with `python launch/prepare.py latents`, or let it finish.") from error
-    if content.get("format") != FORMAT:
-        raise UserError(f"{file} has format {content.get('format')}, and this version reads {FORMAT}. Prepare the latents again.")
+    content = mapped.read_card(folder / CARD, FORMAT, "latents")
     return Card(**{**content, "shape": tuple(content["shape"])})
 
 

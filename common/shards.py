@@ -15,13 +15,13 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common import mapped
 from common.errors import UserError
 from common.files import hold_to, write_whole
 from common.progress import progress_bar
@@ -66,51 +66,28 @@ class Part:
 
     def __init__(self, folder: Path, name: str, card: PartCard, image_size: int, shard_images: int) -> None:
         self.folder, self.name, self.identity, self.shard_images = folder, name, card.identity, shard_images
-        self.counts = [len(positions) for _, positions in shard_ranges(card.images, shard_images)]
-        for number, count in enumerate(self.counts):
-            file, least = self.file(number), count * 3 * image_size**2
-            if not file.is_file() or file.stat().st_size < least:
+        counts = [len(positions) for _, positions in mapped.shard_ranges(card.images, shard_images)]
+        self.shards = mapped.Shards([folder / f"{name}-{number:05d}.npy" for number in range(len(counts))])
+        for file, count in zip(self.shards.files, counts, strict=True):
+            if not file.is_file() or file.stat().st_size < count * 3 * image_size**2:
                 raise UserError(f"{file} is missing or shorter than its {count} images. Remove it and {CARD}, and prepare the images again.")
-
-    def file(self, number: int) -> Path:
-        """Where a shard lies."""
-        return self.folder / f"{self.name}-{number:05d}.npy"
 
     def labels(self) -> NDArray[np.int64]:
         """(N,)."""
         labels: NDArray[np.int64] = np.load(self.folder / f"{self.name}-labels.npy")
         return labels
 
-    @cached_property
-    def arrays(self) -> list[NDArray[np.uint8]]:
-        """The shards, opened where they are used: loader processes each need their own maps."""
-        return [np.load(self.file(number), mmap_mode="r") for number in range(len(self.counts))]
-
-    def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key != "arrays"}
-
     def read(self, index: int) -> NDArray[np.uint8]:
         """(3, S, S)."""
-        return self.arrays[index // self.shard_images][index % self.shard_images]
+        image: NDArray[np.uint8] = self.shards.arrays[index // self.shard_images][index % self.shard_images]
+        return image
 
 
 def read_card(folder: Path) -> Card:
     """The card of a finished folder; a UserError where there is none."""
-    file = folder / CARD
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}). Make the folder with `python launch/prepare.py images`, or let it finish.") from error
-    if content.get("format") != FORMAT:
-        raise UserError(f"{file} has format {content.get('format')}, and this version reads {FORMAT}. Prepare the images again.")
+    content = mapped.read_card(folder / CARD, FORMAT, "images")
     parts = {name: PartCard(**part) for name, part in content["parts"].items()}
     return Card(**{**content, "class_names": tuple(content["class_names"]), "parts": parts, "folder": folder})
-
-
-def shard_ranges(images: int, shard_images: int) -> Iterator[tuple[int, range]]:
-    """(number, positions) of each shard."""
-    for number, start in enumerate(range(0, images, shard_images)):
-        yield number, range(start, min(start + shard_images, images))
 
 
 class Task(NamedTuple):
@@ -130,7 +107,7 @@ def write_shards(folder: Path, source: DataSource, workers: int, shard_images: i
     tasks = []
     for part, images in sets.items():
         np.save(folder / f"{part}-labels.npy", images.labels)
-        tasks += [Task(folder / f"{part}-{number:05d}.npy", part, positions) for number, positions in shard_ranges(len(images), shard_images)]
+        tasks += [Task(folder / f"{part}-{number:05d}.npy", part, positions) for number, positions in mapped.shard_ranges(len(images), shard_images)]
     skipped: dict[str, dict[str, str]] = {part: {} for part in sets}
     with progress_bar("images", sum(len(task.positions) for task in tasks)) as bar:
         for task, broken in zip(tasks, _written(tasks, sets, workers), strict=True):
@@ -174,14 +151,11 @@ def _write(task: Task) -> dict[str, str]:
     if task.file.exists():
         return dict(json.loads(note.read_text(encoding="utf-8"))) if note.exists() else {}
     images = _sets[task.part]
-    temporary = task.file.with_name(f".{task.file.name}")
-    array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(task.positions), 3, images.image_size, images.image_size))
-    for start in range(0, len(task.positions), BATCH):
-        part = task.positions[start : start + BATCH]
-        array[start : start + len(part)] = images.fetch(part)
-    array.flush()
-    broken = {str(position): images.broken[position] for position in task.positions if position in images.broken}
-    if broken:
-        write_whole(note, json.dumps(broken) + "\n")
-    temporary.replace(task.file)
+    with mapped.new_shard(task.file, (len(task.positions), 3, images.image_size, images.image_size), np.uint8) as array:
+        for start in range(0, len(task.positions), BATCH):
+            part = task.positions[start : start + BATCH]
+            array[start : start + len(part)] = images.fetch(part)
+        broken = {str(position): images.broken[position] for position in task.positions if position in images.broken}
+        if broken:
+            write_whole(note, json.dumps(broken) + "\n")
     return broken

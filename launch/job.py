@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from common import checkpoint
 from common.config import RunConfig, evaluated_ema, identity, run_folder
+from common.cost import TrainingCost, training_cost
 from common.datasets import DataSource, load_data
 from common.errors import UserError
 from common.files import read_rows, write_whole
@@ -72,6 +73,11 @@ class Job:
     def earlier(self) -> list[dict[str, Any]]:
         """The runs that this one is built on, for the record; looked up once, since every file of their checkpoints is verified."""
         return earlier_runs(self.run, self.model)
+
+    @cached_property
+    def training_cost(self) -> TrainingCost:
+        """MACs of the training; counted once, since a count runs the method on shapes."""
+        return training_cost(get_class(self.run.method), self.model, self.info)
 
     @property
     def generates(self) -> bool:
@@ -246,7 +252,7 @@ def score_preview(job: Job, state: TrainState) -> None:
         return
     scores = score(job, state)
     if job.main:
-        macs = record.training_macs(job.run, job.model, job.source, state.step, job.accelerator.num_processes)
+        macs = record.training_macs(job.run, job.training_cost, job.source, state.step, job.accelerator.num_processes)
         point = {"images": images, "macs_train": macs, "protocol_hash": protocol_hash(scores.protocol), "metrics": scores.metrics}
         earlier = [each for each in points if each["images"] < images]  # later ones are of a start whose last steps were lost
         write_whole(job.folder / CURVE, "".join(json.dumps(each) + "\n" for each in (*earlier, point)))
@@ -258,7 +264,8 @@ def evaluate_job(job: Job, state: TrainState, training_peak: int) -> None:
     result = score(job, state) if job.run.eval.num_images else None
     if job.main:
         peaks = (training_peak, peak_bytes(job.accelerator.device))
-        write_record(record.build(job.run, job.model, job.earlier, job.folder, job.source, job.info, state, result, peaks), job.folder / RESULT)
+        built = record.build(job.run, job.model, job.earlier, job.folder, job.source, job.info, job.training_cost, state, result, peaks)
+        write_record(built, job.folder / RESULT)
 
 
 def summary(job: Job) -> str:

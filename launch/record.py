@@ -8,7 +8,7 @@ from typing import Any
 
 from common import checkpoint
 from common.config import RunConfig, evaluated_ema, sampling_seeds
-from common.cost import on_meta, parameter_counts, sampling_cost, training_cost
+from common.cost import TrainingCost, on_meta, parameter_counts, sampling_cost
 from common.datasets import DataSource
 from common.hardware import device_name, peak_kind
 from common.loader import TrainingPlan
@@ -27,6 +27,7 @@ def build(
     folder: Path,
     source: DataSource,
     info: DataInfo,
+    cost: TrainingCost,
     state: TrainState,
     evaluation: Evaluation | None,
     peaks: tuple[int, int],
@@ -67,7 +68,7 @@ def build(
             "batch": run.train.batch,
             "precision": dtype,
             "optimizer": ", ".join(sorted({type(o).__name__ for optimizers in state.optimizers.values() for o in optimizers})),
-            "macs_total": training_macs(run, model, source, state.step, processes),
+            "macs_total": training_macs(run, cost, source, state.step, processes),
             "device_seconds": state.seconds * processes,
             "device": device,
             "images_per_s": images_seen / state.seconds if state.seconds else None,
@@ -103,9 +104,8 @@ def build(
     return build_record(fields)
 
 
-def training_macs(run: RunConfig, model: Any, source: DataSource, step: int, processes: int) -> int:
+def training_macs(run: RunConfig, cost: TrainingCost, source: DataSource, step: int, processes: int) -> int:
     """MACs of the first `step` steps on so many processes, in one go: after a stop, what was remembered of images is asked for again."""
-    cost = training_cost(get_class(run.method), model, DataInfo.of(source.info))
     encoded = 0
     if cost.encoding:
         plan = TrainingPlan(source.train.labels, run.train.batch, run.seed, source.balanced, run.data.flip)
