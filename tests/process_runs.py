@@ -113,8 +113,8 @@ def together(folder: Path, names: Sequence[str]) -> None:
         for rank in range(PROCESSES)
     ]
     printed = [child.communicate(timeout=900)[0] for child in children]
-    if any(child.returncode for child in children):
-        raise AssertionError("\n".join(printed))
+    if any(child.returncode for child in children):  # a negative code is the signal that a process died of, which prints nothing
+        raise AssertionError("\n".join(f"exit code {child.returncode} after\n{text}" for child, text in zip(children, printed, strict=True)))
 
 
 def main(folder: Path, names: Sequence[str]) -> None:
