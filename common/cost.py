@@ -6,6 +6,7 @@ print MACs as "Gflops". Real tensors are no base for counting: on a CPU PyTorch'
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,12 +183,20 @@ def _numel(tensors: Any) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
+class _Fake(FakeTensorMode):
+    """One mode for a module and its deep copies, as an average of weights is: FakeTensorMode is itself copied with a tensor."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Fake:
+        return self
+
+
 def activation_bytes(method_class: type[Method], config: Any, data: DataInfo, batch: int, bf16: bool = False) -> int:
     """Bytes that autograd keeps from the forward to the backward of a micro-batch, in the phase that keeps most; parameters not counted.
 
     Fake CPU tensors instead of meta ones: attention is then the fused kernel, which keeps no weights.
     """
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with warnings.catch_warnings(), _Fake(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # as PyTorch's own deep copy does
         method = method_class(config, data).train()
         inputs = empty_batch(data, batch, "cpu")
         return max(_saved_bytes(method, partial(method, phase, inputs, 0)) for phase in method.phases)

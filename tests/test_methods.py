@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.seeds import Noise, image_seeds, seed_step
 from evaluation.evaluate import EmbeddedExtractor  # noqa: F401  the evaluator must import beside every method
 from evaluation.hidden_states import image_mean, tapped
+from launch.dry_run import describe_run
 from methods import get_class, get_spec, registered
 from methods.base import DataInfo, Method
 
@@ -148,3 +149,8 @@ def test_the_state_round_trips_and_averages_follow_trained_parameters(run, metho
 def test_before_training_takes_an_endless_stream(method):
     method.before_training(batch(4) for _ in itertools.count())
     assert all(value.isfinite().all() for value in method.state_dict().values() if value.is_floating_point())
+
+
+def test_a_dry_run_describes_the_demo(run):
+    told = describe_run(run)
+    assert "parameters" in told and "memory" in told

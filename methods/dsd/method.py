@@ -54,7 +54,7 @@ class DsdMethod(Method):
         self.predictor = mlp(config.width, config.projector_width, config.width) if config.self_weight else None
         self.classifier = nn.Linear(config.width, data.num_classes) if config.cls_weight else None
         self.teacher, self.projector = self.build_teacher()
-        self.features_of = FeatureTable(lambda images: (self.teach(images),), data.num_train if config.remember else 0)
+        self.features_of = FeatureTable(lambda images: (self.teach(images),), data.num_train if config.remember and self.teacher is not None else 0)
         self.perceptual: Frozen | None = None
         if config.perceptual != "none":
             self.perceptual = Lpips(config.perceptual_path) if config.perceptual == "lpips" else EmbeddedDistance()
