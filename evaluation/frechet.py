@@ -3,24 +3,24 @@
 FD = |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2). With S1 = L L^T the last trace is the sum of the square roots of the eigenvalues of the
 symmetric matrix L^T S2 L: real by construction, and far cheaper than general eigenvalues or a matrix root (`python evaluation/speed.py frechet`).
 
-Cholesky and eigenvalues are SciPy's, whose drivers are the fastest here; since the matrices are symmetric, their row order is LAPACK's column order.
+Cholesky, congruence and eigenvalues are LAPACK's through SciPy: NumPy's and PyTorch's BLAS have threads of their own, which spin for a while after a
+product and would take the cores from SciPy's. Since the matrices are symmetric, their row order is LAPACK's column order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
-import scipy.linalg
 import torch
 from numpy.typing import NDArray
 from scipy.linalg import lapack
 from torch import Tensor
 
+from common.errors import UserError
 from evaluation.moments import Gaussian
-
-BLOCK = 192  # rows and columns; smaller blocks skip more and multiply slower
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Factored:
     """A reference whose covariance is factored once, S = L L^T."""
 
     gaussian: Gaussian
-    factor: Tensor  # (D, D), lower triangular unless regularised
+    factor: Tensor  # (D, D); unless regularised only its lower triangle counts, and what stands above is no zero
     regularised: bool  # negative eigenvalues were set to 0, or S has no full rank: Cholesky did not apply
 
 
 def factorise(gaussian: Gaussian) -> Factored:
     """Cholesky; where the covariance is not positive definite, V sqrt(max(lambda, 0)) from its eigendecomposition."""
     if gaussian.n > len(gaussian.mean):
-        factor, fault = lapack.dpotrf(gaussian.cov.numpy().T, lower=1)
+        factor, fault = lapack.dpotrf(gaussian.cov.numpy().T, lower=1, clean=0)
         if not fault:
             return Factored(gaussian, torch.from_numpy(factor), regularised=False)
     eigenvalues, vectors = torch.linalg.eigh(gaussian.cov)
@@ -45,23 +45,20 @@ def factorise(gaussian: Gaussian) -> Factored:
 def frechet_distance(generated: Gaussian, reference: Factored) -> float:
     """FD in squared feature units."""
     L, S = reference.factor.numpy(), generated.cov.numpy()
-    middle = L.T @ S @ L if reference.regularised else triangular_congruence(L, S)
-    eigenvalues = torch.from_numpy(scipy.linalg.eigvalsh(middle.T, lower=True, driver="ev", overwrite_a=True, check_finite=False))
+    middle = L.T @ S @ L if reference.regularised else lapack.dsygst(S.T, L, itype=2, lower=1)[0]  # the lower triangle of L^T S L
+    eigenvalues = torch.from_numpy(symmetric_eigenvalues(middle))
     rank = min(len(eigenvalues), generated.n - 1, reference.gaussian.n - 1)  # the rest is rounding noise, whose roots would add up
     return _assemble(generated.mean, generated.cov.trace(), eigenvalues[-rank:], reference)
 
 
-def triangular_congruence(factor: NDArray[np.float64], cov: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The upper triangle of L^T S L for lower-triangular L and symmetric S; what is below its blocks is undefined.
-
-    Block by block without what is known to be zero or to come twice: a quarter of the operations of two full products.
-    """
-    n, result = len(cov), np.empty_like(cov)
-    for i in range(0, n, BLOCK):
-        rows = factor[i:, i : i + BLOCK].T @ cov[i:, i:]
-        for j in range(i, n, BLOCK):
-            result[i : i + BLOCK, j : j + BLOCK] = rows[:, j - i :] @ factor[j:, j : j + BLOCK]
-    return result
+def symmetric_eigenvalues(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """In ascending order, from the lower triangle, which is overwritten. What LAPACK's dsyev does, without its two passes for the norm."""
+    workspace = int(lapack.dsytrd_lwork(len(matrix), lower=1)[0])
+    _, diagonal, beside, _, _ = lapack.dsytrd(matrix, lower=1, lwork=workspace, overwrite_a=1)
+    eigenvalues, fault = lapack.dsterf(diagonal, beside)
+    if fault:
+        raise UserError(f"Fréchet distance: LAPACK's dsterf found no eigenvalues ({fault}); are there NaN or infinite values among the features?")
+    return cast("NDArray[np.float64]", eigenvalues)
 
 
 def frechet_distance_few(features: Tensor, reference: Factored) -> float:
@@ -69,7 +66,7 @@ def frechet_distance_few(features: Tensor, reference: Factored) -> float:
     features = features.double()
     mean = features.mean(0)
     centred = features - mean
-    projected = centred @ reference.factor
+    projected = centred @ (reference.factor if reference.regularised else reference.factor.tril())
     ddof = len(features) - 1
     eigenvalues = torch.linalg.eigvalsh(projected @ projected.T / ddof)[-min(ddof, reference.gaussian.n - 1) :]
     return _assemble(mean, centred.square().sum() / ddof, eigenvalues, reference)

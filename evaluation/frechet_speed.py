@@ -13,11 +13,11 @@ from common.errors import UserError
 from evaluation.frechet import factorise, frechet_distance
 from evaluation.moments import Gaussian
 
-REPEATS = 3
+REPEATS = 5
 
 
 def compare(dims: int = 2048) -> dict[str, Any]:
-    """The fastest of three calls of each implementation in wall and in processor seconds, how many times slower than ours it is, and its distance."""
+    """The fastest of five calls of each implementation in wall and in processor seconds, how many times slower than ours it is, and its distance."""
     try:
         from cleanfid.fid import frechet_distance as cleanfid_distance
         from torch_fidelity.metric_fid import fid_statistics_to_metric

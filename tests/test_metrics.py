@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from common.errors import UserError
 from evaluation import frechet, kid, prdc
 from evaluation.frechet import factorise, frechet_distance, frechet_distance_few, jackknife
 from evaluation.inception_score import inception_score, split_score
@@ -50,11 +51,12 @@ def test_frechet_agrees_with_general_eigenvalues():
     assert frechet_distance(a, factorise(b)) == pytest.approx(float(expected), rel=1e-10)
 
 
-def test_the_triangular_product_leaves_out_only_zeros(monkeypatch):
-    a, b = gaussian_of(normal(500, 50, seed=0)), factorise(gaussian_of(normal(700, 50, seed=1)))
-    monkeypatch.setattr(frechet, "BLOCK", 16)
-    found = frechet.triangular_congruence(b.factor.numpy(), a.cov.numpy())
-    np.testing.assert_allclose(np.triu(found), np.triu(b.factor.T @ a.cov @ b.factor), rtol=1e-12, atol=1e-12)
+def test_eigenvalues_are_numpys_and_their_failure_is_told():
+    matrix = normal(50, 30, seed=0).T.cov().numpy()
+    expected = np.linalg.eigvalsh(matrix)
+    np.testing.assert_allclose(frechet.symmetric_eigenvalues(np.asfortranarray(np.tril(matrix))), expected, rtol=1e-12, atol=1e-14)
+    with pytest.raises(UserError, match="dsterf"):
+        frechet.symmetric_eigenvalues(np.full((4, 4), np.nan, order="F"))
 
 
 def test_frechet_of_commuting_covariances():
