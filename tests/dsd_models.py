@@ -24,6 +24,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "batch norm": {"latent_norm": "bn"},
     "no norm": {"latent_norm": "none"},
     "live velocity head": {"velocity_head_detach": False},
+    "velocity head that sees the latent": {"velocity_latent": True},
     "no reconstruction": {"rec_weight": 0.0},
     "no auxiliary terms": {"self_weight": 0.0, "cls_weight": 0.0},
     "logit-normal times": {"time": "logit_normal"},

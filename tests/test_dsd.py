@@ -160,6 +160,16 @@ def test_the_velocity_heads_loss_stops_before_the_trunk():
         assert reached == {"velocity_head"} if detach else {"velocity_head", "encoder", "latent_embed", "class_embed"} <= reached
 
 
+def test_a_velocity_head_that_sees_the_noisy_latent_sends_nothing_back_through_it():
+    method = make(velocity_latent=True)
+    z, t, labels = torch.randn(2, 16, 8, requires_grad=True), torch.rand(2), torch.tensor([0, 3])
+    before = method.denoise(z, t, labels).velocity
+    before.square().mean().backward()
+    reached = {name.partition(".")[0] for name, p in method.network.named_parameters() if p.grad is not None}
+    assert z.grad is None and reached == {"velocity_head", "velocity_latent"}
+    torch.testing.assert_close(before, -method.network(z, 1 - t, labels, "velocity"))
+
+
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_ablation_trains_all_its_parameters(name):
     method = make(**ABLATIONS[name])

@@ -33,6 +33,7 @@ class DsdConfig:
     mask_ratio: tuple[float, float] = (-0.1, 0.7)  # the hidden share of an image is uniform between these, negative meaning none
     input_grad: bool = True  # the diffusion loss reaches the encoder through the noisy latent
     velocity_head_detach: bool = True  # the velocity head's loss stops before the trunk
+    velocity_latent: bool = False  # the velocity head sees the noisy latent beside the trunk's features, which may forget the noise
     # Reconstruction.
     rec_weight: float = 1.0  # of all three terms
     clean_share: float = 0.5  # share of latents that are decoded without noise

@@ -325,6 +325,6 @@ def momentum(config: DsdConfig, step: int) -> float:
 def variant(config: DsdConfig) -> str | None:
     """The ablation in words; none for the method as it is."""
     full = DsdConfig()
-    names = ("target", "predict", "ema", "mask", "input_grad", "latent_norm", "velocity_head_detach")
+    names = ("target", "predict", "ema", "mask", "input_grad", "latent_norm", "velocity_head_detach", "velocity_latent")
     changed = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) != getattr(full, name)]
     return ", ".join(changed) or None

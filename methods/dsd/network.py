@@ -144,6 +144,7 @@ class DsdNetwork(nn.Module):
         self.class_embed = nn.Embedding(num_classes + 1, width)
         self.diffusion_head = DiffusionHead(config)
         self.velocity_head = DiffusionHead(config)
+        self.velocity_latent = nn.Linear(config.latent_channels, width) if config.velocity_latent else None
         self.image_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.image_out = nn.Linear(width, config.patch**2 * channels)
         self.initialize()
@@ -170,14 +171,22 @@ class DsdNetwork(nn.Module):
         condition = self.condition(time, labels)
         features = self.features(z, condition)
         output = self.diffusion_head(features.last, condition)
-        seen = (features.last.detach(), condition.detach()) if self.detach_velocity else (features.last, condition)
-        return Denoised(output, self.velocity_head(*seen), features)
+        seen = (features.last, z, condition)
+        velocity = self.velocity(*((tensor.detach() for tensor in seen) if self.detach_velocity else seen))
+        return Denoised(output, velocity, features)
+
+    def velocity(self, last: Tensor, z: Tensor, condition: Tensor) -> Tensor:
+        """The velocity head's answer to the trunk's last features (B, N, D) of a noisy latent (B, N, C)."""
+        x = last if self.velocity_latent is None else last + self.velocity_latent(z.to(last.dtype))
+        answer: Tensor = self.velocity_head(x, condition)
+        return answer
 
     def forward(self, z: Tensor, time: Tensor, labels: Tensor, head: str) -> Tensor:
         """One evaluation of the sampler: the "velocity" head's answer or, for "latent", the diffusion head's. The other head is not run."""
         condition = self.condition(time, labels)
-        chosen = self.velocity_head if head == "velocity" else self.diffusion_head
-        return chosen(self.features(z, condition).last, condition)
+        last = self.features(z, condition).last
+        answer: Tensor = self.velocity(last, z, condition) if head == "velocity" else self.diffusion_head(last, condition)
+        return answer
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, N, C) to images (B, 3, S, S), nominally in [-1, 1], float32 at least."""
