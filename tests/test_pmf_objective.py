@@ -292,6 +292,15 @@ def test_a_share_of_the_times_is_uniform():
     assert (late < math.sqrt(0.5)).double().mean().item() == pytest.approx(0.5, abs=0.05)  # the larger of two uniforms: P(t < s) = s^2
 
 
+def test_a_share_of_the_steps_ends_at_the_image():
+    t, r, first = times(zero_share=0.3)
+    t_plain, r_plain, _ = times()
+    assert torch.equal(t, t_plain) and torch.equal(r[:first], t[:first])
+    whole = r[first:] == 0
+    assert whole.double().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert torch.equal(r[first:][~whole], r_plain[first:][~whole])
+
+
 @pytest.mark.parametrize(("sampler", "flow"), [("diagonal", COUNT), ("zero", 0), ("edges", COUNT // 2)])
 def test_times_of_the_ablations(sampler, flow):
     t, r, first = times(time_sampler=sampler)

@@ -38,6 +38,7 @@ class PMFConfig:
     time_mean: float = 0.8  # of the logit of both times
     time_std: float = 0.8
     uniform_share: float = 0.0  # share of samples whose times are uniform instead
+    zero_share: float = 0.0  # share of samples off the diagonal whose r is 0 instead: steps all the way to the image
     flow_share: float = 0.5  # share of a micro-batch, its first samples, that has r = t (flow matching)
     label_drop: float = 0.1  # mean share of a micro-batch, its first samples, that is trained without the class
     guidance_max: float = 8.0  # guidance scales are drawn from [1, guidance_max]
@@ -60,7 +61,7 @@ class PMFConfig:
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         for name in ("bottleneck", "lambda1", "lambda2", "norm_power", "guidance_beta"):
             require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must be 0 or more")
-        for name in ("uniform_share", "flow_share", "label_drop"):
+        for name in ("uniform_share", "zero_share", "flow_share", "label_drop"):
             require(0 <= getattr(self, name) <= 1, f"model.{name}", getattr(self, name), "is a share, so between 0 and 1")
         for name in ("clip", "noise_scale", "time_std", "norm_eps", "scalar_lr"):
             require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")

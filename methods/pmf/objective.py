@@ -64,8 +64,12 @@ def draw_times(config: PMFConfig, count: int, device: torch.device | str | None 
         r = torch.zeros_like(t)
     share = {"plane": config.flow_share, "diagonal": 1.0, "zero": 0.0, "edges": config.flow_share}[config.time_sampler]
     flow_matching = int(count * share)
-    r = torch.where(torch.arange(count, device=device) < flow_matching, t, r)  # before the sort: their t is one draw, not the larger of two
-    return torch.maximum(t, r), torch.minimum(t, r), flow_matching
+    first = torch.arange(count, device=device) < flow_matching
+    r = torch.where(first, t, r)  # before the sort: their t is one draw, not the larger of two
+    t, r = torch.maximum(t, r), torch.minimum(t, r)
+    if config.zero_share:
+        r = torch.where(first | (torch.rand(count, device=device) >= config.zero_share), r, 0.0)
+    return t, r, flow_matching
 
 
 def power_law(u: Tensor, highest: float, beta: float) -> Tensor:
