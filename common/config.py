@@ -61,6 +61,7 @@ class TrainConfig:
     ema_rampup: float = 0.0  # a half-life is at most this share of the images seen so far; 0 is off
     precision: str = "auto"  # auto, bf16 or fp32; auto: bf16 autocast on GPUs that have it, fp32 elsewhere
     compile: bool = False  # torch.compile for each block of the network
+    recompute_blocks: bool = False  # keep only the inputs of each block and compute it again in the backward pass: less memory, a third more work
     threads: int | None = None  # CPU threads; none: torch's choice
     log_images: int = 3200  # a line of metrics.jsonl every so many images
     checkpoint_images: int = 16_000  # a checkpoint every so many images
@@ -156,8 +157,8 @@ MIN_EVAL_IMAGES = 20  # one for each group that the evaluator's jackknife leaves
 
 # Settings that change neither a weight nor a score: two runs that differ only here are the same run.
 INERT_KEYS = (
-    "name", "out", "dry_run", "data.workers", "data.broken", "train.threads", "train.trackers", "train.keep_checkpoints", "eval.batch", "eval.grid_columns",
-    "eval.every_images",
+    "name", "out", "dry_run", "data.workers", "data.broken", "train.recompute_blocks", "train.threads", "train.trackers", "train.keep_checkpoints",
+    "eval.batch", "eval.grid_columns", "eval.every_images",
 )  # fmt: skip
 INERT_GROUPS = ("cluster.", "budget.")  # a budget only says how `train.images` was found
 

@@ -183,10 +183,10 @@ def _numel(tensors: Any) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-class _Fake(FakeTensorMode):
+class Fakes(FakeTensorMode):
     """One mode for a module and its deep copies, as an average of weights is: FakeTensorMode is itself copied with a tensor."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Fake:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fakes:
         return self
 
 
@@ -195,7 +195,7 @@ def activation_bytes(method_class: type[Method], config: Any, data: DataInfo, ba
 
     Fake CPU tensors instead of meta ones: attention is then the fused kernel, which keeps no weights.
     """
-    with warnings.catch_warnings(), _Fake(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with warnings.catch_warnings(), Fakes(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # as PyTorch's own deep copy does
         method = method_class(config, data).train()
         inputs = empty_batch(data, batch, "cpu")

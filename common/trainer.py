@@ -26,6 +26,7 @@ from common.config import TrainConfig
 from common.ema import Ema, build_emas
 from common.errors import UserError
 from common.files import append_row
+from common.memory import recompute_blocks
 from common.meters import Meters, truncate_rows
 from common.optim import build_optimizers, learning_rate, set_learning_rate
 from common.progress import progress_bar
@@ -277,6 +278,8 @@ def train(
             block.compile()
     spread = sharding == "fsdp2" and accelerator.num_processes > 1
     blank = hollow(method) if spread else None
+    if settings.recompute_blocks:
+        recompute_blocks(method)
     model: nn.Module = shard(method, accelerator) if spread else accelerator.prepare_model(method)
     optimizers = {phase: build_optimizers(method.parameters_of(phase), settings) for phase in method.phases}
     state = TrainState(method, optimizers, build_emas(method.averaged_parameters(), settings), settings, folder, identity, accelerator, Meters(), blank)

@@ -3,6 +3,11 @@
 Takes the keys of launch/run.py, and speed.batch (images a training step and a sampling batch; default 8), speed.steps (timed steps; default 10)
 and speed.sample=false to time training only, as for a stage that does not sample. Weights are random: speed does not depend on them.
 
+`python evaluation/speed.py memory method=... speed.batch=...` measures what a training step takes, beside what common/memory.py predicts.
+
+`python evaluation/speed.py knobs method=... speed.batch=...` tells what recomputed blocks, compiled blocks, exact attention and kept outputs of frozen
+networks do to speed and memory, each beside the plain run.
+
 `python evaluation/speed.py data data=folder data.path=... data.image_size=256` tells how many images a second one core reads, in the order of the
 files and at random as training does: divide what your GPUs take by it for the number of loader processes.
 
@@ -14,7 +19,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +31,7 @@ from methods import get_class, get_spec
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from methods.base import Method
 
@@ -41,22 +47,42 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     try:
-        if arguments[0] == "frechet":
-            print(json.dumps(measure_frechet(arguments[1:]), indent=1))
-            return 0
-        if arguments[0] == "data":
-            run = resolve(get_spec(RunConfig.method), next(sweep(split_overrides(arguments[1:]))))
-            print(json.dumps(measure_data(run), indent=1))
-            return 0
-        overrides = split_overrides(arguments)
-        options = {key: overrides.pop(key, [default])[0] for key, default in DEFAULTS.items()}
-        for choice in sweep(overrides):
-            run = resolve(get_spec(choice.get("method", RunConfig.method)), choice)
-            print(json.dumps(measure(run, int(options["speed.batch"]), int(options["speed.steps"]), options["speed.sample"] == "true"), indent=1))
+        for measured in measurements(arguments):
+            print(json.dumps(measured, indent=1))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def measurements(arguments: list[str]) -> Iterator[dict[str, Any]]:
+    """What the command asks for, one after the other."""
+    kind, rest = arguments[0], arguments[1:]
+    if kind == "frechet":
+        yield measure_frechet(rest)
+    elif kind == "data":
+        yield measure_data(resolve(get_spec(RunConfig.method), next(sweep(split_overrides(rest)))))
+    elif kind == "knobs":
+        from evaluation.knobs import compare_knobs
+
+        yield from compare_knobs(rest)
+    elif kind == "memory":
+        from evaluation.knobs import measure_memory, with_exact_allocator
+
+        with_exact_allocator()
+        for run, options in configurations(rest):
+            yield measure_memory(run, int(options["speed.batch"]))
+    else:
+        for run, options in configurations(arguments):
+            yield measure(run, int(options["speed.batch"]), int(options["speed.steps"]), options["speed.sample"] == "true")
+
+
+def configurations(arguments: Sequence[str]) -> Iterator[tuple[RunConfig, dict[str, str]]]:
+    """Every run of a sweep, and the options `speed.*`."""
+    overrides = split_overrides(arguments)
+    options = {key: overrides.pop(key, [default])[0] for key, default in DEFAULTS.items()}
+    for choice in sweep(overrides):
+        yield resolve(get_spec(choice.get("method", RunConfig.method)), choice), options
 
 
 def measure_frechet(arguments: list[str]) -> dict[str, Any]:
@@ -97,35 +123,53 @@ def measure_data(run: RunConfig) -> dict[str, Any]:
 
 def measure(run: RunConfig, batch: int, steps: int, sample: bool) -> dict[str, Any]:
     """images/s, MACs/s and peak memory of training steps (forward, backward, optimizer) and of the sampler."""
-    import torch
-
     from common.cost import on_meta, sampling_cost, training_cost
-    from common.datasets import summarise
-    from common.encoders.frozen import Frozen
     from common.hardware import device_name, peak_bytes, peak_kind, reset_peak
     from common.trainer import make_accelerator
-    from methods.base import DataInfo
 
-    method_class, info = get_class(run.method), DataInfo.of(summarise(run.data))
     accelerator = make_accelerator(run.train)
     device = accelerator.device
-    torch.manual_seed(0)
-    method = method_class(run.model, info)
-    for module in method.modules():
-        if isinstance(module, Frozen):  # a network of another run keeps its random weights: they do not change the speed
-            module.load()
-    method.to(device)
+    method = build(run, device)
     where = {"device": device_name(device), "precision": accelerator.mixed_precision}
     result: dict[str, Any] = {"method": run.method, "preset": run.preset, **where, "batch": batch}
-    seconds = time_training(method, run, batch, steps, accelerator)
-    macs = training_cost(method_class, run.model, info).per_image
+    seconds = repeat(training_step(method, run, batch, accelerator), range(WARMUP), range(steps), device)
+    macs = training_cost(type(method), run.model, method.data).per_image
     result["train"] = rates(batch, seconds, macs) | {"peak_bytes": peak_bytes(device), "peak_kind": peak_kind(device)}
     if sample and method.task == "generation":
         reset_peak(device)
         seconds = time_sampling(method, run, batch, device)
-        cost = sampling_cost(on_meta(method_class, run.model, info), run.sample)
+        cost = sampling_cost(on_meta(type(method), run.model, method.data), run.sample)
         result["sample"] = rates(batch, seconds, cost.macs_per_image) | {"net_forwards": cost.net_forwards, "peak_bytes": peak_bytes(device)}
     return result
+
+
+def build(run: RunConfig, device: torch.device) -> Method:
+    """The method on the device with random weights; networks that were trained elsewhere have theirs where the files are."""
+    import torch
+
+    from common.datasets import summarise
+    from common.encoders.frozen import Frozen
+    from methods.base import DataInfo
+
+    torch.manual_seed(0)
+    method = get_class(run.method)(run.model, DataInfo.of(summarise(run.data)))
+    for module in method.modules():
+        if isinstance(module, Frozen):
+            try:
+                module.load()
+            except UserError:
+                fill_at_random(module)
+    return method.to(device)
+
+
+def fill_at_random(network: nn.Module) -> None:
+    """Small numbers for the weights of a network that was built without any."""
+    import torch
+
+    network.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.uniform_(0, 0.02) if tensor.is_floating_point() else tensor.zero_()
 
 
 def rates(images: int, seconds: list[float], macs_per_image: int) -> dict[str, float]:
@@ -141,16 +185,19 @@ def rates(images: int, seconds: list[float], macs_per_image: int) -> dict[str, f
     }
 
 
-def time_training(method: Method, run: RunConfig, batch: int, steps: int, accelerator: Any) -> list[float]:
-    """Seconds of each of `steps` training steps: all phases, forward, backward and optimizer."""
+def training_step(method: Method, run: RunConfig, batch: int, accelerator: Any) -> Callable[[], None]:
+    """A training step on random images: all phases, forward, backward and optimizer; without averages."""
     import torch
 
+    from common.memory import recompute_blocks
     from common.optim import build_optimizers
 
     data = method.data
     images = torch.rand(batch, data.channels, data.image_size, data.image_size, device=accelerator.device) * 2 - 1
     labels = torch.arange(batch, device=accelerator.device) % data.num_classes
     optimizers = {phase: build_optimizers(method.parameters_of(phase), run.train) for phase in method.phases}
+    if run.train.recompute_blocks:
+        recompute_blocks(method)
     if run.train.compile:
         for block in method.blocks():
             block.compile()
@@ -163,7 +210,7 @@ def time_training(method: Method, run: RunConfig, batch: int, steps: int, accele
                 optimizer.step()
             method.zero_grad(set_to_none=True)
 
-    return repeat(step, range(WARMUP), range(steps), accelerator.device)
+    return step
 
 
 def time_sampling(method: Method, run: RunConfig, batch: int, device: torch.device) -> list[float]:

@@ -25,8 +25,10 @@ from methods.jit.method import JiTMethod
 STEPS, BATCH, MICRO_BATCH, PROCESSES = 2, 8, 2, 2  # two micro-batches a process and step
 STATISTICS = {"stat_images"}  # settings that say how many images are looked at before the training
 GAN = "two phases"  # the toy with a discriminator that starts late, and a teacher
+RECOMPUTED = "jit with recomputed blocks"  # by several processes; the one beside which they stand keeps everything
 VARIANTS = {
-    "dsd with a discriminator": ("dsd", {"model.gan_weight": "0.1", "model.gan_start": str(BATCH), "model.discriminator_widths": "[8,8]"})
+    "dsd with a discriminator": ("dsd", {"model.gan_weight": "0.1", "model.gan_start": str(BATCH), "model.discriminator_widths": "[8,8]"}),
+    RECOMPUTED: ("jit", {}),
 }  # name -> method, settings
 INFO = DataInfo("synthetic", num_classes=10, image_size=32, num_train=40)
 
@@ -80,6 +82,7 @@ def fit(name: str, folder: Path, sharding: str = "ddp") -> TrainState:
     settings = TrainConfig(images=STEPS * BATCH, batch=BATCH, micro_batch=MICRO_BATCH, lr=1e-3, clip_grad=1.0, ema_decay=[0.5])
     settings.eps = 1e-3  # far above rounding: Adam divides by the size of a gradient and would magnify the rounding of one that is nearly zero
     settings.log_images, settings.checkpoint_images, settings.keep_checkpoints = BATCH, BATCH, STEPS
+    settings.recompute_blocks = name == RECOMPUTED and "RANK" in os.environ
     method = build(name)
     size, classes = method.data.image_size, method.data.num_classes
     rng = np.random.Generator(np.random.PCG64(0))

@@ -278,6 +278,16 @@ def test_compiled_blocks_train_to_the_same_weights(tmp_path):
         torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_recomputed_blocks_train_to_the_same_weights_bit_for_bit(tmp_path):
+    """With dropout and accumulation; compiled blocks are recomputed as well."""
+    kept = state_of(fit(tiny_jit(), tmp_path / "kept", settings(micro_batch=4)))
+    assert_equal_states(kept, state_of(fit(tiny_jit(), tmp_path / "recomputed", settings(micro_batch=4, recompute_blocks=True))))
+    eager = state_of(fit(plain(tiny_jit()), tmp_path / "eager", settings(images=16)))
+    both = state_of(fit(plain(tiny_jit()), tmp_path / "both", settings(images=16, compile=True, recompute_blocks=True)))
+    for name, value in eager.items():
+        torch.testing.assert_close(both[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_learning_rate_schedules():
     config = settings(images=1000, warmup_images=100, lr=2.0, schedule="constant")
     assert [learning_rate(config, n) for n in (0, 50, 100, 1000)] == [0.0, 1.0, 2.0, 2.0]

@@ -1,0 +1,285 @@
+"""What a run will take: memory of each GPU, the largest micro-batch, images a second, days and GPU-hours, for training and for sampling.
+
+  python launch/plan.py method=jit preset=imagenet256-h hardware=h100 nodes=4 gpus=8
+  python launch/plan.py method=jit preset=imagenet256-h hardware=a100 sharding=fsdp2 train.recompute_blocks=true efficiency=0.4
+
+Takes the keys of launch/run.py and those below. Multiply-accumulates and memory are counted without data or GPU; the share of a GPU's peak
+that is reached is an assumption until you give the one that `python evaluation/speed.py` measures on yours.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
+
+from common.config import RunConfig, load_presets, one_of, require, resolve
+from common.errors import UserError
+from evaluation.command import help_text, parse, run_command
+from methods import get_class, get_spec
+
+if TYPE_CHECKING:
+    from common.memory import StepMemory
+    from methods.base import DataInfo, Method
+
+GROUPS = dict.fromkeys(("method", "preset", "model", "data", "train", "sample"), "as for launch/run.py")
+GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A GPU by its data sheet: dense rates, without sparsity."""
+
+    gigabytes: float
+    bf16_tflops: float  # 2 FLOPs a multiply-accumulate
+    fp32_tflops: float  # with TF32 off
+
+
+HARDWARE = {
+    "h100": Hardware(80, 989, 67),
+    "h200": Hardware(141, 989, 67),
+    "b200": Hardware(180, 2250, 75),
+    "a100": Hardware(80, 312, 19.5),
+    "a100-40": Hardware(40, 312, 19.5),
+    "l40s": Hardware(48, 362, 91.6),
+    "rtx4090": Hardware(24, 165, 82.6),
+}
+USABLE = 0.92  # of a GPU's memory; the rest is the driver's, the libraries' workspaces and gaps of the allocator
+ASSUMED = {"bf16": 0.35, "fp32": 0.6}  # share of the peak rate
+ASSUMED_SCALING = 0.95  # share of its speed that each of several nodes keeps
+SAMPLES = 50_000
+# Measured by `evaluation/speed.py data` (common/README.md): images a second of one core of an AMD EPYC.
+DECODED_PER_CORE = {256: 250, 512: 150}  # by size in pixels, from photographs in folders, tars and tables
+CACHED_PER_CORE = 80_000  # from the shards of `launch/prepare.py images`
+
+
+@dataclass
+class Keys:
+    """The command's keys."""
+
+    hardware: str = "h100"  # h100, h200, b200, a100, a100-40, l40s or rtx4090
+    nodes: int = 1  # machines
+    gpus: int = 8  # of each machine
+    sharding: str = "ddp"  # ddp or fsdp2
+    efficiency: float | None = None  # share of the peak rate reached in training; none: 0.35 for bf16, 0.6 for fp32, which are assumptions
+    sampling_efficiency: float | None = None  # the same in sampling; none: that of training
+    scaling: float | None = None  # share of a node's speed that each of several nodes keeps; none: 0.95, an assumption
+
+
+def work(arguments: Sequence[str]) -> str:
+    """The plan of one configuration."""
+    keys, rest = parse(Keys, arguments, tuple(GROUPS))
+    one_of("hardware", keys.hardware, tuple(HARDWARE))
+    one_of("sharding", keys.sharding, ("ddp", "fsdp2"))
+    for key in ("nodes", "gpus"):
+        require(getattr(keys, key) >= 1, key, getattr(keys, key), "must be at least 1")
+    for key in ("efficiency", "sampling_efficiency", "scaling"):
+        require(getattr(keys, key) is None or 0 < getattr(keys, key) <= 1, key, getattr(keys, key), "is a share, above 0 and at most 1")
+    return Plan(keys, resolve(get_spec(rest.get("method", RunConfig.method)), rest)).text()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to hold the training on the GPUs, at its largest micro-batch."""
+
+    sharding: str
+    recompute: bool
+    micro_batch: int  # 0: not even one image fits, and the bytes are those of one
+    bytes: int  # of each GPU
+    macs: int  # of an image
+    rate: float  # images/s of all GPUs
+
+
+class Plan:
+    """One configuration on one cluster."""
+
+    def __init__(self, keys: Keys, run: RunConfig) -> None:
+        from common.datasets import summarise
+        from methods.base import DataInfo
+
+        self.keys, self.run, self.hardware = keys, run, HARDWARE[keys.hardware]
+        self.world = keys.nodes * keys.gpus
+        self.precision = "fp32" if run.train.precision == "fp32" else "bf16"
+        self.tflops = self.hardware.bf16_tflops if self.precision == "bf16" else self.hardware.fp32_tflops
+        self.method_class, self.info = get_class(run.method), DataInfo.of(summarise(run.data))
+        require(run.train.batch % self.world == 0, "train.batch", run.train.batch, f"must be a multiple of the {self.world} GPUs")
+        self.share = run.train.batch // self.world  # of each GPU in a step
+        self.step = cache(self._step)
+
+    def _step(self, micro_batch: int, recompute: bool) -> StepMemory:
+        """The memory of a step of this GPU's share, cut into micro-batches."""
+        from common.memory import step_memory
+
+        train = replace(self.run.train, recompute_blocks=recompute, precision=self.precision)
+        return step_memory(self.method_class, self.run.model, train, self.info, micro_batch, accumulated=micro_batch < self.share)
+
+    def bytes_a_gpu(self, step: StepMemory, sharding: str, micro_batch: int) -> int:
+        """Of one process: DDP holds gradients twice (its buckets); FSDP2 a part of everything trained, two whole blocks and what is in no block.
+
+        FSDP2's gradients stay whole while micro-batches are accumulated.
+        """
+        if self.world == 1:
+            return step.peak
+        if sharding == "ddp":
+            return step.peak + step.trained
+        gathered = 2 * step.largest_block + step.outside_blocks
+        spread = step.trained + step.optimizer + step.averages
+        with_gradients = step.peak if micro_batch < self.share else step.peak_of_others + step.trained // self.world
+        return with_gradients - spread + spread // self.world + gathered
+
+    def largest_micro_batch(self, sharding: str, recompute: bool) -> tuple[int, int]:
+        """(the largest divisor of a GPU's share that fits, its bytes a GPU); (0, bytes of one image) where not even that fits."""
+        sizes = [size for size in range(1, self.share + 1) if self.share % size == 0]
+        low, high = -1, len(sizes) - 1
+        held: dict[int, int] = {}
+        while low < high:
+            middle = (low + high + 1) // 2 if held else high  # most often all of the share fits
+            held[middle] = self.bytes_a_gpu(self.step(sizes[middle], recompute), sharding, sizes[middle])
+            low, high = (middle, high) if held[middle] <= USABLE * self.hardware.gigabytes * GIGA else (low, middle - 1)
+        return (sizes[low], held[low]) if low >= 0 else (0, held[0])
+
+    def rate(self, macs_per_image: float, efficiency: float) -> float:
+        """Images a second of all GPUs."""
+        scaling = 1.0 if self.keys.nodes == 1 else self.keys.scaling or ASSUMED_SCALING
+        return self.world * scaling * efficiency * self.tflops * 1e12 / (2 * macs_per_image)
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the peak rate in training."""
+        return self.keys.efficiency or ASSUMED[self.precision]
+
+    def variants(self) -> Iterator[Variant]:
+        """With and without recomputed blocks under each sharding, the wanted sharding first."""
+        macs = {recompute: training_macs(self.method_class, self.run, self.info, recompute) for recompute in (False, True)}
+        for sharding in dict.fromkeys((self.keys.sharding, "ddp", "fsdp2")) if self.world > 1 else ("none",):
+            for recompute in (False, True):
+                yield Variant(sharding, recompute, *self.largest_micro_batch(sharding, recompute), macs[recompute], self.rate(macs[recompute], self.efficiency))
+
+    def text(self) -> str:
+        """The whole plan."""
+        keys, run = self.keys, self.run
+        variants = list(self.variants())
+        wanted = [each for each in variants if each.sharding == variants[0].sharding and (each.recompute or not run.train.recompute_blocks)]
+        chosen = next((each for each in wanted if each.micro_batch), None)
+        fit = f"fits into {USABLE:.0%} of it" + ("" if chosen else ", or of one image")
+        lines = [
+            f"{run.method} {run.preset}: {run.train.images:,} images in steps of {run.train.batch}, {self.precision}, on {keys.nodes} x {keys.gpus} "
+            f"{keys.hardware} ({self.hardware.gigabytes:g} GB, {self.tflops:g} TFLOP/s each)",
+            "",
+            f"Memory of a GPU in GB at the largest micro-batch that {fit}; > is the plan",
+            "",
+            tabulate([self.row(each, each is chosen) for each in variants], HEADERS, tablefmt="github", floatfmt=".4g", disable_numparse=[2]),
+            "",
+            "[counted] tensor by tensor, as without train.compile, which keeps less. Gradients come while activations go: the peak is below the sum.",
+            f"[assumed] {1 - USABLE:.0%} for workspaces and gaps; DDP's second copy of the gradients; the two blocks and the rest that FSDP2 gathers.",
+        ]
+        if chosen is None:
+            advice = "Take sharding=fsdp2, GPUs with more memory, or more of them."
+            raise UserError("\n".join([*lines, "", f"Not even one image fits into a {keys.hardware} with sharding={keys.sharding}. {advice}"]))
+        return "\n".join([*lines, "", *self.training(chosen), *self.sampling(), f"expected   {expected(run)}"])
+
+    def row(self, variant: Variant, chosen: bool) -> list[object]:
+        """A line of the table; what is spread over the GPUs is shown as a GPU's part."""
+        size = variant.micro_batch or 1
+        step, part = self.step(size, variant.recompute), self.world if variant.sharding == "fsdp2" else 1
+        whole_gradients = part == 1 or size < self.share
+        gradients = step.trained * (2 if variant.sharding == "ddp" else 1) // (1 if whole_gradients else part)
+        parts = (step.weights - step.trained + step.trained // part, gradients, step.optimizer // part, step.averages // part, step.activations, variant.bytes)
+        name = f"{'> ' if chosen else ''}{variant.sharding}"
+        fits = f"{size} x {self.share // size}" if variant.micro_batch else "none"
+        days = self.run.train.images / variant.rate / 86_400
+        speed = [variant.rate, days] if variant.micro_batch else ["", ""]
+        return [name, "recomputed" if variant.recompute else "kept", fits, *(value / GIGA for value in parts), *speed]
+
+    def training(self, chosen: Variant) -> list[str]:
+        """Work, speed and length of the training, and what reads its images."""
+        keys, run = self.keys, self.run
+        seconds, a_node = run.train.images / chosen.rate, chosen.rate / keys.nodes
+        size = self.info.image_size
+        decoded = DECODED_PER_CORE[min(DECODED_PER_CORE, key=lambda known: abs(known - size))]
+        return [
+            f"training   {chosen.macs / GIGA:.4g} GMACs an image [counted], {share(self.efficiency, keys.efficiency)} of the peak rate"
+            + ("" if keys.nodes == 1 else f", {share(keys.scaling or ASSUMED_SCALING, keys.scaling)} kept across nodes"),
+            f"           {chosen.rate:,.0f} images/s, {clock(seconds)}, {self.world * seconds / 3600:,.0f} GPU-hours",
+            f"data       a node reads {a_node:,.0f} images/s: {cores(a_node / decoded)} that decode a folder or tars ({decoded} images/s each [measured]),",
+            f"           or {cores(a_node / CACHED_PER_CORE)} and {a_node * 3 * size**2 / GIGA:.2g} GB/s of shards ({CACHED_PER_CORE:,} each [measured])",
+        ]
+
+    def sampling(self) -> list[str]:
+        """Work and length of 50,000 samples."""
+        from common.cost import on_meta, sampling_cost
+
+        method = on_meta(self.method_class, self.run.model, self.info)
+        if method.task != "generation":
+            return []
+        cost = sampling_cost(method, self.run.sample)
+        given = self.keys.sampling_efficiency or self.keys.efficiency
+        rate = self.rate(cost.macs_per_image, given or self.efficiency)
+        return [
+            f"sampling   {SAMPLES:,} images of {cost.nfe} evaluations, {cost.macs_per_image / GIGA:,.4g} GMACs each [counted], "
+            f"{share(given or self.efficiency, given)} of the peak rate",
+            f"           {rate:,.3g} images/s, {clock(SAMPLES / rate)}, {self.world * SAMPLES / rate / 3600:,.3g} GPU-hours",
+        ]
+
+
+HEADERS = ("sharding", "blocks", "micro-batch", "parameters", "gradients", "optimizer", "EMAs", "activations", "peak", "images/s", "days")
+
+
+def training_macs(method_class: type[Method], run: RunConfig, info: DataInfo, recompute: bool) -> int:
+    """MACs of an image in training, with everything on; recomputed blocks count twice in their forward pass."""
+    from common.cost import training_cost
+    from common.memory import recompute_blocks
+
+    def recomputing(config: object, data: DataInfo) -> Method:
+        method = method_class(config, data)
+        recompute_blocks(method)
+        return method
+
+    return training_cost(recomputing if recompute else method_class, run.model, info).per_image  # type: ignore[arg-type]  # both are called alike
+
+
+def share(value: float, given: float | None) -> str:
+    """ "35% [assumed]"."""
+    return f"{value:.0%} [{'given' if given else 'assumed'}]"
+
+
+def cores(number: float) -> str:
+    """ "1 core", "10 cores"."""
+    whole = math.ceil(number)
+    return f"{whole} core{'s' if whole > 1 else ''}"
+
+
+def clock(seconds: float) -> str:
+    """ "3.2 days", "5.1 hours", "12 minutes"."""
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.2g} seconds"
+
+
+def expected(run: RunConfig) -> str:
+    """ "FID 1.86, IS 303.4 (Table 7)": what the preset's row was published with."""
+    published = dict(load_presets(get_spec(run.method).presets)[run.preset].get("expected") or {})
+    source = published.pop("source", "")
+    return (
+        ", ".join(f"{name.upper() if len(name) < 4 else name} {value}" for name, value in published.items()) + f" ({source})"
+        if published
+        else "nothing published"
+    )
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    return run_command(sys.argv[1:], lambda: help_text(str(__doc__), Keys, GROUPS), work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

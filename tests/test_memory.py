@@ -1,0 +1,165 @@
+"""The memory of a step is predicted from fake tensors: against closed forms, against this machine, and with blocks recomputed; and the plan built on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from process_runs import build
+from torch._subclasses.fake_tensor import FakeTensorMode
+from toys import INFO, TINY_JIT, settings, tiny_jit
+
+from common.config import resolve
+from common.memory import LiveBytes, recompute_blocks, step_memory
+from common.seeds import seed_step
+from launch import plan
+from methods import get_spec, registered
+from methods.jit.method import JiTMethod
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_live_bytes_follow_tensors_from_their_making_to_their_end() -> None:
+    with FakeTensorMode(), LiveBytes() as memory:
+        a = torch.zeros(1000)
+        b = a.view(10, 100)
+        assert memory.live == 4000
+        c = b.double()
+        assert memory.live == 12_000
+        del c
+        d = torch.ones(250)
+        assert memory.live == 5000 and memory.peak == 12_000
+        del a, d
+        assert memory.live == 4000  # b is the same storage
+        del b
+        assert memory.live == 0
+
+
+def test_the_parts_of_a_step_are_those_of_its_parameters() -> None:
+    config = settings(ema_decay=[0.9, 0.99])
+    memory = step_memory(JiTMethod, TINY_JIT, config, INFO, micro_batch=4)
+    method = tiny_jit()
+    trained = 4 * sum(p.numel() for p in method.parameters() if p.requires_grad)
+    stored = 4 * sum(tensor.numel() for tensor in (*method.parameters(), *method.buffers()))
+    steps = 4 * len([p for p in method.parameters() if p.requires_grad])  # Adam's counters
+    assert memory.trained == trained and memory.averages == 2 * trained
+    assert stored <= memory.weights < 1.1 * stored
+    assert memory.optimizer == pytest.approx(2 * trained + steps, rel=0.01)
+    assert memory.outside_blocks + 4 * memory.largest_block == trained
+    fixed = memory.weights + memory.optimizer + memory.averages
+    assert memory.peak > fixed + trained and memory.peak_of_others > fixed + memory.activations
+
+
+def test_activations_grow_with_the_micro_batch_and_gradients_wait_for_the_last() -> None:
+    small, large = (step_memory(JiTMethod, TINY_JIT, settings(), INFO, micro_batch=size) for size in (4, 64))
+    assert large.activations == pytest.approx(16 * small.activations, rel=0.1)
+    assert (large.weights, large.optimizer, large.averages) == (small.weights, small.optimizer, small.averages)
+    waiting = step_memory(JiTMethod, TINY_JIT, settings(), INFO, micro_batch=64, accumulated=True)
+    assert waiting.peak == pytest.approx(large.peak_of_others + large.trained, rel=0.02)
+
+
+def losses_and_gradients(name: str, recompute: bool) -> dict[str, torch.Tensor]:
+    method = build(name).train()
+    if recompute:
+        recompute_blocks(method)
+    image, label = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32), torch.tensor([1, 2])
+    found = {}
+    for phase in method.phases:
+        seed_step(0, 1, 2)
+        loss = method(phase, {"image": image, "label": label, "index": label}, 0)["loss"]
+        loss.backward()
+        found |= {f"{phase}/{key}": p.grad for key, p in method.named_parameters() if p.grad is not None} | {phase: loss.detach()}
+        method.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(registered()) if name != "vae"])  # which has no blocks
+def test_recomputed_blocks_give_the_same_losses_and_gradients_bit_for_bit(name: str) -> None:
+    plain, recomputed = losses_and_gradients(name, False), losses_and_gradients(name, True)
+    assert len(plain) > 20 and plain.keys() == recomputed.keys()
+    assert [key for key in plain if not torch.equal(plain[key], recomputed[key])] == []
+
+
+def test_recomputed_blocks_take_less_memory() -> None:
+    less, more = (step_memory(JiTMethod, TINY_JIT, settings(recompute_blocks=value), INFO, micro_batch=64).activations for value in (True, False))
+    assert less < 0.4 * more
+
+
+@pytest.mark.parametrize("changes", [("method=jit,sit,pmf,rae_decoder",), ("method=jit,pmf", "train.recompute_blocks=true")])
+def test_predictions_are_within_15_percent_of_what_this_machine_takes(changes: tuple[str, ...]) -> None:
+    command = [sys.executable, "evaluation/speed.py", "memory", *changes, "speed.batch=48"]
+    ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    measured = json.loads(f"[{ended.stdout.replace('}', '},').rstrip().removesuffix(',')}]")
+    assert [each["method"] for each in measured] == changes[0].removeprefix("method=").split(",")
+    for each in measured:
+        assert each["predicted_bytes"] == pytest.approx(each["step_bytes"], rel=0.15), each
+        assert each["step_bytes"] > 5e7
+
+
+# -- the plan -----------------------------------------------------------------------------------------------------------------
+
+SMALL = ("method=jit", "model.depth=2")
+
+
+def test_a_plan_says_memory_speed_days_and_what_is_assumed() -> None:
+    told = plan.work([*SMALL, "hardware=a100", "gpus=2", "nodes=1", "train.batch=64", "train.images=1000000"])
+    for text in ("> ddp", "fsdp2", "recomputed", "32 x 1", "35% [assumed]", "images/s", "GPU-hours", "50,000 images of 19", "GB/s of shards"):
+        assert text in told, text
+    given = plan.work([*SMALL, "hardware=a100", "gpus=2", "efficiency=0.5", "train.batch=64"])
+    assert "50% [given]" in given and "35%" not in given
+
+
+def test_rates_and_memory_follow_from_what_is_counted() -> None:
+    keys = plan.Keys(hardware="h100", nodes=2, gpus=8, scaling=0.9)
+    planned = plan.Plan(keys, resolve(get_spec("jit"), {"train.batch": "128"}))
+    assert planned.rate(1e9, 0.5) == pytest.approx(16 * 0.9 * 0.5 * 989e12 / 2e9)
+    step = planned.step(8, False)
+    assert planned.bytes_a_gpu(step, "ddp", 8) == step.peak + step.trained
+    gathered, spread = 2 * step.largest_block + step.outside_blocks, step.trained + step.optimizer + step.averages
+    sharded = step.peak_of_others - spread * 15 / 16 + gathered + step.trained / 16
+    assert planned.bytes_a_gpu(step, "fsdp2", 8) == pytest.approx(sharded, abs=2)
+    assert planned.bytes_a_gpu(planned.step(4, False), "fsdp2", 4) > sharded  # gradients stay whole while they are accumulated
+    assert planned.largest_micro_batch("ddp", False) == (8, step.peak + step.trained)  # all of a GPU's share fits
+
+
+def test_the_largest_micro_batch_is_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan.Plan(plan.Keys(gpus=1), resolve(get_spec("jit"), {"train.batch": "48"}))
+    bytes_of = {size: planned.step(size, False).peak for size in (6, 8)}
+    planned.hardware = plan.Hardware(bytes_of[6] / plan.USABLE / 1e9 + 1e-6, 989, 67)
+    assert planned.largest_micro_batch("none", False) == (6, bytes_of[6])
+    assert bytes_of[8] > bytes_of[6]
+
+
+def test_recomputed_blocks_cost_their_forward_pass_once_more() -> None:
+    run = resolve(get_spec("jit"), {"preset": "demo"})
+    planned = plan.Plan(plan.Keys(gpus=1), run)
+    kept, recomputed = (plan.training_macs(planned.method_class, run, planned.info, value) for value in (False, True))
+    assert 1.25 * kept < recomputed < 4 / 3 * kept
+
+
+def test_a_published_row_needs_no_data() -> None:
+    planned = plan.Plan(plan.Keys(nodes=4), resolve(get_spec("jit"), {"preset": "imagenet256-h"}))
+    assert planned.info.num_classes == 1000
+    assert plan.expected(planned.run).startswith("FID 1.86, IS 303.4 (Table 7")
+    assert plan.training_macs(planned.method_class, planned.run, planned.info, False) == pytest.approx(3 * 182e9, rel=0.01)  # the paper's 182 Gflops
+
+
+def test_a_gpu_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(plan.HARDWARE, "h100", plan.Hardware(0.01, 989, 67))
+    with pytest.raises(plan.UserError, match="Not even one image fits"):
+        plan.work([*SMALL, "gpus=1", "train.batch=16"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["hardware=h1000"], "Did you mean 'h100'"), (["gpus=0"], "must be at least 1"), (["efficiency=2"], "is a share"), (["gpus=7"], "multiple of the 7")],
+)
+def test_mistakes_are_explained(arguments: list[str], message: str) -> None:
+    with pytest.raises(plan.UserError, match=message):
+        plan.work([*SMALL, *arguments])
