@@ -2,17 +2,36 @@
 
 import json
 import math
+from dataclasses import replace
 
+import claim_checks
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 
+from common.config import resolve
 from common.errors import UserError
-from evaluation import leaderboard
-from evaluation.claims import command, cost, jit_manifold, pmf_manifold, rae_width
+from evaluation import collapse, leaderboard
+from evaluation.claims import (
+    command,
+    cost,
+    dsd_collapse,
+    emoji_runs,
+    jit_combinations,
+    jit_manifold,
+    jit_resolution,
+    pmf_manifold,
+    rae_noise,
+    rae_shift,
+    rae_width,
+    reg_gain,
+)
 from evaluation.claims.framework import Budget, Claim, Criterion, Estimate, Evidence, Verdict, all_claims, find, judge
 from evaluation.claims.record import build, read_claim, read_claims, write_claim
 from evaluation.claims.swiss_roll import lifted, off_plane, plane, roll, sliced_distance
+from methods import get_class, get_spec
+from methods.base import DataInfo
 
 HOSTILE = "</script><script>alert(1)</script>"
 PAIR = (Criterion("a", "a number", "at most", 1.0), Criterion("b", "another one", "at least", 10.0))
@@ -100,10 +119,26 @@ def test_the_command_lists_and_refuses(tmp_path, capsys):
     assert command.main(["report", "--out", str(tmp_path)]) == 2 and "run --quick" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_claim_that_fails_does_not_stop_the_others(tmp_path, jobs):
+    names = ["fails", "first", "second"] if jobs == 1 else ["fails", "dies", "first", "second"]
+    outcomes = command.run_all([(name, True, tmp_path / name) for name in names], jobs, claim_checks.done_or_not)
+    assert outcomes == [name in ("first", "second") for name in names] and (tmp_path / "first").is_dir() and (tmp_path / "second").is_dir()
+
+
+def test_what_failed_is_named_and_the_exit_code_says_so(tmp_path, monkeypatch, capsys):
+    broken = claim("broken", lambda budget: 1 / 0)
+    every = {"toy": claim(), "broken": broken}
+    monkeypatch.setattr(command, "find", lambda names: [every[name] for name in names or every])
+    assert command.main(["--quick", "--jobs", "1", "--out", str(tmp_path)]) == 1  # without a command, --quick runs
+    told = capsys.readouterr()
+    assert "ZeroDivisionError" in told.err and "not measured, for the reasons above: broken" in told.err and "toy" in told.out and "broken" not in told.out
+
+
 def test_every_claim_is_complete():
     for each in all_claims().values():
         assert find([each.name]) == [each] and each.criteria and each.paper and each.setting
-        assert all(0 < quick <= full for quick, full in [each.minutes]) and (each.num_seeds == (0, 0) or min(each.num_seeds) >= 2)
+        assert all(0 < quick <= full for quick, full in [each.minutes]) and (each.num_seeds == (0, 0) or min(each.num_seeds) >= 3)
     quick, full = (sum(each.minutes[i] for each in all_claims().values()) for i in (0, 1))
     assert quick <= 2 * 15 and full <= 2 * 120  # minutes of one core; what is promised is for two
 
@@ -152,3 +187,85 @@ def test_counted_costs_are_the_published_ones():
 
 def test_budgets_differ_in_what_they_choose():
     assert [Budget(quick, (0,)).choose(1, 2) for quick in (True, False)] == [1, 2] and claim().budget(True).seeds == (0, 1, 2)
+
+
+# -- claims about images ------------------------------------------------------------------------------------------------------------
+
+
+def test_emoji_of_other_sizes_are_the_same_pictures():
+    small, large = emoji_runs.emoji(16).train, emoji_runs.emoji(64).train
+    original, first = emoji_runs.emoji().train, np.arange(20)
+    assert small.image_size == 16 and large.image_size == 64 and emoji_runs.emoji(64).info.image_size == 64
+    whole = original.fetch(first).astype(float)
+    halved = whole.reshape(20, 3, 16, 2, 16, 2).mean(axis=(3, 5))
+    assert np.abs(small.fetch(first) - halved).mean() < 6  # the mean of four pixels, but for the wider filter
+    assert np.abs(large.fetch(first).astype(float).reshape(20, 3, 32, 2, 32, 2).mean(axis=(3, 5)) - whole).mean() < 6
+    assert len({images.digest for images in (small, large, original)}) == 3
+    part = emoji_runs.few(emoji_runs.emoji(), 7)
+    assert len(part.train) == part.info.num_train == 7 and part.train.labels.tolist() == sorted(part.train.labels.tolist())
+
+
+def test_jit_trains_on_the_runs_images_and_is_looked_at_between_steps():
+    seen = []
+    settings = emoji_runs.TINY_JIT | {"model.depth": "2", "model.width": "32", "train.images": "1280"}
+    method, run = emoji_runs.untrained("jit", settings, 0, emoji_runs.emoji())
+    losses = emoji_runs.fit_on(method, emoji_runs.emoji(), run.train, 0, seen.append)
+    assert seen == list(range(40)) and np.mean(losses[-8:]) < 0.7 * np.mean(losses[:4])
+    again, _ = emoji_runs.trained("jit", settings, 0, emoji_runs.emoji())
+    assert all(torch.equal(a, b) for a, b in zip(method.parameters(), again.parameters(), strict=True))
+
+
+def test_combinations_are_the_nine_at_both_sizes():
+    assert len(set(jit_combinations.combinations(quick=False))) == 18
+    quick = jit_combinations.combinations(quick=True)
+    assert set(quick) < set(jit_combinations.combinations(quick=False)) and len(quick) == 8
+
+
+def test_twice_the_resolution_in_as_many_tokens_costs_only_the_larger_patches():
+    small, large = (jit_resolution.macs(size) for size in jit_resolution.SIZES)
+    patches = 16 * (32 + 128) * 3 * (16**2 - 8**2)  # of one forward: into the bottleneck and out of the last layer
+    assert large - small == patches * 9  # Heun's evaluations in five steps
+
+
+def test_a_decoder_errs_more_on_noisier_latents(monkeypatch):
+    torch.manual_seed(0)
+    latents, x = torch.randn(8, 112, 8, 8), torch.rand(8, 3, 32, 32) * 2 - 1
+    monkeypatch.setattr(rae_noise, "latents_and_images", lambda heldout: (latents, x))
+    monkeypatch.setattr(rae_noise, "TRAINED", 8)
+    errors = rae_noise.errors(0.0, 16 * 60, 0)
+    assert len(errors) == len(rae_noise.NOISES) and errors[0] < errors[-1] and errors[0] < x.square().mean().sqrt()
+
+
+def test_shifts_are_those_that_the_claim_names(monkeypatch):
+    run = resolve(get_spec("rae"), rae_shift.SETTINGS)
+    info = DataInfo.of(emoji_runs.emoji().info)
+    shifts = [get_class("rae")(replace(run.model, shift_base=base), info).shift for base in rae_shift.BASES.values()]
+    assert shifts == [1.0, pytest.approx(1.32, abs=0.01), pytest.approx(6.94, abs=0.01)]
+    x = torch.randn(50, 112, 8, 8)
+    gaussian = rae_shift.pooled(x)
+    assert gaussian.n == 50 and torch.allclose(gaussian.mean, x.mean(dim=(0, 2, 3)).double(), atol=1e-6)
+
+
+def test_the_collapse_claim_judges_what_the_study_measures():
+    row = {"step": 0, "erank": 6.0, "erank_share": 0.75, "std_between": 0.5, "edof": 2.0, "unexplained": 0.5, "erank_predicted": 5.0}
+    runs = {preset: {0: [row, row], 1: [row, row]} for preset in collapse.PRESETS}
+    texts = {each.text: each for each in collapse.claims(runs, collapse.PRESETS)}
+    for criterion in dsd_collapse.CRITERIA:
+        bound = texts[criterion.estimate]
+        assert criterion.bound == (bound.at_most if criterion.sense == "at most" else bound.at_least)
+
+
+def test_a_class_token_agrees_with_its_own_image(monkeypatch):
+    """Where the generated token is the teacher's of the generated image, the agreement is one less what images of a class share."""
+    method, run = emoji_runs.untrained("reg", reg_gain.SETTINGS, 0, emoji_runs.few(emoji_runs.emoji(), 20))
+    monkeypatch.setattr(reg_gain, "SAMPLES", 20)
+    random = reg_gain.token_agreement(method, run.sample, 0)
+    solve = method.solve
+
+    def perfect(labels, noise, sample):
+        state = solve(labels, noise, sample)
+        token = method.standardised(method.teach(method.decode(method.image_of(state)).float().clamp(-1, 1))[1])
+        return torch.cat((state[:, : -method.token_width], token.to(state)), dim=1)
+
+    monkeypatch.setattr(method, "solve", perfect)
+    assert reg_gain.token_agreement(method, run.sample, 0) > 0.01 > abs(random)

@@ -6,10 +6,13 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeAlias
 
 from common.errors import UserError
 from common.files import write_whole
@@ -18,6 +21,9 @@ from evaluation.claims.record import PICTURE_FILE, ClaimRecord, build, read_clai
 from evaluation.tables import escape, pipe_table
 
 REPORT = "claims.md"
+
+Task: TypeAlias = tuple[str, bool, Path]  # a claim's name, whether quick, the folder of its record
+Work: TypeAlias = Callable[[str, bool, Path], object]
 
 
 def listing() -> str:
@@ -30,18 +36,42 @@ def listing() -> str:
     return "\n\n".join(parts)
 
 
-def run(names: Sequence[str], quick: bool, out: Path, jobs: int) -> str:
-    """Checks claims, `jobs` at a time on a core each; a record and a picture each, in a folder of its own. Returns the report."""
+def run(names: Sequence[str], quick: bool, out: Path, jobs: int) -> int:
+    """Checks claims, `jobs` at a time on a core each; a record and a picture each, in a folder of its own. Prints the report; 1 if a claim failed to run."""
     chosen = sorted(find(names), key=lambda claim: -claim.minutes[0 if quick else 1])  # the long ones first, so that no core waits at the end
     tasks = [(claim.name, quick, out / f"{claim.name}{'-quick' if quick else ''}") for claim in chosen]
-    if min(jobs, len(tasks)) == 1:
-        for task in tasks:
-            check(*task)
-    else:
-        with ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-            for done in as_completed([pool.submit(check, *task) for task in tasks]):
-                done.result()
-    return report(out)
+    failed = [task[0] for task, done in zip(tasks, run_all(tasks, jobs), strict=True) if not done]
+    if failed:
+        print(f"error: not measured, for the reasons above: {', '.join(failed)}", file=sys.stderr)
+    if len(failed) < len(tasks):
+        print(report(out))
+    return 1 if failed else 0
+
+
+def run_all(tasks: Sequence[Task], jobs: int, work: Work | None = None) -> list[bool]:
+    """Whether each task could be done; one that fails, or whose process dies, does not stop the others. `work`: instead of `check`."""
+    if min(jobs, len(tasks)) <= 1:
+        return [attempt(work or check, task) for task in tasks]
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(partial(attempt_apart, work or check), tasks))
+
+
+def attempt(work: Work, task: Task) -> bool:
+    """Does it in this process."""
+    try:
+        work(*task)
+    except Exception:
+        traceback.print_exc()
+        return False
+    return True
+
+
+def attempt_apart(work: Work, task: Task) -> bool:
+    """Does it in a process of its own, which shows what it stumbles over."""
+    process = get_context("spawn").Process(target=work, args=task)
+    process.start()
+    process.join()
+    return process.exitcode == 0
 
 
 def check(name: str, quick: bool, folder: Path) -> ClaimRecord:
@@ -101,17 +131,20 @@ def cores() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 whatever the verdicts, 2 for a mistake in the command."""
-    parser = argparse.ArgumentParser(prog="claims.py", description="Statements of the papers that a CPU can check. Without a command: lists them.")
-    parser.add_argument("command", nargs="?", choices=("list", "run", "report"), default="list")
+    """Entry point; returns the exit code: 0 whatever the verdicts, 1 if a claim could not be measured, 2 for a mistake in the command."""
+    parser = argparse.ArgumentParser(
+        prog="claims.py", description="Statements of the papers that a CPU can check. Without a command: lists them, or with --quick runs them."
+    )
+    parser.add_argument("command", nargs="?", choices=("list", "run", "report"))
     parser.add_argument("names", nargs="*", help="claims to run; none: all")
     parser.add_argument("--quick", action="store_true", help="a smaller budget; all claims together take at most 15 minutes on two cores")
     parser.add_argument("--jobs", type=int, default=cores(), help=f"claims at the same time, a core each (default: {cores()})")
     parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="where records, pictures and claims.md go (default: runs/claims)")
     options = parser.parse_args(arguments)
     try:
-        told = {"list": listing, "run": lambda: run(options.names, options.quick, options.out, options.jobs), "report": lambda: report(options.out)}
-        print(told[options.command]())
+        if options.command == "run" or (options.quick and options.command is None):
+            return run(options.names, options.quick, options.out, options.jobs)
+        print(report(options.out) if options.command == "report" else listing())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

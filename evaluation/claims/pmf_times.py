@@ -20,10 +20,11 @@ TIMES = {"plane": "the whole plane", "diagonal": "r = t only", "zero": "r = 0 on
 def measure(budget: Budget) -> Evidence:
     """The distance of one-step samples to the data, for each part of the plane."""
     found = defaultdict(list)
-    figure, [axes] = panels(1, len(TIMES), (2.2, 2.2))
-    for axis, (times, title) in zip(axes, TIMES.items(), strict=True):
+    shown = {times: title for times, title in TIMES.items() if not (budget.quick and times == "edges")}
+    figure, [axes] = panels(1, len(shown), (2.2, 2.2))
+    for axis, (times, title) in zip(axes, shown.items(), strict=True):
         for seed in budget.seeds:
-            flat = trained("x", DIMS, budget.choose(800, 3000), seed, times).points @ plane(DIMS, seed)
+            flat = trained("x", DIMS, budget.choose(500, 3000), seed, times).points @ plane(DIMS, seed)
             torch.manual_seed(-1 - seed)
             found[times].append(sliced_distance(flat, roll(len(flat))))
         axis.plot(*flat.T, ",")
@@ -36,7 +37,7 @@ def measure(budget: Budget) -> Evidence:
     return Evidence(
         estimates={"diagonal": over_plane("diagonal"), "zero": over_plane("zero")},
         headers=["times", "distance to the data"],
-        rows=[[title, str(Estimate.over(found[times]))] for times, title in TIMES.items()],
+        rows=[[title, str(Estimate.over(found[times]))] for times, title in shown.items()],
         figure=figure,
     )
 
@@ -45,11 +46,14 @@ CLAIM = Claim(
     name="pmf-times",
     paper="pMF (arXiv 2601.22158), section 5 and table 3b",
     statement="One-step generation needs training times over the whole plane r <= t: with r = t only (flow matching) and with r = 0 only it fails.",
-    setting="The toy of pmf-manifold in 16 dimensions with x-prediction (the paper: ImageNet). Distance: sliced Wasserstein-1 of one step's samples to data.",
+    setting=(
+        "The toy of pmf-manifold in 16 dimensions with x-prediction (the paper: ImageNet), 3000 steps (quick: 500). "
+        "Distance: sliced Wasserstein-1 of one step's samples to data."
+    ),
     criteria=(
         Criterion("diagonal", "log10 of the distance with r = t only over that with the whole plane", "at least", WORSE),
         Criterion("zero", "log10 of the distance with r = 0 only over that with the whole plane", "at least", WORSE),
     ),
     measure=measure,
-    minutes=(4.0, 15.0),
+    minutes=(1.5, 10.0),
 )

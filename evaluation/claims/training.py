@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from common.config import TrainConfig
 from common.optim import build_optimizers, learning_rate, set_learning_rate
 from common.seeds import seed_step
+from evaluation.claims.framework import Estimate
 from methods.base import Method, ParamGroup
 
 if TYPE_CHECKING:
@@ -17,11 +18,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def fit(method: Method, loss: Callable[[int], Tensor], settings: TrainConfig, seed: int) -> list[float]:
-    """Trains all of the method's parameters with one Adam and returns the loss of every step. `loss`: from the step, which seeds its draws."""
+def fit(method: Method, loss: Callable[[int], Tensor], settings: TrainConfig, seed: int, watch: Callable[[int], object] = lambda step: None) -> list[float]:
+    """Trains all of the method's parameters with one Adam and returns the loss of every step.
+
+    loss: from the step, which seeds its draws. watch: called with every step before it begins, and may look at the method.
+    """
     method.train()
     optimizers, losses = build_optimizers([ParamGroup([p for p in method.parameters() if p.requires_grad])], settings), []
     for step in range(settings.images // settings.batch):
+        watch(step)
         seed_step(seed, step, 0)
         value = loss(step)
         value.backward()
@@ -40,3 +45,14 @@ def panels(rows: int, columns: int, size: tuple[float, float] = (3.0, 3.0)) -> t
 
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), dpi=110, layout="constrained")
     return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
+
+
+def bars(axes: Axes, names: Sequence[str], values: Sequence[Estimate], title: str, colors: Sequence[str] | str = "C0") -> None:
+    """One bar an estimate, with its standard error and its number above it."""
+    places = range(len(names))
+    drawn = axes.bar(places, [each.value for each in values], yerr=[each.se for each in values], capsize=3, color=colors)
+    axes.bar_label(drawn, [f"{each.value:,.0f}" if each.value >= 1000 else f"{each.value:.3g}" for each in values], padding=2, fontsize=7)
+    axes.set_xticks(places, names, fontsize=8)
+    axes.set_title(title, fontsize=10)
+    axes.margins(y=0.12)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -80,6 +80,10 @@ class SitMethod(LatentMethod):
     # -- sampling ---------------------------------------------------------------------------------------------------------------
 
     def sample(self, labels: Tensor, noise: Noise, config: SitSample) -> Tensor:
+        return self.decode(self.image_of(self.solve(labels, noise, config)))
+
+    def solve(self, labels: Tensor, noise: Noise, config: SitSample) -> Tensor:
+        """The sampler's state at t = 0, (B, ...)."""
         exact = torch.float64 if labels.device.type != "mps" else torch.float32  # the state; the network sees float32
         z = self.start(noise).to(exact)
         scale = self.guidance_scale(config).to(z)
@@ -100,7 +104,7 @@ class SitMethod(LatentMethod):
                 of_step = partial(velocity, decided_at=step[0])  # a step's second evaluation is guided if its first one is
                 second_order = config.solver == "heun" and step[1] > 0
                 z = heun(of_step, z, step, last_euler=False) if second_order else euler(of_step, z, step)
-        return self.decode(self.image_of(z))
+        return z
 
     def start(self, noise: Noise) -> Tensor:
         """The sampler's state at t = 1, (B, ...)."""

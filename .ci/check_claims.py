@@ -1,0 +1,25 @@
+"""`check_claims.py FOLDER`: every claim left a valid record and a picture, and the leaderboard page has them. Verdicts may be what they are."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from evaluation.claims.framework import all_claims
+from evaluation.claims.record import PICTURE_FILE, read_claims
+
+
+def main(folder: Path) -> None:
+    left_out: list[str] = []
+    found = read_claims(folder, left_out)
+    assert not left_out, left_out
+    assert {record["name"] for record, _ in found} == set(all_claims()), [record["name"] for record, _ in found]
+    page = (folder / "leaderboard.html").read_text(encoding="utf-8")
+    for record, place in found:
+        assert (place / PICTURE_FILE).stat().st_size > 1000, place
+        assert f'"name":"{record["name"]}"' in page, record["name"]
+        print(f"{record['name']}: {record['verdict']} ({record['seconds']:.0f} s)")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
