@@ -21,6 +21,8 @@ from evaluation.models import IMPORTED, build, saved_settings
 from methods import MethodSpec, get_spec, load_object, registered
 from methods.base import Method, OpenReleased, Released
 
+LICENCE_OF_CODE = "of the authors' code; whether it covers the weights was not verified"
+
 
 def import_released(file: Path, folder: Path, method: str, weights: str | None, preset: str | None, licence: str | None, settings: Mapping[str, str]) -> str:
     """Makes the folder. The architecture is the file's, what shapes do not tell (sampler, objective) a preset's; `settings` override both.
@@ -32,7 +34,8 @@ def import_released(file: Path, folder: Path, method: str, weights: str | None, 
         raise UserError(f"method={method} opens no released files. Methods that do: {', '.join(importable())}.")
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is a run folder already. Choose another name=, or remove it.")
-    if (file / "config.yaml").exists():
+    exported = (file / "config.yaml").exists()
+    if exported:
         run, built, found = from_export(spec, file, settings)
     else:
         run, built, found = from_file(spec, file, weights, preset, settings)
@@ -45,6 +48,7 @@ def import_released(file: Path, folder: Path, method: str, weights: str | None, 
         "weights": found.weights,
         "ema_decay": found.ema_decay,
         "licence": licence or found.licence,
+        "licence_source": "given" if licence else "of the export" if exported else LICENCE_OF_CODE,
         "architecture": architecture,
         "tensors": len(found.state),
         "numbers": sum(tensor.numel() for tensor in found.state.values()),
@@ -53,7 +57,7 @@ def import_released(file: Path, folder: Path, method: str, weights: str | None, 
     }
     write_folder(folder, run, own_state(built), facts)
     shape = ", ".join(f"{key}={value}" for key, value in architecture.items())
-    kept = f"{facts['tensors']} tensors, every one accounted for, sha256 {facts['sha256']}, licence {facts['licence']}"
+    kept = f"{facts['tensors']} tensors, every one accounted for, sha256 {facts['sha256']}, licence {facts['licence']} ({facts['licence_source']})"
     return f"{folder}: {spec.title} ({shape}; preset {run.preset})\n  {found.weights}: {kept}\nEvaluate it with: python evaluation/run.py run={folder}"
 
 

@@ -85,6 +85,7 @@ def test_a_released_file_becomes_a_run_that_samples_is_evaluated_and_says_where_
     assert imported("method=jit", f"file={file}", "name=jit-b", f"out={tmp_path}", *JIT_KEYS) == 0, capsys.readouterr().err
     origin = json.loads((tmp_path / "jit-b" / "imported.json").read_text())
     assert origin["sha256"] == sha256_of(file) and origin["licence"] == "MIT" and origin["weights"] == "model_ema1" and origin["ema_decay"] == 0.9999
+    assert "not verified" in origin["licence_source"]
     assert origin["tensors"] == len(jit_state(method)) and origin["architecture"]["width"] == 16 and origin["architecture"]["num_classes"] == 3
     told = capsys.readouterr().out
     assert "depth=1" in told and "every one accounted for" in told and origin["sha256"] in told
@@ -100,6 +101,7 @@ def test_another_set_of_weights_and_another_licence_are_kept(jit, tmp_path):
     assert imported("method=jit", f"file={file}", "name=second", f"out={tmp_path}", "weights=model_ema2", "licence=mine", *JIT_KEYS) == 0
     origin = json.loads((tmp_path / "second" / "imported.json").read_text())
     assert (origin["weights"], origin["ema_decay"], origin["licence"]) == ("model_ema2", 0.9996, "mine")
+    assert origin["licence_source"] == "given"
     first, second = load_run(tmp_path / "second", {}, None, CPU).method, torch.load(file, weights_only=False)["model_ema2"]
     assert torch.equal(first.state_dict()["network.final.linear.bias"], second["net.final_layer.linear.bias"])
 

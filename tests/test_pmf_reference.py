@@ -13,10 +13,11 @@ from common.errors import UserError
 from common.external import read_tensors
 from methods.base import DataInfo
 from methods.pmf.config import SPEC, PMFConfig, PMFSample
+from methods.pmf.flax_archive import flatten
 from methods.pmf.method import PMFMethod
 from methods.pmf.network import Condition
 from methods.pmf.objective import power_law, squared_error
-from methods.pmf.reference import ROPE, V_HEAD, Architecture, flatten_tree, flax_layout, recognise, to_released, torch_layout
+from methods.pmf.reference import ROPE, V_HEAD, Architecture, flax_layout, recognise, to_released, torch_layout
 
 PRESETS = load_presets(SPEC.presets)
 
@@ -178,8 +179,8 @@ def test_flax_names_and_shapes():
 
 
 def test_a_tree_of_arrays_is_flattened():
-    tree = {"net": {"class_tokens": torch.ones(1, 2, 3).numpy(), "u_heads_0": {"attn_scale": torch.zeros(3).numpy()}}}
-    flat = flatten_tree(tree)
+    tree = {"net": {"class_tokens": torch.ones(1, 2, 3), "u_heads_0": {"attn_scale": torch.zeros(3)}}}
+    flat = flatten(tree)
     assert flat.keys() == {"net/class_tokens", "net/u_heads_0/attn_scale"} and flat["net/class_tokens"].shape == (1, 2, 3)
 
 

@@ -1,7 +1,7 @@
 """The authors' released weights: a flat PyTorch dict, and a tree of flax parameters whose keys are joined by "/".
 
 Everything works on the PyTorch layout; `torch_layout` and `flax_layout` go between the two. A file of the first kind is opened by
-`common.external.read_tensors`; of the second kind flax restores the tree, and `flatten_tree` takes one of its averages.
+`common.external.read_tensors`, an archive of the second kind by `flax_archive.py`, which takes one of its averages.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import UserError
 from common.external import key_faults, read_tensors
 from methods.base import Released
+from methods.pmf.flax_archive import choose_weights, flatten, read_archive
 
 if TYPE_CHECKING:
     from methods.pmf.method import PMFMethod
@@ -88,14 +88,6 @@ def _to_flax(name: str, tensor: Tensor) -> tuple[str, Tensor]:
     return name, tensor
 
 
-def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """A restored flax tree of arrays to one dict with keys joined by "/"."""
-    flat: dict[str, Tensor] = {}
-    for key, value in tree.items():
-        flat |= flatten_tree(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": torch.from_numpy(np.array(value))}
-    return flat
-
-
 @dataclass(frozen=True)
 class Architecture:
     """What the shapes of a released state dict tell; the fields of `PMFConfig` of the same names, and the data's."""
@@ -140,14 +132,19 @@ def recognise(state: Mapping[str, Tensor]) -> Architecture:
 
 
 def open_released(path: Path, weights: str | None = None) -> Released:
-    """A released PyTorch file for `launch/prepare.py import`. Which of the averages it holds is not known."""
-    if weights is not None:
-        raise UserError(f"weights={weights!r}: a released pMF file holds one set of weights. Leave the key out.")
-    state = read_tensors(path)
+    """A released file for `launch/prepare.py import`: PyTorch's, which does not tell its average, or an archive of flax, whose weights are chosen by name."""
+    name = None
+    if path.suffix == ".zip":
+        name, tree = choose_weights(read_archive(path), weights)
+        state = flatten(tree)
+    elif weights is not None:
+        raise UserError(f"weights={weights!r}: a released PyTorch file of pMF holds one set of weights. Leave the key out.")
+    else:
+        state = read_tensors(path)
     model = asdict(recognise(state))
     if model["mlp_hidden"] == int(model["width"] * 8 / 3):
         model["mlp_hidden"] = None
-    return Released(state, model, model.pop("num_classes"), model.pop("image_size"), "the only ones", None, "MIT")
+    return Released(state, model, model.pop("num_classes"), model.pop("image_size"), name or "the only ones", None, "MIT")
 
 
 def from_released(state: Mapping[str, Tensor], method: PMFMethod) -> dict[str, Tensor]:
