@@ -176,7 +176,9 @@ class Plan:
             "",
             f"Memory of a GPU in GB at the largest micro-batch that {fit}; > is the plan",
             "",
-            tabulate([self.row(each, each is chosen) for each in variants], HEADERS, tablefmt="github", floatfmt=".4g", disable_numparse=[2]),
+            tabulate(
+                [self.row(each, each is chosen) for each in variants], HEADERS, tablefmt="github", floatfmt=".2f", disable_numparse=[2, 9, 10], colalign=ALIGNED
+            ),
             "",
             "[counted] tensor by tensor, as without train.compile, which keeps less. Gradients come while activations go: the peak is below the sum.",
             f"[assumed] {1 - USABLE:.0%} for workspaces and gaps; DDP's second copy of the gradients; the two blocks and the rest that FSDP2 gathers.",
@@ -196,7 +198,7 @@ class Plan:
         name = f"{'> ' if chosen else ''}{variant.sharding}"
         fits = f"{size} x {self.share // size}" if variant.micro_batch else "none"
         days = self.run.train.images / variant.rate / 86_400
-        speed = [variant.rate, days] if variant.micro_batch else ["", ""]
+        speed = [f"{variant.rate:,.0f}", f"{days:.3g}"] if variant.micro_batch else ["", ""]
         return [name, "recomputed" if variant.recompute else "kept", fits, *(value / GIGA for value in parts), *speed]
 
     def training(self, chosen: Variant) -> list[str]:
@@ -230,6 +232,7 @@ class Plan:
         ]
 
 
+ALIGNED = ("left", "left", "left", *["right"] * 8)
 HEADERS = ("sharding", "blocks", "micro-batch", "parameters", "gradients", "optimizer", "EMAs", "activations", "peak", "images/s", "days")
 
 
