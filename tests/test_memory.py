@@ -102,6 +102,12 @@ def test_predictions_are_within_15_percent_of_what_this_machine_takes(changes: t
         assert each["step_bytes"] > 5e7
 
 
+def test_muon_has_one_moment_for_a_matrix_and_adam_two() -> None:
+    planned = [plan.Plan(plan.Keys(gpus=1), resolve(get_spec("pmf"), {"preset": "demo", "model.optimizer": kind})).step(2, False) for kind in ("muon", "adam")]
+    assert planned[0].trained == planned[1].trained
+    assert planned[0].optimizer < 0.7 * planned[1].optimizer
+
+
 # -- the plan -----------------------------------------------------------------------------------------------------------------
 
 SMALL = ("method=jit", "model.depth=2")
