@@ -66,6 +66,12 @@ def test_a_verdict_follows_from_the_intervals(a, b, verdict):
     assert judge(claim(), evidence(a, b))[0] == verdict
 
 
+@pytest.mark.parametrize(("needed", "verdict"), [(0.5, Verdict.FAILS), (0.9, Verdict.OPEN), (2.0, Verdict.OPEN)])
+def test_a_claim_stays_open_where_what_it_needs_is_not_met(needed, verdict):
+    criteria = (replace(PAIR[0], needed=True), PAIR[1])
+    assert judge(claim(criteria=criteria), evidence(Estimate(needed, 0.1, 3), Estimate(9.0, 0.1, 3)))[0] == verdict
+
+
 def test_error_bars_are_those_of_the_mean_over_seeds():
     found = Estimate.over([1.0, 2.0, 3.0])
     assert (found.value, found.se, found.n) == (2.0, pytest.approx(3**-0.5), 3) and found.margin == pytest.approx(4.303 * 3**-0.5)

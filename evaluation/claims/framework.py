@@ -71,6 +71,7 @@ class Criterion:
     text: str  # what it is, so that "TEXT is at most BOUND" is a sentence
     sense: Literal["at most", "at least"]
     bound: float
+    needed: bool = False  # where it is not met, what the others say means nothing, and the claim stays open: networks that have learned nothing, say
 
     def judge(self, estimate: Estimate) -> Verdict:
         """HOLDS or FAILS where the whole interval is on one side of the bound. What is not a number met no bound."""
@@ -80,7 +81,7 @@ class Criterion:
         return Verdict.HOLDS if distance >= estimate.margin else Verdict.OPEN
 
     def __str__(self) -> str:
-        return f"{self.text} is {self.sense} {self.bound:g}"
+        return f"{self.text} is {self.sense} {self.bound:g}" + (", or nothing was tested" if self.needed else "")
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,10 @@ class Claim:
 
 
 def judge(claim: Claim, evidence: Evidence) -> tuple[Verdict, list[Verdict]]:
-    """The verdict and that of each criterion: all met, or one missed, else inconclusive."""
+    """The verdict and that of each criterion: all met, or one missed; inconclusive where neither is so, and where one that is needed is not met."""
     each = [criterion.judge(evidence.estimates[criterion.estimate]) for criterion in claim.criteria]
+    if any(criterion.needed and verdict != Verdict.HOLDS for criterion, verdict in zip(claim.criteria, each, strict=True)):
+        return Verdict.OPEN, each
     if Verdict.FAILS in each:
         return Verdict.FAILS, each
     return (Verdict.HOLDS if all(verdict == Verdict.HOLDS for verdict in each) else Verdict.OPEN), each

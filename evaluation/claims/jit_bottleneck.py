@@ -36,7 +36,7 @@ CLAIM = Claim(
         "bottlenecks of 16 to 512); 32,000 images (quick: 4,800). The first criterion was added after a quick run whose networks had learned nothing."
     ),
     criteria=(
-        Criterion("learned", "the distance without a bottleneck", "at most", LEARNED),
+        Criterion("learned", "the distance without a bottleneck", "at most", LEARNED, needed=True),
         Criterion("narrow", "the distance with a bottleneck of 4 channels over that without one", "at most", 1.25),
         Criterion("papers", "the distance with a bottleneck of 32 channels over that without one", "at most", 1.0),
     ),
