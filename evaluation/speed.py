@@ -195,6 +195,9 @@ def training_step(method: Method, run: RunConfig, batch: int, accelerator: Any) 
     data = method.data
     images = torch.rand(batch, data.channels, data.image_size, data.image_size, device=accelerator.device) * 2 - 1
     labels = torch.arange(batch, device=accelerator.device) % data.num_classes
+    inputs = {"image": images, "label": labels, "index": labels}
+    if data.latents is not None:
+        inputs["moments"] = torch.randn(batch, *data.latents.shape, device=accelerator.device)
     optimizers = {phase: build_optimizers(method.parameters_of(phase), run.train) for phase in method.phases}
     if run.train.recompute_blocks:
         recompute_blocks(method)
@@ -205,7 +208,7 @@ def training_step(method: Method, run: RunConfig, batch: int, accelerator: Any) 
 
     def step() -> None:
         for phase in method.phases:
-            accelerator.backward(model(phase, {"image": images, "label": labels, "index": labels}, 0)["loss"])
+            accelerator.backward(model(phase, inputs, 0)["loss"])
             for optimizer in optimizers[phase]:
                 optimizer.step()
             method.zero_grad(set_to_none=True)

@@ -19,6 +19,7 @@ from common.seeds import seed_step
 from common.tokenizer import OwnTokenizer, sd_name
 from common.trainer import prepare_batch
 from evaluation.record import read_record
+from evaluation.speed import measure
 from launch.job import run_one
 from launch.prepare import main as prepare
 from methods import get_spec
@@ -265,6 +266,13 @@ def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents") / "cache"
     assert prepare(["latents", "method=sit", "data=synthetic", "data.image_size=16", f"to={folder}", "device=cpu"]) == 0
     return folder
+
+
+def test_speed_is_that_of_stored_latents(cache):
+    """A timed step takes moments, as a training does, and does not run the encoder."""
+    images, stored = (measure(resolve(get_spec("sit"), RUN | more), batch=2, steps=1, sample=False) for more in ({}, {"data.latents": str(cache)}))
+    assert stored["train"]["images_per_s"] > 0
+    assert stored["train"]["macs_per_image"] < images["train"]["macs_per_image"]
 
 
 def start(tmp_path, method="sit", **changes):
