@@ -42,7 +42,7 @@ def on_meta(method_class: type[Method], config: Any, data: DataInfo) -> Method:
         return method_class(config, data)
 
 
-def empty_batch(data: DataInfo, size: int, device: str) -> Batch:
+def empty_batch(data: DataInfo, size: int, device: str | torch.device) -> Batch:
     """A training batch of the right shapes."""
     image = torch.zeros(size, data.channels, data.image_size, data.image_size, device=device)
     index = torch.zeros(size, dtype=torch.int64, device=device)
@@ -190,13 +190,20 @@ class Fakes(FakeTensorMode):
         return self
 
 
+@contextmanager
+def silent_copies() -> Iterator[None]:
+    """Without PyTorch's warning of what its own deep copy of fake tensors does."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        yield
+
+
 def activation_bytes(method_class: type[Method], config: Any, data: DataInfo, batch: int, bf16: bool = False) -> int:
     """Bytes that autograd keeps from the forward to the backward of a micro-batch, in the phase that keeps most; parameters not counted.
 
     Fake CPU tensors instead of meta ones: attention is then the fused kernel, which keeps no weights.
     """
-    with warnings.catch_warnings(), Fakes(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # as PyTorch's own deep copy does
+    with silent_copies(), Fakes(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         method = method_class(config, data).train()
         inputs = empty_batch(data, batch, "cpu")
         return max(_saved_bytes(method, partial(method, phase, inputs, 0)) for phase in method.phases)

@@ -6,7 +6,6 @@ a library's workspace and an allocator's gaps are not in it. launch/README.md co
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from common.config import TrainConfig
-from common.cost import Fakes, empty_batch
+from common.cost import Fakes, empty_batch, silent_copies
 from common.ema import build_emas
 from common.optim import build_optimizers
 
@@ -100,8 +99,7 @@ def step_memory(method_class: type[Method], config: Any, train: TrainConfig, dat
 
     accumulated: whether gradients of other micro-batches are there when this one comes.
     """
-    with warnings.catch_warnings(), LiveBytes() as memory:
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # as PyTorch's own deep copy does
+    with silent_copies(), LiveBytes() as memory:
         method = method_class(config, data).train()
         weights = memory.live
         if train.recompute_blocks:

@@ -109,6 +109,15 @@ def everyones(batches: Iterator[Batch], processes: int) -> Iterator[Batch]:
         yield from ({name: values[rank] for name, values in gathered.items()} for rank in range(processes))
 
 
+def prepare_blocks(method: Method, settings: TrainConfig) -> None:
+    """Compiles and recomputes blocks as the settings ask. Copies of the method are made before: a recomputed block stays bound to this one."""
+    if settings.compile:
+        for block in method.blocks():
+            block.compile()
+    if settings.recompute_blocks:
+        recompute_blocks(method)
+
+
 def implements(method: Method, name: str) -> bool:
     """Whether the method has a function of its own for what the base class leaves empty."""
     return sum(name in vars(each) for each in type(method).__mro__) > 1
@@ -273,13 +282,9 @@ def train(
     else:
         own = (prepare_batch(batch, accelerator.device) for batches in make_batches(0, micro_batches_a_step) for batch in batches)
         method.before_training(everyones(own, accelerator.num_processes))
-    if settings.compile:
-        for block in method.blocks():
-            block.compile()
     spread = sharding == "fsdp2" and accelerator.num_processes > 1
     blank = hollow(method) if spread else None
-    if settings.recompute_blocks:
-        recompute_blocks(method)
+    prepare_blocks(method, settings)
     model: nn.Module = shard(method, accelerator) if spread else accelerator.prepare_model(method)
     optimizers = {phase: build_optimizers(method.parameters_of(phase), settings) for phase in method.phases}
     state = TrainState(method, optimizers, build_emas(method.averaged_parameters(), settings), settings, folder, identity, accelerator, Meters(), blank)

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from common.config import RunConfig, resolve, split_overrides, sweep
+from common.config import RunConfig
 from common.errors import UserError
-from methods import get_class, get_spec
+from methods import get_class
 
 # glibc maps every tensor on its own then, and gives it back with the tensor: a process holds what its tensors hold.
 EXACT_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -61,8 +61,9 @@ def measure_memory(run: RunConfig, batch: int) -> dict[str, Any]:
 
 def compare_knobs(arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Training rate and memory of each variant of one configuration, and both relative to the plain one."""
-    choice = next(sweep({key: value for key, value in split_overrides(arguments).items() if not key.startswith("speed.")}))
-    run = resolve(get_spec(choice.get("method", RunConfig.method)), choice)
+    from evaluation.speed import configurations
+
+    run, _ = next(configurations(arguments))
     plain: dict[str, Any] = {}
     for name, settings in possible(run):
         given = [*arguments, *(f"{key}={value}" for key, value in settings.items())]

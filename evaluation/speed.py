@@ -189,21 +189,16 @@ def training_step(method: Method, run: RunConfig, batch: int, accelerator: Any) 
     """A training step on random images: all phases, forward, backward and optimizer; without averages."""
     import torch
 
-    from common.memory import recompute_blocks
+    from common.cost import empty_batch
     from common.optim import build_optimizers
+    from common.trainer import prepare_blocks
 
     data = method.data
     images = torch.rand(batch, data.channels, data.image_size, data.image_size, device=accelerator.device) * 2 - 1
     labels = torch.arange(batch, device=accelerator.device) % data.num_classes
-    inputs = {"image": images, "label": labels, "index": labels}
-    if data.latents is not None:
-        inputs["moments"] = torch.randn(batch, *data.latents.shape, device=accelerator.device)
+    inputs = empty_batch(data, batch, accelerator.device) | {"image": images, "label": labels, "index": labels}
     optimizers = {phase: build_optimizers(method.parameters_of(phase), run.train) for phase in method.phases}
-    if run.train.recompute_blocks:
-        recompute_blocks(method)
-    if run.train.compile:
-        for block in method.blocks():
-            block.compile()
+    prepare_blocks(method, run.train)
     model = accelerator.prepare_model(method.train())
 
     def step() -> None:

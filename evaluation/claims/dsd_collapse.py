@@ -5,7 +5,7 @@ from __future__ import annotations
 from common.config import resolve
 from evaluation import collapse
 from evaluation.claims.framework import Budget, Claim, Criterion, Estimate, Evidence
-from evaluation.claims.training import panels
+from evaluation.claims.training import line, panels
 from methods import get_spec
 
 HELD_OUT = 200  # images measured
@@ -27,7 +27,7 @@ def measure(budget: Budget) -> Evidence:
             columns = list(zip(*runs[preset].values(), strict=True))
             values = [Estimate.over([row[key] for row in rows]) for rows in columns]
             steps = [rows[0]["step"] for rows in columns]
-            axis.errorbar(steps, [v.value for v in values], yerr=[v.se for v in values], color=f"C{color}", capsize=2, label=name)
+            line(axis, steps, values, color, name, style="-")
         axis.set(xlabel="steps", ylim=(0, None))
         axis.set_title(title, fontsize=10)
     axes[0].legend(frameon=False, fontsize=8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from evaluation.claims.emoji_runs import LEARNED, SAMPLES, jit_distance, ratio
 from evaluation.claims.framework import Budget, Claim, Criterion, Estimate, Evidence
-from evaluation.claims.training import panels
+from evaluation.claims.training import line, panels
 
 BEST, NONE = -0.8, 0.0  # the paper's choice; no shift
 PREDICTIONS = ("x", "eps")
@@ -27,10 +27,7 @@ def measure(budget: Budget) -> Evidence:
     figure, [[axes]] = panels(1, 1, (5.0, 3.4))
     for color, prediction in enumerate(PREDICTIONS):
         values = [Estimate.over(found[prediction, mean]) for mean in means(prediction, budget.quick)]
-        axes.errorbar(
-            means(prediction, budget.quick), [v.value for v in values], yerr=[v.se for v in values], fmt="o-", capsize=3, color=f"C{color}",
-            label=f"{prediction}-prediction",
-        )  # fmt: skip
+        line(axes, means(prediction, budget.quick), values, color, f"{prediction}-prediction")
     axes.set(xlabel="mu (lower: more noise in training)", ylabel=f"Fréchet distance ({SAMPLES} samples)", ylim=(0, None))
     axes.legend(frameon=False)
     best_eps = [min(each) for each in zip(*(found["eps", mean] for mean in means("eps", budget.quick)), strict=True)]

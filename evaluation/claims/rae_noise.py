@@ -11,7 +11,7 @@ from torch import Tensor
 from common.config import resolve
 from evaluation.claims.emoji_runs import SIZE, emoji, few, pixels, ratio
 from evaluation.claims.framework import Budget, Claim, Criterion, Estimate, Evidence
-from evaluation.claims.training import fit, panels
+from evaluation.claims.training import fit, line, panels
 from methods import get_class, get_spec
 from methods.base import DataInfo
 from methods.rae.config import DecoderShape
@@ -77,7 +77,7 @@ def measure(budget: Budget) -> Evidence:
     for color, (tau, by_noise) in enumerate(found.items()):
         values = [Estimate.over(each) for each in by_noise]
         label = f"trained with noise up to {tau:g}" if tau else "trained without noise"
-        axes.errorbar(NOISES, [v.value for v in values], yerr=[v.se for v in values], fmt="o-", capsize=3, color=f"C{color}", label=label)
+        line(axes, NOISES, values, color, label)
     axes.set(xlabel="noise on the latents that are decoded", ylabel="error of the pixels, of a range of 2")
     axes.legend(frameon=False)
     return Evidence(

@@ -14,7 +14,7 @@ from common.encoders.representation import build_encoder
 from common.seeds import Noise, image_seeds
 from evaluation.claims.emoji_runs import SAMPLES, emoji, emoji_distance, few, fit_on, ratio, untrained
 from evaluation.claims.framework import Budget, Claim, Criterion, Estimate, Evidence
-from evaluation.claims.training import bars, panels
+from evaluation.claims.training import bars, line, panels
 from evaluation.generate import balanced_labels
 from evaluation.hidden_states import block_features, cknna, encoder_features
 from methods.reg.config import RegSample
@@ -89,8 +89,7 @@ def measure(budget: Budget) -> Evidence:
     figure, [axes] = panels(1, 3, (3.6, 3.2))
     for color, name in enumerate(METHODS):
         for axis, places, values in ((axes[0], milestones, distance[name]), (axes[1], range(1, 1 + len(alignment[name])), alignment[name])):
-            each = [Estimate.over(value) for value in values]
-            axis.errorbar(places, [v.value for v in each], yerr=[v.se for v in each], fmt="o-", capsize=3, color=f"C{color}", label=TITLES[name])
+            line(axis, places, [Estimate.over(value) for value in values], color, TITLES[name])
     axes[0].set(xlabel="training images", ylabel=f"Fréchet distance ({SAMPLES} samples)", xticks=milestones)
     axes[1].set(xlabel="block", ylabel="CKNNA with the teacher", xticks=range(1, 1 + len(alignment["sit"])))
     axes[0].legend(frameon=False)

@@ -47,6 +47,11 @@ def panels(rows: int, columns: int, size: tuple[float, float] = (3.0, 3.0)) -> t
     return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
 
 
+def line(axes: Axes, places: Sequence[float], values: Sequence[Estimate], color: int, label: str, style: str = "o-") -> None:
+    """Estimates with their standard errors, in the palette's colour of this number."""
+    axes.errorbar(places, [each.value for each in values], yerr=[each.se for each in values], fmt=style, capsize=3, color=f"C{color}", label=label)
+
+
 def bars(axes: Axes, names: Sequence[str], values: Sequence[Estimate], title: str, colors: Sequence[str] | str = "C0") -> None:
     """One bar an estimate, with its standard error and its number above it."""
     places = range(len(names))
