@@ -54,6 +54,8 @@ def measure_memory(run: RunConfig, batch: int) -> dict[str, Any]:
     accelerator.free_memory()
     gc.collect()
     taken = peak - tensor_bytes(accelerator.device)
+    if taken <= 0:
+        raise UserError(f"a training step of {run.method} with speed.batch={batch} takes less memory than can be measured. Raise speed.batch.")
     predicted = step_memory(get_class(run.method), run.model, train, data, batch).peak
     facts = {"method": run.method, "preset": run.preset, "batch": batch}
     return facts | {"step_bytes": taken, "predicted_bytes": predicted, "error": predicted / taken - 1}
