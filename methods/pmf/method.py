@@ -83,7 +83,7 @@ class PMFMethod(Method):
             ).split((len(x) - first, len(x)))
         torch.clear_autocast_cache()  # older PyTorch would hand weights that were cast without a graph to the forward that needs one
 
-        condition = Condition(t - draws.r, draws.omega, draws.t_min, draws.t_max, torch.where(draws.dropped, null, labels))
+        condition = Condition(t - draws.r, draws.omega, draws.t_min, draws.t_max, torch.where(draws.dropped, null, labels), t)
         u, du, v = self.velocities(z, t, condition, dz=v_class)
         u_at_t = torch.cat((u[:first], u[first:] + match_dims(condition.h[first:], du) * du))
 
@@ -93,7 +93,7 @@ class PMFMethod(Method):
 
     def instantaneous(self, z: Tensor, t: Tensor, omega: Tensor, labels: Tensor) -> Tensor:
         """v(z, t) under guidance of scale omega at all times: the v-head at h = 0 with the interval (0, 1)."""
-        condition = Condition(torch.zeros_like(t), omega, torch.zeros_like(t), torch.ones_like(t), labels)
+        condition = Condition(torch.zeros_like(t), omega, torch.zeros_like(t), torch.ones_like(t), labels, t)
         tokens, _ = self.network.shared(self.network.embed(z, condition))
         return to_velocity(self.config, self.v_head(tokens, self.network.rope)[0], z, t)
 
@@ -114,7 +114,7 @@ class PMFMethod(Method):
         """The same by PyTorch's forward mode, for checks and for networks that somebody has changed."""
 
         def run(z: Tensor, t: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-            tokens, _ = self.network.shared(self.network.embed(z, condition._replace(h=h)))
+            tokens, _ = self.network.shared(self.network.embed(z, condition._replace(h=h, t=t)))
             outputs = self.network.head(tokens, self.network.rope)[0], self.v_head(tokens, self.network.rope)[0]
             u, v = (to_velocity(self.config, output, z, t) for output in outputs)
             return u, v
@@ -165,7 +165,7 @@ class PMFMethod(Method):
 
         omega, t_min, t_max = (full(value) for value in (config.guidance, *config.interval))
         for t, r in pairwise(torch.linspace(1, 0, config.steps + 1, device="cpu").tolist()):
-            output = self.network(z, Condition(full(t - r), omega, t_min, t_max, labels)).to(z.dtype)
+            output = self.network(z, Condition(full(t - r), omega, t_min, t_max, labels, full(t))).to(z.dtype)
             z = z - (t - r) * to_velocity(self.config, output, z, full(t))
         return z
 

@@ -30,6 +30,7 @@ class Condition(NamedTuple):
     t_min: Tensor  # guidance interval
     t_max: Tensor
     labels: Tensor  # int64; the last class is "none"
+    t: Tensor | None = None  # the time, for networks that are told it (evaluation/claims/pmf_manifold.py); the paper's reads it off z
 
 
 def tail(x: Tensor, dx: Tensor) -> Tensor:
