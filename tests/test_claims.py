@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import claim_checks
 import numpy as np
@@ -33,6 +34,7 @@ from evaluation.claims.swiss_roll import lifted, off_plane, plane, roll, sliced_
 from methods import get_class, get_spec
 from methods.base import DataInfo
 
+RESULTS = Path(__file__).resolve().parent.parent / "evaluation" / "claims" / "results"
 HOSTILE = "</script><script>alert(1)</script>"
 PAIR = (Criterion("a", "a number", "at most", 1.0), Criterion("b", "another one", "at least", 10.0))
 
@@ -275,3 +277,22 @@ def test_a_class_token_agrees_with_its_own_image(monkeypatch):
 
     monkeypatch.setattr(method, "solve", perfect)
     assert reg_gain.token_agreement(method, run.sample, 0) > 0.01 > abs(random)
+
+
+# -- the full run in the repository -------------------------------------------------------------------------------------------------
+
+
+def test_results_in_the_repository_are_full_runs_of_the_claims_as_they_stand():
+    """Whoever changes a setting or a criterion runs the claim again: `python evaluation/claims.py run NAME --out evaluation/claims/results`."""
+    left_out = []
+    found = read_claims(RESULTS, left_out)
+    records = {record["name"]: record for record, _ in found}
+    assert not left_out and set(records) == set(all_claims())
+    for name, each in all_claims().items():
+        record = records[name]
+        estimates = {c.estimate: Estimate(item["value"], item["se"], item["n"]) for c, item in zip(each.criteria, record["criteria"], strict=True)}
+        assert judge(each, Evidence(estimates, [], [], Figure()))[0] == record["verdict"], name
+        assert [item["text"] for item in record["criteria"]] == [str(criterion) for criterion in each.criteria], name
+        assert (record["paper"], record["statement"], record["setting"]) == (each.paper, each.statement, each.setting), name
+        assert not record["quick"] and record["seeds"] == list(each.budget(quick=False).seeds), name
+    assert (RESULTS / "claims.md").read_text(encoding="utf-8") == command.to_markdown(found, RESULTS)

@@ -175,6 +175,6 @@ CLAIM = Claim(
         ),
     ),
     measure=measure,
-    minutes=(1.0, 1.0),
+    minutes=(1.0, 2.0),
     num_seeds=(0, 0),
 )

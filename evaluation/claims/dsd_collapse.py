@@ -65,6 +65,6 @@ CLAIM = Claim(
     ),
     criteria=CRITERIA,
     measure=measure,
-    minutes=(1.2, 3.0),
+    minutes=(1.2, 7.0),
     num_seeds=(3, 5),
 )

@@ -106,5 +106,5 @@ CLAIM = Claim(
         Criterion("v_off", "in 512 dimensions, the energy of v-prediction outside the plane", "at least", 0.4),
     ),
     measure=measure,
-    minutes=(2.0, 11.0),
+    minutes=(2.0, 7.0),
 )

@@ -54,5 +54,5 @@ CLAIM = Claim(
         Criterion("rescue", "the distance of eps-prediction at its best mu over that of x-prediction at its worst", "at least", 1.3),
     ),
     measure=measure,
-    minutes=(1.2, 8.0),
+    minutes=(1.2, 7.0),
 )

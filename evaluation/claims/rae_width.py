@@ -112,5 +112,5 @@ CLAIM = Claim(
         Criterion("head", "the loss of the narrow network with a wide head, over the narrow one's bound,", "at most", 0.6),
     ),
     measure=measure,
-    minutes=(1.5, 12.0),
+    minutes=(1.5, 7.0),
 )
