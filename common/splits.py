@@ -1,4 +1,4 @@
-"""Which images are held out: decided by hashes of names, never by a random number generator, so a split is the same on every machine."""
+"""Which images are held out, decided by hashes of names, and which few images stand for all: both are the same on every machine."""
 
 from __future__ import annotations
 
@@ -29,6 +29,13 @@ def held_out(groups: Sequence[str], labels: NDArray[np.int64], fraction: float) 
         for group in _within_quota(own_groups, {group: len(members[group]) for group in own_groups}, fraction):
             mask[members[group]] = True
     return mask
+
+
+def fixed_draw(available: int, wanted: int) -> NDArray[np.int64]:
+    """At most `wanted` of the positions 0 to `available` - 1, sorted: a fixed random draw, because stored images are sorted by class and the first
+    ones are of a few classes only. A draw of all positions is all of them in their order."""
+    rng = np.random.Generator(np.random.PCG64(derive("reconstruction sample")))
+    return np.sort(rng.permutation(available)[:wanted])
 
 
 def _within_quota(groups: list[str], sizes: dict[str, int], fraction: float) -> list[str]:

@@ -47,7 +47,7 @@ class Keys:
     out: str = "runs/collapse"  # where the results are written
     presets: list[str] = field(default_factory=lambda: list(PRESETS))  # the four losses, in the order of the claims
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of weights, data order and noise
-    heldout: int = 500  # held-out images measured
+    heldout: int = 500  # held-out images measured, drawn from all classes
 
 
 # -- one run ------------------------------------------------------------------------------------------------------------------------
@@ -94,13 +94,14 @@ def held_out(source: DataSource) -> ImageSet:
 
 
 def measure(method: Method, images: ImageSet, count: int, batch: int = 100) -> Row:
-    """Health of the latents of the first `count` images, and "unexplained": squared error of the reconstructions over that of the mean image."""
+    """Health of the latents of a fixed draw of `count` images, and "unexplained": squared error of the reconstructions over that of the mean image."""
     import torch
 
     from common.spectrum import latent_health
+    from common.splits import fixed_draw
 
     device = next(method.parameters()).device
-    pixels = torch.from_numpy(images.fetch(range(min(count, len(images))))).to(device).float() / 127.5 - 1
+    pixels = torch.from_numpy(images.fetch(fixed_draw(len(images), count))).to(device).float() / 127.5 - 1
     was_training = method.training
     method.eval()
     with torch.no_grad():
@@ -237,7 +238,7 @@ def usage() -> str:
 
 def trained(run: RunConfig, heldout: int, file: Path) -> list[Row]:
     """The measurements of a run, from its file if it is there. A file of other settings is a UserError."""
-    mark = f"{identity(run)}/{heldout}"
+    mark = f"{identity(run)}/{heldout} drawn"  # rows without the last word are of the first images, which are of a few classes
     if file.exists():
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["identity"] != mark:

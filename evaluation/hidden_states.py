@@ -2,8 +2,9 @@
 
     python evaluation/hidden_states.py run=runs/FOLDER [encoder=embedded] [time=0.5] [images=2000] [neighbours=10] [batch=50] [model.KEY=...]
 
-prints one JSON object with both numbers for every block of `method.blocks()`. Held-out images are noised to `time` (1 is noise), the class is withheld, and a
-block's features are the mean of its image tokens (arXiv 2410.06940, section 3 and appendix). CKNNA compares with the encoder's tokens, averaged alike.
+prints one JSON object with both numbers for every block of `method.blocks()`. The held-out images are a fixed draw from all classes. They are noised to `time`
+(1 is noise), the class is withheld, and a block's features are the mean of its image tokens (arXiv 2410.06940, section 3 and appendix). CKNNA compares with the
+encoder's tokens, averaged alike. The probe learns on a fixed draw of training images.
 """
 
 from __future__ import annotations
@@ -24,10 +25,16 @@ from torch import Tensor, nn
 from common.config import split_overrides
 from common.errors import UserError
 from common.seeds import derive
+from common.splits import fixed_draw
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from common.datasets import ImageSet
     from methods.base import Method
+
+    Positions = NDArray[np.int64]  # of images in a set
 
 NEIGHBOURS = 10
 PROBE_EPOCHS, PROBE_BATCH, PROBE_LR = 90, 16_384, 1e-3
@@ -107,27 +114,26 @@ def image_mean(tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def block_features(method: Method, images: ImageSet, count: int, time: float, batch: int, device: torch.device) -> list[Tensor]:
-    """For each of the method's blocks the features (count, D) of the first images, noised to `time`; the noise is the same for every method."""
+def block_features(method: Method, images: ImageSet, positions: Positions, time: float, batch: int, device: torch.device) -> list[Tensor]:
+    """For each of the method's blocks the features (n, D) of the images at n positions, noised to `time`; the noise is the same for every method."""
     method.eval()
     parts: list[list[Tensor]] = []
-    for start in range(0, count, batch):
-        indices = range(start, min(start + batch, count))
+    for start in range(0, len(positions), batch):
         torch.manual_seed(derive("hidden", start))
         with tapped(method.blocks()) as seen:
-            method.look(_pixels(images, indices, device), time)
+            method.look(_pixels(images, positions[start : start + batch], device), time)
         parts.append([image_mean(tokens) for tokens in seen])
     return [torch.cat(features) for features in zip(*parts, strict=True)]
 
 
 @torch.no_grad()
-def encoder_features(encoder: Any, images: ImageSet, count: int, batch: int, device: torch.device) -> Tensor:
-    """The encoder's tokens averaged over positions, (count, C)."""
-    parts = [encoder(_pixels(images, range(start, min(start + batch, count)), device)) for start in range(0, count, batch)]
+def encoder_features(encoder: Any, images: ImageSet, positions: Positions, batch: int, device: torch.device) -> Tensor:
+    """The encoder's tokens of the images at n positions, averaged over the tokens' places, (n, C)."""
+    parts = [encoder(_pixels(images, positions[start : start + batch], device)) for start in range(0, len(positions), batch)]
     return torch.cat([part.mean(dim=(2, 3)) for part in parts])
 
 
-def _pixels(images: ImageSet, indices: range, device: torch.device) -> Tensor:
+def _pixels(images: ImageSet, indices: Positions, device: torch.device) -> Tensor:
     return torch.from_numpy(images.fetch(indices)).to(device).float() / 127.5 - 1
 
 
@@ -149,10 +155,10 @@ def measure(folder: Path, options: dict[str, str], overrides: dict[str, str]) ->
     encoder = encoder.to(device)
     features, labels = {}, {}
     for part, images in (("train", source.train), ("heldout", source.heldout)):
-        count = min(int(options["images"]), len(images))
-        features[part] = block_features(method, images, count, time, batch, device)
-        labels[part] = torch.from_numpy(images.labels[:count]).to(device)
-    reference = encoder_features(encoder, source.heldout, len(labels["heldout"]), batch, device)
+        positions = fixed_draw(len(images), int(options["images"]))
+        features[part] = block_features(method, images, positions, time, batch, device)
+        labels[part] = torch.from_numpy(images.labels[positions]).to(device)
+    reference = encoder_features(encoder, source.heldout, positions, batch, device)
     blocks = [
         {
             "block": number,

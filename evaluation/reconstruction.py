@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.seeds import derive
+from common.splits import fixed_draw
 from evaluation.collect import ImageBatch, batches, collect
 from evaluation.evaluate import MIN_IMAGES, Evaluation, check_enough, frechet_metric, mean_metric, progress
 from evaluation.feature_sets import feature_set
@@ -119,15 +119,9 @@ class Originals:
 def choose(source: DataSource, wanted: int) -> Originals:
     """At most `wanted` held-out images, or training images where fewer than MIN_IMAGES are held out."""
     split, images = ("heldout", source.heldout) if len(source.heldout) >= MIN_IMAGES else ("train", source.train)
-    originals = Originals(source.info.name, split, images, chosen(len(images), wanted))
+    originals = Originals(source.info.name, split, images, fixed_draw(len(images), wanted))
     check_enough("real", len(originals))
     return originals
-
-
-def chosen(available: int, wanted: int) -> NDArray[np.int64]:
-    """At most `wanted` positions, sorted: a fixed draw, because images on a disk are sorted by class."""
-    rng = np.random.Generator(np.random.PCG64(derive("reconstruction sample")))
-    return np.sort(rng.permutation(available)[:wanted])
 
 
 def load_perceptual(device: torch.device | str) -> tuple[str, Any]:

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import claim_checks
 import numpy as np
@@ -242,6 +243,67 @@ def test_a_decoder_errs_more_on_noisier_latents(monkeypatch):
     monkeypatch.setattr(rae_noise, "TRAINED", 8)
     errors = rae_noise.errors(0.0, 16 * 60, 0)
     assert len(errors) == len(rae_noise.NOISES) and errors[0] < errors[-1] and errors[0] < x.square().mean().sqrt()
+
+
+class Recorded:
+    """Images that keep which of them were fetched."""
+
+    def __init__(self, images):
+        self.images, self.fetched = images, []
+
+    def __len__(self):
+        return len(self.images)
+
+    def fetch(self, indices):
+        self.fetched.extend(indices)
+        return self.images.fetch(indices)
+
+    def counts(self):
+        """Images of each class, over its share in the set."""
+        labels = self.images.labels
+        return np.bincount(labels[self.fetched], minlength=10) / np.bincount(labels) * len(self) / len(self.fetched)
+
+
+@pytest.fixture
+def held_out(monkeypatch):
+    """The held-out emoji, which keep what is fetched, in the place of the claims' own."""
+    source = emoji_runs.emoji()
+    recorded = Recorded(source.heldout)
+    for module in (rae_noise, reg_gain):
+        monkeypatch.setattr(module, "emoji", lambda: replace(source, heldout=recorded))
+    return recorded
+
+
+def even(counts):
+    """Every class is there, and none has more than one and a half of its share; of the first 200 images six classes are missing, of the first 300 three."""
+    return counts.min() > 0.25 and counts.max() < 1.5
+
+
+def test_hidden_states_are_compared_on_images_of_all_classes(held_out, monkeypatch):
+    class Teacher(torch.nn.Module):
+        def load(self):
+            pass
+
+        def forward(self, images):
+            return images
+
+    monkeypatch.setattr(reg_gain, "build_encoder", lambda name: Teacher())
+    assert reg_gain.teacher_features.__wrapped__().shape == (reg_gain.PROBED, 3)
+    assert len(held_out.fetched) == reg_gain.PROBED and even(held_out.counts())
+    of_the_teacher = list(held_out.fetched)
+    held_out.fetched.clear()
+    monkeypatch.setattr(reg_gain, "fit_on", lambda *_: [])
+    monkeypatch.setattr(reg_gain, "emoji_distance", lambda *_: 1.0)
+    monkeypatch.setattr(reg_gain, "teacher_features", lambda: torch.randn(reg_gain.PROBED, 4))
+    reg_gain.run("sit", [32], 20, 0, Budget(True, (0, 1)))
+    assert held_out.fetched == of_the_teacher  # CKNNA is of the same images
+
+
+def test_decoders_are_compared_on_images_of_all_classes(held_out, monkeypatch):
+    blank = SimpleNamespace(encoder=SimpleNamespace(load=lambda: None), encode=lambda images: images)
+    monkeypatch.setattr(rae_noise, "decoder_method", lambda noise: blank)
+    _, images = rae_noise.latents_and_images.__wrapped__(True)
+    assert len(images) == rae_noise.HELD_OUT and even(held_out.counts())
 
 
 def test_shifts_are_those_that_the_claim_names(monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from common.datasets import ArrayImages
+from common.splits import fixed_draw
 from evaluation.collapse import PRESETS, Claim, claims, claims_table, measure, table, usage, work
 from evaluation.command import run_command
 from methods.base import Method
@@ -38,7 +39,7 @@ def test_measured_against_direct_formulas():
     method = Halved().train()
     found = measure(method, images, 30, batch=16)
     assert method.training
-    x = torch.from_numpy(images.images[:30]).double() / 127.5 - 1
+    x = torch.from_numpy(images.images[fixed_draw(40, 30)]).double() / 127.5 - 1
     z = x.unflatten(3, (2, 4)).unflatten(2, (2, 4)).mean(dim=(3, 5))
     rebuilt = 0.5 * z.repeat_interleave(4, 2).repeat_interleave(4, 3)
     assert found["unexplained"] == pytest.approx(((rebuilt - x) ** 2).sum().item() / ((x - x.mean(0)) ** 2).sum().item(), rel=1e-5)
@@ -46,6 +47,13 @@ def test_measured_against_direct_formulas():
     values = torch.linalg.svdvals(z.permute(0, 2, 3, 1).reshape(-1, 3))
     p = values / values.sum()
     assert found["erank"] == pytest.approx(torch.exp(-(p * p.log()).sum()).item(), rel=1e-5)
+
+
+def test_few_images_of_a_sorted_set_are_of_all_its_classes():
+    """Two of ten images stand for both classes, black and white; the first two are equal, and their variance 0 cannot be lost."""
+    pixels = np.repeat(np.array([0, 255], dtype=np.uint8), 20)[:, None, None, None] * np.ones((1, 3, 8, 8), dtype=np.uint8)
+    found = measure(Halved(), ArrayImages(pixels, np.repeat([0, 1], 20), "black and white"), 20, batch=16)
+    assert found["unexplained"] == pytest.approx(0.25, rel=0.1) and found["std_between"] > 0.9
 
 
 def run_of(start, end, std, edof, predicted, lost):

@@ -1,15 +1,18 @@
 """CKNNA and the linear probe on features whose answers are known, and their way from a method's blocks."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from reg_models import INFO, make, randomized
 
-from common.datasets import ArrayImages
+from common.datasets import ArrayImages, DataSource, DataSummary
 from common.errors import UserError
-from evaluation.hidden_states import block_features, cknna, image_mean, linear_probe, tapped
+from evaluation.hidden_states import OPTIONS, block_features, cknna, image_mean, linear_probe, measure, tapped
 
 
 def cknna_by_hand(x, y, k):
@@ -72,6 +75,49 @@ def test_scale_and_shift_of_a_channel_do_not_matter_to_the_probe():
     assert results[0] == results[1]
 
 
+class ClassesInOrder(torch.nn.Module):
+    """A generator and an encoder in one, whose tokens tell an image's class, which is its brightness, and nothing else."""
+
+    num_classes = 10
+
+    def __init__(self):
+        super().__init__()
+        self.block = torch.nn.Identity()
+
+    def load(self):
+        pass
+
+    def blocks(self):
+        return [self.block]
+
+    def token(self, images):
+        return F.one_hot(((images[:, 0, 0, 0] + 1) * 127.5).round().long(), self.num_classes).float()
+
+    def look(self, images, time):
+        self.block(self.token(images)[:, None])
+
+    def forward(self, images):
+        return self.token(images)[:, :, None, None]
+
+
+@pytest.mark.parametrize("images", ["2000", "60"])
+def test_the_probe_learns_and_tests_every_class_of_images_sorted_by_class(monkeypatch, images):
+    """As the embedded set and every folder are sorted. The first images are of a few classes, whose probe cannot name the others (0.485 on emoji)."""
+
+    def part(count):
+        labels = np.sort(np.arange(count) % 10)
+        return ArrayImages(np.broadcast_to(labels[:, None, None, None], (count, 3, 4, 4)).astype(np.uint8), labels, "brightness")
+
+    info = DataSummary("toy", 10, 4, 4000, 500, tuple("abcdefghij"), "digest")
+    source = DataSource(info, part(4000), part(500), balanced=True)
+    monkeypatch.setattr("common.datasets.load_data", lambda data: source)
+    monkeypatch.setattr("common.encoders.representation.build_encoder", lambda name: ClassesInOrder())
+    monkeypatch.setattr("evaluation.models.load_run", lambda *_: SimpleNamespace(method=ClassesInOrder(), run=SimpleNamespace(data=None)))
+    [block] = measure(Path("run"), OPTIONS | {"images": images}, {})["blocks"]
+    assert block["probe_accuracy"] == 1.0
+    assert block["cknna"] > 0.999  # of all classes: the images of one class have no spread, and their alignment is not a number
+
+
 def test_tokens_before_the_image_are_left_out():
     tokens = torch.randn(2, 17, 5)
     torch.testing.assert_close(image_mean(tokens), tokens[:, 1:].mean(dim=1))
@@ -92,7 +138,7 @@ def test_every_block_gives_features(monkeypatch, name):
     method.load_external()
     pixels = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (6, 3, 16, 16), dtype=np.uint8)
     images = ArrayImages(pixels, np.zeros(6, dtype=np.int64), "noise")
-    found, again, clean = (block_features(method, images, 6, time, 3, torch.device("cpu")) for time in (0.5, 0.5, 0.1))
+    found, again, clean = (block_features(method, images, np.arange(6), time, 3, torch.device("cpu")) for time in (0.5, 0.5, 0.1))
     assert [f.shape for f in found] == [(6, 24)] * 3 and INFO.image_size == 16
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     assert not torch.equal(found[0], clean[0])

@@ -11,6 +11,7 @@ from torch import nn
 
 from common.datasets import ArrayImages, DataSource, DataSummary
 from common.errors import UserError
+from common.splits import fixed_draw
 from evaluation import reconstruction
 from evaluation.collect import batches
 from evaluation.features import Features
@@ -18,7 +19,7 @@ from evaluation.frechet import factorise, frechet_distance, jackknife
 from evaluation.image_quality import psnr, ssim
 from evaluation.moments import Moments
 from evaluation.protocol import PSNR_CAP, protocol_hash, protocol_name
-from evaluation.reconstruction import Rebuilder, chosen, evaluate_rebuilt, evaluate_reconstruction, paired_frechet
+from evaluation.reconstruction import Rebuilder, evaluate_rebuilt, evaluate_reconstruction, paired_frechet
 from evaluation.record import SCHEMA_FILE
 from methods.base import Method
 
@@ -168,9 +169,9 @@ def test_reconstructions_in_a_file_score_as_the_method_that_made_them(tmp_path):
 
 
 def test_chosen_images_are_a_fixed_draw():
-    assert chosen(50, 1000).tolist() == list(range(50))
-    few = chosen(50, 20)
-    assert np.array_equal(few, chosen(50, 20)) and len(set(few)) == 20 and few.max() > 30
+    assert fixed_draw(50, 1000).tolist() == list(range(50))
+    few = fixed_draw(50, 20)
+    assert np.array_equal(few, fixed_draw(50, 20)) and len(set(few)) == 20 and few.max() > 30
 
 
 def test_the_paired_error_bar_is_that_of_the_pairs():

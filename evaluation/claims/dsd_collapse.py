@@ -8,7 +8,7 @@ from evaluation.claims.framework import Budget, Claim, Criterion, Estimate, Evid
 from evaluation.claims.training import line, panels
 from methods import get_spec
 
-HELD_OUT = 200  # images measured
+HELD_OUT = 200  # images measured, of all classes
 
 
 def measure(budget: Budget) -> Evidence:

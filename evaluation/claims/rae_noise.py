@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.config import resolve
+from common.splits import fixed_draw
 from evaluation.claims.emoji_runs import SIZE, emoji, few, pixels, ratio
 from evaluation.claims.framework import Budget, Claim, Criterion, Estimate, Evidence
 from evaluation.claims.training import fit, line, panels
@@ -29,7 +30,7 @@ SETTINGS = {"preset": "demo", "model.perceptual": "none", "model.discriminator":
 def latents_and_images(heldout: bool) -> tuple[Tensor, Tensor]:
     """Latents (N, C, h, h) and images (N, 3, 32, 32) of one part of the emoji."""
     source = few(emoji(), TRAINED)
-    x = pixels(source.heldout, np.arange(HELD_OUT)) if heldout else pixels(source.train, np.arange(TRAINED))
+    x = pixels(source.heldout, fixed_draw(len(source.heldout), HELD_OUT)) if heldout else pixels(source.train, np.arange(TRAINED))
     method = decoder_method(0.0)
     method.encoder.load()
     return torch.cat([method.encode(part) for part in x.split(50)]), x

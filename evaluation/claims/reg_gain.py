@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.encoders.representation import build_encoder
 from common.seeds import Noise, image_seeds
+from common.splits import fixed_draw
 from evaluation.claims.emoji_runs import SAMPLES, emoji, emoji_distance, few, fit_on, ratio, untrained
 from evaluation.claims.framework import Budget, Claim, Criterion, Estimate, Evidence
 from evaluation.claims.training import bars, line, panels
@@ -24,7 +25,7 @@ METHODS = ("sit", "repa", "reg")
 TITLES = {"sit": "SiT", "repa": "REPA", "reg": "REG"}
 ALIGNED = 2  # the number of the aligned block
 TIME = 0.5  # of the noise under which hidden states are looked at
-PROBED = 300  # held-out images whose hidden states are compared
+PROBED = 300  # held-out images of all classes whose hidden states are compared
 
 SETTINGS = {
     "preset": "demo", "model.depth": "3", "model.width": "128", "model.heads": "4", "train.warmup_images": "0", "train.lr": "1e-3", "train.batch": "32",
@@ -52,7 +53,7 @@ def run(name: str, milestones: list[int], count: int, seed: int, budget: Budget)
 
     fit_on(method, source, settings.train, seed, watch)
     distances.append(emoji_distance(method, settings, budget.cache))
-    hidden = block_features(method, source.heldout, PROBED, TIME, 50, torch.device("cpu"))
+    hidden = block_features(method, source.heldout, fixed_draw(len(source.heldout), PROBED), TIME, 50, torch.device("cpu"))
     agreement = token_agreement(method, settings.sample, seed) if isinstance(method, RegMethod) else 0.0
     return Found(distances, [cknna(features, teacher_features()) for features in hidden], agreement)
 
@@ -62,7 +63,8 @@ def teacher_features() -> Tensor:
     """(PROBED, C): the teacher's tokens of held-out images, averaged over positions."""
     encoder = build_encoder("embedded")
     encoder.load()
-    return encoder_features(encoder, emoji().heldout, PROBED, 50, torch.device("cpu"))
+    heldout = emoji().heldout
+    return encoder_features(encoder, heldout, fixed_draw(len(heldout), PROBED), 50, torch.device("cpu"))
 
 
 @torch.no_grad()
