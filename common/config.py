@@ -101,6 +101,7 @@ class ClusterConfig:
     gpus_per_node: int | None = None  # GPUs of each machine, one process for each; 0 computes on CPUs; slurm needs it
     tasks_per_node: int | None = None  # processes a machine; none: one for each GPU, or one
     sharding: str = "ddp"  # ddp (every process holds everything) or fsdp2 (parameters, gradients and optimizer state are spread over the processes)
+    collective_timeout_min: float = 360.0  # minutes that a process waits for the others, e.g. while the first one writes a large checkpoint
     cpus_per_task: int | None = None  # CPU cores a process, loader processes included; none: the cluster's default
     mem_gb: float | None = None  # memory a machine; 0 is all of it, none the cluster's default
     timeout_min: int | None = None  # minutes until the job is requeued or ended; slurm needs it
@@ -278,6 +279,7 @@ def check(run: RunConfig) -> None:
     one_of("data.name", run.data.name, ("emoji32", "folder", "tar", "parquet", "arrow", "shards", "synthetic"))
     one_of("data.broken", run.data.broken, ("error", "skip"))
     one_of("data.modes", run.data.modes, ("convert", "strict"))
+    require(run.cluster.collective_timeout_min > 0, "cluster.collective_timeout_min", run.cluster.collective_timeout_min, "must be positive")
     one_of("cluster.sharding", run.cluster.sharding, ("ddp", "fsdp2"))
     one_of("eval.protocol", run.eval.protocol, ("embedded",))
     for tracker in train.trackers:

@@ -98,13 +98,12 @@ def build(keys: Keys) -> str:
     folder, size = Path(str(keys.images)).expanduser(), int(keys.size or 0)
     files = image_files(folder)
     weights = checked(protocol.extractor.file, keys.weights)
-    from accelerate import PartialState
-
+    from common.processes import join_processes
     from evaluation import reference_files
     from evaluation.evaluate import progress
     from evaluation.extractors import build_extractor
 
-    state = PartialState()
+    state = join_processes()
     extractor = build_extractor(protocol.extractor, weights, state.device)
     entry = {"id": str(keys.id), "digest": digest_of(folder, files, size), "split": keys.split, "crop": "adm_center_crop"}
     stream = progress(squares(files, size), len(files), "extracting features")

@@ -73,9 +73,9 @@ def work(arguments: Sequence[str]) -> str:
     """Evaluates, writes the record and returns what to tell."""
     keys, rest = parse(Keys, arguments, tuple(GROUPS))
     check(keys, rest)
-    from accelerate import PartialState
+    from common.processes import join_processes
 
-    state = PartialState(cpu=keys.device == "cpu")
+    state = join_processes(cpu=keys.device == "cpu")
     request = make_request(keys, state.device)
     if keys.run is None and keys.checkpoint is None:
         records = [images_record(keys, rest, request)]

@@ -61,9 +61,9 @@ def work(arguments: Sequence[str]) -> str:
     keys, passed = parse(Keys, rest, ("data", "model"))
     swept = [key for key, values in lists.items() if len(values) > 1]
     check(keys, swept)
-    from accelerate import PartialState
+    from common.processes import join_processes
 
-    state = PartialState(cpu=keys.device == "cpu")
+    state = join_processes(cpu=keys.device == "cpu")
     folder = Path(str(keys.run)).expanduser()
     trial = make_request(keys, folder, state.device, keys.tries, (keys.try_seed,))
     settings = list(sweep(lists))
