@@ -110,7 +110,7 @@ def sample_and_measure(model: Model, sample: Any, n: int, request: Request) -> E
         images = generate(model.method, sample, labels, seed, request.batch, request.device)
         stream = progress(clock.timed(images), n, "evaluating")
         parts.append(measure(stream, n, tools.extractor, tools.reference, tools.protocol))
-    return Evaluation(tools.describe(SampleRule(n, law, "round_half_even")), over_seeds(parts), clock.seconds)
+    return Evaluation(tools.describe(SampleRule(n, law, "round_half_even")), over_seeds(parts), clock.seconds, clock.images)
 
 
 def draw_labels(law: str, n: int, num_classes: int, seed: int) -> NDArray[np.int64]:

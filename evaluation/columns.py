@@ -178,7 +178,7 @@ COST = [
     Column("train_macs", "training", lambda row: number_cell(training_macs(row), PETA), "PMACs", essential=True,
            hint="forward and backward, frozen networks and earlier stages included"),
     Column("images_seen", "images seen", lambda row: number_cell(row.get("train", {}).get("images_seen"), form=",.0f")),
-    Column("images_s", "speed", _number("speed", "images_per_s"), "images/s", hint="sampling, on the machine of the record"),
+    Column("images_s", "speed", _number("speed", "images_per_s"), "images/s", hint="sampling, on one device of the machine of the record"),
 ]  # fmt: skip
 PROVENANCE = [
     Column("tried", "settings tried", _tried, hint="how many settings the shown one was chosen from"),

@@ -54,6 +54,7 @@ class Evaluation:
     protocol: dict[str, Any]
     metrics: dict[str, Metric]
     sampling_seconds: float  # of this process, making its share of the images of all seeds
+    images_made: int = 0  # by this process in these seconds
 
 
 def evaluate(images: Iterable[ImageBatch], labels: NDArray[np.int64] | int, extractor: Extractor, reference: Reference) -> dict[str, Metric]:
@@ -168,7 +169,7 @@ def evaluate_method(
         labels = balanced_labels(run.eval.num_images, source.info.num_classes, seed)
         images = generate(method, run.sample, labels, seed, run.eval.batch, device)
         parts.append(evaluate(progress(clock.timed(images), len(labels), "evaluating"), labels, extractor, reference))
-    return Evaluation(data_protocol(extractor, source, reference, run.eval.num_images), over_seeds(parts), clock.seconds)
+    return Evaluation(data_protocol(extractor, source, reference, run.eval.num_images), over_seeds(parts), clock.seconds, clock.images)
 
 
 def data_protocol(extractor: Extractor, source: DataSource, reference: Reference, num_images: int) -> dict[str, Any]:
@@ -190,10 +191,11 @@ def load_reference(source: DataSource, extractor: Extractor, cache: Path) -> Ref
 
 
 class Clock:
-    """Time spent in making images, without what is done with them."""
+    """Time that this process spent in making images, without what is done with them, and how many it made."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.images = 0
 
     def timed(self, stream: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
         """The same batches; the images are on the CPU before the clock stops, so that a GPU's work is counted where it belongs."""
@@ -204,6 +206,7 @@ class Clock:
                 return
             images, indices = batch[0].cpu(), batch[1]
             self.seconds += time.perf_counter() - start
+            self.images += len(indices)
             yield images, indices
 
 

@@ -105,14 +105,6 @@ def load_released(file: Path, method_name: str, preset: str, overrides: Mapping[
     return Model(method.to(device).eval(), run, info, file.stem, checkpoint, None, sampling_dtype(run, device))
 
 
-def speed_fields(model: Model, images: int, seconds: float, batch: int, device: torch.device) -> dict[str, Any]:
-    """Throughput as it was during an evaluation in which this process made `images`; `evaluation/speed.py` measures it on its own."""
-    from common.hardware import device_name
-
-    rate = images / seconds if seconds else None
-    return {"images_per_s": rate, "latency_s_b1": None, "batch": batch, "dtype": model.dtype, "device": device_name(device), "compiled": False}
-
-
 def sampling_dtype(run: RunConfig, device: torch.device) -> str:
     """float32, or bfloat16 under autocast where the training would use it."""
     import torch

@@ -20,12 +20,12 @@ UNTRIED: dict[str, Any] = {"n_configs": 1, "n_samples": 0, "swept": []}
 
 def record_of_model(model: Model, evaluation: Evaluation, request: Request, selection: Mapping[str, Any] = UNTRIED) -> Record:
     """The run's record with this evaluation in the place of its own; of a model without one, what is known of it (kind `evaluated`)."""
-    from evaluation.models import sampling_fields, speed_fields
-    from evaluation.ranks import rank_and_size
+    from common.hardware import device_name
+    from evaluation.models import sampling_fields
 
     trained = model.record or {}
     kept: dict[str, Any] = {key: trained[key] for key in ("kind", "data", "code", "train", "parents", "memory") if key in trained}
-    info, made = model.info, evaluation.protocol["samples"]["n"] * len(request.seeds) // rank_and_size()[1]
+    info = model.info
     return build_record(
         {
             "kind": "evaluated",
@@ -35,7 +35,7 @@ def record_of_model(model: Model, evaluation: Evaluation, request: Request, sele
             },
             **kept,
             **sampling_fields(model, model.run.sample),
-            "speed": speed_fields(model, made, evaluation.sampling_seconds, request.batch, request.device),
+            "speed": speed_fields(evaluation, request.batch, model.dtype, device_name(request.device)),
             "name": model.name,
             "checkpoint": model.checkpoint,
             "seeds": {"train": model.run.seed, "sample": list(request.seeds)},
@@ -46,6 +46,18 @@ def record_of_model(model: Model, evaluation: Evaluation, request: Request, sele
             "notes": "",
         }
     )  # fmt: skip
+
+
+def speed_fields(evaluation: Evaluation | None, batch: int, dtype: str, device: str, compiled: bool = False) -> dict[str, Any]:
+    """Sampling throughput of one device during an evaluation, in images/s; `evaluation/speed.py` measures it on its own.
+
+    batch: images of one device at once. Each process knows only its own images and seconds, so the rate is that of the process that writes the record.
+    """
+    from evaluation.ranks import rank_and_size
+
+    rate = evaluation.images_made / evaluation.sampling_seconds if evaluation and evaluation.sampling_seconds else None
+    devices = rank_and_size()[1]
+    return {"images_per_s": rate, "devices": devices, "latency_s_b1": None, "batch": batch, "dtype": dtype, "device": device, "compiled": compiled}
 
 
 def record_of_images(name: str, resolution: int, evaluation: Evaluation, npz_sha256: str | None) -> Record:

@@ -54,7 +54,7 @@ def evaluate_reconstruction(
     rebuilder = Rebuilder(method, torch.device(device))
     pairs = rebuilder(batches(originals.fetch, len(originals), run.eval.batch))
     protocol, metrics = compare(pairs, originals, extractor or EmbeddedExtractor(device), cache)
-    return Evaluation(protocol, metrics, rebuilder.seconds)
+    return Evaluation(protocol, metrics, rebuilder.seconds, rebuilder.images)
 
 
 def evaluate_rebuilt(rebuilt: Iterable[ImageBatch], source: DataSource, batch: int, extractor: Extractor, cache: Path) -> Evaluation:
@@ -151,6 +151,7 @@ class Rebuilder:
         self.method = method
         self.device = device
         self.seconds = 0.0  # encoding and decoding in this process
+        self.images = 0  # of this process in these seconds
 
     def __call__(self, originals: Iterable[ImageBatch]) -> Iterator[Pair]:
         """In evaluation mode, whatever the mode before."""
@@ -161,6 +162,7 @@ class Rebuilder:
                 start = time.perf_counter()
                 rebuilt = self.rebuild(images)
                 self.seconds += time.perf_counter() - start
+                self.images += len(indices)
                 yield rebuilt, images, indices
         finally:
             self.method.train(was_training)

@@ -14,6 +14,7 @@ from common.hardware import device_name, peak_kind
 from common.loader import TrainingPlan
 from common.trainer import TrainState, split_batch
 from evaluation.evaluate import Evaluation
+from evaluation.outcome import speed_fields
 from evaluation.record import Record, build_record
 from launch.provenance import git_state, package_versions
 from methods import get_class
@@ -93,7 +94,7 @@ def build(
             "attention_counted": True,
             "counter": "torch.utils.flop_counter on the meta device, 1 MAC = 1 multiply-accumulate",
         },
-        "speed": speed(run, evaluation, processes, device, dtype),
+        "speed": speed_fields(evaluation, run.eval.batch, dtype, device, run.train.compile),
         "memory": {"peak_bytes_train": peaks[0], "peak_bytes_sample": peaks[1], "kind": peak_kind(state.accelerator.device)},
         "protocol": evaluation.protocol if evaluation else None,
         "selection": {"n_configs": 1, "n_samples": 0, "swept": []},
@@ -132,18 +133,4 @@ def system(run: RunConfig, space: str, told: Description) -> dict[str, Any]:
         "prediction": told.prediction,
         "loss_space": told.loss_space,
         "sampler": told.sampler,
-    }
-
-
-def speed(run: RunConfig, evaluation: Evaluation | None, processes: int, device: str, dtype: str) -> dict[str, Any]:
-    """Sampling throughput as it was during the evaluation; `evaluation/speed.py` measures it on its own."""
-    seconds = evaluation.sampling_seconds if evaluation else 0.0
-    made = run.eval.num_images * (len(sampling_seeds(run)) if get_class(run.method).task == "generation" else 1)
-    return {
-        "images_per_s": made / seconds if seconds else None,
-        "latency_s_b1": None,
-        "batch": run.eval.batch * processes,
-        "dtype": dtype,
-        "device": device,
-        "compiled": run.train.compile,
     }

@@ -16,11 +16,12 @@ from evaluation import feature_sets
 from evaluation import generate as generation
 from evaluation.class_accuracy import fit_discriminant
 from evaluation.collect import batches, collect
-from evaluation.evaluate import Reference, evaluate, evaluate_method
+from evaluation.evaluate import Clock, Evaluation, Reference, evaluate, evaluate_method
 from evaluation.feature_sets import class_weights, feature_set
 from evaluation.features import EmbeddedExtractor, Features
 from evaluation.generate import balanced_labels, generate, quantise
 from evaluation.moments import Moments
+from evaluation.outcome import speed_fields
 from evaluation.protocol import EVALUATOR_VERSION, protocol_name
 from methods.base import Method
 
@@ -289,12 +290,25 @@ def toy_source():
     return DataSource(DataSummary("toy", 10, 8, 60, 25, tuple("abcdefghij"), "digest"), train, held_out, balanced=True)
 
 
+def test_throughput_is_that_of_one_device_whatever_their_number(monkeypatch):
+    """A run and its re-evaluation must tell the same speed, on one GPU and on eight."""
+    for devices in (1, 4):
+        monkeypatch.setattr("evaluation.ranks.rank_and_size", lambda n=devices: (0, n))
+        monkeypatch.setattr("evaluation.generate.rank_and_size", lambda n=devices: (0, n))
+        clock = Clock()
+        labels = np.zeros(40, dtype=np.int64)
+        made = list(clock.timed(generate(NoisyLabels(), 0.15, labels, 0, 5, "cpu")))
+        assert clock.images == sum(len(indices) for _, indices in made) == 40 // devices
+        fields = speed_fields(Evaluation({}, {}, clock.seconds, clock.images), 5, "float32", "cpu")
+        assert fields["devices"] == devices and fields["images_per_s"] == pytest.approx(clock.images / clock.seconds)
+
+
 def test_a_method_is_measured(tmp_path):
     run = SimpleNamespace(sample=0.15, eval=SimpleNamespace(num_images=40, seed=0, seeds=[], batch=15))
     good = evaluate_method(NoisyLabels(), run, toy_source(), "cpu", tmp_path)
     assert good.protocol["samples"]["n"] == 40
     assert protocol_name(good.protocol).startswith("embedded-v1/toy-train/n=40/balanced#")
-    assert good.sampling_seconds > 0
+    assert good.sampling_seconds > 0 and good.images_made == 40
     metrics = good.metrics
     assert metrics.keys() == {"fd_embedded", "fd_floor", "kid", "is", "precision", "recall", "density", "coverage", "class_accuracy", "class_accuracy_real"}
     assert all(np.isfinite(metric["value"]) and metric["n"] > 0 for metric in metrics.values())

@@ -190,6 +190,7 @@ def test_two_processes_make_the_same_images_and_scores(images, finished, tmp_pat
     ]
     errors = [child.communicate(timeout=300)[1] for child in children]
     assert [child.returncode for child in children] == [0, 0], errors
+    assert read_record(run / "result.json")["speed"]["devices"] == 2
     one, two = outcome(finished), outcome(run)
     assert one["pictures"] == two["pictures"]
     for name, entry in one["scores"].items():
