@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
+from common.blocks import at_least_float32
+
 SHIFT = 0.125  # largest translation, in image sides
 SLOPE = 0.2  # of the leaky ReLUs
 NORM_EPS = 1e-6
@@ -26,13 +28,13 @@ POWER_ITERATIONS = 30  # before the first step
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """(mean relu(1 - real) + mean relu(1 + fake)) / 2 for logits of any shape."""
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    """(mean relu(1 - real) + mean relu(1 + fake)) / 2 for logits of any shape, in float32 at least: autocast's bf16 would round the mean."""
+    return 0.5 * (F.relu(1 - at_least_float32(real)).mean() + F.relu(1 + at_least_float32(fake)).mean())
 
 
 def hinge_generator(fake: Tensor) -> Tensor:
-    """-mean(fake)."""
-    return -fake.mean()
+    """-mean(fake), in float32 at least."""
+    return -at_least_float32(fake).mean()
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ class Augmentation(NamedTuple):
 
 def draw_augmentation(count: int, size: int, device: torch.device | str) -> Augmentation:
     """Draws from torch's global generator, for `count` images of `size` pixels: translations up to an eighth of the side."""
-    reach = int(size * SHIFT + 0.5)
+    reach = round(size * SHIFT)  # half to even, as the released code rounds: 2 pixels and not 3 for a side of 20
     shift = torch.randint(-reach, reach + 1, (count, 2), device=device)
     return Augmentation(shift, *torch.rand(3, count, device=device).unbind())
 

@@ -77,6 +77,18 @@ def test_translations_reach_an_eighth_of_the_side_both_ways_and_no_further():
         assert 0 <= u.min() < 0.01 and 0.99 < u.max() < 1
 
 
+@pytest.mark.parametrize(("side", "reach"), [(4, 0), (20, 2), (36, 4), (52, 6), (12, 2), (32, 4), (224, 28)])
+def test_translations_reach_an_eighth_of_the_side_rounded_half_to_even(side, reach):
+    shift = draw_augmentation(2000, side, "cpu").shift
+    assert (shift.min(), shift.max()) == (-reach, reach)
+
+
+def test_losses_are_computed_in_float32_under_bf16():
+    logits = torch.linspace(0, 1, 1000).bfloat16()
+    assert hinge_generator(logits).item() == pytest.approx(-logits.double().mean().item(), rel=1e-6)
+    assert hinge_discriminator(logits, logits).item() == pytest.approx(1.0, rel=1e-6)
+
+
 def test_colour_augmentation_is_diffaugs():
     torch.manual_seed(0)
     images = torch.rand(2, 3, 6, 6) * 2 - 1
