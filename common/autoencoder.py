@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.blocks import at_least_float32
+
 GROUP = 8  # channels that share a norm
 LOG_VARIANCE = (-30.0, 20.0)  # as in the latent diffusion models that this one stands in for
 
@@ -46,11 +48,11 @@ class Encoder(nn.Module):
         self.out = nn.Conv2d(widths[-1], 2 * latent_channels, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, S, S) in [-1, 1] to two (B, C, h, h)."""
+        """(B, 3, S, S) in [-1, 1] to two (B, C, h, h), float32 at least, also under autocast: the KL and the moments need the digits."""
         x = images
         for level in self.levels:
             x = level(x)
-        mean, log_variance = self.out(F.silu(self.norm(x))).chunk(2, dim=1)
+        mean, log_variance = at_least_float32(self.out(F.silu(self.norm(x)))).chunk(2, dim=1)
         return mean, torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCE))
 
 
@@ -70,8 +72,9 @@ class Decoder(nn.Module):
         self.shuffle = nn.PixelShuffle(stem)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """(B, C, h, h) to (B, 3, S, S), nominally in [-1, 1] and not clamped."""
+        """(B, C, h, h) to (B, 3, S, S), nominally in [-1, 1] and not clamped; float32 at least, as bf16 has fewer steps than there are grey levels."""
         x = self.inner(latents)
         for level in self.levels:
             x = level(x)
-        return self.shuffle(self.last(F.silu(self.norm(x))))
+        images: Tensor = self.shuffle(self.last(F.silu(self.norm(x))))
+        return at_least_float32(images)

@@ -76,12 +76,18 @@ def training_cost(method_class: type[Method], config: Any, data: DataInfo) -> Tr
     encoding = sum(take_encoding_out(table, batch) for table in vars(method).values() if isinstance(table, FeatureTable) and table.num_images)
 
     def step(images_seen: int) -> None:
+        method.begin_step(images_seen)
         for phase in method.phases:
             if method.phase_active(phase, images_seen):
                 method(phase, batch, 0)["loss"].backward()
 
     starts = sorted({0, *method.turning_points()})
     return TrainingCost(tuple((first, count_macs(partial(step, first)) // BATCH) for first in starts), encoding // BATCH)
+
+
+def begin_last_part(method: Method) -> None:
+    """Begins a step behind the last turning point of the training, where every phase and every term of the loss is on."""
+    method.begin_step(max([0, *method.turning_points()]))
 
 
 def take_encoding_out(table: FeatureTable, batch: Batch) -> int:
@@ -205,6 +211,7 @@ def activation_bytes(method_class: type[Method], config: Any, data: DataInfo, ba
     """
     with silent_copies(), Fakes(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         method = method_class(config, data).train()
+        begin_last_part(method)
         inputs = empty_batch(data, batch, "cpu")
         return max(_saved_bytes(method, partial(method, phase, inputs, 0)) for phase in method.phases)
 

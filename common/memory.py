@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from common.config import TrainConfig
-from common.cost import Fakes, empty_batch, silent_copies
+from common.cost import Fakes, begin_last_part, empty_batch, silent_copies
 from common.ema import build_emas
 from common.optim import build_optimizers
 
@@ -144,6 +144,7 @@ def _step(memory: LiveBytes, method: Method, phase: str, optimizers: list[Optimi
     if accumulated:
         _give_gradients(optimizers)
     batch = empty_batch(method.data, micro_batch, "cpu")
+    begin_last_part(method)
     before = memory.live
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         loss = method(phase, batch, 0)["loss"]

@@ -307,6 +307,7 @@ def train(
         for step in range(state.step, steps):
             images_seen = step * settings.batch
             batches = [prepare_batch(batch, accelerator.device) for batch in next(loader)]
+            method.begin_step(images_seen)
             for number, phase in enumerate(method.phases):
                 if not method.phase_active(phase, images_seen):
                     continue

@@ -189,7 +189,7 @@ def training_step(method: Method, run: RunConfig, batch: int, accelerator: Any) 
     """A training step on random images: all phases, forward, backward and optimizer; without averages."""
     import torch
 
-    from common.cost import empty_batch
+    from common.cost import begin_last_part, empty_batch
     from common.optim import build_optimizers
     from common.trainer import prepare_blocks
 
@@ -202,6 +202,7 @@ def training_step(method: Method, run: RunConfig, batch: int, accelerator: Any) 
     model = accelerator.prepare_model(method.train())
 
     def step() -> None:
+        begin_last_part(method)
         for phase in method.phases:
             accelerator.backward(model(phase, inputs, 0)["loss"])
             for optimizer in optimizers[phase]:

@@ -137,8 +137,12 @@ class Method(nn.Module):
         """The parameters that the optimizer of this phase steps; default: every parameter that requires a gradient."""
         return [ParamGroup([p for p in self.parameters() if p.requires_grad])]
 
+    def begin_step(self, images_seen: int) -> None:
+        """Called once at the beginning of every training step, before its phases: `forward` may depend on the images seen so far (an adversarial
+        term that starts late), and what the phases of one step share may be forgotten here. Does nothing unless a method overrides it."""
+
     def phase_active(self, phase: str, images_seen: int) -> bool:
-        """Whether the phase is stepped at this point ("the discriminator starts at image N")."""
+        """Whether the phase is stepped at this point ("the discriminator starts at image N"). A pure query: to ask it, or not, changes no loss."""
         return True
 
     def turning_points(self) -> list[int]:

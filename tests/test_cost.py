@@ -171,8 +171,10 @@ class LateAndRemembering(TwoStage):
         self.heard = True
         self.taught = FeatureTable(lambda images: (self.teacher(images.flatten(1)[:, :12]),), data.num_train)
 
-    def phase_active(self, phase, images_seen):
+    def begin_step(self, images_seen):
         self.heard = images_seen >= 20
+
+    def phase_active(self, phase, images_seen):
         return phase == "generator" or images_seen >= 10
 
     def turning_points(self):
@@ -199,6 +201,7 @@ def test_counted_training_is_what_a_training_executes():
     for step in range(steps):
         indices, flips = plan.indices(step)
         batch = {"image": torch.randn(size, 3, 2, 2), "index": torch.from_numpy(indices), "mirrored": torch.from_numpy(flips)}
+        method.begin_step(step * size)
         for phase in method.phases:
             if method.phase_active(phase, step * size):
                 counted += count_macs(lambda phase=phase, batch=batch: method(phase, batch, 0)["loss"].backward())

@@ -352,6 +352,7 @@ def test_the_discriminator_starts_late_and_hears_only_its_own_loss():
     assert method.phase_active("generator", 0) and not method.phase_active("discriminator", 0)
     assert "gan" not in method("generator", data, 1) and "perceptual" in method("generator", data, 1)
     assert method.phase_active("discriminator", 16) and method.schedule_images("discriminator", 20) == 4
+    method.begin_step(16)
     seed_step(0, 0, 0)
     out = method("generator", data, 1)
     seed_step(0, 0, 0)

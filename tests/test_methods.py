@@ -1,11 +1,13 @@
 """What every registered method must do, on a small data shape; a new method is tested by being registered."""
 
 import itertools
+import sys
 
 import pytest
 import torch
 from torch import nn
 
+from common.adversarial import augment, quantise
 from common.config import resolve
 from common.cost import empty_batch, on_meta, parameter_counts, sampling_cost, training_cost
 from common.encoders.frozen import Frozen
@@ -72,6 +74,78 @@ def test_each_phase_gives_a_finite_loss_and_gradients_to_its_parameters(method):
         for group in method.parameters_of(phase):
             assert all(p.grad is not None and p.grad.isfinite().all() for p in group.params)
         method.zero_grad(set_to_none=True)
+
+
+# Settings that switch on what a demo leaves out: every phase of a method and every term that its loss may have from the first image on.
+EVERYTHING_ON = {
+    "vae": {"model.adversarial": "0.5", "model.adversarial_start": "64", "model.discriminator_widths": "[8,16]"},
+    "dsd": {"model.gan_weight": "0.1", "model.gan_start": "64", "model.discriminator_widths": "[8,16]"},
+    "rae_decoder": {"model.discriminator": "light", "model.discriminator_start": "64", "model.gan_start": "128"},
+}
+
+
+@pytest.fixture(params=sorted(registered()))
+def full_method(request) -> Method:
+    """Each method with all of its phases."""
+    name = request.param
+    run = resolve(get_spec(name), {"data.name": "synthetic", **EVERYTHING_ON.get(name, {})})
+    torch.manual_seed(0)
+    built = get_class(name)(run.model, INFO)
+    load_packaged(built)
+    assert built.phases == get_class(name).phases, "a phase that is off in the demo needs settings in EVERYTHING_ON"
+    return built
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_every_phase_goes_forward_and_backward_under_bf16_autocast(full_method, started):
+    method = full_method.train()
+    images_seen = max([0, *method.turning_points()]) if started else 0
+    method.begin_step(images_seen)
+    for phase in (phase for phase in method.phases if method.phase_active(phase, images_seen)):
+        seed_step(0, 0, 0)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = method(phase, batch(4), 0)
+        assert out["loss"].dtype == torch.float32 and all(value.isfinite().all() for value in out.values())
+        out["loss"].backward()
+        owned = [p for group in method.parameters_of(phase) for p in group.params]
+        assert any(p.grad is not None and p.grad.any() for p in owned)
+        assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+        method.zero_grad(set_to_none=True)
+    assert all(value.isfinite().all() for value in method.state_dict().values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize("full_method", sorted(EVERYTHING_ON), indirect=True)
+def test_under_bf16_the_discriminator_sees_grey_levels(full_method, monkeypatch):
+    """What a discriminator is shown before the augmentation is rounded as real images are, real ones and fakes."""
+    shown: list[torch.Tensor] = []
+    module = sys.modules[type(full_method).__module__]
+    monkeypatch.setattr(module, "augment", lambda images, draws: shown.append(images) or augment(images, draws))
+    full_method.begin_step(1000)
+    data = batch(4)
+    data["image"] = quantise(data["image"])
+    with torch.autocast("cpu", torch.bfloat16):
+        full_method("discriminator", data, 0)
+    assert len(shown) == 2
+    for images in shown:
+        levels = (images.double() + 1) * 127.5
+        assert images.dtype == torch.float32 and (levels - levels.round()).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("full_method", sorted(EVERYTHING_ON), indirect=True)
+def test_to_ask_which_phases_are_active_changes_no_loss(full_method):
+    def losses(asked: list[int]) -> list[float]:
+        found = []
+        for images_seen in (0, 1000):
+            full_method.begin_step(images_seen)
+            for count in asked:
+                for phase in full_method.phases:
+                    full_method.phase_active(phase, count)
+            seed_step(0, 0, 0)
+            found.append(full_method.eval()(full_method.phases[0], batch(4), 0)["loss"].item())
+        return found
+
+    assert losses([]) == losses([0, 10_000]) == losses([10_000, 0])
+    assert losses([])[0] != losses([])[1]  # the adversarial term has come
 
 
 def test_every_trainable_parameter_belongs_to_exactly_one_phase(method):

@@ -112,6 +112,7 @@ def test_the_discriminator_starts_late():
     assert not method.phase_active("discriminator", 99) and method.phase_active("autoencoder", 99)
     assert "adversarial" not in method("autoencoder", batch(), 0)
     assert method.phase_active("discriminator", 100) and method.schedule_images("discriminator", 130) == 30
+    method.begin_step(100)
     assert "adversarial" in method("autoencoder", batch(), 0)
 
 

@@ -62,7 +62,8 @@ class DsdMethod(Method):
         # Which networks are trained and which are frozen depends on the terms of the loss.
         self.phases = self.phases if self.discriminator else self.phases[:1]
         self.external = tuple(name for name in ("teacher", "perceptual") if getattr(self, name) is not None)
-        self.heard = self.discriminator is not None and not config.gan_start  # whether the decoder listens to the discriminator
+        self.adversarial_active = False  # whether the decoder's loss includes the adversarial term; `begin_step` tells
+        self.begin_step(images_seen=0)
 
     def build_teacher(self) -> tuple[RepresentationEncoder | None, nn.Module | None]:
         """The encoder that shallow features are aligned with, without its weights, and the map to its tokens."""
@@ -143,7 +144,7 @@ class DsdMethod(Method):
         terms = {"reconstruction": (rebuilt - images).square().mean()}
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(rebuilt, images).mean()
-        if self.heard:
+        if self.adversarial_active:
             assert self.discriminator is not None and draws.augmentation is not None
             with evaluating(self.discriminator):
                 terms["gan"] = hinge_generator(self.discriminator(augment(rebuilt, draws.augmentation)))
@@ -185,10 +186,11 @@ class DsdMethod(Method):
         assert self.teacher is not None
         return F.avg_pool2d(self.teacher(images), self.pool).flatten(2).transpose(1, 2)
 
+    def begin_step(self, images_seen: int) -> None:
+        self.adversarial_active = self.phase_active("discriminator", images_seen)
+
     def phase_active(self, phase: str, images_seen: int) -> bool:
-        """The trainer asks before every forward, which is how the decoder learns whether its adversarial term has started."""
-        self.heard = self.discriminator is not None and images_seen >= self.config.gan_start
-        return phase == "generator" or self.heard
+        return phase == "generator" or (self.discriminator is not None and images_seen >= self.config.gan_start)
 
     def turning_points(self) -> list[int]:
         return [self.config.gan_start] if self.discriminator else []

@@ -49,7 +49,8 @@ class DecoderMethod(Method):
         self.phases = ("generator", "discriminator") if self.discriminator else ("generator",)
         frozen = {"perceptual": self.perceptual is not None, "discriminator.features": config.discriminator == "dino"}
         self.external = ("encoder", *(name for name, used in frozen.items() if used))
-        self.adversarial = self.discriminator is not None
+        self.adversarial_active = False  # whether the decoder's loss includes the adversarial term; `begin_step` tells
+        self.begin_step(images_seen=0)
         self.latents_of = FeatureTable(lambda images: (self.encoder(images),), data.num_train if config.remember else 0)
 
     def load_external(self) -> None:
@@ -86,7 +87,7 @@ class DecoderMethod(Method):
             distance = self.perceptual(rebuilt, images).mean()
             out["perceptual"] = distance.detach()
             loss = loss + self.config.perceptual_scale * distance
-        if self.adversarial:
+        if self.adversarial_active:
             assert self.discriminator is not None
             with evaluating(self.discriminator):
                 gan = hinge_generator(self.discriminator(augment(rebuilt, augmentation)))
@@ -104,9 +105,10 @@ class DecoderMethod(Method):
         real = self.discriminator(augment(images, reals))
         return {"loss": hinge_discriminator(real, fake), "real": real.mean().detach(), "fake": fake.mean().detach()}
 
+    def begin_step(self, images_seen: int) -> None:
+        self.adversarial_active = self.discriminator is not None and images_seen >= self.config.gan_start
+
     def phase_active(self, phase: str, images_seen: int) -> bool:
-        """The trainer asks before every forward, which is how the decoder learns whether its adversarial loss has started."""
-        self.adversarial = self.discriminator is not None and images_seen >= self.config.gan_start
         return phase == "generator" or images_seen >= self.config.discriminator_start
 
     def turning_points(self) -> list[int]:

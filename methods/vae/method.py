@@ -49,7 +49,8 @@ class VaeMethod(Method):
         self.external = ("perceptual",) if self.perceptual else ()  # which networks there are depends on the losses
         self.discriminator = PatchDiscriminator(data.channels, config.discriminator_widths) if config.adversarial else None
         self.phases = self.phases if self.discriminator else self.phases[:1]
-        self.heard = self.discriminator is not None and not config.adversarial_start  # whether the autoencoder listens to the discriminator
+        self.adversarial_active = False  # whether the autoencoder's loss includes the adversarial term; `begin_step` tells
+        self.begin_step(images_seen=0)
 
     def load_external(self) -> None:
         if self.perceptual is not None:
@@ -59,16 +60,21 @@ class VaeMethod(Method):
 
     def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
         x = batch["image"]
-        mean, std = self.encoder(x)
-        z = mean + std * torch.randn_like(mean)
-        augmentation = draw_augmentation(len(x), x.shape[-1], x.device)
         if phase == "discriminator":
             with torch.no_grad():
+                _, _, z, augmentation = self.draw(x)
                 y = quantise(self.decoder(z))
             return {"loss": self.judge(x, y, augmentation)}
+        mean, std, z, augmentation = self.draw(x)
         if self.training:
             self.follow(mean, std)
         return self.objective(x, z, mean, std, augmentation)
+
+    def draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Augmentation]:
+        """Mean and standard deviation of the posterior of images x (B, 3, S, S), one draw z from it, each (B, C, h, h), and the augmentation."""
+        mean, std = self.encoder(x)
+        z = mean + std * torch.randn_like(mean)
+        return mean, std, z, draw_augmentation(len(x), x.shape[-1], x.device)
 
     def objective(self, x: Tensor, z: Tensor, mean: Tensor, std: Tensor, augmentation: Augmentation) -> dict[str, Tensor]:
         """The autoencoder's loss for images x (B, 3, S, S) and draws z (B, C, h, h) from their posteriors, with the terms that are on."""
@@ -78,7 +84,7 @@ class VaeMethod(Method):
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(y, x).mean()
             loss = loss + self.config.perceptual_weight * terms["perceptual"]
-        if self.heard:
+        if self.adversarial_active:
             assert self.discriminator is not None
             with evaluating(self.discriminator):
                 terms["adversarial"] = hinge_generator(self.discriminator(augment(y, augmentation)))
@@ -91,10 +97,11 @@ class VaeMethod(Method):
         assert self.discriminator is not None
         return hinge_discriminator(self.discriminator(augment(x, augmentation)), self.discriminator(augment(y, augmentation)))
 
+    def begin_step(self, images_seen: int) -> None:
+        self.adversarial_active = self.phase_active("discriminator", images_seen)
+
     def phase_active(self, phase: str, images_seen: int) -> bool:
-        """The trainer asks before every forward, which is how the autoencoder learns whether its adversarial term has started."""
-        self.heard = self.discriminator is not None and images_seen >= self.config.adversarial_start
-        return phase == "autoencoder" or self.heard
+        return phase == "autoencoder" or (self.discriminator is not None and images_seen >= self.config.adversarial_start)
 
     def turning_points(self) -> list[int]:
         return [self.config.adversarial_start] if self.discriminator else []
