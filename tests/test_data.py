@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import synthetic
+from common import crop, synthetic
 from common.config import DataConfig
-from common.crop import center_crop, read_square, to_rgb
+from common.crop import center_crop, decode_square, read_rgb, read_square, to_rgb
 from common.datasets import FolderImages, load_data
 from common.emoji32 import concept, load_emoji32
 from common.errors import UserError
@@ -194,6 +197,71 @@ def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
 def test_transparency_is_dropped_as_in_adm() -> None:
     image = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
     assert to_rgb(image).getpixel((0, 0)) == (10, 20, 30)
+
+
+# -- hostile files ----------------------------------------------------------------------------------------------------------------
+
+
+def png_of(width: int, height: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("1", (width, height)).save(stream, format="png")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("name", ["0.png", "0.jpg"])
+def test_no_image_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Pillow's reader of EPS files, whatever they are called, would run the `gs` that it finds."""
+    ran, postscript = tmp_path / "ran", tmp_path / name
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {ran}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    postscript.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    for read in (lambda: read_square(postscript, 8), lambda: read_rgb(postscript)):
+        with pytest.raises(UserError, match=rf"{name}.* is not an image that pixlat can read \(JPEG, PNG"):
+            read()
+    assert not ran.exists()
+
+
+def test_pipes_and_devices_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "zero.png"):
+        start = time.perf_counter()
+        with pytest.raises(UserError, match=rf"{name} is not a regular file"):
+            read_square(tmp_path / name, 8)
+        assert time.perf_counter() - start < 5
+
+
+def test_a_link_to_a_regular_image_is_read(tmp_path: Path) -> None:
+    noise_image(12, 9).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_rgb(tmp_path / "b.png"), np.asarray(noise_image(12, 9)))
+
+
+def test_a_file_beyond_the_limit_is_never_read(tmp_path: Path) -> None:
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(10**12)  # sparse: takes no room
+    with pytest.raises(UserError, match=r"huge\.png has 1,000,000,000,000 bytes, .* raise MAX_FILE_BYTES in common/crop\.py"):
+        read_square(tmp_path / "huge.png", 8)
+
+
+@pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1), (1, 20_000_000)])
+def test_an_image_that_scaling_would_blow_up_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(UserError, match=r"x\.png .* which would become [\d,]+ with a shorter side of 256; .*raise MAX_PIXELS in common/crop\.py"):
+        decode_square(png_of(*size), 256, "x.png")
+    assert crop.centre_square(crop.decode_resized(png_of(4, 4000), 8, "x.png"), 8).shape == (3, 8, 8)
+
+
+def test_a_huge_image_names_our_limit_and_how_to_raise_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    content, before = png_of(14_000, 14_000), Image.MAX_IMAGE_PIXELS
+    with pytest.raises(UserError) as caught:
+        decode_square(content, 8, "x.png")
+    assert "has 196,000,000 pixels, and at most 178,956,970 are decoded" in str(caught.value)
+    assert "raise MAX_PIXELS in common/crop.py" in str(caught.value) and ".." not in str(caught.value)
+    monkeypatch.setattr(crop, "MAX_PIXELS", 200_000_000)
+    assert decode_square(content, 8, "x.png").shape == (3, 8, 8)
+    assert Image.MAX_IMAGE_PIXELS == before
 
 
 # -- folders --------------------------------------------------------------------------------------------------------------------
