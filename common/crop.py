@@ -60,7 +60,7 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
 def read_image_file(path: Path) -> bytes:
     """The content of a regular file of at most MAX_FILE_BYTES. A pipe or a device, also behind a link, is a UserError and is never waited for."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise UserError(f"{path} is not a regular file but a pipe, a device or a folder. Replace or remove it, or set data.broken=skip.")

@@ -254,14 +254,14 @@ def test_an_image_that_scaling_would_blow_up_is_refused(size: tuple[int, int]) -
 
 
 def test_a_huge_image_names_our_limit_and_how_to_raise_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    content, before = png_of(14_000, 14_000), Image.MAX_IMAGE_PIXELS
+    content, pillows = png_of(14_000, 14_000), Image.MAX_IMAGE_PIXELS
     with pytest.raises(UserError) as caught:
         decode_square(content, 8, "x.png")
     assert "has 196,000,000 pixels, and at most 178,956,970 are decoded" in str(caught.value)
     assert "raise MAX_PIXELS in common/crop.py" in str(caught.value) and ".." not in str(caught.value)
     monkeypatch.setattr(crop, "MAX_PIXELS", 200_000_000)
     assert decode_square(content, 8, "x.png").shape == (3, 8, 8)
-    assert Image.MAX_IMAGE_PIXELS == before
+    assert pillows is not None and pillows == Image.MAX_IMAGE_PIXELS
 
 
 # -- folders --------------------------------------------------------------------------------------------------------------------
