@@ -1,7 +1,7 @@
 """The run configuration: dataclasses, presets and `key=value` overrides, strict and torch-free.
 
 Order of precedence: the defaults below, the method's own defaults, the preset, the command line.
-The comment behind a field is its help text (`python launch/run.py --help`).
+The comment behind a field is its help text (`python launch/run.py method=jit --help`).
 """
 
 from __future__ import annotations
@@ -177,7 +177,8 @@ def split_overrides(arguments: Sequence[str]) -> dict[str, list[str]]:
         key, equals, value = argument.partition("=")
         key = key.strip().lstrip("-")
         if not equals or not key:
-            raise UserError(f"{argument!r} is not of the form key=value, for example train.lr=1e-4. `--help` lists every key.")
+            example = f"{key}=jit" if key == "method" else "train.lr=1e-4"
+            raise UserError(f"{argument!r} is not of the form key=value, for example {example}. `method=jit --help` lists every key.")
         if key in overrides:
             raise UserError(f"{key} is given twice: {'='.join((key, ','.join(overrides[key])))} and {argument}. Keep one, or sweep with a comma list.")
         key = f"{key}.name" if key in GROUPS_WITH_NAME else key
@@ -204,6 +205,14 @@ def load_presets(path: str) -> dict[str, dict[str, Any]]:
         return OmegaConf.to_container(merged)  # type: ignore[return-value]
 
     return {name: resolve(name) for name in raw}
+
+
+def published_score(spec: Spec, preset: str) -> str:
+    """ "FID 1.86, IS 303.4 (Table 7)": what the preset's row was published with; empty where nothing was."""
+    score = dict(load_presets(spec.presets).get(preset, {}).get("expected") or {})
+    source = score.pop("source", None)
+    told = ", ".join(f"{name.upper() if len(name) < 4 else name} {value}" for name, value in score.items())
+    return f"{told} ({source})" if told and source else told
 
 
 class Spec(Protocol):
@@ -245,7 +254,7 @@ def _merge(config: DictConfig, settings: Any, where: str) -> DictConfig:
         if inside := next((name for name in known if name.startswith(f"{key}.")), None):
             raise UserError(f"{where}: {key} is a group of keys; set one of them, for example {inside}={known[inside]}.")
         if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}.{close_match(key, known)} `python launch/run.py --help` lists every key.")
+            raise UserError(f"{where}: unknown key {key!r}.{close_match(key, known)} `python launch/run.py method=jit --help` lists every key.")
     try:
         return OmegaConf.merge(config, settings)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -270,6 +279,7 @@ def check(run: RunConfig) -> None:
             raise UserError(f"{key}={value} is too small; it must be at least {lowest}.")
     if 0 < run.eval.num_images < MIN_EVAL_IMAGES:
         raise UserError(f"eval.num_images={run.eval.num_images} is too small; error bars need at least {MIN_EVAL_IMAGES} images, and 0 skips the evaluation.")
+    _check_name(run.name)
     for key, budget in (("budget.train_macs", run.budget.train_macs), ("budget.images", run.budget.images)):
         require(budget is None or budget > 0, key, budget, "must be positive")
     seeds = run.eval.seeds
@@ -291,6 +301,13 @@ def check(run: RunConfig) -> None:
     averages = ema_names(train)
     if run.eval.ema not in (None, "raw", *averages):
         raise UserError(f"eval.ema={run.eval.ema!r} is not an average of this run. Averages: {', '.join(averages) or 'none'}, and raw for the raw weights.")
+
+
+def _check_name(name: str | None) -> None:
+    """A run's folder lies below `out`: `..`, an absolute path and a hidden folder (which no table reads) are refused."""
+    parts = Path(name).parts if name is not None else ("run",)
+    allowed = parts and not Path(*parts).is_absolute() and not any(part.startswith(".") for part in parts)
+    require(bool(allowed), "name", name, "must be a folder's name below out=, without `..`, a leading `/` or a leading dot")
 
 
 def one_of(key: str, value: str, options: Sequence[str]) -> None:
@@ -362,6 +379,12 @@ def run_folder(run: RunConfig) -> Path:
 def to_yaml(run: RunConfig) -> str:
     """The resolved configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(run)))
+
+
+def chosen_settings(run: RunConfig, spec: Spec) -> dict[str, Any]:
+    """The settings of a run that are not the defaults of every run and of the method, by key."""
+    defaults = dict(flatten(to_dict(RunConfig(method=spec.name, model=spec.config(), sample=spec.sample()))))
+    return {key: value for key, value in flatten(to_dict(run)) if value != defaults.get(key, ...)}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

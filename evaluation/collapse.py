@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
 
+from common.command_line import as_command
 from common.config import RunConfig, identity, resolve
 from common.errors import UserError
 from common.files import read_rows, write_whole
@@ -275,6 +276,7 @@ def report(runs: Runs, found: Sequence[Claim]) -> Mapping[str, Any]:
     return {"runs": runs, "claims": [vars(claim) | {"holds": claim.holds} for claim in found]}
 
 
+@as_command
 def main() -> int:
     """Entry point; returns the exit code."""
     return run_command(sys.argv[1:], usage, work)

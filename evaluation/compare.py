@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
 
+from common.command_line import as_command
 from common.errors import UserError
 from evaluation.board import training_macs
 from evaluation.columns import PETA, metric_style
@@ -136,6 +137,7 @@ def work(arguments: Sequence[str]) -> str:
     return table(entries(records))
 
 
+@as_command
 def main() -> int:
     """Entry point; returns the exit code."""
     return run_command(sys.argv[1:], lambda: str(__doc__), work)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.command_line import as_command
 from common.config import split_overrides
 from common.errors import UserError
 from common.seeds import derive
@@ -170,6 +171,7 @@ def measure(folder: Path, options: dict[str, str], overrides: dict[str, str]) ->
     return {"run": folder.name, "encoder": options["encoder"], "time": time, "neighbours": neighbours, "images": len(reference), "blocks": blocks}
 
 
+@as_command
 def main(arguments: Sequence[str]) -> int:
     """Prints the measures as JSON; the exit code is 2 for a mistake in the command."""
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
 
+from common.command_line import as_command
 from common.errors import UserError
 from common.files import write_whole
 from evaluation.board import Records, read_records, sections
@@ -93,6 +94,7 @@ def update_readme(results: Path, readme: Path, check: bool) -> str:
     return f"{readme}: table written"
 
 
+@as_command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the files and says so; broken records are named on stderr and do not stop the rest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
 
+from common.command_line import as_command
 from common.errors import UserError, close_match
 from evaluation.command import help_text, parse, run_command
 from evaluation.needed_files import checked, fetch_plan, verify
@@ -160,6 +161,7 @@ def show(path: Path) -> str:
     return "\n".join([*lines, *(f"  {line}" for line in describe_arrays(path))])
 
 
+@as_command
 def main() -> int:
     """Entry point; returns the exit code."""
     return run_command(sys.argv[1:], usage, work)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
 
+from common.command_line import as_command
 from common.config import DataConfig, one_of
 from common.errors import UserError
 from evaluation.command import help_text, parse, run_command
@@ -160,6 +161,7 @@ def differences(records: Sequence[Record]) -> str:
     return "\n".join([f"{first['name']} minus {second['name']}, same seeds and labels, paired jackknife", *lines])
 
 
+@as_command
 def main() -> int:
     """Entry point; returns the exit code."""
     return run_command(sys.argv[1:], usage, work)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.command_line import as_command
 from common.config import RunConfig, resolve, split_overrides, sweep
 from common.errors import UserError
 from methods import get_class, get_spec
@@ -41,6 +42,7 @@ DATA_BATCH = 32
 DATA_SECONDS = 3.0
 
 
+@as_command
 def main(arguments: list[str]) -> int:
     """Prints one JSON object for each configuration; the exit code is 2 for a mistake in the command."""
     if not arguments or "--help" in arguments:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
 
+from common.command_line import as_command
 from common.config import split_overrides, sweep
 from common.errors import UserError
 from common.files import write_whole
@@ -131,6 +132,7 @@ def _ranked(settings: Sequence[dict[str, str]], scores: Sequence[float]) -> list
     return [f"  {score:10.5g}  {' '.join(f'{key}={value}' for key, value in setting.items())}" for score, setting in pairs]
 
 
+@as_command
 def main() -> int:
     """Entry point; returns the exit code."""
     return run_command(sys.argv[1:], usage, work)

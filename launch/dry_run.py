@@ -2,46 +2,89 @@
 
 from __future__ import annotations
 
-from common.config import RunConfig, ema_names, load_presets, run_folder, to_yaml
+import json
+from typing import TYPE_CHECKING
+
+from common.config import RunConfig, chosen_settings, ema_names, published_score, run_folder
 from common.cost import TrainingCost, activation_bytes, on_meta, parameter_counts, sampling_cost, training_cost
 from common.datasets import summarise
 from common.trainer import split_batch, total_steps
 from methods import get_class, get_spec
 from methods.base import DataInfo
 
+if TYPE_CHECKING:
+    from methods.base import Method
+
 GIGA = 1e9
+LARGE_GPU_BYTES = 80e9  # an H100's
 
 
 def describe_run(run: RunConfig) -> str:
-    """Resolved configuration, parameters, MACs, steps, memory, output folder and the expected score."""
-    info, method_class = DataInfo.of(summarise(run.data)), get_class(run.method)
+    """Settings that are not defaults, then folder, data, steps, parameters, MACs, memory and the published score."""
+    info, method_class, spec = DataInfo.of(summarise(run.data)), get_class(run.method), get_spec(run.method)
     method = on_meta(method_class, run.model, info)
     counts, sampling = parameter_counts(method), sampling_cost(method, run.sample)
     training = training_cost(method_class, run.model, info)
-    processes = run.cluster.processes() if run.cluster.name != "here" else 1
-    shared = "one process" if processes == 1 else f"each of {processes} processes"
-    micro_batch, accumulation = split_batch(run.train, processes)
-    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    stored = sum(p.numel() for p in (*method.parameters(), *method.buffers()))
-    weights = 4 * (stored + 3 * trained + len(ema_names(run.train)) * trained)
-    activations = activation_bytes(method_class, run.model, info, micro_batch, bf16=run.train.precision == "bf16")
-    forwards = ", ".join(f"{calls:g} x {name} of {sampling.macs_per_forward[name] / GIGA:.4g} GMACs" for name, calls in sampling.net_forwards.items())
-    expected = load_presets(get_spec(run.method).presets)[run.preset].get("expected")
+    forwards = ", ".join(
+        f"{calls:g} x {name} of {sampling.macs_per_forward[name] / GIGA:.4g} GMACs"
+        for name, calls in sampling.net_forwards.items()
+    )  # fmt: skip
     lines = [
-        to_yaml(run),
+        "settings that are not defaults",
+        *(f"  {key}={json.dumps(value)}" for key, value in chosen_settings(run, spec).items() if key != "dry_run"),
+        "",
         f"folder       {run_folder(run)}",
-        f"data         {info.name}: {info.num_train or 'unknown number of'} training images, {info.num_classes} classes, {info.image_size} px",
-        f"steps        {total_steps(run.train)} of {run.train.batch} images ({accumulation} x {micro_batch} on {shared})",
+        f"data         {data_line(run, info)}",
+        f"steps        {steps_line(run, info)}",
         f"parameters   {counts.gen_trainable:,} trainable in the generator, {counts.gen_total:,} in all, "
         f"{counts.decoder:,} decoder, {counts.aux_train_only:,} in training only",
         f"training     {training_line(training, run, info)}",
         f"sampling     {sampling.macs_per_image / GIGA:.4g} GMACs an image (papers: Gflops): {forwards}; {sampling.nfe} evaluations",
-        f"memory       {(weights + activations) / GIGA:.3g} GB a process: {weights / GIGA:.3g} weights, gradients, optimizer and averages (fp32), "
-        f"{activations / GIGA:.3g} activations of {micro_batch} images; buffers of kernels not counted",
-        f"expected     {expected or 'nothing published'}",
+        f"memory       {memory_line(run, method, method_class, info)}",
+        f"expected     {published_score(spec, run.preset) or 'nothing published'}",
         "dry run: nothing was written",
     ]
     return "\n".join(lines)
+
+
+def data_line(run: RunConfig, info: DataInfo) -> str:
+    """What is trained on, and what the configuration does not say yet."""
+    if not info.num_train:
+        missing = f"data.path is not given, so the images are not counted; the run needs it (data={run.data.name})"
+        return f"{info.name}: {missing}; {info.num_classes} classes, {info.image_size} px"
+    return f"{info.name}: {info.num_train:,} training images, {info.num_classes} classes, {info.image_size} px"
+
+
+def steps_line(run: RunConfig, info: DataInfo) -> str:
+    """Optimizer steps, and how often an image is seen on average."""
+    processes = _processes(run)
+    shared = "one process" if processes == 1 else f"each of {processes} processes"
+    micro_batch, accumulation = split_batch(run.train, processes)
+    passes = f"; {run.train.images / info.num_train:.3g} passes over the data" if info.num_train else ""
+    return f"{total_steps(run.train)} of {run.train.batch} images ({accumulation} x {micro_batch} on {shared}){passes}"
+
+
+def memory_line(run: RunConfig, method: Method, method_class: type[Method], info: DataInfo) -> str:
+    """Bytes of a process, and what makes them fewer where they are more than a large GPU has."""
+    micro_batch, _ = split_batch(run.train, _processes(run))
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    stored = sum(p.numel() for p in (*method.parameters(), *method.buffers()))
+    weights = 4 * (stored + 3 * trained + len(ema_names(run.train)) * trained)
+    activations = activation_bytes(method_class, run.model, info, micro_batch, bf16=run.train.precision == "bf16")
+    advice = (
+        f". That is more than a GPU of {LARGE_GPU_BYTES / GIGA:.0f} GB holds: use more processes, a smaller train.micro_batch or "
+        "train.recompute_blocks=true; `python launch/plan.py` with the same keys finds the largest micro-batch"
+        if weights + activations > LARGE_GPU_BYTES
+        else ""
+    )
+    return (
+        f"{(weights + activations) / GIGA:.3g} GB a process: {weights / GIGA:.3g} weights, gradients, optimizer and averages (fp32), "
+        f"{activations / GIGA:.3g} activations of {micro_batch} images; buffers of kernels not counted{advice}"
+    )
+
+
+def _processes(run: RunConfig) -> int:
+    return run.cluster.processes() if run.cluster.name != "here" else 1
 
 
 def training_line(cost: TrainingCost, run: RunConfig, info: DataInfo) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from common.checkpoint import sha256_of
-from common.config import ema_names, load_presets
+from common.config import ema_names, published_score
 from common.errors import UserError
 from common.external import RunWeights, run_weights
 from common.files import write_whole
@@ -81,5 +81,5 @@ def scores(record: Mapping[str, Any]) -> list[str]:
 
 def expected(spec: MethodSpec, preset: str) -> list[str]:
     """The published score of the preset."""
-    score = load_presets(spec.presets).get(preset, {}).get("expected")
-    return [f"Published for this preset: {', '.join(f'{key} {value}' for key, value in score.items())}.", ""] if score else []
+    score = published_score(spec, preset)
+    return [f"Published for this preset: {score}.", ""] if score else []

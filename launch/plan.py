@@ -21,7 +21,8 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
 
-from common.config import RunConfig, load_presets, one_of, require, resolve
+from common.command_line import as_command
+from common.config import RunConfig, one_of, published_score, require, resolve
 from common.errors import UserError
 from evaluation.command import help_text, parse, run_command
 from methods import get_class, get_spec
@@ -186,7 +187,8 @@ class Plan:
         if chosen is None:
             advice = "Take sharding=fsdp2, GPUs with more memory, or more of them."
             raise UserError("\n".join([*lines, "", f"Not even one image fits into a {keys.hardware} with sharding={keys.sharding}. {advice}"]))
-        return "\n".join([*lines, "", *self.training(chosen), *self.sampling(), f"expected   {expected(run)}"])
+        published = published_score(get_spec(run.method), run.preset) or "nothing published"
+        return "\n".join([*lines, "", *self.training(chosen), *self.sampling(), f"expected   {published}"])
 
     def row(self, variant: Variant, chosen: bool) -> list[object]:
         """A line of the table; what is spread over the GPUs is shown as a GPU's part."""
@@ -268,17 +270,7 @@ def clock(seconds: float) -> str:
     return f"{seconds:.2g} seconds"
 
 
-def expected(run: RunConfig) -> str:
-    """ "FID 1.86, IS 303.4 (Table 7)": what the preset's row was published with."""
-    published = dict(load_presets(get_spec(run.method).presets)[run.preset].get("expected") or {})
-    source = published.pop("source", "")
-    return (
-        ", ".join(f"{name.upper() if len(name) < 4 else name} {value}" for name, value in published.items()) + f" ({source})"
-        if published
-        else "nothing published"
-    )
-
-
+@as_command
 def main() -> int:
     """Entry point; returns the exit code."""
     return run_command(sys.argv[1:], lambda: help_text(str(__doc__), Keys, GROUPS), work)

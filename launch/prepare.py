@@ -27,6 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
 
+from common.command_line import as_command
 from common.config import RunConfig, resolve, split_overrides
 from common.errors import UserError, close_match
 from methods import get_spec
@@ -123,6 +124,7 @@ def _refuse(options: dict[str, str]) -> None:
         raise UserError(f"unknown keys: {', '.join(options)}. {__doc__}")
 
 
+@as_command
 def main(arguments: Sequence[str]) -> int:
     """Entry point; returns the exit code: 0 finished, 2 a mistake in the command or its inputs."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):

@@ -11,11 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
 
+from common.command_line import as_command
 from common.config import RunConfig, describe, load_presets, resolve, split_overrides, sweep
 from common.errors import UserError
 from launch.budget import within_budget
 from launch.sites import with_site
-from methods import get_spec, registered
+from methods import MethodSpec, get_spec, registered
 
 USAGE = """\
 pixlat: pixel space against latent space in image generation
@@ -34,26 +35,48 @@ The same command again resumes the run, or says that it is finished. It never ov
 """
 
 
-def help_text() -> str:
-    """Examples, methods, presets, and every key with type, default and meaning."""
-    lines = [USAGE, "Methods"]
-    for name in sorted(registered()):
-        spec = get_spec(name)
-        lines.append(f"  {name:<10} {spec.title} ({spec.paper})")
-    for name in sorted(registered()):
-        lines += ["", f"Presets of method={name}"]
-        lines += [f"  {preset:<20} {settings.get('about', '')}" for preset, settings in load_presets(get_spec(name).presets).items()]
-    lines += ["", "Keys of every run: key (type, default): meaning"]
-    lines += [_key_line(*row) for row in describe(RunConfig)]
-    for name in sorted(registered()):
-        spec = get_spec(name)
-        lines += ["", f"Keys of method={name}; defaults before the preset"]
-        lines += [_key_line(*row) for row in (*describe(spec.config, "model"), *describe(spec.sample, "sample"))]
+def help_text(method: str | None = None) -> str:
+    """Examples and methods; with a method, its presets and every key of its runs with type, default and meaning instead."""
+    if method is not None:
+        return "\n".join(method_help(get_spec(method)))
+    lines = [USAGE, "Methods; `python launch/run.py method=NAME --help` prints the presets of one and every key", *map(method_line, sorted(registered()))]
     return "\n".join(lines)
+
+
+def method_line(name: str) -> str:
+    """The method's line of the help. A plug-in that cannot be imported gets a line that says why, and hides no other method."""
+    try:
+        spec = get_spec(name)
+    except UserError as error:
+        return f"  {name:<12} {error}"
+    return f"  {name:<12} {spec.title}"
+
+
+def method_help(spec: MethodSpec) -> list[str]:
+    """Presets and keys of one method."""
+    presets = [f"  {preset:<20} {settings.get('about', '')}" for preset, settings in load_presets(spec.presets).items()]
+    own = [_key_line(*row) for row in (*describe(spec.config, "model"), *describe(spec.sample, "sample"))]
+    title = f"method={spec.name}: {spec.title} ({spec.paper})"
+    keys = [_key_line(*row) for row in describe(RunConfig)]
+    return [
+        title, "", "Presets", *presets, "", "Keys of the method: key (type, default before the preset): meaning", *own,
+        "", "Keys of every run", *keys,
+    ]  # fmt: skip
 
 
 def _key_line(key: str, kind: str, default: str, meaning: str) -> str:
     return f"  {f'{key} ({kind}, {default})':<58} {meaning}"
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether help is wanted: without arguments, or with a word for it among them."""
+    return not arguments or any(argument in ("-h", "--help", "help") for argument in arguments)
+
+
+def help_for(arguments: Sequence[str]) -> str:
+    """The help of the method that the other arguments name, or the general one; the first of a comma list is shown."""
+    overrides = split_overrides([argument for argument in arguments if argument not in ("-h", "--help", "help")])
+    return help_text(overrides["method"][0] if "method" in overrides else None)
 
 
 def configurations(arguments: Sequence[str]) -> list[RunConfig]:
@@ -68,13 +91,14 @@ def configurations(arguments: Sequence[str]) -> list[RunConfig]:
     return runs
 
 
+@as_command
 def main() -> int:
     """Entry point; returns the exit code: 0 finished, 2 a mistake in the command or its inputs, 128 + signal when stopped."""
     arguments = sys.argv[1:]
-    if not arguments or any(argument in ("-h", "--help", "help") for argument in arguments):
-        print(help_text())
-        return 0
     try:
+        if asks_for_help(arguments):
+            print(help_for(arguments))
+            return 0
         runs = [within_budget(run) for run in configurations(arguments)]
         if runs[0].cluster.name != "here":
             from launch.cluster import submit_all

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 from omegaconf import OmegaConf
 from tabulate import tabulate
 
+from common.command_line import as_command
 from common.files import read_rows
 from launch.folder import FAILURE, JOBS, LOCK, RESULT, is_locked
 from launch.slurm import JobState, job_states
@@ -43,6 +44,7 @@ class Row:
     reason: str = ""
 
 
+@as_command
 def main() -> int:
     """Prints the table, and below it why runs failed or wait."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, cast
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from methods.base import Method
 
 ENTRY_POINT_GROUP = "pixlat.methods"
+log = logging.getLogger("pixlat")
 
 # name -> "module:attribute" of a MethodSpec. Another package registers its method through an entry point of the group above.
 METHODS: dict[str, str] = {
@@ -53,9 +56,21 @@ class MethodSpec:
 
 
 def registered() -> dict[str, str]:
-    """All methods, built in and from other packages' entry points, name -> "module:attribute"."""
-    found = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
-    return {**found, **METHODS}
+    """All methods, built in and from other packages' entry points, name -> "module:attribute"; a built-in name cannot be taken."""
+    return {**plugins(), **METHODS}
+
+
+@functools.cache  # the packages of a process do not change, and the warning is given once
+def plugins() -> dict[str, str]:
+    """The methods of other packages. One that has the name of a built-in method is left out with a warning."""
+    found = {}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name in METHODS:
+            package = point.dist.name if point.dist else point.value
+            log.warning("The package %s registers a method %r, which is the name of a built-in method. It is ignored: rename it.", package, point.name)
+        else:
+            found[point.name] = point.value
+    return found
 
 
 def load_object(path: str) -> object:
@@ -65,11 +80,16 @@ def load_object(path: str) -> object:
 
 
 def get_spec(name: str) -> MethodSpec:
-    """The spec of a registered method; an unknown name is a UserError with the nearest one."""
+    """The spec of a registered method. An unknown name, and a plug-in that cannot be imported, are UserErrors."""
     options = registered()
     if name not in options:
         raise UserError(f"method={name!r} is not registered.{close_match(name, options)} Methods: {', '.join(sorted(options))}.")
-    spec = load_object(options[name])
+    try:
+        spec = load_object(options[name])
+    except (ImportError, AttributeError) as error:
+        if name in METHODS:
+            raise
+        raise UserError(f"method={name!r} is a plug-in that cannot be loaded from {options[name]!r} ({error}). Install its package again.") from error
     if not isinstance(spec, MethodSpec):
         raise UserError(f"method={name!r} is registered as {options[name]!r}, which is a {type(spec).__name__} and not a MethodSpec.")
     return spec

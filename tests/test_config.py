@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from common.config import LATER_KEYS, RunConfig, describe, differences, identity, resolve, run_folder, split_overrides, sweep, to_dict
+import methods
+from common.config import LATER_KEYS, RunConfig, chosen_settings, describe, differences, identity, resolve, run_folder, split_overrides, sweep, to_dict
 from common.errors import UserError
-from launch.run import configurations
+from launch.run import configurations, help_text
 from methods import get_spec, registered
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,11 +95,73 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "launch/run.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_help_lists_methods_presets_and_keys_without_importing_torch():
-    code = "import sys, launch.run as r; t = r.help_text(); assert 'torch' not in sys.modules, 'torch imported'; print(t)"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for expected in ("method=jit", "imagenet256-b", "train.lr (float", "sample.steps", "dry_run"):
-        assert expected in out
+def help_of(*arguments: str) -> str:
+    """The help, from a process that must not import torch for it."""
+    code = f"import sys, launch.run as r; t = r.help_for({arguments!r}); assert 'torch' not in sys.modules, 'torch imported'; print(t)"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_help_is_short_and_names_every_method() -> None:
+    text = help_of("--help")
+    assert all(f"\n  {name} " in text for name in registered()) and "method=NAME --help" in text
+    assert len(text.splitlines()) < 40
+
+
+def test_help_of_a_method_lists_its_presets_and_every_key_and_no_other_method() -> None:
+    text = help_of("method=jit", "--help")
+    for expected in ("imagenet256-b", "train.lr (float", "sample.steps", "model.bottleneck", "dry_run"):
+        assert expected in text
+    assert "model.tokenizer" not in text
+
+
+def test_help_of_an_unknown_method_is_a_mistake() -> None:
+    result = run_cli("method=jitt", "--help")
+    assert result.returncode == 2 and "Did you mean 'jit'?" in result.stderr and not result.stdout
+
+
+@pytest.fixture
+def plugins_of_others(tmp_path, monkeypatch):
+    """Packages that register a method whose module is gone, and one with the name of a built-in method."""
+    for package, line in (("broken", "broken = broken_plugin.config:SPEC"), ("impostor", "jit = impostor.config:SPEC")):
+        installed = tmp_path / f"{package}-1.0.dist-info"
+        installed.mkdir()
+        (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (installed / "entry_points.txt").write_text(f"[{methods.ENTRY_POINT_GROUP}]\n{line}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    methods.plugins.cache_clear()
+    yield
+    methods.plugins.cache_clear()
+
+
+def test_a_broken_plugin_is_named_and_hides_nothing(plugins_of_others) -> None:
+    text = help_text()
+    assert "broken_plugin" in text and "\n  jit " in text
+    with pytest.raises(UserError, match="method='broken' is a plug-in that cannot be loaded"):
+        get_spec("broken")
+
+
+def test_a_plugin_with_a_built_in_name_is_ignored_with_a_warning(plugins_of_others, caplog) -> None:
+    assert get_spec("jit").config.__module__ == "methods.jit.config"
+    assert "impostor" in caplog.text and "'jit'" in caplog.text
+
+
+def test_a_reader_that_leaves_early_ends_the_command_quietly() -> None:
+    child = subprocess.Popen([sys.executable, "launch/run.py", "method=jit", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.close()
+    assert child.wait(timeout=60) == 141 and child.stderr.read() == b""
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "a/b/../../c", "/tmp/run", ".hidden", "a/.b", ""])
+def test_a_name_stays_below_out(name) -> None:
+    with pytest.raises(UserError, match="below out="):
+        one(f"name='{name}'")
+    assert run_folder(one("name=group/run", "out=there")) == Path("there/group/run")
+
+
+def test_only_settings_that_are_not_defaults_are_told() -> None:
+    spec = get_spec("jit")
+    assert chosen_settings(resolve(spec, {"train.lr": "0.5", "name": "x"}), spec)["train.lr"] == 0.5
+    assert not {key for key in chosen_settings(resolve(spec, {"seed": "1"}), spec) if key.startswith("cluster.")}
 
 
 def test_a_mistake_exits_with_2_and_one_line_on_stderr():

@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeAlias
 
+from common.command_line import as_command
 from common.errors import UserError
 from common.files import write_whole
 from evaluation.claims.framework import all_claims, find
@@ -130,6 +131,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@as_command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 whatever the verdicts, 1 if a claim could not be measured, 2 for a mistake in the command."""
     parser = argparse.ArgumentParser(
