@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -27,7 +28,8 @@ TILE_PIXELS = 96  # small images are enlarged to about this
 MARGIN = 16
 TEXT_SIZE = 15
 PAIR_GAP = 4
-BLOCK_VALUES = 2**24  # pixel values of training images in memory at once, in float64
+BLOCK_VALUES = 2**24  # pixel values of training images in memory at once, in float32
+EXACT_TERMS = 1024  # so many products of numbers from -128 to 127 add up to at most 2**24
 
 # -- grids ----------------------------------------------------------------------------------------------------------------------
 
@@ -81,37 +83,64 @@ class Neighbours:
     distances: NDArray[np.float64]  # (N,) root mean square difference of the pixels, in [0, 1]: 0 is a copy, 1 is black against white
 
 
-def nearest(samples: NDArray[np.uint8], train: ImageSet, mirrored: bool = False, positions: NDArray[np.int64] | None = None) -> Neighbours:
-    """The exact nearest training image of each sample (N, 3, H, W) uint8 by pixel distance, the lowest position among equals.
+def nearest(
+    samples: NDArray[np.uint8],
+    train: ImageSet,
+    mirrored: bool = False,
+    positions: NDArray[np.int64] | None = None,
+    device: torch.device | str = "cpu",
+) -> Neighbours:
+    """The exact nearest training image of each sample (N, 3, H, W) uint8 by pixel distance: the lowest position among equals, there not mirrored.
 
-    mirrored: compare with the mirror images too, as training saw them. positions: search only these, where the training set is too large to read.
+    mirrored: compare with the mirror images too, as training saw them. positions: search only these, where the training set is too large to read,
+    or a process's share of them (`merged` joins the shares). Each image is read once. The samples stay on the device in float32.
     """
-    flat = _flat(samples)
-    best = np.full(len(samples), np.inf)
-    indices = np.zeros(len(samples), dtype=np.int64)
-    flipped = np.zeros(len(samples), dtype=bool)
-    positions = np.arange(len(train)) if positions is None else positions
-    block = max(1, BLOCK_VALUES // flat.shape[1])
+    positions = np.arange(len(train)) if positions is None else np.sort(positions)
+    queries, values = _centred(torch.from_numpy(samples).to(device)), samples[0].size
+    best = torch.full((len(samples),), torch.iinfo(torch.int64).max, device=device)
+    places = torch.zeros_like(best)  # twice the position of the best, and one more where it is mirrored
+    block = max(1, BLOCK_VALUES // values)
     for start in range(0, len(positions), block):
         chosen = positions[start : start + block]
-        images = train.fetch(chosen)
-        for flip in (False, True) if mirrored else (False,):
-            squared = _squared_distances(flat, _flat(images[..., ::-1] if flip else images))
-            column = squared.argmin(1)
-            found = squared[np.arange(len(flat)), column]
-            nearer = found < best
-            best[nearer], indices[nearer], flipped[nearer] = found[nearer], chosen[column[nearer]], flip
-    return Neighbours(indices, flipped, np.sqrt(best / flat.shape[1]) / 255)
+        images = torch.from_numpy(train.fetch(chosen)).to(device)
+        orientations = (images, images.flip(-1)) if mirrored else (images,)
+        apart = torch.stack([_distances_from(_centred(each), queries) for each in orientations], dim=2).flatten(1)  # position by position
+        column = apart.argmin(1)  # the first among equals
+        found = apart.gather(1, column[:, None])[:, 0]
+        place = 2 * torch.from_numpy(chosen).to(device)[column // len(orientations)] + column % len(orientations)
+        best, places = torch.where(found < best, found, best), torch.where(found < best, place, places)
+    squared = (best + _squared_norms(queries)).cpu().numpy() if len(positions) else np.full(len(samples), np.inf)
+    return Neighbours(places.cpu().numpy() // 2, places.cpu().numpy() % 2 == 1, np.sqrt(squared / values) / 255)
 
 
-def _flat(images: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """(N, pixels) in float64, in which sums of squares of uint8 are exact."""
-    return images.reshape(len(images), -1).astype(np.float64)
+def merged(parts: Sequence[Neighbours]) -> Neighbours:
+    """The neighbours in a training set of which each part searched a share; the answer does not depend on how it was divided."""
+    columns = [np.stack([getattr(part, name) for part in parts]) for name in ("mirrored", "indices", "distances")]  # (P, N) each
+    first = np.lexsort(columns, axis=0)[0]  # by distance, then position, then not mirrored
+    mirrored, indices, distances = (column[first, np.arange(len(first))] for column in columns)
+    return Neighbours(indices, mirrored, distances)
 
 
-def _squared_distances(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(N, D) and (M, D) to (N, M): |a|^2 - 2 ab + |b|^2."""
-    return np.square(a).sum(1)[:, None] - 2 * (a @ b.T) + np.square(b).sum(1)[None]
+def _centred(images: torch.Tensor) -> torch.Tensor:
+    """(N, 3, H, W) uint8 to whole numbers from -128 to 127 in float32, (N, K, 1024), zeros behind the last; distances stay what they are."""
+    values = images.flatten(1).float().sub_(128)
+    return torch.nn.functional.pad(values, (0, -values.shape[1] % EXACT_TERMS)).unflatten(1, (-1, EXACT_TERMS))
+
+
+def _distances_from(images: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """Of images (M, K, 1024) from queries (N, K, 1024): (N, M) int64, the squared distance less the query's squared norm, |x|^2 - 2 qx.
+
+    Nothing is rounded: every product is a whole number, and 1024 of them add up to at most 2^24, below which float32 holds all whole numbers.
+    TF32 and bf16 hold the factors, too.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        products = torch.bmm(queries.transpose(0, 1), images.permute(1, 2, 0))  # (K, N, M)
+    return _squared_norms(images) - 2 * products.sum(0, dtype=torch.int64)
+
+
+def _squared_norms(values: torch.Tensor) -> torch.Tensor:
+    """(N, K, 1024) to (N,) int64."""
+    return values.square().sum(2).sum(1, dtype=torch.int64)
 
 
 def neighbour_picture(

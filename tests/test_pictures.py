@@ -6,11 +6,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from common.datasets import ArrayImages
 from common.errors import UserError
-from common.pictures import ALARM, BACKGROUND, _panels, _running_mean, image_grid, nearest, neighbour_picture, save_png, training_curves
+from common.pictures import (
+    ALARM,
+    BACKGROUND,
+    Neighbours,
+    _panels,
+    _running_mean,
+    image_grid,
+    merged,
+    nearest,
+    neighbour_picture,
+    save_png,
+    training_curves,
+)  # fmt: skip
 
 
 def noise(count: int, size: int = 8, seed: int = 0) -> np.ndarray:
@@ -71,17 +84,70 @@ def test_png_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
 # -- nearest training images ----------------------------------------------------------------------------------------------------
 
 
+def brute_force(samples: np.ndarray, train: np.ndarray, mirrored: bool, positions: np.ndarray) -> Neighbours:
+    """In float64, in which these sums are exact, image by image in the order of the documented choice among equals."""
+    indices, flips, distances = [], [], []
+    for sample in samples.astype(np.float64):
+        candidates = [(p, flip) for p in positions for flip in ((False, True) if mirrored else (False,))]
+        squared = [np.square(sample - (train[p][..., ::-1] if flip else train[p])).sum() for p, flip in candidates]
+        best = int(np.argmin(squared))
+        indices.append(candidates[best][0])
+        flips.append(candidates[best][1])
+        distances.append(np.sqrt(squared[best] / sample.size) / 255)
+    return Neighbours(np.array(indices), np.array(flips), np.array(distances))
+
+
+def assert_equal(found: Neighbours, expected: Neighbours) -> None:
+    for name in ("indices", "mirrored", "distances"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+
+
+def near_copies(seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Samples and training images that are nearly alike, with copies, mirror images and symmetric ones among them, so that equals are frequent."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    base = rng.choice(np.array([0, 255], dtype=np.uint8), (1, 3, size, size))  # far from the middle: the largest products
+    train = np.repeat(base, 23, 0)
+    train[rng.random(train.shape) < 0.002] ^= 1  # a level apart here and there
+    train[[3, 11, 17]] = train[[9, 4, 9]]
+    train[[5, 20]] = train[[6, 6]][..., ::-1]
+    train[14] = np.concatenate([train[14, ..., : size // 2], train[14, ..., : size // 2][..., ::-1]], -1)
+    samples = np.concatenate([train[[9, 6, 14]], train[[5]][..., ::-1], rng.integers(0, 256, (3, 3, size, size), dtype=np.uint8)])
+    return samples, train
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_nearest_equals_brute_force(mirrored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seed", range(4))
+def test_nearest_equals_brute_force(mirrored: bool, seed: int, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 40  # 4800 values: more than one sum of 1024, and a remainder
+    monkeypatch.setattr("common.pictures.BLOCK_VALUES", 5 * 3 * size * size)
+    samples, train = near_copies(seed, size)
+    positions = np.random.Generator(np.random.PCG64(seed)).permutation(len(train))[:20]
+    with torch.autocast("cpu", torch.bfloat16):  # pictures are drawn under the training's precision
+        parts = [nearest(samples, image_set(train), mirrored, positions[rank::processes]) for rank in range(processes)]
+    assert_equal(merged(parts), brute_force(samples, train, mirrored, np.sort(positions)))
+
+
+def test_a_share_without_images_changes_nothing() -> None:
+    train, samples = noise(2, seed=1), noise(3, seed=2)
+    parts = [nearest(samples, image_set(train), positions=np.arange(2)[rank::3]) for rank in range(3)]
+    assert_equal(merged(parts), nearest(samples, image_set(train)))
+
+
+def test_large_images_of_the_extremes_are_exact() -> None:
+    """The largest sums that 1024 products can have; float32 would round those of a whole image."""
+    black, white = np.zeros((1, 3, 256, 256), dtype=np.uint8), np.full((2, 3, 256, 256), 255, dtype=np.uint8)
+    white[1, 0, 0, 0] = 254
+    found = nearest(black, image_set(white))
+    assert found.indices.tolist() == [1] and found.distances[0] == np.sqrt(1 - (255**2 - 254**2) / (255**2 * 3 * 256**2))
+
+
+def test_every_training_image_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.pictures.BLOCK_VALUES", 5 * 3 * 8 * 8)
-    train, samples = noise(23, seed=1), noise(7, seed=2)
-    found = nearest(samples, image_set(train), mirrored=mirrored)
-    candidates = np.concatenate([train, train[..., ::-1]]) if mirrored else train
-    difference = samples[:, None].astype(np.float64) - candidates[None]
-    distances = np.sqrt(np.square(difference).mean((2, 3, 4))) / 255
-    np.testing.assert_array_equal(found.indices, distances.argmin(1) % len(train))
-    np.testing.assert_array_equal(found.mirrored, distances.argmin(1) >= len(train))
-    np.testing.assert_allclose(found.distances, distances.min(1), rtol=1e-14)
+    images, read = image_set(noise(23)), []
+    monkeypatch.setattr(images, "_read", lambda indices: read.extend(indices) or images.images[indices])
+    nearest(noise(7, seed=2), images, mirrored=True)
+    assert read == list(range(23))
 
 
 def test_nearest_finds_copies_at_distance_zero() -> None:
