@@ -59,7 +59,7 @@ class TrainConfig:
     ema_decay: list[float] = field(default_factory=list)  # one average a decay per step, e.g. [0.9999,0.9996]
     ema_halflife_images: list[float] = field(default_factory=list)  # one average a half-life in images, e.g. [5e5]
     ema_rampup: float = 0.0  # a half-life is at most this share of the images seen so far; 0 is off
-    precision: str = "auto"  # auto, bf16 or fp32; auto: bf16 autocast on GPUs that have it, fp32 elsewhere
+    precision: str = "auto"  # auto, bf16, tf32 or fp32 (common/precision.py); auto: bf16 autocast on GPUs that multiply it, fp32 elsewhere
     compile: bool = False  # torch.compile for each block of the network
     recompute_blocks: bool = False  # keep only the inputs of each block and compute it again in the backward pass: less memory, a third more work
     threads: int | None = None  # CPU threads; none: torch's choice
@@ -154,6 +154,7 @@ class RunConfig:
     dry_run: bool = False  # print what would run and what it costs; write nothing
 
 
+PRECISIONS = ("auto", "bf16", "tf32", "fp32")  # common/precision.py says what they are
 MIN_EVAL_IMAGES = 20  # one for each group that the evaluator's jackknife leaves out
 
 # Settings that change neither a weight nor a score: two runs that differ only here are the same run.
@@ -285,7 +286,7 @@ def check(run: RunConfig) -> None:
     seeds = run.eval.seeds
     require(len(set(seeds)) == len(seeds) and min(seeds, default=0) >= 0, "eval.seeds", seeds, "must be different numbers from 0 on")
     one_of("train.schedule", train.schedule, ("constant", "cosine", "linear"))
-    one_of("train.precision", train.precision, ("auto", "bf16", "fp32"))
+    one_of("train.precision", train.precision, PRECISIONS)
     one_of("data.name", run.data.name, ("emoji32", "folder", "tar", "parquet", "arrow", "shards", "synthetic"))
     one_of("data.broken", run.data.broken, ("error", "skip"))
     one_of("data.modes", run.data.modes, ("convert", "strict"))

@@ -29,6 +29,7 @@ from common.files import append_row
 from common.memory import recompute_blocks
 from common.meters import Meters, truncate_rows
 from common.optim import build_optimizers, learning_rate, set_learning_rate
+from common.precision import resolve_precision, set_float32_products
 from common.processes import COLLECTIVE_TIMEOUT_MIN, join_processes
 from common.progress import progress_bar
 from common.seeds import seed_step
@@ -55,7 +56,7 @@ class Stopped(Exception):
 
 
 def make_accelerator(settings: TrainConfig, folder: Path | None = None, phases: int = 1, timeout_min: float = COLLECTIVE_TIMEOUT_MIN) -> Accelerator:
-    """Processes, device, mixed precision and trackers. bf16 only where the hardware multiplies it fast; parameters and optimizer state stay fp32.
+    """Processes, device, precision of products (common/precision.py) and trackers; parameters and optimizer state stay fp32.
 
     timeout_min: minutes that a process waits for the others in a collective.
     """
@@ -64,10 +65,12 @@ def make_accelerator(settings: TrainConfig, folder: Path | None = None, phases: 
             raise UserError(f"train.trackers=[{package}] needs the package {package}: pip install 'pixlat[trackers]'.")
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    join_processes(timeout_min=timeout_min)
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    precision = resolve_precision(settings.precision, join_processes(timeout_min=timeout_min).device)
+    set_float32_products(precision)
     unused = DistributedDataParallelKwargs(find_unused_parameters=phases > 1)  # a phase leaves the other phase's networks alone
-    return Accelerator(mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[unused], log_with=list(settings.trackers) or None, project_dir=folder)
+    return Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=[unused], log_with=list(settings.trackers) or None, project_dir=folder
+    )
 
 
 def split_batch(settings: TrainConfig, processes: int) -> tuple[int, int]:

@@ -117,9 +117,13 @@ def map_on_threads(function: Callable[[Tensor], Features], chunks: Sequence[Tens
 def exact_float32() -> Iterator[None]:
     """Plain float32 products whatever the run around it chose: no TF32, deterministic convolutions."""
     precision = torch.get_float32_matmul_precision()
+    on_cpu = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9 with a switch of its own, which the next line sets as well
+    cpu_precision = None if on_cpu is None else on_cpu.fp32_precision
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
+        if on_cpu is not None:
+            on_cpu.fp32_precision = cpu_precision

@@ -41,20 +41,26 @@ class Hardware:
 
     gigabytes: float
     bf16_tflops: float  # 2 FLOPs a multiply-accumulate
+    tf32_tflops: float
     fp32_tflops: float  # with TF32 off
+
+    def tflops(self, precision: str) -> float:
+        """The peak rate of a precision: bf16, tf32 or fp32."""
+        rate: float = getattr(self, f"{precision}_tflops")
+        return rate
 
 
 HARDWARE = {
-    "h100": Hardware(80, 989, 67),
-    "h200": Hardware(141, 989, 67),
-    "b200": Hardware(180, 2250, 75),
-    "a100": Hardware(80, 312, 19.5),
-    "a100-40": Hardware(40, 312, 19.5),
-    "l40s": Hardware(48, 362, 91.6),
-    "rtx4090": Hardware(24, 165, 82.6),
+    "h100": Hardware(80, 989, 495, 67),
+    "h200": Hardware(141, 989, 495, 67),
+    "b200": Hardware(180, 2250, 1125, 75),
+    "a100": Hardware(80, 312, 156, 19.5),
+    "a100-40": Hardware(40, 312, 156, 19.5),
+    "l40s": Hardware(48, 362, 183, 91.6),
+    "rtx4090": Hardware(24, 165, 82.6, 82.6),
 }
 USABLE = 0.92  # of a GPU's memory; the rest is the driver's, the libraries' workspaces and gaps of the allocator
-ASSUMED = {"bf16": 0.35, "fp32": 0.6}  # share of the peak rate
+ASSUMED = {"bf16": 0.35, "tf32": 0.4, "fp32": 0.6}  # share of the peak rate
 ASSUMED_SCALING = 0.95  # share of its speed that each of several nodes keeps
 SAMPLES = 50_000
 # Measured by `evaluation/speed.py data` (common/README.md): images a second of one core of an AMD EPYC.
@@ -70,7 +76,7 @@ class Keys:
     nodes: int = 1  # machines
     gpus: int = 8  # of each machine
     sharding: str = "ddp"  # ddp or fsdp2
-    efficiency: float | None = None  # share of the peak rate reached in training; none: 0.35 for bf16, 0.6 for fp32, which are assumptions
+    efficiency: float | None = None  # share of the peak rate reached in training; none: 0.35 for bf16, 0.4 for tf32, 0.6 for fp32, which are assumptions
     sampling_efficiency: float | None = None  # the same in sampling; none: that of training
     scaling: float | None = None  # share of a node's speed that each of several nodes keeps; none: 0.95, an assumption
 
@@ -108,8 +114,8 @@ class Plan:
 
         self.keys, self.run, self.hardware = keys, run, HARDWARE[keys.hardware]
         self.world = keys.nodes * keys.gpus
-        self.precision = "fp32" if run.train.precision == "fp32" else "bf16"
-        self.tflops = self.hardware.bf16_tflops if self.precision == "bf16" else self.hardware.fp32_tflops
+        self.precision = planned_precision(run.train.precision)
+        self.tflops = self.hardware.tflops(self.precision)
         self.method_class, self.info = get_class(run.method), DataInfo.of(summarise(run.data))
         require(run.train.batch % self.world == 0, "train.batch", run.train.batch, f"must be a multiple of the {self.world} GPUs")
         self.share = run.train.batch // self.world  # of each GPU in a step
@@ -249,6 +255,11 @@ def training_macs(method_class: type[Method], run: RunConfig, info: DataInfo, re
         return method
 
     return training_cost(recomputing if recompute else method_class, run.model, info).per_image  # type: ignore[arg-type]  # both are called alike
+
+
+def planned_precision(setting: str) -> str:
+    """What a precision key means on the GPUs of a plan, which all multiply bf16 and TF32."""
+    return "bf16" if setting == "auto" else setting
 
 
 def share(value: float, given: float | None) -> str:

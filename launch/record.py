@@ -12,6 +12,7 @@ from common.cost import TrainingCost, on_meta, parameter_counts, sampling_cost
 from common.datasets import DataSource
 from common.hardware import device_name, peak_kind
 from common.loader import TrainingPlan
+from common.precision import executed_precision
 from common.trainer import TrainState, split_batch
 from evaluation.evaluate import Evaluation
 from evaluation.outcome import speed_fields
@@ -42,7 +43,7 @@ def build(
     method = on_meta(method_class, model, info)
     told = state.method.describe(run.sample)
     sampling, processes = sampling_cost(method, run.sample), state.accelerator.num_processes
-    device, dtype = device_name(state.accelerator.device), "bfloat16" if state.accelerator.mixed_precision == "bf16" else "float32"
+    device, dtype = device_name(state.accelerator.device), executed_precision(run.train.precision, state.accelerator.device)
     images_seen = state.step * run.train.batch
     assert state.saved is not None
     fields: dict[str, Any] = {

@@ -157,7 +157,7 @@ def test_a_published_row_needs_no_data() -> None:
 
 
 def test_a_gpu_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(plan.HARDWARE, "h100", plan.Hardware(0.01, 989, 67))
+    monkeypatch.setitem(plan.HARDWARE, "h100", plan.Hardware(0.01, 989, 495, 67))
     with pytest.raises(plan.UserError, match="Not even one image fits"):
         plan.work([*SMALL, "gpus=1", "train.batch=16"])
 
