@@ -36,12 +36,12 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def build_optimizers(groups: Iterable[ParamGroup], train: TrainConfig) -> list[Optimizer]:
-    """One optimizer a kind, for one phase of a method."""
+def build_optimizers(groups: Iterable[ParamGroup], train: TrainConfig, bf16: bool = False) -> list[Optimizer]:
+    """One optimizer a kind, for one phase of a method. bf16: whether the run computes under bf16 autocast; Muon's matrix products then do, too."""
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
         weight_decay = train.weight_decay if group.weight_decay is None else group.weight_decay
-        options = {"params": group.params, "lr_scale": group.lr_scale, "weight_decay": weight_decay, "split": group.split}
+        options = {"params": group.params, "lr_scale": group.lr_scale, "weight_decay": weight_decay, "split": group.split, "bf16": bf16}
         options |= {} if group.betas is None else {"betas": group.betas}
         by_kind.setdefault(group.kind, []).append(options)
     if unknown := by_kind.keys() - BUILDERS.keys():

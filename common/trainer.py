@@ -294,7 +294,8 @@ def train(
     blank = hollow(method) if spread else None
     prepare_blocks(method, settings)
     model: nn.Module = shard(method, accelerator) if spread else accelerator.prepare_model(method)
-    optimizers = {phase: build_optimizers(method.parameters_of(phase), settings) for phase in method.phases}
+    bf16 = accelerator.mixed_precision == "bf16"
+    optimizers = {phase: build_optimizers(method.parameters_of(phase), settings, bf16) for phase in method.phases}
     state = TrainState(method, optimizers, build_emas(method.averaged_parameters(), settings), settings, folder, identity, accelerator, Meters(), blank)
     if resumed:
         state.restore(*resumed)

@@ -199,7 +199,8 @@ def training_step(method: Method, run: RunConfig, batch: int, accelerator: Any) 
     images = torch.rand(batch, data.channels, data.image_size, data.image_size, device=accelerator.device) * 2 - 1
     labels = torch.arange(batch, device=accelerator.device) % data.num_classes
     inputs = empty_batch(data, batch, accelerator.device) | {"image": images, "label": labels, "index": labels}
-    optimizers = {phase: build_optimizers(method.parameters_of(phase), run.train) for phase in method.phases}
+    bf16 = accelerator.mixed_precision == "bf16"
+    optimizers = {phase: build_optimizers(method.parameters_of(phase), run.train, bf16) for phase in method.phases}
     prepare_blocks(method, run.train)
     model = accelerator.prepare_model(method.train())
 

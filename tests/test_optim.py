@@ -1,15 +1,21 @@
 """Muon and Nesterov Adam: the reference's numbers, orthogonality, fused matrices, resume, and torch's Muon beside ours."""
 
+import muon_processes
 import pytest
 import torch
 from safetensors.torch import load, save
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim._muon import _zeropower_via_newtonschulz as torchs_newton_schulz
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import checkpoint, muon, optim
-from common.config import TrainConfig
+from common.config import TrainConfig, resolve
+from common.cost import on_meta
 from common.errors import UserError
 from common.muon import Muon, NesterovAdam, newton_schulz
-from methods.base import ParamGroup
+from methods import get_class, get_spec
+from methods.base import DataInfo, ParamGroup
 
 
 def random(*shape, seed=0):
@@ -111,6 +117,131 @@ def test_torchs_muon_is_near_ours():
     run(Muon([ours]), gradients)
     run(torch.optim.Muon([theirs], lr=1e-3, weight_decay=0.0), gradients)
     assert 1e-4 < (ours - theirs).norm() / ours.norm() < 0.038
+
+
+# -- precision and processes --------------------------------------------------------------------------------------------------------
+
+SPECTRA = {
+    "even": lambda n: torch.ones(n),
+    "to a hundredth": lambda n: torch.logspace(0, -2, n),
+    "of low rank": lambda n: torch.cat((torch.ones(8), torch.full((n - 8,), 1e-3))),
+}
+
+
+def spectrum(name, rows, columns, seed):
+    """A random matrix; "even" leaves a Gaussian one as it is, the others give it their singular values."""
+    matrix = random(rows, columns, seed=seed)
+    if name == "even":
+        return matrix
+    u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+    return u * SPECTRA[name](min(rows, columns)) @ vt
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_bf16_is_no_further_from_the_exact_factor_than_torchs_muon(name):
+    """Root mean squares over shapes and seeds of relative distances: to the exact iteration (float64), and to the orthogonal factor itself (SVD)."""
+    apart = []
+    for shape in ((64, 64), (64, 192), (192, 64), (160, 320)):
+        for seed in range(4):
+            matrix = spectrum(name, *shape, seed)
+            exact = newton_schulz(matrix.double()[None])[0]
+            u, _, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+            factor = u @ vt
+            results = newton_schulz(matrix[None], bf16=True)[0], torchs_newton_schulz(matrix, muon.NEWTON_SCHULZ, 5, 1e-7)
+            assert results[0].dtype == torch.bfloat16
+            apart.append([(found.double() - goal).norm() / goal.norm() for found in results for goal in (exact, factor)])
+    ours_exact, ours_factor, theirs_exact, theirs_factor = torch.tensor(apart).square().mean(0).sqrt().tolist()
+    assert ours_exact <= theirs_exact * 1.02 and ours_factor <= theirs_factor * 1.002
+    assert ours_exact < (0.4 if name == "of low rank" else 0.04)  # the rounding noise of empty directions is raised up to 3.4445^5 = 485 times
+
+
+def test_bf16_keeps_zero_and_changes_nothing_in_float32():
+    assert torch.equal(newton_schulz(torch.zeros(2, 6, 4), bf16=True), torch.zeros(2, 6, 4, dtype=torch.bfloat16))
+    (p,), (q,) = zeros((48, 32)), zeros((48, 32))
+    gradients = [[random(48, 32, seed=k)] for k in range(3)]
+    run(Muon([p], bf16=True), gradients)
+    run(Muon([q]), gradients)
+    assert p.dtype == torch.float32 and 1e-4 < (p - q).norm() / q.norm() < 0.03
+    (optimizer,) = optim.build_optimizers([ParamGroup([q], kind="muon")], TrainConfig(), bf16=True)
+    assert optimizer.param_groups[0]["bf16"]
+
+
+def test_on_cuda_the_factors_are_bf16_and_the_sums_float32():
+    """By shapes and types alone: this machine has no GPU."""
+    with FakeTensorMode():
+        a = torch.empty(3, 8, 16, device="cuda", dtype=torch.bfloat16)
+        assert muon._product(a, a.mT).dtype == torch.float32
+        assert newton_schulz(torch.empty(3, 8, 16, device="cuda"), bf16=True).dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    return muon_processes.together(tmp_path_factory.mktemp("muon"))
+
+
+@pytest.mark.parametrize(("spread", "bf16"), muon_processes.CASES)
+def test_two_processes_share_the_work_and_agree_to_the_bit(two_processes, spread, bf16):
+    first, second = (found[spread, bf16] for found in two_processes)
+    assert all(torch.equal(a, b) for a, b in zip(first["params"], second["params"], strict=True))
+    # Rounding is raised at most 3.4445^5 = 485 times by an update: 485 x 2^-24 = 3e-5 of it; in bf16 the distance to the exact one is the bound.
+    alone, start = muon_processes.steps(False, bf16), [random(*shape, seed=k) for k, shape in enumerate(muon_processes.SHAPES)]
+    for found, expected, before in zip(first["params"], alone, start, strict=True):
+        assert (found - expected).norm() <= (0.03 if bf16 else 3e-5) * (expected - before).norm()
+        assert (expected - before).norm() > 0.01
+    for brought in (first["brought"], second["brought"]):
+        exchanges, numbers = ("all_to_all_single", "all_gather_into_tensor")[:: 1 if spread else -1], sum(r * c for r, c in muon_processes.SHAPES)
+        assert brought[exchanges[0]] and not brought[exchanges[1]]
+        if spread:  # there and back, of each a half and at most a matrix and its padding more
+            assert sum(brought["all_to_all_single"]) / muon_processes.STEPS < 1.4 * numbers
+
+
+def test_processes_of_which_one_has_nothing_to_do(monkeypatch):
+    (p,) = zeros((4, 3))
+    monkeypatch.setattr(muon.Team, "of", classmethod(lambda cls, params: cls(rank=1, size=2)))
+    monkeypatch.setattr(muon.dist, "all_gather_into_tensor", lambda output, mine, group: output.view(2, -1).copy_(torch.ones(12)))
+    run(Muon([p], lr=0.1), [[random(4, 3)]])
+    assert torch.allclose(p, torch.full((4, 3), -0.1 * (4 / 3) ** 0.5))
+
+
+def test_parts_bound_what_is_held_at_once():
+    hands, sizes = muon.deal((5, 9, 1, 7, 7, 3), 2), [50, 90, 10, 70, 70, 30]
+    assert hands == [[1, 0, 5], [3, 4, 2]]  # 17 and 15 of 32
+    assert list(muon.rounds(hands, sizes, 160)) == [[[1, 0], [3, 4]], [[5], [2]]]
+    assert list(muon.rounds(hands, sizes, 1)) == [[[1], [3]], [[0], [4]], [[5], [2]]]
+    assert list(muon.rounds([[0], []], [5], 9)) == [[[0], []]]
+
+
+# TFLOP of Newton-Schulz a step: of one process, of the busiest of 8 and of 64. Before the work was divided, every process executed the first number.
+NEWTON_SCHULZ_TFLOP = {"imagenet256-b": (3.456, 0.435, 0.0574), "imagenet256-l": (13.48, 1.696, 0.2326), "imagenet256-h": (36.72, 4.616, 0.5875)}
+
+
+@pytest.mark.parametrize("preset", NEWTON_SCHULZ_TFLOP)
+def test_each_process_executes_its_share(preset, monkeypatch):
+    """Counted while the step of pMF's matrices runs on the meta device."""
+    info = DataInfo("imagenet", num_classes=1000, image_size=256, num_train=1_281_167)
+    method = on_meta(get_class("pmf"), resolve(get_spec("pmf"), {"preset": preset}).model, info)
+    (group,) = (group for group in method.parameters_of("main") if group.kind == "muon")
+    costs = tuple(muon.newton_schulz_macs(1, *p.shape) for p in group.params)
+    monkeypatch.setattr(muon.dist, "all_gather_into_tensor", lambda output, mine, group: None)
+
+    def executed(size):
+        hands = muon.deal(costs, size)
+        assert sorted(position for hand in hands for position in hand) == list(range(len(costs)))
+        work = [sum(costs[position] for position in hand) for hand in hands]
+        busiest = work.index(max(work))
+        monkeypatch.setattr(muon.Team, "of", classmethod(lambda cls, params: cls(busiest, size)))
+        (optimizer,) = optim.build_optimizers([group], TrainConfig())
+        for p in group.params:
+            p.grad = p.detach()
+        with FlopCounterMode(display=False) as counter:
+            optimizer.step()
+        assert counter.get_total_flops() == 2 * max(work)
+        return counter.get_total_flops() / 1e12
+
+    assert [executed(size) for size in (1, 8, 64)] == pytest.approx(NEWTON_SCHULZ_TFLOP[preset], rel=2e-3)
+
+
+# -- the rest ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_nesterov_adam_follows_its_formula():
