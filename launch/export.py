@@ -17,14 +17,15 @@ from common.external import RunWeights, run_weights
 from common.files import write_whole
 from evaluation.models import IMPORTED, saved_run
 from evaluation.record import RESULT, Record, read_record
+from launch.folder import DATA
 from methods import MethodSpec, get_spec
 
 WEIGHTS = "model.safetensors"
-FILES = (WEIGHTS, "config.yaml", "README.md")
+FILES = (WEIGHTS, "config.yaml", DATA, "README.md")
 
 
 def export_run(folder: Path, to: Path, ema: str | None, licence: str) -> str:
-    """Writes the three files; `ema` as in evaluation/run.py. Frozen networks stay outside, as in checkpoints."""
+    """Writes the files, with the class names where the run has kept them; `ema` as in evaluation/run.py. Frozen networks stay outside, as in checkpoints."""
     run = saved_run(folder, {})
     weights = run_weights(folder, ema)
     if to.exists() and any(to.iterdir()):
@@ -34,9 +35,11 @@ def export_run(folder: Path, to: Path, ema: str | None, licence: str) -> str:
     decay = dict(zip(ema_names(run.train), run.train.ema_decay, strict=False)).get(name, "")
     metadata = {"format": "pt", "method": run.method, "ema": name, "ema_decay": str(decay), "licence": licence, "checkpoint_sha256": weights.sha256}
     save_file({key: tensor.contiguous() for key, tensor in weights.state.items()}, to / WEIGHTS, metadata)
-    shutil.copyfile(folder / "config.yaml", to / "config.yaml")
+    for file in ("config.yaml", DATA):
+        if (folder / file).exists():
+            shutil.copyfile(folder / file, to / file)
     write_whole(to / "README.md", card(folder, weights, get_spec(run.method), run.preset, name, licence, sha256_of(to / WEIGHTS)))
-    return "\n".join(str(to / file) for file in FILES)
+    return "\n".join(str(to / file) for file in FILES if (to / file).exists())
 
 
 def card(folder: Path, weights: RunWeights, spec: MethodSpec, preset: str, ema: str, licence: str, sha256: str) -> str:

@@ -1,6 +1,7 @@
 """The run folder: made once, locked while a process works in it, never overwritten.
 
 config.yaml      the resolved configuration
+data.json        the training data: names of the classes in the order of their numbers, counts, digest
 stages.json      the checkpoints of earlier stages that the run is built on, where there are any
 jobs.jsonl       one line a submission to a scheduler: job, log, copy of the code
 failure.json     why the last job failed, and where its log is
@@ -21,12 +22,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from omegaconf import OmegaConf
 
@@ -34,7 +36,11 @@ from common.config import RunConfig, differences, run_folder, to_dict, to_yaml
 from common.errors import UserError
 from common.files import write_whole
 
+if TYPE_CHECKING:
+    from common.datasets import DataSummary
+
 RESULT = "result.json"
+DATA = "data.json"
 JOBS = "jobs.jsonl"
 FAILURE = "failure.json"
 LOCK = ".lock"
@@ -65,6 +71,38 @@ def check_same(folder: Path, run: RunConfig) -> None:
     saved: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     if changed := differences(saved, to_dict(run)):
         raise UserError(f"{folder} belongs to a run with other settings ({'; '.join(changed[:5])}). Choose another name=, or restore these settings.")
+
+
+def record_data(folder: Path, data: DataSummary) -> None:
+    """Keeps what the run is trained on, class names included, so that samples can be asked for by name where the data are not at hand.
+
+    A later start on other images or classes is a UserError; that the data lie in another place is no change.
+    """
+    file = folder / DATA
+    facts = {
+        "name": data.name, "digest": data.digest, "image_size": data.image_size, "num_train": data.num_train,
+        "num_heldout": data.num_heldout, "num_classes": data.num_classes, "class_names": list(data.class_names),
+    }  # fmt: skip
+    if not file.exists():
+        write_whole(file, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        return
+    known = read_data(folder)
+    if changed := [f"{key}: {known.get(key)} -> {facts[key]}" for key in ("num_train", "num_classes", "digest") if known.get(key) != facts[key]]:
+        raise UserError(
+            f"the data have changed since {folder} was started ({'; '.join(changed)}). Restore them, or choose another name= for a run on the new data."
+        )
+
+
+def read_data(folder: Path) -> dict[str, Any]:
+    """The facts of a run's data; empty for a folder that was made before they were kept."""
+    file = folder / DATA
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}). Remove it; the next start writes it again.") from error
+    if not isinstance(facts, dict):
+        raise UserError(f"{file} does not hold the facts of a data set. Remove it; the next start writes it again.")
+    return facts
 
 
 @contextlib.contextmanager

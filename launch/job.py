@@ -40,7 +40,7 @@ from evaluation.reconstruction import evaluate_reconstruction
 from evaluation.record import read_record, write_record
 from launch import record
 from launch.dry_run import describe_run
-from launch.folder import RESULT, locked, open_folder
+from launch.folder import RESULT, locked, open_folder, record_data
 from launch.provenance import record_start
 from launch.stages import earlier_runs, hold_to_stages, stage_runs, with_stages
 from methods import get_class
@@ -124,6 +124,7 @@ def run_one(run: RunConfig) -> str:
     with locked(folder, enabled=job.main):
         if job.main:
             hold_to_stages(folder, job.earlier)
+            record_data(folder, source.info)
             record_start(folder)
         state = train_job(job)
         peak = peak_bytes(accelerator.device)

@@ -237,7 +237,7 @@ def test_a_card_of_an_imported_run_names_the_released_file(jit, tmp_path):
     assert imported("method=jit", f"file={file}", "name=official", f"out={tmp_path}", *JIT_KEYS) == 0
     assert prepare.main(["export", f"from={tmp_path}/official", f"to={tmp_path}/out"]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert sha256_of(file) in card and "license: mit" in card and "Published for this preset: fid 3.66" in card and "Not evaluated" in card
+    assert sha256_of(file) in card and "license: mit" in card and "Published for this preset: FID 3.66" in card and "Not evaluated" in card
 
 
 def test_every_preset_that_is_expected_to_reach_a_score_says_so_on_its_card():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,12 @@ from safetensors.torch import load_file
 
 from common import synthetic
 from common.checkpoint import latest
+from common.datasets import DataSummary
+from common.errors import UserError
 from common.meters import read_rows
 from evaluation.curve import read_curve
 from evaluation.record import read_record
+from launch.folder import read_data, record_data
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ("model.depth=2", "model.width=16", "model.heads=2", "model.patch=4", "model.bottleneck=8", "model.context_tokens=2", "model.context_start=1")
@@ -92,6 +96,7 @@ def test_the_run_folder_is_complete_and_named_at_the_end(finished):
     assert [point["images"] for point in read_curve(finished / "curve.jsonl")] == [160]
     for name in ("config.yaml", "starts.jsonl", "previews/images-000000160.png", "previews/images-000000320.png"):
         assert (finished / name).exists(), name
+    assert json.loads((finished / "data.json").read_text())["class_names"] == sorted(synthetic.CLASS_NAMES)
     first = json.loads((finished / "starts.jsonl").read_text().splitlines()[0])
     assert "launch/run.py" in first["command"] and first["packages"]["torch"] == torch.__version__.split("+")[0] and first["code"]["git_sha"]
     assert "fd_embedded" in printed and "run" in printed
@@ -117,6 +122,15 @@ def test_a_second_start_says_finished_and_touches_nothing(images, finished):
 def test_other_settings_in_the_same_folder_are_refused(images, finished):
     result = start(command(images, finished.parent, "train.lr=0.5"))
     assert result.returncode == 2 and "train.lr: " in result.stderr and "another name=" in result.stderr
+
+
+def test_data_that_changed_since_the_first_start_are_refused(tmp_path):
+    summary = DataSummary("photos", 2, 16, 100, 5, ("cat", "dog"), "0" * 64)
+    record_data(tmp_path, summary)
+    record_data(tmp_path, summary)
+    with pytest.raises(UserError, match=r"the data have changed since .*\(num_train: 100 -> 99\)"):
+        record_data(tmp_path, replace(summary, num_train=99))
+    assert read_data(tmp_path)["num_train"] == 100
 
 
 def killed(arguments: list[str], number: signal.Signals, after: float) -> bool:
