@@ -368,7 +368,12 @@ def inert(key: str) -> bool:
 
 def identity(run: RunConfig) -> str:
     """12 hex digits over everything that can change a weight or a score."""
-    settings = {key: value for key, value in flatten(to_dict(run)) if not inert(key) and LATER_KEYS.get(key, ...) != value}
+    return identity_of(to_dict(run))
+
+
+def identity_of(saved: Mapping[str, Any]) -> str:
+    """The same of a configuration as it was saved, which may be older than some keys."""
+    settings = {key: value for key, value in flatten(saved) if not inert(key) and LATER_KEYS.get(key, ...) != value}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common import checkpoint
 from common.config import TrainConfig, ema_names
 from common.errors import UserError, close_match
+from common.saved_config import check_config, read_config
 
 PARTS = ("ema", "model", "state_dict")  # of a training checkpoint, best first
 HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the usual names in a Hugging Face repository, best first
@@ -149,23 +149,32 @@ class RunWeights:
     config: dict[str, Any]  # the run's resolved configuration
     sha256: str  # of the checkpoint's manifest, as in records
     folder: Path
+    facts: dict[str, Any]  # what the checkpoint says of itself
 
 
 def run_weights(folder: Path, ema: str | None = None) -> RunWeights:
-    """The newest whole checkpoint of a run folder, with an average in the place of the raw weights that it follows.
+    """The newest whole checkpoint of a run folder, with an average in the place of the raw weights that it follows. Nothing else of it is read.
 
     ema: the average's name ("0.999", "500000img"), "raw" for none, None for the one that the run was evaluated with.
+    A config.yaml that is not the one of the checkpoint is a UserError.
     """
-    config_file = folder / "config.yaml"
-    if not config_file.is_file():
-        raise UserError(f"{folder} is not a run folder: it has no config.yaml. Give the folder of a finished run, such as runs/<name>.")
-    config: Any = OmegaConf.to_container(OmegaConf.load(config_file))
-    path = checkpoint.latest(folder / "checkpoints")
-    if path is None:
-        raise UserError(f"{folder} has no whole checkpoint under checkpoints/. Finish that run: the command that started it resumes it.")
-    tensors = checkpoint.load(path).tensors
+    config = read_config(folder)
     averages = ema_names(TrainConfig(ema_decay=config["train"]["ema_decay"], ema_halflife_images=config["train"]["ema_halflife_images"]))
     name = ema or config["eval"]["ema"] or next(iter(averages), "raw")
-    if name != "raw" and f"ema-{name}" not in tensors:
+    path = checkpoint.latest(folder / "checkpoints", stems=("model", f"ema-{name}"))
+    if path is None:
+        raise UserError(no_checkpoint(folder))
+    facts = checkpoint.load_facts(path)
+    check_config(folder, config, path, facts)
+    if name != "raw" and name not in checkpoint.averages(path):
         raise UserError(f"{path} has no average {name!r}.{close_match(name, averages)} It has: {_listed([*averages, 'raw'])}.")
-    return RunWeights(tensors["model"] | tensors.get(f"ema-{name}", {}), config, checkpoint.digest(path), folder)
+    state = checkpoint.load_weights(path, None if name == "raw" else name)
+    return RunWeights(state, config, checkpoint.digest(path), folder, facts)
+
+
+def no_checkpoint(folder: Path) -> str:
+    """What to do about a run folder without a whole checkpoint, as a sentence."""
+    fault = f"{folder} has no whole checkpoint under checkpoints/. "
+    if (folder / "result.json").exists():  # the run is finished, and the command that started it would say so and do nothing
+        return fault + "The run is finished, so its files were damaged or removed afterwards: restore them from a copy, or remove the folder and run it again."
+    return fault + "Finish that run: the command that started it resumes it."

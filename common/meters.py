@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.files import read_rows, write_whole
+from common.files import read_rows, split_rows, write_whole
+
+__all__ = ["Meters", "read_rows", "truncate_rows"]
+log = logging.getLogger("pixlat")
+MAX_COUNT = 10**15  # steps and images
+MAX_VALUE = float(2**128)  # of a quantity that a log holds: beyond the largest float32; NaN is allowed
 
 
 @dataclass
@@ -62,7 +69,21 @@ class Meters:
 
 
 def truncate_rows(file: Path, step: int) -> None:
-    """Drops the lines after `step`: they will be written again by the resumed run."""
-    rows = [row for row in read_rows(file) if row["step"] <= step]
+    """Drops the lines after `step`, which the resumed run will write again, and damaged ones, which are named: a log must not keep a run from going on."""
+    rows, damaged = split_rows(file)
+    odd = [row for row in rows if not is_metrics_row(row)]
+    if damaged or odd:
+        log.warning("%s: %d damaged lines are left out (%s)", file, len(damaged) + len(odd), _places(damaged, odd))
     if file.exists():
-        write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(file, "".join(json.dumps(row) + "\n" for row in rows if is_metrics_row(row) and row["step"] <= step))
+
+
+def is_metrics_row(row: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl holds numbers under names, with the step and the images of its moment among them."""
+    counts = all(isinstance(row.get(key), int) and 0 <= row[key] <= MAX_COUNT for key in ("step", "images"))
+    return counts and all(isinstance(value, int | float) and not abs(value) > MAX_VALUE for value in row.values())
+
+
+def _places(damaged: Sequence[int], odd: Sequence[Mapping[str, Any]]) -> str:
+    numbers = [f"line {number}" for number in damaged]
+    return ", ".join([*numbers, *(f"step {str(row.get('step', 'unknown'))[:20]}" for row in odd)][:5])

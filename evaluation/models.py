@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from common.config import RunConfig, ema_names, evaluated_ema, flatten, resolve
 from common.errors import UserError
+from common.files import parse_json, read_text
+from common.saved_config import IMPORTED_IDENTITY, check_config, read_config
 from evaluation.record import RESULT, Record, read_record
 from methods import get_class, get_spec
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 
 IMPORTED = "imported.json"  # in a run folder that was made of a released file: where the weights come from
+NUMBER_OR_NONE = (float, int, type(None))
+ORIGIN: dict[str, Any] = {"file": str, "sha256": str, "ema_decay": NUMBER_OR_NONE, "weights": str, "licence": str}  # what is read of it, and its types
+MAX_IMPORTED_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,54 @@ class Model:
 
 def saved_run(folder: Path, overrides: Mapping[str, str]) -> RunConfig:
     """The configuration of a run folder, with some keys set anew and the folders of earlier stages in place, without what only training reads."""
+    check_saved(folder)
     settings = saved_settings(folder) | {"data.latents": "null"} | dict(overrides)
-    run = resolve(get_spec(json.loads(settings["method"])), settings)
+    run = resolve(get_spec(str(json.loads(settings["method"]))), settings)
     return dataclasses.replace(run, model=dataclasses.replace(run.model, **stage_folders(folder, run)))
 
 
 def saved_settings(folder: Path) -> dict[str, str]:
     """Every key of a folder's config.yaml, as on the command line."""
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise UserError(f"{folder} is not a run folder: it has no config.yaml. run= takes the folder that launch/run.py printed.")
-    saved: Any = OmegaConf.to_container(OmegaConf.load(file))
-    return {key: json.dumps(value) for key, value in flatten(saved)} | {"preset": saved["preset"]}
+    saved = read_config(folder)
+    return {key: json.dumps(value) for key, value in flatten(saved)} | {"preset": str(saved.get("preset"))}
+
+
+def check_saved(folder: Path) -> None:
+    """Refuses a config.yaml that is not its checkpoint's, before its settings are used and the large files are read."""
+    from common import checkpoint
+
+    saved = checkpoint.latest(folder / "checkpoints", stems=())
+    if saved is not None:
+        check_config(folder, read_config(folder), saved, checkpoint.load_facts(saved))
+
+
+def imported_facts(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What imported.json says of the released file behind a run folder, None for a run that was trained here.
+
+    facts: of the folder's checkpoint, which keeps the digest of imported.json; early imports keep none. A changed file is a UserError.
+    """
+    file, imported = folder / IMPORTED, facts.get("identity") == IMPORTED_IDENTITY
+    if not imported and not file.exists():
+        return None
+    remedy = "Restore it from a copy, or import the released file again (python launch/prepare.py import)."
+    if not imported:
+        raise UserError(f"{file} does not belong to {folder}, which was trained here and not imported. Remove it.")
+    text = read_text(file, MAX_IMPORTED_BYTES)
+    expected = facts.get("imported_sha256", digest_of(text))
+    if digest_of(text) != expected:
+        raise UserError(f"{file} was changed after the import: its sha256 is {digest_of(text)}, and the checkpoint keeps {expected}. {remedy}")
+    try:
+        told = parse_json(text)
+    except UserError as error:
+        raise UserError(f"{file} is damaged: {error}. {remedy}") from error
+    if not isinstance(told, dict) or any(key not in told or not isinstance(told[key], kind) for key, kind in ORIGIN.items()):
+        raise UserError(f"{file} is damaged: it does not give {', '.join(ORIGIN)} of the released file. {remedy}")
+    return told
+
+
+def digest_of(text: str) -> str:
+    """Hex sha256 of a text's UTF-8 bytes."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def stage_folders(folder: Path, run: RunConfig) -> dict[str, str]:
@@ -86,8 +126,7 @@ def load_run(folder: Path, overrides: Mapping[str, str], ema: str | None, device
     record = finished(folder)
     step = (record or {}).get("checkpoint", {}).get("step")
     checkpoint = {"sha256": weights.sha256, "step": step, "ema_decay": decays.get(name), "ema_kind": name}
-    if (folder / IMPORTED).exists():
-        origin = json.loads((folder / IMPORTED).read_text(encoding="utf-8"))
+    if (origin := imported_facts(folder, weights.facts)) is not None:
         checkpoint = {"sha256": origin["sha256"], "step": None, "ema_decay": origin["ema_decay"], "ema_kind": origin["weights"]}
     return Model(method.to(device).eval(), run, info, folder.name, checkpoint, record, sampling_dtype(run, device))
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
-from common.checkpoint import sha256_of
-from common.config import ema_names, published_score
+from common.checkpoint import save_tensors, sha256_of
+from common.config import RunConfig, TrainConfig, ema_names, identity_of, published_score
 from common.errors import UserError
 from common.external import RunWeights, run_weights
 from common.files import write_whole
-from evaluation.models import IMPORTED, saved_run
+from evaluation.models import imported_facts, saved_run
 from evaluation.record import RESULT, Record, read_record
 from launch.folder import DATA
 from methods import MethodSpec, get_spec
@@ -31,25 +28,27 @@ def export_run(folder: Path, to: Path, ema: str | None, licence: str) -> str:
     if to.exists() and any(to.iterdir()):
         raise UserError(f"{to} is not empty. Choose another to=.")
     to.mkdir(parents=True, exist_ok=True)
+    imported = imported_facts(folder, weights.facts)
     name = ema or run.eval.ema or next(iter(ema_names(run.train)), "raw")
     decay = dict(zip(ema_names(run.train), run.train.ema_decay, strict=False)).get(name, "")
     metadata = {"format": "pt", "method": run.method, "ema": name, "ema_decay": str(decay), "licence": licence, "checkpoint_sha256": weights.sha256}
-    save_file({key: tensor.contiguous() for key, tensor in weights.state.items()}, to / WEIGHTS, metadata)
+    metadata["config_identity"] = identity_of(weights.config)  # `import` compares it with the config.yaml beside the file
+    save_tensors({key: tensor.contiguous() for key, tensor in weights.state.items()}, to / WEIGHTS, metadata)
     for file in ("config.yaml", DATA):
         if (folder / file).exists():
             shutil.copyfile(folder / file, to / file)
-    write_whole(to / "README.md", card(folder, weights, get_spec(run.method), run.preset, name, licence, sha256_of(to / WEIGHTS)))
+    write_whole(to / "README.md", card(folder, run, weights, imported or {}, name, licence, sha256_of(to / WEIGHTS)))
     return "\n".join(str(to / file) for file in FILES if (to / file).exists())
 
 
-def card(folder: Path, weights: RunWeights, spec: MethodSpec, preset: str, ema: str, licence: str, sha256: str) -> str:
+def card(folder: Path, run: RunConfig, weights: RunWeights, imported: Mapping[str, Any], ema: str, licence: str, sha256: str) -> str:
     """The model card, with the front matter that Hugging Face reads."""
+    spec, preset = get_spec(run.method), run.preset
     record: Record = read_record(folder / RESULT) if (folder / RESULT).exists() else {}
-    imported = json.loads((folder / IMPORTED).read_text(encoding="utf-8")) if (folder / IMPORTED).exists() else {}
     licence = licence or imported.get("licence", "")
     front = ["---", f"license: {licence.lower() or 'other'}", "library_name: pixlat", "pipeline_tag: unconditional-image-generation", "---"]
     return "\n".join([*front, "", f"# {folder.name}", "", f"{spec.title}.", "", f"Method: {spec.paper}; preset `{preset}`.", "",
-        *origin(record, imported, weights, ema), "", *scores(record), *expected(spec, preset),
+        *origin(record, imported, weights, ema), "", *state_of(record, imported, weights, run.train), *scores(record), *expected(spec, preset),
         "## Use", "", f"    python launch/prepare.py import method={spec.name} file=FOLDER name={folder.name}",
         f"    python evaluation/run.py run=runs/{folder.name}", "",
         f"`{WEIGHTS}` (sha256 {sha256}) holds {len(weights.state)} tensors under pixlat's names, `config.yaml` every setting. Frozen networks are not in it.",
@@ -65,6 +64,17 @@ def origin(record: Mapping[str, Any], imported: Mapping[str, Any], weights: RunW
     seen = f" on {train['images_seen']:,} images shown, batch {train['batch']}, {train['optimizer']}, {train['precision']}" if train else ""
     commit = f", code {record['code']['git_sha'][:12]}" if record.get("code") else ""
     return [f"Trained on {record.get('data', {}).get('name', data['name'])}{seen}{commit}. Weights: {ema}, checkpoint sha256 {weights.sha256}."]
+
+
+def state_of(record: Mapping[str, Any], imported: Mapping[str, Any], weights: RunWeights, train: TrainConfig) -> list[str]:
+    """Where a run was cut; nothing for one that is finished or was not trained here."""
+    if record or imported or "step" not in weights.facts:
+        return []
+    step = int(weights.facts["step"])
+    seen = step * train.batch
+    if seen < train.images:
+        return [f"**This run is not finished**: these weights are of step {step:,}, after {seen:,} of {train.images:,} training images.", ""]
+    return [f"**This run is not finished**: its training is (step {step:,}, {seen:,} images), its evaluation has not been.", ""]
 
 
 def scores(record: Mapping[str, Any]) -> list[str]:

@@ -30,11 +30,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from omegaconf import OmegaConf
-
 from common.config import RunConfig, differences, run_folder, to_dict, to_yaml
 from common.errors import UserError
 from common.files import write_whole
+from common.saved_config import read_config
 
 if TYPE_CHECKING:
     from common.datasets import DataSummary
@@ -68,8 +67,7 @@ def open_folder(run: RunConfig) -> Path:
 
 def check_same(folder: Path, run: RunConfig) -> None:
     """Refuses to continue a folder whose saved configuration differs in anything that matters."""
-    saved: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    if changed := differences(saved, to_dict(run)):
+    if changed := differences(read_config(folder), to_dict(run)):
         raise UserError(f"{folder} belongs to a run with other settings ({'; '.join(changed[:5])}). Choose another name=, or restore these settings.")
 
 

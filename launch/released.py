@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from common import checkpoint
-from common.config import RunConfig, load_presets, resolve, to_yaml
+from common.config import RunConfig, identity, load_presets, resolve, to_yaml
 from common.errors import UserError
+from common.external import key_faults, read_tensors
 from common.files import write_whole
+from common.saved_config import IMPORTED_IDENTITY, check_config, read_config
 from common.trainer import load_own_state, own_state
-from evaluation.models import IMPORTED, build, saved_settings
+from evaluation.models import IMPORTED, build, digest_of, saved_settings
 from methods import MethodSpec, get_spec, load_object, registered
 from methods.base import Method, OpenReleased, Released
 
@@ -76,16 +78,27 @@ def from_file(spec: MethodSpec, file: Path, weights: str | None, preset: str | N
 
 def from_export(spec: MethodSpec, folder: Path, settings: Mapping[str, str]) -> Found:
     """The same of what `export` wrote: our names already, and a configuration beside them."""
+    file = weights_file(folder)
+    state, origin = read_tensors(file), metadata_of(file)
+    check_config(folder, read_config(folder), file, origin)
     run = resolve(spec, {**saved_settings(folder), **ALONE, **settings})
     if run.method != spec.name:
         raise UserError(f"{folder} holds a model of method={run.method}, not of method={spec.name}.")
     built, info = build(run)
-    with safe_open(weights_file(folder), "pt") as file:
-        origin = file.metadata()
-    state = load_file(weights_file(folder))
+    if faults := key_faults(state, {name: tensor.shape for name, tensor in own_state(built).items()}):
+        raise UserError(f"{file} does not fit the config.yaml beside it, {len(faults)} keys differ: {'; '.join(faults[:5])}.")
     load_own_state(built, state)
-    decay = float(origin["ema_decay"]) if origin["ema_decay"] else None
+    decay = None if origin["ema_decay"] == "" else float(origin["ema_decay"])
     return run, built, Released(state, {}, info.num_classes, info.image_size, origin["ema"], decay, origin["licence"])
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    """What `export` wrote into the head of a file; any other file is a UserError."""
+    with safe_open(file, "pt") as opened:
+        origin = opened.metadata() or {}
+    if not {"ema", "ema_decay", "licence"} <= set(origin) or not re.fullmatch(r"(\d(\.\d+)?(e-\d+)?)?", origin["ema_decay"]):
+        raise UserError(f"{file} does not say which average it holds, as files of `python launch/prepare.py export` do. Export the run again.")
+    return dict(origin)
 
 
 def importable() -> list[str]:
@@ -134,7 +147,9 @@ def fits(run: RunConfig, found: Released) -> bool:
 def write_folder(folder: Path, run: RunConfig, state: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
     """config.yaml, imported.json and one checkpoint of an identity that no training continues."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {"model": state}
-    checkpoint.save(folder / "checkpoints", 0, checkpoint.Checkpoint(tensors, {"identity": "imported", "step": 0, "images_seen": 0}), keep=1)
-    write_whole(folder / IMPORTED, json.dumps(facts, indent=1) + "\n")
+    origin = json.dumps(facts, indent=1) + "\n"
+    bound = {"config_identity": identity(run), "imported_sha256": digest_of(origin)}  # a later change of either file shows
+    saved = checkpoint.Checkpoint({"model": state}, {"identity": IMPORTED_IDENTITY, "step": 0, "images_seen": 0, **bound})
+    checkpoint.save(folder / "checkpoints", 0, saved, keep=1)
+    write_whole(folder / IMPORTED, origin)
     write_whole(folder / "config.yaml", to_yaml(run))  # last: a folder without it is none

@@ -15,6 +15,7 @@ from typing import Any
 from common import checkpoint
 from common.config import RunConfig, load_presets, resolve, run_folder
 from common.errors import UserError
+from common.external import no_checkpoint
 from common.files import write_whole
 from evaluation.record import read_record
 from launch.folder import RESULT
@@ -70,7 +71,7 @@ def earlier_runs(run: RunConfig, model: Any) -> list[dict[str, Any]]:
         folder = Path(place)
         saved = checkpoint.latest(folder / "checkpoints")
         if saved is None:
-            raise UserError(f"model.{stage.key}={folder} is a run folder without a whole checkpoint. Finish that run, or give another one.")
+            raise UserError(f"model.{stage.key}={folder}: {no_checkpoint(folder)} Or give another run.")
         record: Mapping[str, Any] = read_record(folder / RESULT) if (folder / RESULT).exists() else {}
         trained = record.get("train", {})
         cost = {name: trained.get(name) for name in ("images_seen", "macs_total", "device_seconds")}

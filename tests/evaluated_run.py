@@ -8,7 +8,7 @@ from PIL import Image
 
 from common import checkpoint
 from common.checkpoint import Checkpoint
-from common.config import RunConfig, resolve, to_yaml
+from common.config import RunConfig, identity, resolve, to_yaml
 from common.datasets import load_data
 from evaluation.features import Features
 from evaluation.record import build_record, write_record
@@ -58,7 +58,7 @@ def run_folder(folder: Path, data: Path, seed: int = 0, record: bool = True) -> 
         torch.nn.init.normal_(p, std=0.1)
     weights = {name: p.detach() for name, p in method.state_dict().items()}
     average = {name: 0.5 * p.detach() for name, p in method.named_parameters() if p.requires_grad}
-    checkpoint.save(folder / "checkpoints", 7, Checkpoint({"model": weights, "ema-0.9": average}, {"step": 7}), keep=1)
+    checkpoint.save(folder / "checkpoints", 7, Checkpoint({"model": weights, "ema-0.9": average}, {"step": 7, "identity": identity(run)}), keep=1)
     if record:
         write_record(build_record(_fields(folder.name, source.info)), folder / "result.json")
     return run
