@@ -195,11 +195,12 @@ def run_shape(folder: Path) -> Mapping[str, Any]:
 # -- export ---------------------------------------------------------------------------------------------------------------------
 
 
-def export_tokenizer(folder: Path, file: Path) -> dict[str, Any]:
+def export_tokenizer(folder: Path, file: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """Writes the autoencoder of a run folder as `file` (float16 weights) with a card beside it (.json), which it returns.
 
     The card holds the sizes and the recipe, the digest, and what the stored weights do with the run's own data: the moments of the latents of all
-    training images and the mean PSNR of the held-out ones.
+    training images and the mean PSNR of the held-out ones. From the run's record it takes what its training cost, which the records of generators
+    that use the weights list as a parent: MACs, images, seconds of devices, and the networks of others that took part.
     """
     from safetensors.torch import save_file
 
@@ -221,6 +222,9 @@ def export_tokenizer(folder: Path, file: Path) -> dict[str, Any]:
         "latent_mean": mean.tolist(),
         "latent_std": std.tolist(),
         "psnr_heldout": _mean_psnr(tokenizer, source.heldout),
+        "row_id": record["row_id"],
+        **{name: record["train"][name] for name in ("images_seen", "macs_total", "device_seconds")},
+        "pretrained_components": record["pretrained_components"],
     }
     write_whole(file.with_suffix(".json"), json.dumps(card, indent=1) + "\n")
     return card

@@ -67,10 +67,10 @@ class Section:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know before comparing: the extractor's reach, and what real images score."""
+        """What a reader must know before comparing: the extractor's reach, what real images score, and which training no row's cost holds."""
         protocol = self.rows[0]["protocol"]
         embedded = bool(protocol) and not protocol["extractor"]["comparable_with_inception_fid"]
-        return [note for note in (EMBEDDED_NOTE if embedded else "", floor_note(self.rows[0])) if note]
+        return [note for note in (EMBEDDED_NOTE if embedded else "", floor_note(self.rows[0]), uncounted_note(self.rows)) if note]
 
 
 def read_records(runs: Path, pattern: str = RESULT) -> Records:
@@ -136,12 +136,39 @@ def training_macs(row: Record) -> int | None:
     return None if None in parts else sum(parts)
 
 
+def uncounted_note(rows: Sequence[Record]) -> str:
+    """Which networks of others the rows were trained with: what their training cost is in no row."""
+    users: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        for name in uncounted_parts(row):
+            users[name].append(row["system"]["method"])
+    if not users:
+        return ""
+    parts = [f"{name} ({', '.join(sorted(set(methods)))})" for name, methods in sorted(users.items())]
+    return f"Training costs hold every stage that was trained here. Not counted, because others trained them: {'; '.join(parts)}."
+
+
+def uncounted_parts(row: Record) -> list[str]:
+    """The networks of a row, and of the runs that it is built on, that no stage of ours trained."""
+    parents = row.get("parents", [])
+    ours = {parent["checkpoint_sha256"] for parent in parents}
+    parts = [*row.get("pretrained_components", []), *(part for parent in parents for part in parent.get("pretrained_components", []))]
+    return sorted({network_name(part["name"], part["role"]) for part in parts if part["sha256"] is None or part["sha256"] not in ours})
+
+
+def network_name(component: str, role: str) -> str:
+    """What people call a network of others. In records EfficientNet-Lite0 is `embedded`, as the autoencoder in the package is, whose role is tokenizer."""
+    return "EfficientNet-Lite0 on ImageNet" if component in ("embedded", "EmbeddedDistance") and role != "tokenizer" else component
+
+
 def floor_note(row: Record) -> str:
     """What held-out real images reach, also carried to the number of generated images."""
     floor, primary = row["metrics"].get("fd_floor"), next((name for name in PRIMARY if name in row["metrics"]), None)
     if not floor or not primary:
         return ""
-    note = f"Floor: {floor['n']} held-out real images in the place of generated ones reach {floor['value']:.2f}"
+    weighted = round(floor.get("n_eff", floor["n"]))
+    among = f" (their classes weighted alike, which makes them worth {weighted})" if weighted != floor["n"] else ""
+    note = f"Floor: {floor['n']} held-out real images{among} in the place of generated ones reach {floor['value']:.2f}"
     if floor.get("value_bc") is not None and floor.get("se") is not None:
         n = row["metrics"][primary]["n"]
         note += f" (bias-corrected {floor['value_bc']:.2f} ± {floor['se']:.2f}), which makes {floor_at(floor, n):.2f} for {n} images"
@@ -150,5 +177,5 @@ def floor_note(row: Record) -> str:
 
 
 def floor_at(floor: Mapping[str, float], n: int) -> float:
-    """The floor for n images: FD(n) = FD(inf) + c / n."""
-    return floor["value_bc"] + (floor["value"] - floor["value_bc"]) * floor["n"] / n
+    """The floor for n images: FD(n) = FD(inf) + c / n, where reweighted images count as their effective number."""
+    return floor["value_bc"] + (floor["value"] - floor["value_bc"]) * floor.get("n_eff", floor["n"]) / n

@@ -176,7 +176,7 @@ COST = [
     Column("decoder", "decoder", _nonzero("params", "decoder", MEGA, ".2f"), "M", hint="parameters from latents to pixels"),
     Column("borrowed", "pre-trained parts", _borrowed, "M", hint="parameters of networks that somebody else trained"),
     Column("train_macs", "training", lambda row: number_cell(training_macs(row), PETA), "PMACs", essential=True,
-           hint="forward and backward, frozen networks and earlier stages included"),
+           hint="forward and backward, frozen networks and all stages trained here included"),
     Column("images_seen", "images seen", lambda row: number_cell(row.get("train", {}).get("images_seen"), form=",.0f")),
     Column("images_s", "speed", _number("speed", "images_per_s"), "images/s", hint="sampling, on one device of the machine of the record"),
 ]  # fmt: skip

@@ -96,7 +96,7 @@ def frechet_estimate(generated: Collected, reference: Factored) -> Estimate:
 def floor_metric(heldout: Moments, reference: Factored) -> Metric:
     """Held-out real images in the place of generated ones. Their number differs from that of generated ones: compare bias-corrected values."""
     estimate = jackknife(frechet_distance(heldout.total(), reference), [frechet_distance(g, reference) for g in heldout.left_out()])
-    return frechet_metric(estimate, int(heldout.count.sum()), reference.regularised)
+    return {**frechet_metric(estimate, int(heldout.count.sum()), reference.regularised), "n_eff": heldout.effective_number}
 
 
 def frechet_metric(estimate: Estimate, n: int, regularised: bool) -> Metric:

@@ -75,6 +75,12 @@ class Moments:
         for own in self.tensors().values():
             sum_over_ranks(own)
 
+    @property
+    def effective_number(self) -> float:
+        """The number of equally weighted images whose mean fluctuates as much, (sum w)^2 / sum w^2: the bias of a distance goes with its inverse."""
+        weight, squares = self.weight.sum(0).tolist()
+        return float(weight**2 / squares)
+
     def total(self) -> Gaussian:
         """Mean and covariance of all images."""
         return _gaussian(self._sums())

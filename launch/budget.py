@@ -13,7 +13,7 @@ from pathlib import Path
 from common.config import RunConfig
 from common.errors import UserError
 from evaluation.record import RESULT, read_record
-from methods import get_spec
+from methods import Stage, get_spec
 
 MAX_STEPS = 2**40
 
@@ -39,28 +39,30 @@ def within_budget(run: RunConfig) -> RunConfig:
 
 def _steps_of(run: RunConfig, macs: float) -> int:
     """The steps that so many MACs allow after the earlier stages have taken theirs."""
-    earlier = sum(_stage_macs(run, stage.key) for stage in get_spec(run.method).stages)
+    earlier = sum(stage_macs(run, stage) for stage in get_spec(run.method).stages)
     if earlier >= macs:
         raise UserError(f"budget.train_macs={macs:.4g} is what the earlier stages alone cost, {earlier:.4g} MACs. Give more.")
-    cost, batch = _macs_of(run), run.train.batch
+    cost, batch = macs_of(run), run.train.batch
     return bisect_right(range(MAX_STEPS), macs - earlier, key=lambda steps: cost(steps * batch)) - 1
 
 
-def _stage_macs(run: RunConfig, key: str) -> int:
-    """MACs of an earlier stage: to be trained, or trained before; what was released by others counts nothing, as in records."""
-    from launch.stages import stage_runs
+def stage_macs(run: RunConfig, stage: Stage) -> int:
+    """MACs of an earlier stage: to be trained, trained before, or part of the package; what was released by others counts nothing, as in records."""
+    from launch.stages import shipped_run, stage_runs
 
-    place = getattr(run.model, key)
-    if stage := stage_runs(run).get(key):
-        return _macs_of(stage)(stage.train.images)
+    key, place = stage.key, getattr(run.model, stage.key)
+    if waiting := stage_runs(run).get(key):
+        return macs_of(waiting)(waiting.train.images)
+    if place in stage.shipped:
+        return int(shipped_run(stage, place)["macs_total"])
     if place is None or not (Path(place) / "config.yaml").exists():
         return 0
     if not (Path(place) / RESULT).exists():
-        raise UserError(f"budget.train_macs: what model.{key}={place} cost is not known, since that run is not finished. Finish it first.")
+        raise UserError(f"budget: what model.{key}={place} cost is not known, since that run is not finished. Finish it first.")
     return int(read_record(Path(place) / RESULT)["train"]["macs_total"])
 
 
-def _macs_of(run: RunConfig) -> Callable[[int], int]:
+def macs_of(run: RunConfig) -> Callable[[int], int]:
     """MACs of training on so many images. What is remembered of an image is taken to be computed early, so a run does not exceed its budget."""
     from common.cost import training_cost
     from common.datasets import summarise

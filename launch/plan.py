@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 from common.command_line import as_command
 from common.config import RunConfig, one_of, published_score, require, resolve
 from common.errors import UserError
+from evaluation.board import network_name
 from evaluation.command import help_text, parse, run_command
 from methods import get_class, get_spec
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from methods.base import DataInfo, Method
 
 GROUPS = dict.fromkeys(("method", "preset", "model", "data", "train", "sample"), "as for launch/run.py")
-GIGA = 1e9
+GIGA, PETA = 1e9, 1e15
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ class Plan:
             advice = "Take sharding=fsdp2, GPUs with more memory, or more of them."
             raise UserError("\n".join([*lines, "", f"Not even one image fits into a {keys.hardware} with sharding={keys.sharding}. {advice}"]))
         published = published_score(get_spec(run.method), run.preset) or "nothing published"
-        return "\n".join([*lines, "", *self.training(chosen), *self.sampling(), f"expected   {published}"])
+        return "\n".join([*lines, "", *self.training(chosen), *self.stages(), *self.sampling(), f"expected   {published}"])
 
     def row(self, variant: Variant, chosen: bool) -> list[object]:
         """A line of the table; what is spread over the GPUs is shown as a GPU's part."""
@@ -222,6 +223,23 @@ class Plan:
             f"data       a node reads {a_node:,.0f} images/s: {cores(a_node / decoded)} that decode a folder or tars ({decoded} images/s each [measured]),",
             f"           or {cores(a_node / CACHED_PER_CORE)} and {a_node * 3 * size**2 / GIGA:.2g} GB/s of shards ({CACHED_PER_CORE:,} each [measured])",
         ]
+
+    def stages(self) -> list[str]:
+        """What the whole training costs with the earlier runs that it is built on, and the networks of others, whose training is not counted."""
+        from common.cost import on_meta
+        from launch.budget import macs_of, stage_macs
+
+        earlier = {stage.key: macs for stage in get_spec(self.run.method).stages if (macs := stage_macs(self.run, stage))}
+        pretrained = on_meta(self.method_class, self.run.model, self.info).describe(self.run.sample).pretrained
+        others = [f"{network_name(part.name, part.role)} ({part.role})" for part in pretrained if not {part.name, part.role} & earlier.keys()]
+        lines = []
+        if earlier:
+            own = macs_of(self.run)(self.run.train.images)
+            parts = ", ".join(f"{key} {macs / PETA:.4g}" for key, macs in earlier.items())
+            lines.append(f"{(own + sum(earlier.values())) / PETA:.4g} PMACs in all [counted]: this run {own / PETA:.4g}, earlier ones: {parts}")
+        if others:
+            lines.append(f"not counted, because others trained them: {', '.join(others)}")
+        return [f"{'cost' if line is lines[0] else '':<11}{line}" for line in lines]
 
     def sampling(self) -> list[str]:
         """Work and length of 50,000 samples."""

@@ -79,8 +79,11 @@ def tokenizer(options: dict[str, str]) -> str:
     folder, file = Path(_take(options, "from")), Path(_take(options, "to"))
     _refuse(options)
     from common.tokenizer import export_tokenizer
+    from evaluation.record import RESULT, read_record
 
-    card = export_tokenizer(folder, file)
+    if not (folder / RESULT).is_file():
+        raise UserError(f"from={folder} has no {RESULT}, so what its training cost is not known. Give the folder of a finished run of method=vae.")
+    card = export_tokenizer(folder, file, read_record(folder / RESULT))
     return f"{file} ({card['bytes']:,} bytes, sha256 {card['sha256']}), {card['psnr_heldout']:.2f} dB on held-out images"
 
 

@@ -24,6 +24,7 @@ from methods import Stage, get_spec
 TRAIN = "train"  # the value of `model.<key>` that asks for the stage to be trained
 HANDED_DOWN = ("seed", "out", "dry_run", "train.precision", "train.threads", "train.trackers", "data.workers")
 STAGES = "stages.json"
+COST = ("images_seen", "macs_total", "device_seconds")  # of an earlier run, in the record
 
 
 def stage_runs(run: RunConfig) -> dict[str, RunConfig]:
@@ -62,10 +63,13 @@ def with_stages(run: RunConfig, train: Callable[[RunConfig], object]) -> Any:
 
 
 def earlier_runs(run: RunConfig, model: Any) -> list[dict[str, Any]]:
-    """What the record says of the runs that this one is built on (`parents` in the schema); a released file is not a run."""
+    """What the record says of the runs that this one is built on (`parents` in the schema); a file released by others is not a run."""
     found = []
     for stage in get_spec(run.method).stages:
         place = getattr(model, stage.key)
+        if place in stage.shipped:
+            found.append(shipped_run(stage, place))
+            continue
         if place is None or not (Path(place) / "config.yaml").exists():
             continue
         folder = Path(place)
@@ -74,10 +78,19 @@ def earlier_runs(run: RunConfig, model: Any) -> list[dict[str, Any]]:
             raise UserError(f"model.{stage.key}={folder}: {no_checkpoint(folder)} Or give another run.")
         record: Mapping[str, Any] = read_record(folder / RESULT) if (folder / RESULT).exists() else {}
         trained = record.get("train", {})
-        cost = {name: trained.get(name) for name in ("images_seen", "macs_total", "device_seconds")}
+        cost = {name: trained.get(name) for name in COST} | {"pretrained_components": record.get("pretrained_components", [])}
         found.append({"key": stage.key, "name": folder.name, "method": stage.method, "row_id": record.get("row_id"), **cost}
                      | {"checkpoint_sha256": checkpoint.digest(saved)})  # fmt: skip
     return found
+
+
+def shipped_run(stage: Stage, place: str) -> dict[str, Any]:
+    """The same of a run of ours whose weights are part of the package, from their card."""
+    file = Path(stage.shipped[place])
+    card = json.loads(file.read_text(encoding="utf-8"))
+    return {"key": stage.key, "name": f"{file.stem} (in the package)", "method": stage.method, "checkpoint_sha256": card["sha256"]} | {
+        name: card[name] for name in ("row_id", *COST, "pretrained_components")
+    }
 
 
 def hold_to_stages(folder: Path, earlier: list[dict[str, Any]]) -> None:

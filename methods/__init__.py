@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, cast
 
@@ -34,10 +35,14 @@ METHODS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Stage:
-    """A run that must come first: `model.<key>` names its run folder (or a released file), and "train" trains it before."""
+    """A run that must come first: `model.<key>` names its run folder (or a released file), and "train" trains it before.
+
+    shipped: weights of such a run that are part of the package, by the value of `model.<key>`, with the file of their card, which tells their cost.
+    """
 
     key: str
     method: str
+    shipped: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

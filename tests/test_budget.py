@@ -14,8 +14,9 @@ from common.cost import training_cost
 from common.datasets import summarise
 from common.errors import UserError
 from common.optim import learning_rate
+from common.tokenizer import read_card
 from common.trainer import total_steps
-from evaluation.board import group, read_records
+from evaluation.board import group, read_records, training_macs
 from evaluation.curve import CURVE, read_curve
 from evaluation.matched import curves_of, matched_table
 from evaluation.record import read_record
@@ -23,6 +24,7 @@ from launch import job as jobs
 from launch.budget import within_budget
 from launch.job import run_one
 from launch.run import configurations, main
+from launch.stages import earlier_runs
 from methods import get_class
 from methods.base import DataInfo
 
@@ -102,6 +104,23 @@ def test_earlier_stages_are_part_of_the_budget(tmp_path):
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(UserError, match=r"what model\.decoder=.* cost is not known"):
         rae(2 * earlier, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["dit", "sit", "repa", "reg"])
+def test_the_autoencoder_in_the_package_is_part_of_the_budget_and_of_the_record(method):
+    """It was trained here, so what it cost is in the budget, in the record's parents and in the price of the row."""
+    (run,) = configurations((f"method={method}",))
+    cost = read_card()["macs_total"]
+    assert cost > 1e13 and run.model.tokenizer == "embedded"
+    budgeted = within_budget(configurations((f"method={method}", f"budget.train_macs={cost + macs_of(run)}"))[0])
+    assert run.train.images - run.train.batch <= budgeted.train.images <= run.train.images
+    with pytest.raises(UserError, match="what the earlier stages alone cost"):
+        within_budget(configurations((f"method={method}", f"budget.train_macs={0.9 * cost}"))[0])
+    (parent,) = earlier_runs(run, run.model)
+    assert (parent["key"], parent["method"], parent["checkpoint_sha256"]) == ("tokenizer", "vae", read_card()["sha256"])
+    assert training_macs({"train": {"macs_total": 7}, "parents": [parent]}) == cost + 7
+    released = dataclasses.replace(run.model, tokenizer="sd-ft-ema")
+    assert earlier_runs(run, released) == []
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,13 @@ from common.datasets import ArrayImages, DataSource, DataSummary
 from common.errors import UserError
 from evaluation import feature_sets
 from evaluation import generate as generation
+from evaluation.board import floor_at
 from evaluation.class_accuracy import fit_discriminant
 from evaluation.collect import batches, collect
-from evaluation.evaluate import Clock, Evaluation, Reference, evaluate, evaluate_method
+from evaluation.evaluate import Clock, Evaluation, Reference, evaluate, evaluate_method, floor_metric
 from evaluation.feature_sets import class_weights, feature_set
 from evaluation.features import EmbeddedExtractor, Features
+from evaluation.frechet import factorise, frechet_distance
 from evaluation.generate import balanced_labels, generate, quantise
 from evaluation.moments import Moments
 from evaluation.outcome import speed_fields
@@ -322,6 +324,31 @@ def test_a_method_is_measured(tmp_path):
     assert bad.metrics["fd_embedded"]["value"] > 1.5 * metrics["fd_embedded"]["value"]
     assert bad.metrics["fd_floor"] == metrics["fd_floor"]
     assert bad.metrics["class_accuracy"]["value"] < metrics["class_accuracy"]["value"]
+
+
+def test_the_floor_at_another_number_of_images_is_what_that_many_reach():
+    """Classes of 10 to 300 images weighted alike: their distance has the bias of fewer images than there are. Measured with balanced images of the same law."""
+    rng = np.random.Generator(np.random.PCG64(0))
+    sizes, dims, n, repeats = (300, 120, 60, 30, 10), 24, 400, 12
+    centres = rng.normal(size=(len(sizes), dims))
+
+    def moments_of(counts):
+        labels = np.repeat(np.arange(len(counts)), counts)
+        features = torch.from_numpy(centres[labels] + rng.normal(size=(len(labels), dims)))
+        moments = Moments.zeros(dims)
+        moments.add(features, torch.from_numpy(rng.permutation(len(labels))), class_weights(torch.from_numpy(labels)))
+        return moments
+
+    reference = factorise(moments_of([20_000] * len(sizes)).total())
+    floors = [floor_metric(moments_of(sizes), reference) for _ in range(repeats)]
+    reached = np.array([frechet_distance(moments_of([n // len(sizes)] * len(sizes)).total(), reference) for _ in range(repeats)])
+    told, by_count = (np.array([floor_at({**floor, **change}, n) for floor in floors]) for change in ({}, {"n_eff": sum(sizes)}))
+    error = np.hypot(told.std(ddof=1), reached.std(ddof=1)) / repeats**0.5
+    assert abs(told.mean() - reached.mean()) < 3 * error < by_count.mean() - reached.mean()
+    assert floors[0]["n"] == sum(sizes) and floors[0]["n_eff"] == pytest.approx(5**2 / sum(1 / size for size in sizes))
+    plain = Moments.zeros(2)
+    plain.add(torch.randn(30, 2), torch.arange(30))
+    assert plain.effective_number == 30
 
 
 def test_without_held_out_images_there_is_no_floor(tmp_path):

@@ -15,12 +15,14 @@ import pytest
 from records import fields, metric, protocol, record
 
 from evaluation import leaderboard
-from evaluation.board import EMBEDDED_NOTE, Records, heading_of, read_records, section, sections, training_macs
+from evaluation.board import EMBEDDED_NOTE, Records, heading_of, read_records, section, sections, training_macs, uncounted_parts
 from evaluation.columns import Cell, best, columns_of
 from evaluation.leaderboard import render
 from evaluation.published import STATUSES, from_record, published_tables, read_published
 from evaluation.record import build_record, from_csv, validate, write_record
 from evaluation.tables import MARKERS, escape, latex_escape, to_latex, to_readme, to_terminal, with_table
+from launch.stages import shipped_run
+from methods import get_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 SUFFIXES = ("html", "md", "csv", "json", "tex")
@@ -107,6 +109,42 @@ def test_the_price_of_earlier_stages_counts():
     unknown = record(parents=[{**parent, "macs_total": None}])
     assert training_macs(unknown) is None
     assert "| training (PMACs)" not in pages(unknown)["md"]
+
+
+def test_networks_that_others_trained_are_named_as_not_counted():
+    """Whether the run used them or a run that it is built on; a stage of ours is no network of others."""
+    lite0, ours, digest = ({"name": "embedded", "role": role, "params": 5, "sha256": sha, "used_at": "both"} for role, sha in
+                           (("teacher", "ab" * 32), ("tokenizer", "cd" * 32), ("perceptual loss", "ab" * 32)))  # fmt: skip
+    parent = {
+        "key": "tokenizer",
+        "name": "a",
+        "method": "vae",
+        "row_id": None,
+        "checkpoint_sha256": "cd" * 32,
+        "images_seen": 9,
+        "macs_total": 9,
+        "device_seconds": 9,
+    }
+    direct = record("direct", pretrained_components=[lite0], parents=[])
+    through = record("through", pretrained_components=[ours], parents=[parent | {"pretrained_components": [digest]}])
+    plain = record("plain", pretrained_components=[ours], parents=[parent])
+    assert uncounted_parts(direct) == uncounted_parts(through) == ["EfficientNet-Lite0 on ImageNet"] and uncounted_parts(plain) == []
+    assert "Not counted, because others trained them: EfficientNet-Lite0 on ImageNet (jit)." in section([direct, plain]).notes[-1]
+    assert len(section([plain]).notes) == len(section([direct]).notes) - 1
+
+
+def test_the_records_of_the_readme_hold_the_cost_of_the_weights_in_the_package():
+    """Whoever trains those anew restates the records: the README shows no cost that the code would not give."""
+    seen = set()
+    for row in read_records(leaderboard.RESULTS, "*.json").rows:
+        parents = {parent["key"]: parent for parent in row.get("parents", [])}
+        for stage in get_spec(row["system"]["method"]).stages:
+            places = {part["sha256"]: part["name"] for part in row.get("pretrained_components", []) if part["role"] == stage.key}
+            for place in places.values() & stage.shipped.keys():
+                assert parents[stage.key] == shipped_run(stage, place), row["name"]
+                seen.add(row["system"]["method"])
+        assert 300 < row["metrics"]["fd_floor"]["n_eff"] < row["metrics"]["fd_floor"]["n"] == 507
+    assert seen == {"sit", "repa", "reg"}
 
 
 def test_the_mark_covers_what_two_standard_errors_do_not_separate():

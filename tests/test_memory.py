@@ -121,6 +121,16 @@ def test_a_plan_says_memory_speed_days_and_what_is_assumed() -> None:
     assert "50% [given]" in given and "35%" not in given
 
 
+def test_a_plan_counts_the_stages_before_and_names_what_it_does_not_count() -> None:
+    run = resolve(get_spec("repa"), {"preset": "demo"})
+    counted, others = plan.Plan(plan.Keys(gpus=1), run).stages()
+    assert counted == "cost       0.03143 PMACs in all [counted]: this run 0.01213, earlier ones: tokenizer 0.0193"
+    assert others == "           not counted, because others trained them: EfficientNet-Lite0 on ImageNet (teacher)"
+    released = plan.Plan(plan.Keys(gpus=1), resolve(get_spec("sit"), {"preset": "imagenet256-b"})).stages()
+    assert released == ["cost       not counted, because others trained them: sd-ft-ema (tokenizer)"]
+    assert plan.Plan(plan.Keys(gpus=1), resolve(get_spec("jit"), {"preset": "demo"})).stages() == []
+
+
 def test_rates_and_memory_follow_from_what_is_counted() -> None:
     keys = plan.Keys(hardware="h100", nodes=2, gpus=8, scaling=0.9)
     planned = plan.Plan(keys, resolve(get_spec("jit"), {"train.batch": "128"}))

@@ -13,6 +13,7 @@ from common.checkpoint import Checkpoint
 from common.cost import count_macs
 from common.errors import UserError
 from common.tokenizer import SD_CONFIG, SdTokenizer, build_tokenizer, export_tokenizer
+from launch import prepare
 
 TINY_SD = SD_CONFIG | {"block_out_channels": (32, 32, 32, 32), "norm_num_groups": 8, "layers_per_block": 1}
 
@@ -113,10 +114,21 @@ def test_tokenizer_of_a_run(run_folder):
 
 def test_export(run_folder, tmp_path):
     folder, ema = run_folder
-    card = export_tokenizer(folder, tmp_path / "small.safetensors")
+    trained = {"images_seen": 64, "macs_total": 12_345, "device_seconds": 1.5, "batch": 8}
+    record = {"row_id": "ab" * 32, "train": trained, "pretrained_components": [{"name": "embedded"}]}
+    card = export_tokenizer(folder, tmp_path / "small.safetensors", record)
     assert json.loads((tmp_path / "small.json").read_text()) == card
     assert card["bytes"] < 0.6 * 4 * sum(value.numel() for value in ema.values()) and card["model"] == SHAPE | {"kl": 0.1}
     assert len(card["latent_mean"]) == len(card["latent_std"]) == 3 and card["psnr_heldout"] > 0
+    assert (card["macs_total"], card["images_seen"], card["device_seconds"]) == (12_345, 64, 1.5)
+    assert card["row_id"] == record["row_id"] and card["pretrained_components"] == record["pretrained_components"]
+
+
+def test_a_tokenizer_without_the_record_of_its_training_is_not_exported(run_folder, tmp_path, capsys):
+    """Its cost would be in no generator's row."""
+    folder, _ = run_folder
+    assert prepare.main(["tokenizer", f"from={folder}", f"to={tmp_path / 'small.safetensors'}"]) == 2
+    assert "what its training cost is not known" in capsys.readouterr().err and not (tmp_path / "small.safetensors").exists()
 
 
 def test_unknown_tokenizers(tmp_path):

@@ -9,11 +9,12 @@ from conftest import ROOT
 from common.autoencoder import Decoder, Encoder
 from common.config import load_presets, resolve
 from common.cost import empty_batch, on_meta
-from common.datasets import load_data
+from common.datasets import load_data, summarise
 from common.errors import UserError
 from common.seeds import seed_step
 from common.tokenizer import EMBEDDED, build_tokenizer, read_card
-from methods import get_spec
+from launch.budget import macs_of
+from methods import get_class, get_spec
 from methods.base import DataInfo
 from methods.vae.config import SPEC, VaeConfig
 from methods.vae.method import VaeMethod, gaussian_kl
@@ -176,6 +177,15 @@ def test_embedded_tokenizer_is_of_the_preset():
     run = resolve(get_spec("vae"), {"method": "vae", "preset": "demo"})
     assert card["model"] == {name: getattr(run.model, name) for name in card["model"]}
     assert {key: card["train"][key] for key in ("images", "batch", "lr")} == {key: getattr(run.train, key) for key in ("images", "batch", "lr")}
+
+
+def test_embedded_tokenizer_tells_what_its_training_costs():
+    """As the suite counts its preset today, and which network of others took part."""
+    card, run = read_card(), resolve(get_spec("vae"), {"method": "vae", "preset": "demo"})
+    assert card["images_seen"] == run.train.images and card["macs_total"] == macs_of(run)(run.train.images)
+    assert [part["role"] for part in card["pretrained_components"]] == ["perceptual loss"]
+    method = get_class("vae")(run.model, DataInfo.of(summarise(run.data)))
+    assert card["pretrained_components"][0]["params"] == method.describe(run.sample).pretrained[0].params
 
 
 def test_embedded_tokenizer_rebuilds_held_out_emoji():

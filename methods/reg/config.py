@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.config import checked_interval, one_of, require
 from methods import MethodSpec, Stage
+from methods.vae.config import SHIPPED
 
 
 @dataclass
@@ -141,7 +142,7 @@ def _presets(name: str) -> str:
     return str(Path(__file__).with_name(f"presets-{name}.yaml"))
 
 
-TOKENIZER = Stage(key="tokenizer", method="vae")
+TOKENIZER = Stage(key="tokenizer", method="vae", shipped=SHIPPED)
 
 DIT = MethodSpec(
     name="dit",

@@ -23,7 +23,7 @@ from common.autoencoder import Decoder, Encoder
 from common.config import require
 from common.encoders.frozen import Frozen
 from common.perceptual import ConvNeXtDistance, EmbeddedDistance, Lpips
-from methods.base import Batch, DataInfo, Description, Method, ParamGroup
+from methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
 from methods.vae.config import VaeConfig, VaeSample
 
 STATISTICS_RATE = 0.005  # of the running moments of the latents; the last few hundred steps count
@@ -140,7 +140,12 @@ class VaeMethod(Method):
         return 0
 
     def describe(self, config: VaeSample) -> Description:
-        return Description(prediction="x", loss_space="x", sampler="none", steps=0)
+        return Description(prediction="x", loss_space="x", sampler="none", steps=0, pretrained=self.components())
+
+    def components(self) -> tuple[Component, ...]:
+        """The frozen network of the perceptual term, where there is one."""
+        network, name = self.perceptual, self.config.perceptual
+        return () if network is None else (Component(name, "perceptual loss", network.num_parameters(), network.sha256, used_at="train"),)
 
 
 def gaussian_kl(mean: Tensor, std: Tensor) -> Tensor:
