@@ -218,8 +218,10 @@ def with_latents(source: DataSource, folder: Path, mirrored: bool) -> DataSource
 
 
 def summarise(config: DataSettings) -> DataSummary:
-    """What the data are, for plans and benchmarks: a folder that is not named yet is described by the configuration alone."""
-    if config.name in ON_DISK and config.path is None and config.num_classes and config.image_size:
+    """What the data are, for plans and benchmarks: a folder that is not named yet, or is not on this computer, is described by the
+    configuration alone, with no training images."""
+    here = config.path is not None and Path(config.path).expanduser().exists()
+    if config.name in ON_DISK and not here and config.num_classes and config.image_size:
         return DataSummary(config.name, config.num_classes, config.image_size, 0, 0, (), digest="")
     return load_data(config).info
 

@@ -50,7 +50,8 @@ def describe_run(run: RunConfig) -> str:
 def data_line(run: RunConfig, info: DataInfo) -> str:
     """What is trained on, and what the configuration does not say yet."""
     if not info.num_train:
-        missing = f"data.path is not given, so the images are not counted; the run needs it (data={run.data.name})"
+        place = "is not given" if run.data.path is None else f"={run.data.path} is not on this computer"
+        missing = f"data.path {place}, so the images are not counted; the run needs them"
         return f"{info.name}: {missing}; {info.num_classes} classes, {info.image_size} px"
     return f"{info.name}: {info.num_train:,} training images, {info.num_classes} classes, {info.image_size} px"
 
