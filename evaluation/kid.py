@@ -1,7 +1,8 @@
-"""Kernel distance (KID): the squared maximum mean discrepancy with k(x, y) = (x.y / D + 1)^3, an unbiased estimate, in float64."""
+"""Kernel distance (KID): the squared maximum mean discrepancy with k(x, y) = (x.y / D + 1)^3: an unbiased estimate, summed in float64."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,44 +10,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evaluation.features import exact_float32
 from evaluation.frechet import jackknife
 from evaluation.protocol import JACKKNIFE_GROUPS, KID_COMPLETE_LIMIT, KID_SEED, KID_SUBSET_SIZE, KID_SUBSETS
 
-BLOCK = 2048  # rows of a kernel matrix in memory at once
+BLOCK = 2048  # rows and columns of a kernel matrix in memory at once
 
 
 @dataclass(frozen=True)
 class KernelDistance:
     value: float
-    se: float  # complete: jackknife over groups of generated images; subsets: standard deviation over subsets / sqrt(subsets)
+    se: float  # over draws of the generated images, by the jackknife over groups of them; of subsets with the error of their choice
     left_out: tuple[float, ...] = ()  # complete: the values with one group left out
 
 
 def kernel_distance(generated: Tensor, reference: Tensor, weights: Tensor | None = None) -> KernelDistance:
-    """KID of features (n, D) and (m, D); the reference's weights (m,) default to 1.
+    """KID of features (n, D) and (m, D) on one device; the reference's weights (m,) default to 1.
 
-    Up to KID_COMPLETE_LIMIT images a side every pair is used; beyond it the mean over subsets drawn with a fixed seed.
+    Up to KID_COMPLETE_LIMIT images a side every pair is used; beyond it the value is the mean over subsets drawn with a fixed seed, as the protocols
+    have it. How much those subsets differ says how well they stand for all pairs, and not what other generated images would give: the error is the
+    jackknife of the statistic of all pairs, with the error of the choice of subsets.
     """
-    x, y = generated.double(), reference.double()
-    w = y.new_ones(len(y)) if weights is None else weights.double()
-    if max(len(x), len(y)) <= KID_COMPLETE_LIMIT:
-        value, left_out = complete(x, y, w, groups=min(JACKKNIFE_GROUPS, len(x) // 2))
+    w = torch.ones(len(reference), dtype=torch.float64, device=reference.device) if weights is None else weights.double()
+    groups = min(JACKKNIFE_GROUPS, len(generated) // 2)
+    if max(len(generated), len(reference)) <= KID_COMPLETE_LIMIT:
+        value, left_out = complete(generated.double(), reference.double(), w, groups)
         return KernelDistance(value, jackknife(value, left_out).se, tuple(left_out))
+    value, choice = of_subsets(generated, reference, w)
+    with exact_float32():
+        every_pair, left_out = complete(generated.float(), reference.float(), w, groups)
+    return KernelDistance(value, math.hypot(jackknife(every_pair, left_out).se, choice))
+
+
+def of_subsets(generated: Tensor, reference: Tensor, w: Tensor) -> tuple[float, float]:
+    """The mean over KID_SUBSETS subsets of both sides, and the standard error that their choice leaves in it."""
+    x, y = generated.double(), reference.double()
     rng = np.random.Generator(np.random.PCG64(KID_SEED))
     size = min(KID_SUBSET_SIZE, len(x), len(y))
     values = []
     for _ in range(KID_SUBSETS):
-        some_x, some_y = (torch.from_numpy(rng.choice(len(side), size, replace=False)) for side in (x, y))
+        some_x, some_y = (torch.from_numpy(rng.choice(len(side), size, replace=False)).to(side.device) for side in (x, y))
         values.append(complete(x[some_x], y[some_y], w[some_y], groups=1)[0])
-    return KernelDistance(float(np.mean(values)), float(np.std(values, ddof=1)) / KID_SUBSETS**0.5)
+    return float(np.mean(values)), float(np.std(values, ddof=1)) / KID_SUBSETS**0.5
 
 
 def complete(x: Tensor, y: Tensor, w: Tensor, groups: int) -> tuple[float, list[float]]:
     """The U-statistic mean k(x, x') + mean k(y, y') - 2 mean k(x, y) over all pairs of different images, y weighted by w.
 
-    Also its values with each group (position mod `groups`) of x left out, none for a single group.
+    Also its values with each group (position mod `groups`) of x left out, none for a single group. The products are of the features' precision,
+    their sums of float64.
     """
-    member = F.one_hot(torch.arange(len(x)) % groups, groups).double()  # (n, K)
+    member = F.one_hot(torch.arange(len(x), device=x.device) % groups, groups).double()  # (n, K)
     count = member.sum(0)
     yy = (_pair_sums(y, y, w[:, None], w[:, None]) - w.square() @ _diagonal(y)) / (w.sum().square() - w.square().sum())
     xx = _pair_sums(x, x, member, member) - torch.diag(member.T @ _diagonal(x))  # (K, K)
@@ -63,13 +77,17 @@ def complete(x: Tensor, y: Tensor, w: Tensor, groups: int) -> tuple[float, list[
 
 
 def _pair_sums(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """A^T k(x, y) B for columns of weights A (n, K) and B (m, L), block by block."""
-    total = x.new_zeros(a.shape[1], b.shape[1])
-    for x_block, a_block in zip(x.split(BLOCK), a.split(BLOCK), strict=True):
-        total += a_block.T @ ((x_block @ y.T / x.shape[1] + 1) ** 3 @ b)
+    """A^T k(x, y) B in float64 for columns of weights A (n, K) and B (m, L), block by block; of a set with itself (then A is B) half of the blocks."""
+    total = a.new_zeros(a.shape[1], b.shape[1])
+    for row in range(0, len(x), BLOCK):
+        for column in range(row if x is y else 0, len(y), BLOCK):
+            rows, columns = slice(row, row + BLOCK), slice(column, column + BLOCK)
+            kernel = (x[rows] @ y[columns].T / x.shape[1] + 1) ** 3
+            part = a[rows].T @ (kernel.double() @ b[columns])
+            total += part if x is not y or row == column else part + part.T
     return total
 
 
 def _diagonal(x: Tensor) -> Tensor:
-    """k(x, x), (n,)."""
-    return (x.square().sum(1) / x.shape[1] + 1) ** 3
+    """k(x, x), (n,) float64."""
+    return ((x.square().sum(1) / x.shape[1] + 1) ** 3).double()

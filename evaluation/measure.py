@@ -50,10 +50,10 @@ def feature_metrics(generated: Collected, reference: Tensor, device: torch.devic
     """kid and mind; precision and recall of all images, density and coverage of at most MAX_NEIGHBOURS, as their protocols have it."""
     n = len(generated.features)
     shuffled_features = generated.features[torch.from_numpy(shuffled(n, "PCG64"))]  # files are sorted by class: any part of this is a fair one
-    kid = kernel_distance(shuffled_features, reference)
     mind = monge_distance(shuffled_features, reference, LARGE_GROUPS)
     where = device if device.type == "cuda" else torch.device("cpu")  # float64 is not everywhere
     features, real = shuffled_features.to(where), reference.to(where)
+    kid = kernel_distance(features, real)
     near = prdc(features, real)
     few = near if n <= MAX_NEIGHBOURS else prdc(features[:MAX_NEIGHBOURS], real)
     values = dict(zip(NEIGHBOURS, (near.precision, near.recall, few.density, few.coverage), strict=True))

@@ -278,6 +278,25 @@ def test_kid_weights_act_like_repeated_images():
     assert kernel_distance(x, y, weights).value == pytest.approx(float(expected), rel=1e-10)
 
 
+def test_the_error_of_kid_beyond_the_limit_is_that_of_other_generated_images(monkeypatch):
+    """Against a reference that stays: the spread over draws of the generated images, which subsets do not show, and all pairs at once in float32."""
+    monkeypatch.setattr(kid, "KID_COMPLETE_LIMIT", 60)
+    monkeypatch.setattr(kid, "KID_SUBSET_SIZE", 50)
+    monkeypatch.setattr(kid, "KID_SUBSETS", 40)
+    monkeypatch.setattr(kid, "BLOCK", 64)
+    reference = normal(150, 6, seed=1)
+    found = [kernel_distance(normal(300, 6, seed=100 + seed, shift=0.3).float(), reference.float()) for seed in range(60)]
+    spread = np.std([each.value for each in found], ddof=1)
+    told = np.sqrt(np.mean([each.se**2 for each in found]))
+    assert told == pytest.approx(spread, rel=0.25)  # 60 draws know their spread to 9 %
+    choice = np.mean([kid.of_subsets(normal(300, 6, seed=100 + seed, shift=0.3), reference, torch.ones(150).double())[1] for seed in range(5)])
+    assert choice < 0.6 * spread  # what was printed
+    assert not found[0].left_out and found[0] == kernel_distance(normal(300, 6, seed=100, shift=0.3).float(), reference.float())
+    x, ones = normal(300, 6, seed=100, shift=0.3), torch.ones(150, dtype=torch.float64)
+    exact, single = kid.complete(x, reference, ones, groups=20), kid.complete(x.float(), reference.float(), ones, groups=20)
+    assert jackknife(*single).se == pytest.approx(jackknife(*exact).se, rel=1e-4)
+
+
 def test_kid_of_large_sets_uses_seeded_subsets(monkeypatch):
     monkeypatch.setattr(kid, "KID_COMPLETE_LIMIT", 300)
     monkeypatch.setattr(kid, "KID_SUBSET_SIZE", 100)
