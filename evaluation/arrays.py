@@ -43,18 +43,22 @@ class NpzImages:
         """Pixels."""
         return self.shape[1]
 
-    def batches(self, size: int = 128) -> Iterator[ImageBatch]:
-        """This process's share, `size` images at a time."""
+    def batches(self, size: int = 128, positions: NDArray[np.int64] | None = None) -> Iterator[ImageBatch]:
+        """This process's share of the images, or of those at ascending positions with their places among these; `size` are read at a time."""
         rank, ranks = rank_and_size()
+        chosen = np.arange(len(self)) if positions is None else positions
+        place = np.full(len(self), -1)
+        place[chosen] = np.arange(len(chosen))
         image_bytes = int(np.prod(self.shape[1:]))
         with _member(self.path, IMAGES) as stream:
             _header(self.path, IMAGES, stream)
-            for chunk, start in enumerate(range(0, len(self), size)):
+            for chunk, start in enumerate(range(0, int(chosen[-1]) + 1, size)):
                 count = min(size, len(self) - start)
                 data = _read(self.path, stream, count * image_bytes)
-                if chunk % ranks == rank:
-                    images = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(count, *self.shape[1:])
-                    yield images.permute(0, 3, 1, 2).contiguous(), torch.arange(start, start + count)
+                kept = place[start : start + count] >= 0
+                if chunk % ranks == rank and kept.any():
+                    images = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(count, *self.shape[1:])[torch.from_numpy(kept)]
+                    yield images.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(place[start : start + count][kept])
 
 
 def read_floats(path: Path, key: str, shape: tuple[int, ...]) -> NDArray[np.float64]:

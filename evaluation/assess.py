@@ -24,10 +24,11 @@ from evaluation.generate import balanced_labels, generate
 from evaluation.measure import measure
 from evaluation.models import Model
 from evaluation.needed_files import checked
+from evaluation.protocol import MAX_NEIGHBOURS
 from evaluation.protocols import EMBEDDED, UINT8_RULES, NamedProtocol, SampleRule, describe, get_protocol
 from evaluation.reconstruction import evaluate_rebuilt, evaluate_reconstruction
 from evaluation.reference_files import Reference, read_reference
-from evaluation.samples import FolderSamples, Samples, first_images
+from evaluation.samples import FolderSamples, Samples, drawn_images
 from evaluation.spread import over_seeds
 
 
@@ -127,7 +128,8 @@ def assess_images(samples: Samples, request: Request, data: DataConfig) -> Evalu
     """Measures finished images; those of the embedded protocol and of rfid are held against the data set `data`."""
     n = min(len(samples), request.num_images or len(samples))
     rule = SampleRule(n, request.labels or "unknown", UINT8_RULES.get(request.uint8 or "", "unknown"), container(samples))
-    stream = progress(first_images(samples, n, request.batch), n, "evaluating")
+    of_the_data = request.protocol == EMBEDDED and n > MAX_NEIGHBOURS  # its neighbours are sought among the first MAX_NEIGHBOURS images
+    stream = progress(drawn_images(samples, n, request.batch, shuffled=of_the_data), n, "evaluating")
     if request.protocol == "rfid":
         return evaluate_rebuilt(samples.batches(request.batch), load_data(data), request.batch, rfid_extractor(request), request.cache)
     if request.protocol == EMBEDDED:

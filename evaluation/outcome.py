@@ -60,14 +60,18 @@ def speed_fields(evaluation: Evaluation | None, batch: int, dtype: str, device: 
     return {"images_per_s": rate, "devices": devices, "latency_s_b1": None, "batch": batch, "dtype": dtype, "device": device, "compiled": compiled}
 
 
-def record_of_images(name: str, resolution: int, evaluation: Evaluation, npz_sha256: str | None) -> Record:
-    """The record of images of which nothing is known but themselves."""
-    unknown = {"variant": None, "size": None, "space": "pixel", "prediction": None, "loss_space": None, "sampler": None}
+UNKNOWN = "unknown"  # the method and the space of finished images where nobody tells them
+SPACES = ("pixel", "latent_vae", "latent_rae", "latent_self", UNKNOWN)  # where a method denoises, as the schema has them
+
+
+def record_of_images(name: str, resolution: int, evaluation: Evaluation, npz_sha256: str | None, method: str = UNKNOWN, space: str = UNKNOWN) -> Record:
+    """The record of images of which nothing is known but themselves, and what their owner says of their method and its space."""
+    unknown = {"variant": None, "size": None, "space": space, "prediction": None, "loss_space": None, "sampler": None}
     return build_record(
         {
             "kind": "evaluated",
             "name": name,
-            "system": {"method": "unknown", **unknown},
+            "system": {"method": method, **unknown},
             "data": {"name": evaluation.protocol["reference"]["id"], "revision": "unknown", "resolution": resolution, "num_classes": 0, "train_images": 0},
             "protocol": evaluation.protocol,
             "selection": dict(UNTRIED),

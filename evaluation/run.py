@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
 
 from common.command_line import as_command
-from common.config import DataConfig, one_of
+from common.config import DataConfig, one_of, require
 from common.errors import UserError
 from evaluation.command import help_text, parse, run_command
-from evaluation.outcome import keep, record_of_images, record_of_model, table
+from evaluation.outcome import SPACES, UNKNOWN, keep, record_of_images, record_of_model, table
 from evaluation.protocol import protocol_name
 from evaluation.protocols import EMBEDDED, PROTOCOLS, check_request
 from evaluation.record import Record
@@ -49,10 +49,11 @@ class Keys:
     npz: str | None = None  # an .npz with arr_0, uint8 (number, height, width, 3)
     against: str | None = None  # a second run folder to compare with
     protocol: str = EMBEDDED  # how to measure; see below
-    method: str | None = None  # of the released checkpoint
+    method: str | None = None  # of the released checkpoint, or what made the finished images
+    space: str | None = None  # where the method of finished images denoises: pixel, latent_vae, latent_rae or latent_self; none: unknown
     preset: str | None = None  # of the released checkpoint
     ema: str | None = None  # which average of the run; none: the one it was evaluated with; raw: the raw weights
-    num_images: int | None = None  # none: as the protocol says, or all finished images
+    num_images: int | None = None  # none: as the protocol says, or all finished images; fewer of these are a fixed draw
     seeds: list[int] = field(default_factory=lambda: [0])  # sampling seeds; several give mean and spread
     labels: str | None = None  # balanced or random; none: as the protocol says, and unknown for finished images
     uint8: str | None = None  # round or truncate: how finished images became uint8; none: unknown
@@ -102,6 +103,9 @@ def check(keys: Keys, rest: dict[str, str]) -> None:
         raise UserError(f"labels={keys.labels}: the {EMBEDDED} protocol is defined with balanced labels. Leave the key out, or choose another protocol.")
     if given[0] in ("images", "npz") and (odd := [key for key in rest if not key.startswith("data.")]):
         raise UserError(f"{odd[0]} steers a model, and finished images have none.")
+    if keys.space is not None:
+        require(given[0] in ("images", "npz"), "space", keys.space, "is known of models; give it with images= or npz= only")
+        one_of("space", keys.space, SPACES)
     one_of("device", keys.device, ("auto", "cpu"))
     check_request(keys.protocol, keys.labels, keys.uint8, keys.seeds)
     for key, lowest in (("batch", 1), ("num_images", 20)):
@@ -140,7 +144,8 @@ def images_record(keys: Keys, rest: dict[str, str], request: Request) -> Record:
     samples = open_samples(keys.images, keys.npz)
     npz = None if keys.npz is None else sha256_of(Path(keys.npz).expanduser())
     name = keys.name or Path(str(keys.npz or keys.images)).stem
-    return record_of_images(name, samples.resolution, assess_images(samples, request, data), npz)
+    found = assess_images(samples, request, data)
+    return record_of_images(name, samples.resolution, found, npz, keys.method or UNKNOWN, keys.space or UNKNOWN)
 
 
 def save(keys: Keys, rest: dict[str, str], record: Record, folder: str | None) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from common.crop import to_rgb
 from common.datasets import IMAGE_SUFFIXES
 from common.errors import UserError
+from common.seeds import derive
+from common.splits import fixed_draw
 from evaluation.arrays import NpzImages
 from evaluation.collect import ImageBatch, batches
 
@@ -25,7 +28,7 @@ class Samples(Protocol):
     @property
     def resolution(self) -> int: ...
     def __len__(self) -> int: ...
-    def batches(self, size: int = 128) -> Iterator[ImageBatch]: ...
+    def batches(self, size: int = 128, positions: NDArray[np.int64] | None = None) -> Iterator[ImageBatch]: ...
 
 
 class FolderSamples:
@@ -47,11 +50,12 @@ class FolderSamples:
         """Whether some file may have lost detail when it was written."""
         return any(path.suffix.lower() in LOSSY for path in self.files)
 
-    def batches(self, size: int = 128) -> Iterator[ImageBatch]:
-        """This process's share."""
-        return batches(self._fetch, len(self), size)
+    def batches(self, size: int = 128, positions: NDArray[np.int64] | None = None) -> Iterator[ImageBatch]:
+        """This process's share of the images, or of those at ascending positions with their places among these; no other file is opened."""
+        chosen = np.arange(len(self)) if positions is None else positions
+        return batches(lambda places: self._fetch(chosen[places.start : places.stop]), len(chosen), size)
 
-    def _fetch(self, indices: range) -> NDArray[np.uint8]:
+    def _fetch(self, indices: Iterable[int]) -> NDArray[np.uint8]:
         images = [read_pixels(self.files[index]) for index in indices]
         for index, image in zip(indices, images, strict=True):
             if image.shape[1:] != (self.resolution, self.resolution):
@@ -76,12 +80,15 @@ def read_pixels(path: Path) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels)
 
 
-def first_images(samples: Samples, n: int, size: int) -> Iterator[ImageBatch]:
-    """The batches of the first n images."""
-    for images, indices in samples.batches(size):
-        kept = int((indices < n).sum())
-        if kept:
-            yield images[:kept], indices[:kept]
+def drawn_images(samples: Samples, n: int, size: int, shuffled: bool = False) -> Iterator[ImageBatch]:
+    """Batches of n of the images, a fixed draw because files are sorted by class; all of them where there are no more.
+
+    They are numbered in their order, or, shuffled, in a fixed random one, where the first of them stand for all.
+    """
+    positions = fixed_draw(len(samples), n)
+    order = torch.from_numpy(np.random.Generator(np.random.PCG64(derive("finished images"))).permutation(len(positions)))
+    for images, indices in samples.batches(size, positions):
+        yield images, order[indices] if shuffled else indices
 
 
 def open_samples(folder: str | None, npz: str | None) -> Samples:

@@ -1,5 +1,6 @@
 """evaluation/run.py: a run, finished images and pairs of runs, from the command to the record."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,12 +14,14 @@ from PIL import Image
 
 from common.errors import UserError
 from evaluation import assess, evaluate, run
+from evaluation.columns import IDENTITY
 from evaluation.evaluate import evaluate_method
 from evaluation.generate import balanced_labels, generate
 from evaluation.models import load_released, load_run, saved_run
 from evaluation.needed_files import sha256_of
+from evaluation.outcome import SPACES
 from evaluation.protocols import PROTOCOLS
-from evaluation.record import read_record
+from evaluation.record import SCHEMA_FILE, read_record
 from evaluation.reference_files import build, write_built
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,6 +165,20 @@ def test_finished_images_score_as_the_model_that_made_them(place, toy_protocol, 
         assert folder["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-9), name
 
 
+def test_finished_images_are_of_an_unknown_space_unless_it_is_given(place, toy_protocol, tmp_path):
+    """Nobody knows whether their maker denoised pixels, and a table of pixels against latents must not guess."""
+    np.savez(tmp_path / "made.npz", samples(place).permute(0, 2, 3, 1).numpy())
+    shared = [f"npz={tmp_path}/made.npz", "protocol=toy", f"reference={toy_protocol}", f"out={tmp_path}/out", "device=cpu"]
+    for extra in ([], ["method=rae", "space=latent_rae", "name=told"]):
+        run.work([*shared, *extra])
+    told, unknown = sorted(map(read_record, (tmp_path / "out").rglob("result.json")), key=lambda record: record["system"]["space"])
+    assert (told["system"]["method"], told["system"]["space"]) == ("rae", "latent_rae")
+    assert (unknown["system"]["method"], unknown["system"]["space"]) == ("unknown", "unknown")
+    assert [column.read(unknown).text for column in IDENTITY if column.key == "space"] == ["unknown"]
+    schema = json.loads(SCHEMA_FILE.read_text())["properties"]["system"]["properties"]["space"]["enum"]
+    assert tuple(schema) == SPACES
+
+
 def test_labels_are_drawn_as_the_protocol_says():
     balanced, random = (assess.draw_labels(law, 3000, 10, seed=0) for law in ("balanced", "random"))
     assert np.bincount(balanced).tolist() == [300] * 10
@@ -198,6 +215,8 @@ def test_images_of_the_wrong_size_are_refused(place, toy_protocol, tmp_path):
         (["npz=a", "protocol=adm265"], "Did you mean 'adm256'"),
         (["npz=a", "uint8=floor"], "round, truncate"),
         (["npz=a", "num_images=3"], "at least 20"),
+        (["npz=a", "space=latent"], "space"),
+        (["run=a", "space=pixel"], "is known of models"),
         (["run=a", "labels=random"], "balanced labels"),
         (["run=a", "seeds=[]"], "at least one"),
         (["run=a", "seeds=[1,1]"], "all different"),

@@ -17,7 +17,9 @@ from jsonschema_rs import Draft202012Validator
 from PIL import Image
 
 from common.errors import UserError
+from common.splits import fixed_draw
 from evaluation import needed_files, reference
+from evaluation import samples as samples_module
 from evaluation.arrays import NpzImages, describe_arrays, read_floats
 from evaluation.features import Features
 from evaluation.needed_files import NeededFile, checked, find, verify
@@ -25,6 +27,7 @@ from evaluation.protocol import embedded_protocol, metric_hash, protocol_hash, p
 from evaluation.protocols import INCEPTION, PROTOCOLS, SampleRule, describe, get_protocol
 from evaluation.record import SCHEMA_FILE
 from evaluation.reference_files import build, read_built, read_reference, write_built
+from evaluation.samples import drawn_images
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = {"id": "adm-imagenet256", "stats_sha256": "cd" * 32, "split": "train", "n_images": 1_281_167, "crop": "adm_center_crop"}
@@ -179,6 +182,36 @@ def test_samples_stream_from_an_npz(tmp_path, monkeypatch, save):
             assert torch.equal(batch, torch.from_numpy(images).permute(0, 3, 1, 2)[indices])
             seen += indices.tolist()
     assert sorted(seen) == list(range(30))
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_few_of_many_images_are_of_all_classes_and_no_other_is_read(tmp_path, monkeypatch, kind):
+    """Images sorted by class, whose brightness is their number: of the first 20, all would be of the first of five classes."""
+    images = np.arange(100, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), dtype=np.uint8)
+    np.savez_compressed(tmp_path / "samples.npz", images)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{number:03d}.png")
+    opened = []
+    monkeypatch.setattr(samples_module, "read_pixels", lambda path, read=samples_module.read_pixels: opened.append(path) or read(path))
+    samples = NpzImages(tmp_path / "samples.npz") if kind == "npz" else samples_module.FolderSamples(tmp_path)
+    opened.clear()
+    drawn = fixed_draw(100, 20)
+    for module in ("arrays", "collect"):
+        monkeypatch.setattr(f"evaluation.{module}.rank_and_size", lambda: (0, 1))
+    for shuffled in (False, True):
+        parts = list(drawn_images(samples, 20, 7, shuffled))
+        numbers = torch.cat([batch[:, 0, 0, 0] for batch, _ in parts])[torch.cat([indices for _, indices in parts]).argsort()]
+        assert sorted(numbers.tolist()) == drawn.tolist() and set(drawn // 20) == {0, 1, 2, 3, 4}
+        assert (numbers.tolist() == drawn.tolist()) is not shuffled
+        if shuffled:
+            assert len(set((numbers[:8] // 20).tolist())) > 2  # the first ones of them as well
+    assert kind == "npz" or sorted({int(path.stem) for path in opened}) == drawn.tolist()
+    shares = []
+    for rank in range(3):
+        for module in ("arrays", "collect"):
+            monkeypatch.setattr(f"evaluation.{module}.rank_and_size", lambda rank=rank: (rank, 3))
+        shares += [index for _, indices in drawn_images(samples, 20, 7) for index in indices.tolist()]
+    assert sorted(shares) == list(range(20))
 
 
 def npz(path, **arrays):
