@@ -11,10 +11,12 @@ One table per protocol hash: numbers of different protocols never meet. Guided a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
 
@@ -25,13 +27,47 @@ from evaluation.board import Records, read_records, sections
 from evaluation.matched import AXES, common_budget, curves_of, matched_table
 from evaluation.page import to_html
 from evaluation.published import PublishedRow, from_record, read_published
-from evaluation.record import RESULT, to_csv
+from evaluation.record import RESULT, Record, to_csv
 from evaluation.tables import pipe_table, printable, to_latex, to_markdown, to_readme, to_terminal, with_table
 
-__all__ = ["main", "read_records", "render", "to_terminal"]
+__all__ = ["main", "read_records", "render", "summary"]
 
+Shown = TypeVar("Shown")
 RESULTS = Path(__file__).resolve().parent / "results"
 README = RESULTS.parent.parent / "README.md"
+
+
+def rendered(records: Records, show: Callable[[Records], Shown]) -> Shown:
+    """`show(records)`; where it fails, without the records at which it fails: one record must not hide the others. They are named on stderr and as left out."""
+    try:
+        return show(records)
+    except Exception:  # whatever a record leads to; what no single record explains is raised again
+        faults = {row["row_id"]: fault for row in records.rows if (fault := _fault(row, records, show))}
+        if not faults:
+            raise
+    left_out = [f"{records.folders.get(row_id, row_id)}: its record cannot be shown: {fault}" for row_id, fault in faults.items()]
+    _say_left_out(left_out)
+    rows = [row for row in records.rows if row["row_id"] not in faults]
+    return show(dataclasses.replace(records, rows=rows, left_out=[*records.left_out, *left_out]))
+
+
+def _fault(row: Record, records: Records, show: Callable[[Records], object]) -> str | None:
+    """What keeps a record from being shown on its own, or None."""
+    try:
+        show(dataclasses.replace(records, rows=[row]))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _say_left_out(reasons: Sequence[str]) -> None:
+    for reason in reasons:
+        print(f"left out: {printable(reason)}", file=sys.stderr)
+
+
+def summary(runs: Path, protocol: str | None) -> str:
+    """The ranking of one protocol among the runs of a folder, for a terminal."""
+    return rendered(read_records(runs), lambda records: to_terminal(records, protocol))
 
 
 def render(records: Records, published: Sequence[PublishedRow] = ()) -> dict[str, str]:
@@ -48,7 +84,8 @@ def render(records: Records, published: Sequence[PublishedRow] = ()) -> dict[str
 
 def write(runs: Path, out: Path) -> list[Path]:
     """Renders the records below `runs` into files in `out`, which is made if it is missing."""
-    contents = render(_read(runs), read_published())
+    published = read_published()
+    contents = rendered(_read(runs), lambda records: render(records, published))
     try:
         out.mkdir(parents=True, exist_ok=True)
         return [write_whole(out / f"leaderboard.{suffix}", text) for suffix, text in contents.items()]
@@ -61,14 +98,17 @@ def _read(runs: Path, pattern: str = RESULT) -> Records:
     if not runs.is_dir():
         raise UserError(f"--runs={runs} is not a folder. Give the folder that holds the runs, by default ./runs.")
     records = read_records(runs, pattern)
-    for reason in records.left_out:
-        print(f"left out: {printable(reason)}", file=sys.stderr)
+    _say_left_out(records.left_out)
     return records
 
 
 def matched(runs: Path, axis: str, at: float | None) -> str:
     """The runs of each protocol at one cost, for a terminal. `at`: in the unit of the axis; none: where most runs can be compared."""
-    records, name = _read(runs), next(key for key in AXES if key == axis)
+    return rendered(_read(runs), lambda records: _matched(records, axis, at)) or f"No run below {runs} has a score and a cost."
+
+
+def _matched(records: Records, axis: str, at: float | None) -> str:
+    name = next(key for key in AXES if key == axis)
     blocks = []
     for section in sections(records.rows):
         for group in section.groups:
@@ -76,14 +116,14 @@ def matched(runs: Path, axis: str, at: float | None) -> str:
                 table = matched_table(group, name, curves, common_budget(curves) if at is None else at * AXES[name][2])
                 cells = pipe_table([[printable(cell) for cell in row] for row in table.cells], table.headers, "simple")
                 blocks.append(f"{section.name}, {group.heading.lower()}\n{table.title}. {table.note}\n\n{cells}")
-    return "\n\n".join(blocks) or f"No run below {runs} has a score and a cost."
+    return "\n\n".join(blocks)
 
 
 def update_readme(results: Path, readme: Path, check: bool) -> str:
     """Writes the README's table, or refuses with a UserError if it is not what the records in `results` give."""
     try:
         old = readme.read_text(encoding="utf-8")
-        new = with_table(old, to_readme(_read(results, "*.json")))
+        new = with_table(old, rendered(_read(results, "*.json"), to_readme))
     except (OSError, ValueError) as error:
         raise UserError(f"{readme}: {error}") from error
     if new == old:

@@ -13,14 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 from jsonschema_rs import Draft202012Validator
 
 from common.errors import UserError
+from common.files import read_json
 from evaluation.protocol import digest, protocol_hash
 
 RESULT = "result.json"  # the record's name in a run's folder
+MAX_RECORD_BYTES = 2**24  # a record with many seeds has some ten thousand
 SCHEMA = "result.v1"
 SCHEMA_FILE = Path(__file__).with_name(f"{SCHEMA}.schema.json")
 
@@ -86,19 +88,13 @@ def write_record(record: Record, path: Path) -> None:
 def read_record(path: Path) -> Record:
     """A valid record, or RecordError that names the file and the fault."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        record = read_json(path, MAX_RECORD_BYTES)
         validate(record)
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error.strerror}") from error
     except RecursionError as error:
         raise RecordError(f"{path}: nested too deeply for a record") from error
-    except ValueError as error:  # not UTF-8, not JSON, not a record
-        raise RecordError(f"{path}: {error}") from error
+    except ValueError as error:  # not an ordinary file, not UTF-8, not JSON, not a record
+        raise RecordError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     return dict(record)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 # -- CSV ------------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ Every part can be repeated: a run that was stopped anywhere goes on from what is
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,10 +30,10 @@ from common.loader import TrainingPlan, training_batches
 from common.pictures import image_grid, nearest, neighbour_picture, save_png, training_curves
 from common.seeds import derive
 from common.trainer import Stopped, TrainState, make_accelerator, split_batch, total_steps, train
-from evaluation.curve import CURVE, read_curve
+from evaluation import leaderboard
+from evaluation.curve import CURVE, curve_lines, read_curve
 from evaluation.evaluate import Evaluation, evaluate_method
 from evaluation.generate import generate, quantise
-from evaluation.leaderboard import read_records, to_terminal
 from evaluation.protocol import protocol_hash
 from evaluation.reconstruction import evaluate_reconstruction
 from evaluation.record import read_record, write_record
@@ -256,7 +255,7 @@ def score_preview(job: Job, state: TrainState) -> None:
         macs = record.training_macs(job.run, job.training_cost, job.source, state.step, job.accelerator.num_processes)
         point = {"images": images, "macs_train": macs, "protocol_hash": protocol_hash(scores.protocol), "metrics": scores.metrics}
         earlier = [each for each in points if each["images"] < images]  # later ones are of a start whose last steps were lost
-        write_whole(job.folder / CURVE, "".join(json.dumps(each) + "\n" for each in (*earlier, point)))
+        write_whole(job.folder / CURVE, curve_lines([*earlier, point]))
 
 
 def evaluate_job(job: Job, state: TrainState, training_peak: int) -> None:
@@ -276,7 +275,7 @@ def summary(job: Job) -> str:
     newest = checkpoint.latest(job.folder / "checkpoints")
     return "\n".join(
         [
-            to_terminal(read_records(Path(job.run.out)), row["protocol_hash"]),
+            leaderboard.summary(Path(job.run.out), row["protocol_hash"]),
             "\nthis run",
             *(f"  {name:<20} {entry['value']:.4g}{error_of(entry)}" for name, entry in row["metrics"].items()),
             "\nfiles",

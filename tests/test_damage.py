@@ -11,6 +11,7 @@ import pytest
 import torch
 from damage import flips
 from evaluated_run import image_folder, run_folder
+from records import record
 from safetensors.torch import save_file
 
 from common import checkpoint
@@ -21,7 +22,11 @@ from common.external import run_weights
 from common.meters import read_rows, truncate_rows
 from common.saved_config import check_config, read_config
 from common.trainer import own_state
+from evaluation import columns, leaderboard
+from evaluation.curve import curve_lines, read_curve
 from evaluation.models import imported_facts, load_run, saved_run
+from evaluation.protocol import protocol_hash
+from evaluation.record import SCHEMA_FILE, row_id
 from launch import stages
 from launch.export import export_run
 from launch.folder import check_same
@@ -358,3 +363,151 @@ def test_stages_say_what_to_do_about_a_finished_run_without_checkpoints(finished
     monkeypatch.setattr(stages, "get_spec", lambda method: SimpleNamespace(stages=[SimpleNamespace(key="codec", method="jit")]))
     with pytest.raises(UserError, match=r"model.codec=.*The run is finished.*restore them from a copy"):
         stages.earlier_runs(SimpleNamespace(method="toy"), SimpleNamespace(codec=str(tmp_path / "codec")))
+
+
+# -- records ---------------------------------------------------------------------------------------------------------------------
+
+
+def rows_in(folder: Path, *rows: dict) -> Path:
+    """Records in run folders of their own, without the check that every writer makes."""
+    for number, row in enumerate(rows):
+        row["protocol_hash"] = protocol_hash(row["protocol"])
+        row["row_id"] = row_id(row)
+        (folder / f"{number}-{row['name']}").mkdir(parents=True)
+        (folder / f"{number}-{row['name']}" / "result.json").write_text(json.dumps(row))
+    return folder
+
+
+def numbers_of(value, path=()):
+    """The paths of all numbers in a record."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if isinstance(item, int | float) and not isinstance(item, bool):
+            yield (*path, key)
+        yield from numbers_of(item, (*path, key))
+
+
+def changed(value, path, new):
+    """A copy with one leaf replaced."""
+    result = json.loads(json.dumps(value))
+    target = result
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = new
+    return result
+
+
+def unbounded(schema, path=()):
+    """The places in a JSON schema that allow numbers of any size."""
+    items = schema.items() if isinstance(schema, dict) else enumerate(schema) if isinstance(schema, list) else ()
+    kinds = schema.get("type", ()) if isinstance(schema, dict) else ()
+    numeric = {"integer", "number"} & {*([kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else ())}
+    if numeric and not ({"minimum", "exclusiveMinimum"} & set(schema) and "maximum" in schema):
+        yield path
+    for key, item in items:
+        yield from unbounded(item, (*path, key))
+
+
+def test_every_number_in_a_record_is_bounded():
+    """One without bounds could be 10**400, which no table can print."""
+    assert list(unbounded(json.loads(SCHEMA_FILE.read_text()))) == []
+
+
+@pytest.mark.parametrize("number", [10**310, 10**400, -(10**400), 10**31, 1e308, -1e308, 5e-324, 2**63, 0, -1], ids=lambda number: str(number)[:6])
+def test_no_number_in_a_record_hides_the_others(tmp_path, capsys, number):
+    good = record(name="sound")
+    paths = list(numbers_of(good))
+    assert len(paths) > 70
+    rows_in(tmp_path, good, *(changed(good, path, number) | {"name": f"odd{i}"} for i, path in enumerate(paths)))
+    assert leaderboard.main(["--runs", str(tmp_path)]) == 0
+    assert "sound" in (tmp_path / "leaderboard.md").read_text() and "sound" in (tmp_path / "leaderboard.html").read_text()
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    if abs(number) > 1e30:
+        assert told.count("left out: ") == len(paths) and told.count("result.json") >= len(paths)
+    assert leaderboard.main(["--runs", str(tmp_path), "--matched", "train_macs"]) == 0
+    assert "sound" in leaderboard.summary(tmp_path, good["protocol_hash"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "null", "5", "{}", "NaN", "[" * 10**5, '{"a":' * 10**5, '"\\ud800"', '{"name": "\\ud800"}', "\x00", "1" * 5000, '{"schema": "result.v1"}'],
+    ids=lambda text: text[:20],
+)
+def test_what_is_no_record_is_left_out_by_name(tmp_path, capsys, content):
+    rows_in(tmp_path, record(name="sound"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "result.json").write_text(content)
+    assert leaderboard.main(["--runs", str(tmp_path)]) == 0
+    assert "left out: " in (told := capsys.readouterr().err) and str(tmp_path / "other" / "result.json") in told
+    assert "sound" in (tmp_path / "leaderboard.md").read_text()
+
+
+def test_surrogates_in_a_record_are_left_out_by_name(tmp_path, capsys):
+    rows_in(tmp_path, record(name="sound"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "result.json").write_text(json.dumps(record()).replace('"notes": ""', '"notes": "\\ud800"'))
+    assert leaderboard.main(["--runs", str(tmp_path)]) == 0
+    assert str(tmp_path / "other") in capsys.readouterr().err
+
+
+def test_pipes_and_huge_files_are_left_out_at_once(tmp_path, capsys):
+    """A pipe would hang; the sparse files have 3 GB and would be read into memory."""
+    rows_in(tmp_path, record(name="sound"), record(name="pipe"), record(name="huge", notes="x"))
+    os.mkfifo(tmp_path / "1-pipe" / "curve.jsonl")
+    for name in ("2-huge/curve.jsonl", "other/result.json", "claim/claim.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(3 * 2**30)
+    for name in ("second/result.json", "third/claim.json"):
+        (tmp_path / name).parent.mkdir()
+        os.mkfifo(tmp_path / name)
+    assert leaderboard.main(["--runs", str(tmp_path)]) == 0
+    told = capsys.readouterr().err
+    for name in ("1-pipe/curve.jsonl", "2-huge/curve.jsonl", "other/result.json", "second/result.json", "claim/claim.json", "third/claim.json"):
+        assert str(tmp_path / name) in told
+    assert all(name in (tmp_path / "leaderboard.md").read_text() for name in ("sound", "pipe", "huge"))
+
+
+def test_a_record_that_cannot_be_shown_is_named(tmp_path, capsys, monkeypatch):
+    """Whatever a table raises at one row."""
+    rows_in(tmp_path, record(name="sound"), record(name="odd"))
+    read = columns.IDENTITY[0].read
+    fragile = dataclasses.replace(columns.IDENTITY[0], read=lambda row: 1 // (row["name"] != "odd") and read(row))
+    monkeypatch.setattr(columns, "IDENTITY", [fragile, *columns.IDENTITY[1:]])
+    assert leaderboard.main(["--runs", str(tmp_path)]) == 0
+    assert "sound" in leaderboard.summary(tmp_path, record()["protocol_hash"])
+    assert f"{tmp_path}/1-odd: its record cannot be shown: ZeroDivisionError" in capsys.readouterr().err
+    assert "sound" in (tmp_path / "leaderboard.md").read_text()
+
+
+# -- curves ----------------------------------------------------------------------------------------------------------------------
+
+
+def points(count: int = 2) -> list[dict]:
+    metrics = {"fd_embedded": {"value": 812.25, "se": 10.5, "n": 1000, "unit": "feature^2"}}
+    return [{"images": 640 * n, "macs_train": 10**12 * n, "protocol_hash": "7d8e681bae88", "metrics": metrics} for n in range(1, count + 1)]
+
+
+def test_every_flipped_bit_of_a_curve_is_found(tmp_path):
+    file = tmp_path / "curve.jsonl"
+    file.write_text(curve_lines(points(1)))
+    assert read_curve(file) == points(1)
+    for where in flips(file):
+        try:
+            assert read_curve(file) == points(1), where
+        except UserError as error:
+            assert str(file) in str(error)
+
+
+def test_curves_without_digests_are_still_read(tmp_path):
+    file = tmp_path / "curve.jsonl"
+    file.write_text("".join(json.dumps(point) + "\n" for point in points(3)))
+    assert read_curve(file) == points(3)
+    for number in (10**31, 10**310, -1, 1.5, True):
+        file.write_text(json.dumps(points(1)[0] | {"macs_train": number}) + "\n")
+        with pytest.raises(UserError, match="line 1: is not a point"):
+            read_curve(file)
+    file.write_text(curve_lines(points(2)).rstrip("\n"))
+    with pytest.raises(UserError, match="does not end with a whole line"):
+        read_curve(file)

@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 from jsonschema_rs import Draft202012Validator
 
 from common.errors import UserError
-from common.files import write_whole
+from common.files import read_json, write_whole
 from evaluation.claims.framework import Claim, Evidence, judge
 
+MAX_CLAIM_BYTES = 2**24
 CLAIM_FILE, PICTURE_FILE = "claim.json", "claim.png"
 SCHEMA_FILE = Path(__file__).with_name("claim.v1.schema.json")
 
@@ -67,10 +68,10 @@ def write_claim(record: Mapping[str, Any], folder: Path) -> Path:
 def read_claim(path: Path) -> ClaimRecord:
     """A valid record, or a UserError that names the file and the fault."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path, MAX_CLAIM_BYTES)
         validate(record)
-    except (OSError, ValueError, RecursionError) as error:  # a UserError is a ValueError
-        raise UserError(f"{path}: {error}") from error
+    except (ValueError, RecursionError) as error:  # a UserError is a ValueError
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     return dict(record)
 
 
