@@ -32,6 +32,8 @@ class DataConfig:
     image_size: int | None = None  # pixels; emoji32 has 32, a folder needs it
     num_classes: int | None = None  # expected number of classes; another number in the data is an error
     flip: bool = False  # mirror half of the training images
+    crop: str = "center"  # the square of a training image: center (ADM's), or random (drawn anew each time; held-out images keep the centre)
+    resize: int | None = None  # pixels of the shorter side of which random crops are cut; none: image_size
     balanced: bool | None = None  # draw classes uniformly; none: yes for emoji32, no otherwise
     holdout: float = 0.05  # held-out share of a folder that has no val/ of its own
     latents: str | None = None  # folder of stored latents of the training images: of `launch/prepare.py latents`, or in REPA's released layout
@@ -165,7 +167,14 @@ INERT_KEYS = (
 INERT_GROUPS = ("cluster.", "budget.")  # a budget only says how `train.images` was found
 
 # Keys that came after runs had been made, with the value that those runs had: a run does not become another one because a key was added.
-LATER_KEYS: dict[str, Any] = {"data.modes": "convert", "data.latents": None, "train.hold_images": 0, "eval.seeds": []}
+LATER_KEYS: dict[str, Any] = {
+    "data.modes": "convert",
+    "data.latents": None,
+    "data.crop": "center",
+    "data.resize": None,
+    "train.hold_images": 0,
+    "eval.seeds": [],
+}
 
 # `data=folder` is short for `data.name=folder`.
 GROUPS_WITH_NAME = ("data", "cluster")
@@ -291,6 +300,7 @@ def check(run: RunConfig) -> None:
     one_of("data.broken", run.data.broken, ("error", "skip"))
     one_of("data.modes", run.data.modes, ("convert", "strict"))
     require(run.cluster.collective_timeout_min > 0, "cluster.collective_timeout_min", run.cluster.collective_timeout_min, "must be positive")
+    check_crop(run.data, remember=getattr(run.model, "remember", False))
     one_of("cluster.sharding", run.cluster.sharding, ("ddp", "fsdp2"))
     one_of("eval.protocol", run.eval.protocol, ("embedded",))
     for tracker in train.trackers:
@@ -309,6 +319,26 @@ def _check_name(name: str | None) -> None:
     parts = Path(name).parts if name is not None else ("run",)
     allowed = parts and not Path(*parts).is_absolute() and not any(part.startswith(".") for part in parts)
     require(bool(allowed), "name", name, "must be a folder's name below out=, without `..`, a leading `/` or a leading dot")
+
+
+def check_crop(data: DataConfig, remember: bool = False) -> None:
+    """UserError where random crops cannot be made, or where something was computed once for an image that now looks different each time."""
+    one_of("data.crop", data.crop, ("center", "random"))
+    if data.crop == "center":
+        require(data.resize is None, "data.resize", data.resize, "only random crops are cut of a resized image. Set data.crop=random, or data.resize=null")
+        return
+    if data.resize is not None and data.resize < (data.image_size or 1):
+        raise UserError(f"data.resize={data.resize} is smaller than the squares that are cut of it. Set at least data.image_size={data.image_size}.")
+    if data.latents is not None:
+        raise UserError(
+            f"data.crop=random cuts another square each time, and data.latents={data.latents} holds latents of the centres. "
+            "Leave data.latents out, or set data.crop=center."
+        )
+    if remember:
+        raise UserError(
+            "data.crop=random cuts another square each time, and model.remember=true keeps the encoding of the first one. "
+            "Set model.remember=false, or data.crop=center."
+        )
 
 
 def one_of(key: str, value: str, options: Sequence[str]) -> None:

@@ -42,12 +42,15 @@ def on_meta(method_class: type[Method], config: Any, data: DataInfo) -> Method:
         return method_class(config, data)
 
 
-def empty_batch(data: DataInfo, size: int, device: str | torch.device) -> Batch:
-    """A training batch of the right shapes."""
-    image = torch.zeros(size, data.channels, data.image_size, data.image_size, device=device)
+def empty_batch(data: DataInfo, size: int, device: str | torch.device, image: bool = True) -> Batch:
+    """A training batch of the right shapes; `image`: with images (`Method.needs_images`)."""
     index = torch.zeros(size, dtype=torch.int64, device=device)
-    moments = {} if data.latents is None else {"moments": torch.zeros(size, *data.latents.shape, device=device)}
-    return {"image": image, "label": index, "index": index, **moments}
+    batch = {"label": index, "index": index}
+    if image:
+        batch["image"] = torch.zeros(size, data.channels, data.image_size, data.image_size, device=device)
+    if data.latents is not None:
+        batch["moments"] = torch.zeros(size, *data.latents.shape, device=device)
+    return batch
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class TrainingCost:
 def training_cost(method_class: type[Method], config: Any, data: DataInfo) -> TrainingCost:
     """Counts a training step in each part of the training that the method's turning points make."""
     method = on_meta(method_class, config, data).train()
-    batch = empty_batch(data, BATCH, "meta")
+    batch = empty_batch(data, BATCH, "meta", method_class.needs_images(data))
     encoding = sum(take_encoding_out(table, batch) for table in vars(method).values() if isinstance(table, FeatureTable) and table.num_images)
 
     def step(images_seen: int) -> None:
@@ -212,7 +215,7 @@ def activation_bytes(method_class: type[Method], config: Any, data: DataInfo, ba
     with silent_copies(), Fakes(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         method = method_class(config, data).train()
         begin_last_part(method)
-        inputs = empty_batch(data, batch, "cpu")
+        inputs = empty_batch(data, batch, "cpu", method_class.needs_images(data))
         return max(_saved_bytes(method, partial(method, phase, inputs, 0)) for phase in method.phases)
 
 

@@ -169,6 +169,11 @@ def cut_square(pixels: NDArray[np.uint8], offset: tuple[float, float], size: int
     return _square(pixels, top, left, size)
 
 
+def enlarged(square: NDArray[np.uint8], shorter: int) -> NDArray[np.uint8]:
+    """A (3, S, S) square scaled to (shorter, shorter, 3), for data that have no larger original."""
+    return np.asarray(resize_shorter(Image.fromarray(square.transpose(1, 2, 0)), shorter))
+
+
 def _square(pixels: NDArray[np.uint8], top: int, left: int, size: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels[top : top + size, left : left + size].transpose(2, 0, 1))
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from common import shards, synthetic
 from common.archives import ARCHIVES, HELD_OUT_NAMES, IMAGE_SUFFIXES, Archive, open_archive
-from common.crop import decode_square, read_square
+from common.crop import cut_square, decode_resized, decode_square, enlarged, read_image_file, read_square
 from common.emoji32 import HELD_OUT_SHARE, IMAGE_SIZE, SHA256, load_emoji32
 from common.errors import UserError, close_match
 from common.splits import held_out
@@ -44,6 +44,8 @@ class DataSettings(Protocol):
     image_size: int | None
     num_classes: int | None
     flip: bool
+    crop: str
+    resize: int | None
     balanced: bool | None
     holdout: float
     latents: str | None
@@ -74,6 +76,7 @@ class ImageSet:
         self.image_size = image_size
         self.latents: Latents | None = None  # stored moments of the images, which then come with every training batch
         self.identity = identity
+        self.resize = image_size  # pixels of the shorter side of which random crops are cut
         self.skips = False  # whether the next readable image of its class stands in for one that cannot be read, which otherwise is a UserError
         self.broken: dict[int, str] = {}  # position -> what is wrong, of the images that were skipped so far
 
@@ -86,27 +89,40 @@ class ImageSet:
         text = f"{self.identity}\n{self.image_size}\n".encode()
         return hashlib.sha256(text + self.labels.astype("<i8").tobytes()).hexdigest()
 
-    def fetch(self, indices: Sequence[int] | NDArray[np.int64], flips: Sequence[bool] | NDArray[np.bool_] | None = None) -> NDArray[np.uint8]:
-        """Images (B, 3, H, W) uint8 at these positions, mirrored left to right where `flips` (B,) is true."""
-        images = self._read(np.asarray(indices, dtype=np.int64))
+    def fetch(
+        self,
+        indices: Sequence[int] | NDArray[np.int64],
+        flips: Sequence[bool] | NDArray[np.bool_] | None = None,
+        offsets: NDArray[np.float64] | None = None,
+    ) -> NDArray[np.uint8]:
+        """Images (B, 3, H, W) uint8 at these positions, mirrored left to right where `flips` (B,) is true.
+
+        They are centre crops. With offsets (B, 2) in [0, 1), down and right, they are cut there, of images whose shorter side has `resize` pixels.
+        """
+        images = self._read(np.asarray(indices, dtype=np.int64), offsets)
         if flips is not None:
             mirrored = np.asarray(flips, dtype=bool)
             images[mirrored] = images[mirrored, :, :, ::-1]
         return images
 
-    def _read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def _read(self, indices: NDArray[np.int64], offsets: NDArray[np.float64] | None) -> NDArray[np.uint8]:
         """Fresh copies of the images, (B, 3, H, W)."""
         images = np.empty((len(indices), 3, self.image_size, self.image_size), dtype=np.uint8)
-        for row, index in enumerate(indices):
-            images[row] = self._read_or_next(int(index)) if self.skips else self._read_one(int(index))
+        for row, index in enumerate(indices.tolist()):
+            read = self._read_one if offsets is None else partial(self._read_cut, offset=tuple(offsets[row].tolist()))
+            images[row] = self._read_or_next(index, read) if self.skips else read(index)
         return images
 
-    def _read_or_next(self, index: int) -> NDArray[np.uint8]:
+    def fetch_resized(self, index: int) -> NDArray[np.uint8]:
+        """One whole image, (H, W, 3) uint8, whose shorter side has `resize` pixels."""
+        return self._read_or_next(index, self._read_resized) if self.skips else self._read_resized(index)
+
+    def _read_or_next(self, index: int, read: Callable[[int], NDArray[np.uint8]]) -> NDArray[np.uint8]:
         """The image; where it cannot be read the next one of its class, in a circle. The same in every process, whatever it has met before."""
         for candidate in self._stand_ins(index):
             if candidate not in self.broken:
                 try:
-                    return self._read_one(candidate)
+                    return read(candidate)
                 except UserError as error:
                     self.broken[candidate] = str(error)
         raise UserError(f"no image of class {self.labels[index]} can be read. The first of them: {self.broken[index]}")
@@ -116,8 +132,16 @@ class ImageSet:
         alike = np.flatnonzero(self.labels == self.labels[index])
         yield from np.roll(alike, -1 - int(np.searchsorted(alike, index)))[:-1].tolist()
 
+    def _read_cut(self, index: int, offset: tuple[float, float]) -> NDArray[np.uint8]:
+        return cut_square(self._read_resized(index), offset, self.image_size)
+
     def _read_one(self, index: int) -> NDArray[np.uint8]:
+        """The centre crop, (3, image_size, image_size)."""
         raise NotImplementedError
+
+    def _read_resized(self, index: int) -> NDArray[np.uint8]:
+        """The whole image, (H, W, 3), whose shorter side has `resize` pixels; here of a set that has nothing but the square."""
+        return enlarged(self._read_one(index), self.resize)
 
 
 class ArrayImages(ImageSet):
@@ -127,8 +151,12 @@ class ArrayImages(ImageSet):
         super().__init__(labels, images.shape[-1], identity)
         self.images = images
 
-    def _read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return self.images[indices]
+    def _read(self, indices: NDArray[np.int64], offsets: NDArray[np.float64] | None) -> NDArray[np.uint8]:
+        return self.images[indices] if offsets is None else super()._read(indices, offsets)
+
+    def _read_one(self, index: int) -> NDArray[np.uint8]:
+        image: NDArray[np.uint8] = self.images[index]
+        return image
 
 
 class FolderImages(ImageSet):
@@ -143,6 +171,10 @@ class FolderImages(ImageSet):
     def _read_one(self, index: int) -> NDArray[np.uint8]:
         return read_square(self.root / self.files[index], self.image_size, self.convert)
 
+    def _read_resized(self, index: int) -> NDArray[np.uint8]:
+        path = self.root / self.files[index]
+        return decode_resized(read_image_file(path), self.resize, path, self.convert)
+
 
 class ArchiveImages(ImageSet):
     """Some of the images of an archive, decoded and cropped on demand."""
@@ -155,9 +187,13 @@ class ArchiveImages(ImageSet):
         position = int(self.positions[index])
         return decode_square(self.archive.read(position), self.image_size, self.archive.name(position), self.convert)
 
+    def _read_resized(self, index: int) -> NDArray[np.uint8]:
+        position = int(self.positions[index])
+        return decode_resized(self.archive.read(position), self.resize, self.archive.name(position), self.convert)
+
 
 class ShardImages(ImageSet):
-    """Images that were cropped before, memory-mapped."""
+    """Images that were cropped before, read as they are."""
 
     def __init__(self, part: shards.Part, image_size: int) -> None:
         super().__init__(part.labels(), image_size, part.identity)
@@ -165,6 +201,22 @@ class ShardImages(ImageSet):
 
     def _read_one(self, index: int) -> NDArray[np.uint8]:
         return self.part.read(index)
+
+    def _read_resized(self, index: int) -> NDArray[np.uint8]:
+        assert self.part.whole is not None  # `check_resized` has looked
+        return self.part.whole.read(index)
+
+    def check_resized(self, wanted: int | None) -> int:
+        """The pixels of the shorter side of the whole images that the shards hold; a UserError where they hold none, or others than wanted."""
+        found, folder = self.part.resize, self.part.folder
+        if found is None or wanted not in (None, found):
+            holds = "squares alone" if found is None else f"images whose shorter side has {found} pixels"
+            asked = f" data.resize={wanted}" if wanted else ""
+            raise UserError(
+                f"data.crop=random{asked}: {folder} holds {holds}. Prepare shards with `python launch/prepare.py images data.crop=random{asked} ...`"
+                + (f", or set data.resize={found}." if found else ".")
+            )
+        return found
 
 
 class SyntheticImages(ImageSet):
@@ -189,8 +241,11 @@ class DataSource:
     balanced: bool
 
 
-def load_data(config: DataSettings) -> DataSource:
-    """The data set that the configuration names. Folders are listed and measured, not decoded."""
+def load_data(config: DataSettings, verify: bool = True) -> DataSource:
+    """The data set that the configuration names. Folders are listed and measured, not decoded.
+
+    verify: whether image shards and stored latents are held against their digests, as before a training; plans and costs do without.
+    """
     if not 0 <= config.holdout < 1:
         raise UserError(f"data.holdout={config.holdout} is not a fraction. Set it to at least 0 and below 1, for instance data.holdout=0.1.")
     if config.image_size is not None and config.image_size < 1:
@@ -203,17 +258,30 @@ def load_data(config: DataSettings) -> DataSource:
     source = loaders[config.name](config)
     for part in (source.train, source.heldout):
         part.skips = config.broken == "skip"
+        if verify and isinstance(part, ShardImages):
+            part.part.verify()
+    if config.crop == "random":
+        _allow_random_crops(source.train, config.resize)
     found = source.info.num_classes
     if config.num_classes not in (None, found):
         raise UserError(f"data.num_classes={config.num_classes}, but {config.path or config.name} has {found} classes. Set {found} or leave it out.")
-    return with_latents(source, Path(config.latents), config.flip) if config.latents else source
+    return with_latents(source, Path(config.latents).expanduser(), config.flip, verify) if config.latents else source
 
 
-def with_latents(source: DataSource, folder: Path, mirrored: bool) -> DataSource:
+def _allow_random_crops(images: ImageSet, resize: int | None) -> None:
+    """Sets the size of which random crops are cut, as the configuration has it or as the shards hold it."""
+    if isinstance(images, ShardImages):
+        resize = images.check_resized(resize)
+    images.resize = resize or images.image_size
+    if images.resize < images.image_size:
+        raise UserError(f"data.resize={images.resize} is smaller than the squares of {images.image_size} pixels that are cut of it. Raise it.")
+
+
+def with_latents(source: DataSource, folder: Path, mirrored: bool, verify: bool = True) -> DataSource:
     """The same data, whose training images come with their stored latents; a folder of other images is a UserError."""
     from common.latents import open_latents
 
-    source.train.latents = latents = open_latents(folder, source.train, mirrored)
+    source.train.latents = latents = open_latents(folder, source.train, mirrored, verify)
     return replace(source, info=replace(source.info, latents=latents.facts))
 
 
@@ -223,7 +291,7 @@ def summarise(config: DataSettings) -> DataSummary:
     here = config.path is not None and Path(config.path).expanduser().exists()
     if config.name in ON_DISK and not here and config.num_classes and config.image_size:
         return DataSummary(config.name, config.num_classes, config.image_size, 0, 0, (), digest="")
-    return load_data(config).info
+    return load_data(config, verify=False).info
 
 
 def _source(name: str, class_names: Sequence[str], train: ImageSet, heldout: ImageSet, balanced: bool) -> DataSource:

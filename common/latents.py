@@ -1,7 +1,7 @@
 """What frozen networks say of training images, kept: in memory for small sets, in files for large ones.
 
 FeatureTable     in memory, filled as a run goes
-LatentShards     a folder of memory-mapped arrays with the posterior's moments of every image and of its mirror image
+LatentShards     a folder of arrays with the posterior's moments of every image and of its mirror image
 ReleasedLatents  the folder of one .npy file an image that the released training code of REPA and REG reads
 
 Moments are kept and not latents: the posterior is sampled anew at every read, as when images are encoded in the loop.
@@ -24,7 +24,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from common import mapped
-from common.checkpoint import sha256_of
 from common.errors import UserError
 from common.files import hold_to, write_whole
 
@@ -132,6 +131,13 @@ class Card:
     shards: dict[str, str]  # file name -> sha256, in order
 
 
+CARD_RULES: dict[str, mapped.Rule] = {
+    "format": mapped.whole(FORMAT, FORMAT), "tokenizer": mapped.text, "encoder_sha256": mapped.text, "data_digest": mapped.text,
+    "images": mapped.whole(1), "shape": lambda found: isinstance(found, list) and len(found) == 3 and all(map(mapped.whole(1, 2**20), found)),
+    "dtype": lambda found: found in DTYPES, "shard_images": mapped.whole(1), "shards": mapped.text_map,
+}  # fmt: skip
+
+
 def encoder_digest(tokenizer: Tokenizer) -> str:
     """SHA-256 over the encoder's tensors. Two tokenizers that differ in the decoder only have the same."""
     hasher = hashlib.sha256()
@@ -162,10 +168,11 @@ def write_latents(folder: Path, images: ImageSet, tokenizer: Tokenizer, batch: i
     hold_to(folder / "plan.json", facts, "latents of other images, of another encoder or in another layout")
     digests = {}
     for number, positions in mapped.shard_ranges(len(images), shard_images):
-        file = folder / f"moments-{number:05d}.npy"
+        file = folder / shard_name(number)
         if not file.exists():
             _write_shard(file, images, tokenizer, np.array(positions), batch, dtype)
-        digests[file.name] = sha256_of(file)
+        digests[file.name] = mapped.sha256_of(file)
+    mapped.keep_verified(folder, digests)
     card = Card(**facts, shards=digests)  # type: ignore[arg-type]
     write_whole(folder / CARD, json.dumps(asdict(card), indent=1) + "\n")
     return card
@@ -192,18 +199,22 @@ def _moments_of(images: ImageSet, tokenizer: Tokenizer, indices: NDArray[np.int6
 
 
 class LatentShards:
-    """The folder that `write_latents` made, read through memory maps."""
+    """The folder that `write_latents` made. What its card says is held against the files before memory is taken."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.card = read_card(folder)
-        self.facts = LatentFacts(self.card.shape, self.card.encoder_sha256)
-        self.shards = mapped.Shards([folder / name for name in self.card.shards])
+        self.card = card = read_card(folder)
+        self.facts = LatentFacts(card.shape, card.encoder_sha256)
+        files = [folder / name for name in card.shards]
+        ranges = mapped.shard_ranges(card.images, card.shard_images)
+        shapes = [(len(rows), 2, *card.shape) for _, rows in ranges]
+        headers = [mapped.check_header(file, shape, [card.dtype], self.advice(file)) for file, shape in zip(files, shapes, strict=True)]
+        self.shards = mapped.Shards(files, card.shape, card.dtype, [header.offset for header in headers])  # a row is one orientation
 
     def moments(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> NDArray[np.float32]:
-        shard, row = np.divmod(indices, self.card.shard_images)
-        found = [self.shards.arrays[s][r, int(flip)] for s, r, flip in zip(shard, row, flips, strict=True)]
-        return np.stack(found).astype(np.float32)
+        shard, image = np.divmod(indices, self.card.shard_images)
+        rows = zip(shard.tolist(), (2 * image + flips).tolist(), strict=True)
+        return np.stack([self.shards.read(number, row) for number, row in rows]).astype(np.float32)
 
     def check(self, images: ImageSet) -> None:
         """UserError unless the moments are those of these training images."""
@@ -214,16 +225,27 @@ class LatentShards:
             )
 
     def verify(self) -> None:
-        """UserError if a shard does not have the digest of the card."""
-        for name, digest in self.card.shards.items():
-            if not (self.folder / name).is_file() or sha256_of(self.folder / name) != digest:
-                raise UserError(f"{self.folder / name} is missing or damaged. Remove {self.folder / CARD} and the file, and prepare the latents again.")
+        """UserError if a shard does not have the digest of the card; it is read once for each size and time of change."""
+        mapped.verify(self.folder, self.card.shards, self.advice("the damaged file"))
+
+    def advice(self, file: object) -> str:
+        """How damage is mended."""
+        return f"Remove {self.folder / CARD} and {file}, and prepare the latents again."
 
 
 def read_card(folder: Path) -> Card:
-    """latents.json of a folder; a UserError if it is missing or of another format."""
-    content = mapped.read_card(folder / CARD, FORMAT, "latents")
+    """latents.json of a folder; a UserError if it is missing, damaged or of another format."""
+    content = mapped.read_card(folder / CARD, FORMAT, "latents", CARD_RULES)
+    count = mapped.shard_count(content["images"], content["shard_images"])
+    if len(content["shards"]) != count or list(content["shards"]) != [shard_name(number) for number in range(count)]:
+        told = f"{content['images']:,} images, {content['shard_images']:,} a file, are in {count:,} files, and it lists {len(content['shards']):,}"
+        raise UserError(f"{folder / CARD} is damaged: {told}. Remove it, and prepare the latents again.")
     return Card(**{**content, "shape": tuple(content["shape"])})
+
+
+def shard_name(number: int) -> str:
+    """The file of a shard."""
+    return f"moments-{number:05d}.npy"
 
 
 class ReleasedLatents:
@@ -237,25 +259,28 @@ class ReleasedLatents:
         try:
             labels = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["labels"]
             entries = sorted((str(name), int(label)) for name, label in labels)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.labels = np.array([label for _, label in entries], dtype=np.int64)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f'{folder / "dataset.json"} cannot be read as {{"labels": [[file name, class], ...]}} ({error!r}).') from error
+        if not entries:
+            raise UserError(f"{folder / 'dataset.json'} lists no latents.")
         self.files = [name for name, _ in entries]
-        self.labels = np.array([label for _, label in entries], dtype=np.int64)
 
     @cached_property
     def facts(self) -> LatentFacts:
         """The shape is that of the first file."""
-        return LatentFacts(self._read(self.files[0]).shape, None)
+        header = mapped.read_header(self.folder / self.files[0])
+        if len(header.shape) != 3 or header.shape[0] % 2 or header.dtype.kind != "f":
+            raise UserError(f"{self.folder / self.files[0]} holds {header.shape} numbers of type {header.dtype}, and moments are (2 C, h, h) of floats.")
+        return LatentFacts(header.shape, None)
 
     def moments(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> NDArray[np.float32]:
         assert not np.any(flips)
         return np.stack([self._read(self.files[i]) for i in indices])
 
     def _read(self, name: str) -> NDArray[np.float32]:
-        try:
-            array: NDArray[np.float32] = np.load(self.folder / name).astype(np.float32)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / name} cannot be read: {error}") from error
+        mapped.check_header(self.folder / name, self.facts.shape, ["float16", "float32", "float64"], "All latents of a folder have one shape.")
+        array: NDArray[np.float32] = np.load(self.folder / name).astype(np.float32)
         return array
 
     def check(self, images: ImageSet) -> None:
@@ -267,9 +292,10 @@ class ReleasedLatents:
             )
 
 
-def open_latents(folder: Path, images: ImageSet, mirrored: bool = False) -> LatentShards | ReleasedLatents:
+def open_latents(folder: Path, images: ImageSet, mirrored: bool = False, verify: bool = True) -> LatentShards | ReleasedLatents:
     """Stored moments for a training set: our shards, or the released layout. A folder of other images is a UserError.
 
+    verify: whether damaged shards are looked for, as before a training; the released layout has no digests.
     mirrored: whether those of mirror images are needed, too, which the released layout does not have.
     """
     if not folder.is_dir():
@@ -278,6 +304,8 @@ def open_latents(folder: Path, images: ImageSet, mirrored: bool = False) -> Late
     if mirrored and isinstance(latents, ReleasedLatents):
         raise UserError(f"data.latents={folder} holds no mirror images. Set data.flip=false, or prepare latents with `python launch/prepare.py latents`.")
     latents.check(images)
+    if verify and isinstance(latents, LatentShards):
+        latents.verify()
     return latents
 
 

@@ -26,18 +26,20 @@ from common.seeds import derive
 log = logging.getLogger("pixlat")
 GRACE_SECONDS = 30  # how long loader processes outlive a SIGTERM; Slurm's default KillWait
 
-Request = tuple[NDArray[np.int64], NDArray[np.bool_]]  # indices (m,) and flips (m,) of one micro-batch
+# of one micro-batch: indices (m,), flips (m,), and offsets (m, 2) of random crops or None
+Request = tuple[NDArray[np.int64], NDArray[np.bool_], "NDArray[np.float64] | None"]
 
 
 class TrainingPlan:
     """The images of every training step. It has no state but a cache."""
 
-    def __init__(self, labels: NDArray[np.int64], batch: int, seed: int, balanced: bool, flip: bool = False) -> None:
+    def __init__(self, labels: NDArray[np.int64], batch: int, seed: int, balanced: bool, flip: bool = False, crop: bool = False) -> None:
         """
         labels (N,): the classes of the training images.
         batch: images a step, over all processes.
         balanced: draw a class uniformly, then one of its images, with replacement; otherwise every epoch is a new permutation of all images.
         flip: mirror each drawn image with probability one half.
+        crop: cut each drawn image at a random place.
         """
         if len(labels) == 0:
             raise UserError("there are no training images. Lower data.holdout or add images.")
@@ -45,20 +47,35 @@ class TrainingPlan:
         self.seed = seed
         self.balanced = balanced
         self.flip = flip
+        self.crop = crop
         self._num_images = len(labels)
         self._by_class = np.argsort(labels, kind="stable")
         _, self._class_start, self._class_count = np.unique(labels[self._by_class], return_index=True, return_counts=True)
         self._cached_epoch = -1
         self._permutation = self._by_class
 
-    def indices(self, step: int) -> Request:
+    def indices(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The global batch of a step: positions in the training set (batch,) int64, and whether each is mirrored (batch,) bool."""
         rng = np.random.Generator(np.random.PCG64(derive("batch", self.seed, step)))
         flips = rng.random(self.batch) < (0.5 if self.flip else 0.0)
         return (self._balanced_draw(rng) if self.balanced else self._epoch_walk(step)), flips
 
+    def offsets(self, step: int) -> NDArray[np.float64] | None:
+        """Where the images of a step are cut, (batch, 2) in [0, 1), down and right; None where they are cut at the centre.
+
+        They have a generator of their own, so a run with random crops sees the same images in the same order as one without.
+        """
+        if not self.crop:
+            return None
+        return np.random.Generator(np.random.PCG64(derive("crop", self.seed, step))).random((self.batch, 2))
+
     def distinct(self, steps: int, micro_batch: int, world: int = 1) -> int:
-        """How many images, mirror images counted apart, the first `steps` steps show to a process for the first time, summed over the processes."""
+        """How many images, mirror images counted apart, the first `steps` steps show to a process for the first time, summed over the processes.
+
+        An image that is cut at a random place is never shown again.
+        """
+        if self.crop:
+            return steps * self.batch
         seen = np.zeros((world, 2, self._num_images), dtype=bool)
         process = np.arange(self.batch) // micro_batch % world
         for step in range(steps):
@@ -98,11 +115,13 @@ def training_batches(
     world: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
+    needs_images: bool = True,
 ) -> Iterator[list[dict[str, Tensor]]]:
     """Endless: for every step from `start_step` on, this process' `accumulation` micro-batches.
 
     A micro-batch is {"image": uint8 (m, 3, H, W), "label": int64 (m,), "index": int64 (m,)}, with "mirrored": bool (m,) where the plan mirrors
-    images and "moments": float32 (m, 2 C, h, h) where the set has stored latents (common/latents.py). The global batch is cut into world * accumulation
+    images and "moments": float32 (m, 2 C, h, h) where the set has stored latents (common/latents.py). Without `needs_images` it has no "image",
+    and none is read. The global batch is cut into world * accumulation
     micro-batches, of which number j * world + rank is the j-th of process `rank`; so two processes with one micro-batch each see what one process
     with two sees. With `workers` > 0 that many processes read ahead. An unreadable image is a UserError in the process that trains, or where the
     set skips such images a warning and an entry in its `broken`.
@@ -114,7 +133,7 @@ def training_batches(
         )
     requests = _requests(plan, start_step, micro_batch, accumulation, rank, world)
     loader = DataLoader(
-        _Reader(images, plan.flip),
+        _Reader(images, plan.flip, needs_images),
         batch_size=None,  # a request is a whole micro-batch
         sampler=requests,
         num_workers=workers,
@@ -136,9 +155,11 @@ def _steps(micro_batches: Iterator[dict[str, Any]], accumulation: int, images: I
 def _requests(plan: TrainingPlan, start_step: int, micro_batch: int, accumulation: int, rank: int, world: int) -> Iterator[Request]:
     for step in itertools.count(start_step):
         indices, flips = plan.indices(step)
+        offsets = plan.offsets(step)
         for j in range(accumulation):
             first = (j * world + rank) * micro_batch
-            yield indices[first : first + micro_batch], flips[first : first + micro_batch]
+            own = slice(first, first + micro_batch)
+            yield indices[own], flips[own], None if offsets is None else offsets[own]
 
 
 class _Reader(Dataset[dict[str, Any]]):
@@ -147,18 +168,20 @@ class _Reader(Dataset[dict[str, Any]]):
     A UserError travels as a value, because an exception that crosses the process boundary arrives wrapped in the traceback of the other process.
     """
 
-    def __init__(self, images: ImageSet, mirrors: bool) -> None:
+    def __init__(self, images: ImageSet, mirrors: bool, needs_images: bool) -> None:
         self.images = images
         self.mirrors = mirrors
+        self.needs_images = needs_images
 
     def __getitem__(self, request: Request) -> dict[str, Any]:
-        indices, flips = request
+        indices, flips, offsets = request
         known = len(self.images.broken)
         arrays: dict[str, NDArray[Any]] = {"label": self.images.labels[indices], "index": indices.copy()}
         if self.mirrors:
             arrays["mirrored"] = flips.copy()
         try:
-            arrays["image"] = self.images.fetch(indices, flips)
+            if self.needs_images:
+                arrays["image"] = self.images.fetch(indices, flips, offsets)
             if self.images.latents is not None:
                 arrays["moments"] = self.images.latents.moments(indices, flips)
         except UserError as error:

@@ -143,7 +143,7 @@ def _step(memory: LiveBytes, method: Method, phase: str, optimizers: list[Optimi
     """One phase as the trainer does it; returns what its forward pass left."""
     if accumulated:
         _give_gradients(optimizers)
-    batch = empty_batch(method.data, micro_batch, "cpu")
+    batch = empty_batch(method.data, micro_batch, "cpu", method.needs_images(method.data))
     begin_last_part(method)
     before = memory.live
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

@@ -77,7 +77,7 @@ def study(run: RunConfig, heldout: int) -> list[Row]:
             with state.weights("raw") as current:
                 rows.append({"step": state.step, "images": state.step * run.train.batch, **measure(current, held_out(source), heldout)})
 
-        plan = TrainingPlan(source.train.labels, run.train.batch, run.seed, source.balanced, run.data.flip)
+        plan = TrainingPlan(source.train.labels, run.train.batch, run.seed, source.balanced, run.data.flip, run.data.crop == "random")
         micro_batch, _ = split_batch(run.train, accelerator.num_processes)
 
         def batches(start_step: int, accumulation: int) -> Iterator[list[dict[str, Tensor]]]:

@@ -198,7 +198,9 @@ def training_step(method: Method, run: RunConfig, batch: int, accelerator: Any) 
     data = method.data
     images = torch.rand(batch, data.channels, data.image_size, data.image_size, device=accelerator.device) * 2 - 1
     labels = torch.arange(batch, device=accelerator.device) % data.num_classes
-    inputs = empty_batch(data, batch, accelerator.device) | {"image": images, "label": labels, "index": labels}
+    inputs = empty_batch(data, batch, accelerator.device, image=False) | {"label": labels, "index": labels}
+    if method.needs_images(data):
+        inputs["image"] = images
     bf16 = accelerator.mixed_precision == "bf16"
     optimizers = {phase: build_optimizers(method.parameters_of(phase), run.train, bf16) for phase in method.phases}
     prepare_blocks(method, run.train)

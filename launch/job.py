@@ -144,7 +144,7 @@ def train_job(job: Job) -> TrainState:
     torch.manual_seed(derive("init", run.seed))
     method = get_class(run.method)(job.model, job.info)
     method.load_external()
-    plan = TrainingPlan(job.source.train.labels, run.train.batch, run.seed, job.source.balanced, run.data.flip)
+    plan = TrainingPlan(job.source.train.labels, run.train.batch, run.seed, job.source.balanced, run.data.flip, run.data.crop == "random")
     micro_batch, _ = split_batch(run.train, job.accelerator.num_processes)
     batches = partial(_batches, job, plan, micro_batch)
     interludes = [(run.train.preview_images, partial(draw_preview, job)), (run.eval.every_images if run.eval.num_images else 0, partial(score_preview, job))]
@@ -155,7 +155,8 @@ def _batches(job: Job, plan: TrainingPlan, micro_batch: int, start_step: int, ac
     accelerator = job.accelerator
     place = (accelerator.process_index, accelerator.num_processes)
     pin = accelerator.device.type == "cuda"
-    return training_batches(job.source.train, plan, start_step, micro_batch, accumulation, *place, job.run.data.workers, pin)
+    needs_images = get_class(job.run.method).needs_images(job.info)
+    return training_batches(job.source.train, plan, start_step, micro_batch, accumulation, *place, job.run.data.workers, pin, needs_images)
 
 
 # -- pictures -------------------------------------------------------------------------------------------------------------------

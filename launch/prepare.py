@@ -1,7 +1,8 @@
 """What is prepared once for many runs. `python launch/prepare.py COMMAND key=value ...`
 
   images     the training and held-out images, decoded and cropped once, in files that a later run reads with data=shards data.path=FOLDER. Takes data.*
-             keys, and to=FOLDER, workers=N (processes; all cores), shard_images=8192 (a file)
+             keys, and to=FOLDER, workers=N (processes; all cores), shard_images=8192 (a file). With data.crop=random the files also hold the whole
+             training images, of data.resize pixels, of which a run with the same two keys cuts
                  python launch/prepare.py images data=tar data.path=/data/imagenet-wds data.image_size=256 to=/scratch/imagenet256
   latents    the moments of every training image's latents, in files that a later run reads with data.latents=FOLDER. Takes the keys of launch/run.py, and
              to=FOLDER, batch=64, dtype=float32 (or float16), device=auto
@@ -44,12 +45,13 @@ def images(options: dict[str, str]) -> str:
     from common.shards import write_shards
 
     source, start = load_data(data), time.perf_counter()
-    card = write_shards(folder, source, workers, shard_images)
+    card = write_shards(folder, source, workers, shard_images, source.train.resize if data.crop == "random" else None)
     seconds, count = time.perf_counter() - start, source.info.num_train + source.info.num_heldout
     skipped = [reason for part in card.parts.values() for reason in part.skipped.values()]
     told = [f"  {reason}" for reason in skipped]
     made = f"{count} images of {card.image_size} px under {folder}, {count / seconds:.0f} images/s on {max(1, workers)} processes; {len(skipped)} skipped"
-    return "\n".join([made, *told, f"Use them with data=shards data.path={folder}"])
+    crops = f" data.crop=random data.resize={card.resize}" if card.resize else ""
+    return "\n".join([made, *told, f"Use them with data=shards data.path={folder}{crops}"])
 
 
 def latents(options: dict[str, str]) -> str:

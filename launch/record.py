@@ -110,7 +110,7 @@ def training_macs(run: RunConfig, cost: TrainingCost, source: DataSource, step: 
     """MACs of the first `step` steps on so many processes, in one go: after a stop, what was remembered of images is asked for again."""
     encoded = 0
     if cost.encoding:
-        plan = TrainingPlan(source.train.labels, run.train.batch, run.seed, source.balanced, run.data.flip)
+        plan = TrainingPlan(source.train.labels, run.train.batch, run.seed, source.balanced, run.data.flip, run.data.crop == "random")
         encoded = plan.distinct(step, split_batch(run.train, processes)[0], processes)
     return cost.total(step * run.train.batch, encoded, run.train.batch)
 

@@ -23,6 +23,7 @@ from methods import Stage, get_spec
 
 TRAIN = "train"  # the value of `model.<key>` that asks for the stage to be trained
 HANDED_DOWN = ("seed", "out", "dry_run", "train.precision", "train.threads", "train.trackers", "data.workers")
+OF_THE_STAGE = ("latents", "crop", "resize")  # keys of `data` that each stage has for itself
 STAGES = "stages.json"
 COST = ("images_seen", "macs_total", "device_seconds")  # of an earlier run, in the record
 
@@ -40,7 +41,7 @@ def stage_run(run: RunConfig, stage: Stage) -> RunConfig:
             f"model.{stage.key}=train: method={stage.method} has no preset {run.preset!r}. "
             f"Train it yourself (python launch/run.py method={stage.method} preset=...) and give its run folder as model.{stage.key}."
         )
-    data = {f"data.{field.name}": getattr(run.data, field.name) for field in dataclasses.fields(run.data) if field.name != "latents"}  # a later stage's
+    data = {f"data.{field.name}": getattr(run.data, field.name) for field in dataclasses.fields(run.data) if field.name not in OF_THE_STAGE}
     handed = data | {key: _at(run, key) for key in HANDED_DOWN}
     return resolve(spec, {"preset": run.preset} | {key: json.dumps(value) for key, value in handed.items()})
 

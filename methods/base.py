@@ -108,6 +108,11 @@ class Method(nn.Module):
         self.config = config
         self.data = data
 
+    @classmethod
+    def needs_images(cls, data: DataInfo) -> bool:
+        """Whether training reads "image" from its batches. A method that needs nothing but stored latents spares the loader decoding the images."""
+        return True
+
     def load_external(self) -> None:
         """Loads the weights of the `external` sub-modules from their files, in place. Checkpoints leave these sub-modules out.
 
@@ -127,7 +132,8 @@ class Method(nn.Module):
     def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
         """The loss of one phase. `forward` is the loss, so that a distributed wrapper sees every gradient.
 
-        batch: "image" (B, C, H, W) float in [-1, 1], "label" (B,) int64 and "index" (B,) int64, the images' positions in the training set.
+        batch: "image" (B, C, H, W) float in [-1, 1] (absent unless `needs_images`), "label" (B,) int64 and "index" (B,) int64, the images' positions
+        in the training set.
         Returns {"loss": scalar with gradient, "<name>": detached scalars to log}. All randomness comes from torch's global generator, which
         the trainer has just reseeded; by convention `forward` makes its draws first and hands them to a pure `objective`.
         """

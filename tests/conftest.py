@@ -20,3 +20,9 @@ def pytest_xdist_auto_num_workers() -> int:
 @pytest.fixture(autouse=True)
 def _single_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """What pixlat can make again is kept in the tests' own folder, and not in the user's."""
+    os.environ["PIXLAT_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import pickle
+import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
@@ -19,9 +21,10 @@ from image_archives import SYNSETS, Entry, entries, photo, webdataset, write_arr
 from PIL import Image
 from shared_data import shared_file, unpacked
 
+from common import mapped
 from common.archives import open_archive
 from common.config import DataConfig
-from common.datasets import DataSource, load_data
+from common.datasets import DataSource, load_data, summarise
 from common.errors import UserError
 from common.loader import TrainingPlan, training_batches
 from launch import prepare
@@ -317,8 +320,220 @@ def test_preparing_again_keeps_whole_shards_and_refuses_other_data(tmp_path: Pat
     with pytest.raises(UserError, match="holds images of 16 pixels"):
         load_data(config("shards", shards, image_size=32))
     (shards / "train-00000.npy").write_bytes(b"short")
-    with pytest.raises(UserError, match=r"train-00000\.npy is missing or shorter than its 12 images"):
+    with pytest.raises(UserError, match=r"train-00000\.npy is not an \.npy file .* damaged"):
         load_data(config("shards", shards))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_hold_whole_images_for_random_crops(tmp_path: Path, workers: int) -> None:
+    """Crops of the prepared images are those of the data behind them, in every process; all else is as without them."""
+    settings = replace(wds(tmp_path / "data"), crop="random", resize=20)
+    to = tmp_path / "shards"
+    assert prepared(settings, to, "data.crop=random", "data.resize=20", f"workers={workers}", "shard_images=5") == 0
+    random = DataConfig(name="shards", path=str(to), crop="random")
+    expected, found = load_data(settings), load_data(random)
+    plan = TrainingPlan(expected.train.labels, 6, 0, balanced=False, flip=True, crop=True)
+    ours, theirs = (list(islice(training_batches(images, plan, 0, 6, 1, workers=workers), 4)) for images in (found.train, expected.train))
+    for (a,), (b,) in zip(ours, theirs, strict=True):
+        assert (a["image"] == b["image"]).all()
+    centred = load_data(replace(random, crop="center"))
+    for a, b in zip(everything(centred), everything(load_data(replace(settings, crop="center", resize=None))), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert found.info == centred.info == expected.info
+    with pytest.raises(UserError, match="images whose shorter side has 20 pixels"):
+        load_data(replace(random, resize=24))
+    assert prepared(settings, to, "data.crop=random", "data.resize=24", "workers=0", "shard_images=5") == 2
+
+
+def test_random_crops_of_shards_of_squares_are_refused(tmp_path: Path) -> None:
+    assert prepared(wds(tmp_path / "data"), tmp_path / "shards", "workers=0") == 0
+    with pytest.raises(UserError, match=r"holds squares alone. Prepare shards with .*data\.crop=random data\.resize=20"):
+        load_data(DataConfig(name="shards", path=str(tmp_path / "shards"), crop="random", resize=20))
+
+
+def test_preparing_whole_images_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    settings, to = wds(tmp_path / "data"), tmp_path / "shards"
+    keys = ("data.crop=random", "data.resize=20", "workers=0", "shard_images=5")
+    assert prepared(settings, to, *keys) == 0
+    card, before = (to / "images.json").read_text(), {file: file.stat().st_mtime_ns for file in to.glob("train-resized-0*.bin")}
+    (to / "images.json").unlink()
+    removed = to / "train-resized-00001.bin"
+    removed.unlink()
+    assert prepared(settings, to, *keys) == 0
+    assert (to / "images.json").read_text() == card
+    assert {file for file, time in before.items() if file.stat().st_mtime_ns != time} == {removed}
+
+
+# -- damaged shards ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Shards with whole images, three files of each kind."""
+    keys = ("data.crop=random", "data.resize=20", "workers=0", "shard_images=5")
+    assert prepared(wds(tmp_path / "data"), tmp_path / "shards", *keys) == 0
+    return tmp_path / "shards"
+
+
+def opened(folder: Path, **changes: object) -> DataSource:
+    return load_data(DataConfig(name="shards", path=str(folder), crop="random", **changes))  # type: ignore[arg-type]
+
+
+def damage(file: Path, place: int) -> None:
+    """Another byte, and a time of change that shows it."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(1, 1))
+
+
+@pytest.mark.parametrize("name", ["train-00001.npy", "train-labels.npy", "heldout-00000.npy", "train-resized-00002.bin", "train-resized-sizes.npy"])
+def test_a_changed_byte_of_a_shard_is_found_when_it_is_opened(shards: Path, name: str) -> None:
+    opened(shards)
+    damage(shards / name, -24)  # the low byte of a label or of a size, or a pixel
+    with pytest.raises(UserError, match=rf"{name.split('.')[0]}.*(is damaged: its SHA-256|labels from|shorter side)"):
+        opened(shards)
+
+
+def test_shards_are_verified_once_for_each_size_and_time(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    sha256_of = mapped.sha256_of
+    monkeypatch.setattr(mapped, "sha256_of", lambda file: read.append(file.name) or sha256_of(file))  # type: ignore[func-returns-value]
+    opened(shards)
+    assert read == []  # the command has just computed the digests
+    (shards / mapped.VERIFIED).unlink()
+    opened(shards)
+    opened(shards)
+    assert len(read) == len(set(read)) == 11  # 3 + 2 shards, 3 of whole images, labels twice, sizes
+    os.utime(shards / "train-00001.npy", ns=(1, 1))
+    opened(shards)
+    assert read[11:] == ["train-00001.npy"]
+    (shards / mapped.VERIFIED).write_text("[damaged")
+    opened(shards)
+    assert len(read) == 23
+
+
+def test_what_was_verified_in_a_read_only_folder_is_kept_elsewhere(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shards / mapped.VERIFIED).unlink()
+    monkeypatch.setattr("common.mapped.os.access", lambda path, mode: False)
+    opened(shards)
+    assert not (shards / mapped.VERIFIED).exists()
+    monkeypatch.setattr(mapped, "sha256_of", lambda file: pytest.fail(f"{file} was read again"))
+    opened(shards)
+
+
+VERIFY_TOO = """
+import sys
+from pathlib import Path
+from common import mapped
+from common.config import DataConfig
+from common.datasets import load_data
+
+sha256_of = mapped.sha256_of
+mapped.sha256_of = lambda file: print(file.name, flush=True) or sha256_of(file)
+load_data(DataConfig(name="shards", path=sys.argv[1], crop="random"))
+"""
+
+
+def test_one_process_of_a_machine_verifies_for_all(shards: Path) -> None:
+    (shards / mapped.VERIFIED).unlink()
+    command = [sys.executable, "-c", VERIFY_TOO, str(shards)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) for _ in range(3)]
+    read = [process.communicate(timeout=120)[0].split() for process in processes]
+    assert sorted(map(len, read)) == [0, 0, 11] and all(process.returncode == 0 for process in processes)
+
+
+def test_shards_without_digests_open_and_that_is_told_once(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = json.loads((shards / "images.json").read_text())
+    for part in content["parts"].values():
+        del part["sha256"]
+    (shards / "images.json").write_text(json.dumps(content))
+    with caplog.at_level(logging.WARNING, "pixlat"):
+        opened(shards)
+    assert [message.count("holds no digests") for message in caplog.messages] == [1]
+
+
+def test_a_plan_does_not_read_the_shards(shards: Path) -> None:
+    (shards / mapped.VERIFIED).unlink()
+    damage(shards / "train-00001.npy", -1)
+    assert summarise(DataConfig(name="shards", path=str(shards))).num_train == 12
+
+
+def test_an_image_of_a_shard_is_one_request(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = opened(shards).train
+    requests: list[int] = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: requests.append(size) or pread(file, size, offset))  # type: ignore[func-returns-value]
+    train.fetch([0, 7, 11])
+    assert requests == [3 * 16 * 16] * 3
+
+
+def test_a_shard_that_is_cut_during_the_run_is_named(shards: Path) -> None:
+    train = opened(shards).train
+    (shards / "train-00001.npy").write_bytes(b"")
+    with pytest.raises(UserError, match=r"train-00001\.npy ends after .* It was cut short"):
+        train.fetch([6])
+
+
+ODD_VALUES = [None, -1, 0, 10**15, 2**70, 1.5, True, "x", [], {}, [[]], {"a": 1}, {"train-00000.npy": "x"}, 11, 13]
+
+
+def test_a_damaged_card_is_a_sentence(shards: Path) -> None:
+    """Every field in turn is missing or holds something else; a folder opens as it was or is refused, and nothing large is allocated."""
+    whole = json.loads((shards / "images.json").read_text())
+    expected = everything(opened(shards))
+    refused = 0
+    for place in [(key,) for key in whole] + [("parts", part, key) for part in ("train", "heldout") for key in whole["parts"]["train"]] + [("parts", "train")]:
+        for value in ODD_VALUES:
+            changed = json.loads(json.dumps(whole))
+            target = changed
+            for key in place[:-1]:
+                target = target[key]
+            target[place[-1]] = value
+            (shards / "images.json").write_text(json.dumps(changed))
+            try:
+                found = opened(shards)
+            except UserError as error:
+                assert "images.json" in str(error) or ".npy" in str(error) or ".bin" in str(error) or "squares" in str(error), str(error)
+                refused += 1
+            else:
+                assert place[-1] in ("name", "identity", "skipped", "sha256", "class_names"), (place, value)
+                assert all((a == b).all() for a, b in zip(everything(found), expected, strict=True))
+    assert refused > 150
+    for text in ("", "[]", "null", "[" * 100_000, "\x00"):
+        (shards / "images.json").write_text(text)
+        with pytest.raises(UserError, match=r"images\.json"):
+            opened(shards)
+
+
+def test_a_damaged_shard_file_is_a_sentence(shards: Path) -> None:
+    """Any byte of a header, and any length: the digests are left out here, so that it is the shape that tells."""
+    content = json.loads((shards / "images.json").read_text())
+    for part in content["parts"].values():
+        part["sha256"] = None
+    (shards / "images.json").write_text(json.dumps(content))
+    rng = np.random.Generator(np.random.PCG64(0))
+    for name in ("train-00000.npy", "train-labels.npy", "train-resized-sizes.npy"):
+        whole, refused = (shards / name).read_bytes(), 0
+        for place in range(0, 128, 3):
+            changed = bytearray(whole)
+            changed[place] = int(rng.integers(256))
+            (shards / name).write_bytes(changed)
+            try:
+                opened(shards)
+            except UserError as error:
+                assert name in str(error)
+                refused += 1
+        for length in (0, 5, 60, len(whole) - 1):
+            (shards / name).write_bytes(whole[:length])
+            with pytest.raises(UserError, match=name):
+                opened(shards)
+        (shards / name).write_bytes(whole)
+        assert refused > 10
+    for label in (2**62, -1, 3):
+        np.save(shards / "train-labels.npy", np.array([label] + [0] * 11))
+        with pytest.raises(UserError, match=r"train-labels\.npy holds labels from"):
+            opened(shards)
 
 
 def test_every_archive_says_what_it_is(tmp_path: Path) -> None:

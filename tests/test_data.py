@@ -14,12 +14,13 @@ import pytest
 from PIL import Image
 
 from common import crop, synthetic
-from common.config import DataConfig
+from common.config import DataConfig, identity, resolve
 from common.crop import center_crop, decode_square, read_rgb, read_square, to_rgb
 from common.datasets import FolderImages, load_data
 from common.emoji32 import concept, load_emoji32
 from common.errors import UserError
 from common.splits import held_out
+from methods import get_spec
 
 TRAIN_COUNTS = [456, 816, 164, 347, 427, 195, 396, 938, 618, 242]
 HELD_OUT_COUNTS = [48, 91, 18, 42, 47, 21, 42, 104, 67, 27]
@@ -378,6 +379,56 @@ def test_folder_mistakes_are_explained(tmp_path: Path, build, message: str) -> N
 def test_configuration_mistakes_are_explained(config: DataConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_data(config)
+
+
+# -- random crops -----------------------------------------------------------------------------------------------------------------
+
+
+def test_random_crops_are_cut_of_the_resized_original_and_the_rest_stays_a_centre_crop(tmp_path: Path) -> None:
+    make_folder(tmp_path / "train", {"a": 3}, size=(40, 24))
+    make_folder(tmp_path / "val", {"a": 2}, size=(40, 24))
+    plain, source = load_data(folder_config(tmp_path)), load_data(folder_config(tmp_path, crop="random", resize=12))
+    assert isinstance(source.train, FolderImages)
+    resized = np.asarray(crop.resize_shorter(to_rgb(Image.open(tmp_path / "train" / source.train.files[0])), 12))
+    assert resized.shape == (12, 20, 3)
+    cut = source.train.fetch([0], None, np.array([[0.99, 0.5]]))[0]
+    np.testing.assert_array_equal(cut, resized[4:12, 6:14].transpose(2, 0, 1))
+    for ours, theirs in ((source.train, plain.train), (source.heldout, plain.heldout)):
+        np.testing.assert_array_equal(ours.fetch([0, 1]), theirs.fetch([0, 1]))
+    assert source.info == plain.info
+
+
+def test_data_without_larger_originals_are_scaled_up_before_they_are_cut() -> None:
+    train = load_data(DataConfig(crop="random", resize=40)).train
+    assert train.fetch([0, 5], None, np.array([[0.0, 0.0], [0.9, 0.9]])).shape == (2, 3, 32, 32)
+    plain = load_data(DataConfig(crop="random")).train  # nothing to choose: the whole image
+    np.testing.assert_array_equal(plain.fetch([7], None, np.array([[0.5, 0.9]])), plain.fetch([7]))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"data.resize": "40"}, r"data\.resize=40: only random crops are cut of a resized image"),
+        ({"data.crop": "randon"}, r"Did you mean 'random'"),
+        ({"data.crop": "random", "data.image_size": "32", "data.resize": "20"}, r"data\.resize=20 is smaller than the squares"),
+        ({"data.crop": "random", "data.latents": "x"}, r"data\.latents=x holds latents of the centres"),
+        ({"data.crop": "random", "model.remember": "true"}, r"model\.remember=true keeps the encoding of the first one"),
+    ],
+)
+def test_what_random_crops_do_not_go_with_is_refused(keys: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve(get_spec("rae_decoder"), {"model.remember": "false", **keys})
+
+
+def test_stage_1_of_rae_is_trained_on_the_crops_of_the_released_code_and_other_runs_keep_their_identity() -> None:
+    spec = get_spec("rae_decoder")
+    at_256, at_512 = (resolve(spec, {"preset": name}).data for name in ("imagenet256-xl", "imagenet512-xl"))
+    assert (at_256.crop, at_256.resize, at_256.image_size, at_256.flip) == ("random", 384, 256, False)
+    assert (at_512.crop, at_512.resize, at_512.image_size) == ("random", 768, 512)
+    run = resolve(spec, {"seed": "0"})
+    before = identity(run)
+    run.data.crop = "random"
+    assert identity(run) != before
 
 
 # -- synthetic ------------------------------------------------------------------------------------------------------------------

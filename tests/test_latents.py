@@ -1,6 +1,8 @@
 """Stored latents: in memory, in our shards, in the released layout; training from them is training from the images."""
 
 import json
+import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +12,13 @@ from toys import toy_images
 
 from common.autoencoder import Encoder
 from common.config import DataConfig, resolve, run_folder
-from common.datasets import ArrayImages, load_data
+from common.cost import activation_bytes, training_cost
+from common.datasets import ArrayImages, SyntheticImages, load_data
 from common.errors import UserError
 from common.files import read_rows
-from common.latents import CARD, FeatureTable, LatentShards, check_encoder, encoder_digest, open_latents, read_card, write_latents
+from common.latents import CARD, FeatureTable, LatentFacts, LatentShards, check_encoder, encoder_digest, open_latents, read_card, write_latents
 from common.loader import TrainingPlan, training_batches
+from common.memory import step_memory
 from common.seeds import seed_step
 from common.tokenizer import OwnTokenizer, sd_name
 from common.trainer import prepare_batch
@@ -22,7 +26,8 @@ from evaluation.record import read_record
 from evaluation.speed import measure
 from launch.job import run_one
 from launch.prepare import main as prepare
-from methods import get_spec
+from methods import get_class, get_spec
+from methods.base import DataInfo
 
 SHAPE = {"widths": [8], "stem": 2, "depth": 1, "latent_channels": 4}
 
@@ -158,7 +163,8 @@ def test_damage_is_found(shards):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(UserError, match=r"moments-00001\.npy is missing or damaged"):
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(UserError, match=r"moments-00001\.npy is damaged: its SHA-256"):
         LatentShards(folder).verify()
 
 
@@ -211,6 +217,86 @@ def test_released_layout_must_fit_the_images(released):
     (released / "dataset.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read"):
         open_latents(released, toy_images())
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_byte_of_stored_latents_is_found_when_they_are_opened(shards):
+    folder, card = shards
+    open_latents(folder, toy_images())
+    file = folder / list(card.shards)[2]
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(UserError, match=rf"{file.name} is damaged: its SHA-256"):
+        open_latents(folder, toy_images())
+    assert open_latents(folder, toy_images(), verify=False).facts.shape == (8, 4, 4)  # a plan reads no shard
+
+
+ODD_VALUES = [None, -1, 0, 10**15, 2**70, 1.5, True, "x", [], {}, [[]], {"a": 1}, [8, 4, 5], [8, 4, 2**30], 39, 41]
+
+
+def test_a_damaged_card_of_latents_is_a_sentence(shards):
+    """Every field in turn is missing or holds something else; what the numbers depend on is never accepted changed."""
+    folder, _ = shards
+    whole = json.loads((folder / CARD).read_text())
+    for key in whole:
+        for value in [*ODD_VALUES, ...]:
+            changed = {name: value if name == key else old for name, old in whole.items() if name != key or value is not ...}
+            (folder / CARD).write_text(json.dumps(changed))
+            try:
+                open_latents(folder, toy_images())
+            except UserError as error:
+                assert CARD in str(error) or "moments-" in str(error) or key == "data_digest", str(error)
+            else:
+                assert key in ("tokenizer", "encoder_sha256") and value == "x", (key, value)
+    for text in ("", "[]", "null", "[" * 100_000):
+        (folder / CARD).write_text(text)
+        with pytest.raises(UserError, match=r"latents\.json"):
+            open_latents(folder, toy_images())
+
+
+def test_a_damaged_header_of_latents_is_a_sentence(shards):
+    folder, card = shards
+    file = folder / next(iter(card.shards))
+    whole, refused = file.read_bytes(), 0
+    for place in range(0, 128, 3):
+        file.write_bytes(whole[:place] + b"7" + whole[place + 1 :])
+        try:
+            open_latents(folder, toy_images(), verify=False)
+        except UserError as error:
+            assert file.name in str(error)
+            refused += 1
+    assert refused > 10
+    for length in (0, 5, 60, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=file.name):
+            open_latents(folder, toy_images(), verify=False)
+
+
+def test_an_orientation_of_an_image_is_one_request(shards, monkeypatch):
+    latents = open_latents(shards[0], toy_images())
+    requests, pread = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: requests.append(size) or pread(file, size, offset))
+    latents.moments(np.array([3, 39]), np.array([True, False]))
+    assert requests == [4 * 8 * 4 * 4] * 2
+
+
+@pytest.mark.parametrize("labels", [[], [["0.npy", 10**400]], [["0.npy", 1e400]], [["0.npy"]], 5])
+def test_a_damaged_list_of_released_latents_is_a_sentence(released, labels):
+    (released / "dataset.json").write_text(json.dumps({"labels": labels}))
+    with pytest.raises(UserError, match=r"dataset\.json"):
+        open_latents(released, toy_images())
+
+
+def test_a_released_latent_of_another_shape_is_named(released):
+    latents = open_latents(released, toy_images())
+    assert latents.facts.shape == (8, 4, 4)
+    np.save(released / latents.files[3], np.zeros((8, 4, 5), np.float32))
+    with pytest.raises(UserError, match=r"holds \(8, 4, 5\) numbers"):
+        latents.moments(np.array([3]), np.array([False]))
 
 
 # -- training ---------------------------------------------------------------------------------------------------------------------
@@ -299,6 +385,41 @@ def test_a_run_reads_the_cache_or_the_released_layout_in_the_place_of_the_images
     unmirrored = {"data.flip": "false"}
     read = start(tmp_path, **unmirrored, **{"data.latents": str(released)})
     assert losses(read) == pytest.approx(losses(start(tmp_path, **unmirrored)), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sit", "dit"])
+def test_stored_latents_train_without_decoding_images(tmp_path, cache, method, monkeypatch):
+    """No training image is read, and every loss is bit for bit that of batches that bring the images as well."""
+    read = []
+    fetch = SyntheticImages.fetch
+
+    def counted(images, indices, *more):
+        read.extend([len(indices)] if images.start == 0 else [])
+        return fetch(images, indices, *more)
+
+    monkeypatch.setattr(SyntheticImages, "fetch", counted)
+    monkeypatch.setattr("launch.job.draw_job", lambda *_: None)  # its pictures are of training images
+    without = start(tmp_path / "without", method, **{"data.latents": str(cache)})
+    assert read == []
+    monkeypatch.setattr(get_class(method), "needs_images", lambda data: True)
+    with_images = start(tmp_path / "with", method, **{"data.latents": str(cache)})
+    assert read == [16] * 4 and losses(without) == losses(with_images)
+
+
+@pytest.mark.parametrize(("method", "needed"), [("sit", False), ("dit", False), ("repa", True), ("reg", True), ("jit", True)])
+def test_who_needs_images_beside_stored_latents(method, needed):
+    stored = DataInfo("toy", 10, 16, 40, latents=LatentFacts((8, 4, 4), None))
+    assert get_class(method).needs_images(stored) == needed and get_class(method).needs_images(replace(stored, latents=None))
+
+
+def test_cost_and_memory_of_a_training_without_images():
+    run = resolve(get_spec("sit"), RUN | {"model.remember": "true"})
+    stored = DataInfo("synthetic", 10, 16, 4600, latents=LatentFacts((16, 4, 4), None))
+    images = replace(stored, latents=None)
+    with_remembering, reading = (training_cost(get_class("sit"), run.model, data) for data in (images, stored))
+    assert with_remembering.encoding > 0 == reading.encoding and reading.per_image == with_remembering.per_image
+    assert step_memory(get_class("sit"), run.model, run.train, stored, 4).peak > 0
+    assert activation_bytes(get_class("sit"), run.model, stored, 4) > 0
 
 
 def test_latents_that_do_not_fit_are_refused(tmp_path, cache):

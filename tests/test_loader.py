@@ -99,6 +99,75 @@ def test_late_steps_of_large_sets_are_as_cheap_as_early_ones() -> None:
     assert time.perf_counter() - start < 1.0  # 100 steps; walking there would take 750,000
 
 
+# -- random crops -----------------------------------------------------------------------------------------------------------------
+
+
+class Ramp(ImageSet):
+    """Images whose pixel (y, x) of the resized whole is (y, x, number of the image), 10 x 14 pixels of which 4 x 4 are cut."""
+
+    def _read_one(self, index: int) -> np.ndarray:
+        return np.full((3, 4, 4), 255, dtype=np.uint8)
+
+    def _read_resized(self, index: int) -> np.ndarray:
+        y, x = np.mgrid[:10, :14]
+        return np.stack([y, x, np.full_like(y, index)], axis=-1).astype(np.uint8)
+
+
+def cropping_plan(batch: int = 24, flip: bool = True, seed: int = 0) -> TrainingPlan:
+    return TrainingPlan(LABELS, batch, seed, balanced=False, flip=flip, crop=True)
+
+
+def test_crops_are_a_pure_function_of_seed_and_step_and_leave_the_other_draws_alone() -> None:
+    plain, plan = plan_of(False), cropping_plan()
+    for step in (5, 0, 5):
+        for ours, theirs in zip(plan.indices(step), plain.indices(step), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_array_equal(plan.offsets(step), cropping_plan().offsets(step))
+    assert plain.offsets(0) is None
+    first, other_step, other_seed = plan.offsets(0), plan.offsets(1), cropping_plan(seed=1).offsets(0)
+    assert first is not None and first.shape == (24, 2) and (first != other_step).all() and (first != other_seed).all()
+
+
+def test_crops_reach_every_place_equally_often() -> None:
+    images = Ramp(LABELS, 4, "ramp")
+    plan = cropping_plan(batch=100, flip=False)
+    corners = np.concatenate([images.fetch(*plan.indices(step), plan.offsets(step))[:, :2, 0, 0] for step in range(60)])
+    counts = np.zeros((7, 11))
+    np.add.at(counts, tuple(corners.T), 1)
+    expected = 6000 / 77
+    assert ((counts - expected) ** 2 / expected).sum() < 77 + 4 * np.sqrt(2 * 77)  # chi squared
+
+
+def test_a_cut_is_a_piece_of_its_own_image_mirrored_where_the_plan_says() -> None:
+    indices, offsets = np.array([3, 7]), np.array([[0.0, 0.999], [0.999, 0.0]])
+    cut = Ramp(LABELS, 4, "ramp").fetch(indices, [False, True], offsets)
+    assert cut[0, :2, 0, 0].tolist() == [0, 10] and cut[1, :2, 0].T.tolist() == [[6, 3], [6, 2], [6, 1], [6, 0]]
+    assert cut[:, 2].reshape(2, -1).tolist() == [[3] * 16, [7] * 16]
+    assert (Ramp(LABELS, 4, "ramp").fetch(indices) == 255).all()  # without offsets: the centre
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_crops_do_not_depend_on_processes_loader_processes_or_resuming(workers: int) -> None:
+    images = Ramp(LABELS, 4, "ramp")
+    one = list(islice(training_batches(images, cropping_plan(), 0, 6, 4), 5))
+    ranks = [list(islice(training_batches(images, cropping_plan(), 2, 6, 2, rank=rank, world=2, workers=workers), 3)) for rank in range(2)]
+    assert_same(one[2:], [[a[0], b[0], a[1], b[1]] for a, b in zip(*ranks, strict=True)])
+
+
+def test_images_that_are_cut_at_random_are_never_seen_twice() -> None:
+    assert cropping_plan(batch=50).distinct(10, 50) == 500 > plan_of(False, batch=50).distinct(10, 50)
+
+
+def test_batches_without_images_read_none(images: ImageSet) -> None:
+    class Unreadable(ArrayImages):
+        def _read(self, indices: np.ndarray, offsets: np.ndarray | None) -> np.ndarray:
+            raise AssertionError("an image was read")
+
+    unreadable = Unreadable(np.zeros((100, 3, 4, 4), np.uint8), LABELS, "none")
+    ((batch,),) = islice(training_batches(unreadable, plan_of(False), 0, 24, 1, needs_images=False), 1)
+    assert set(batch) == {"label", "index", "mirrored"}
+
+
 # -- the batches ----------------------------------------------------------------------------------------------------------------
 
 

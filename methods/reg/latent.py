@@ -37,7 +37,12 @@ class LatentMethod(Method):
             rule = f"were not made by model.tokenizer={config.tokenizer}, whose moments are {expected}"
             require(data.latents.shape == expected, "data.latents: the stored moments", data.latents.shape, rule)
         self.network = LatentTransformer(self.shape())
-        self.moments_of = FeatureTable(self.tokenizer.encode_moments, data.num_train if config.remember else 0)
+        remembers = config.remember and data.latents is None  # stored moments leave nothing to encode
+        self.moments_of = FeatureTable(self.tokenizer.encode_moments, data.num_train if remembers else 0)
+
+    @classmethod
+    def needs_images(cls, data: DataInfo) -> bool:
+        return data.latents is None
 
     def build_frozen(self) -> None:
         """Makes the external sub-modules, without their weights."""

@@ -166,6 +166,10 @@ class RepaMethod(SitMethod):
         self.projectors = nn.ModuleList([projector(config.width, config.projector_width, self.teacher.channels)])
         self.features_of = FeatureTable(self.teach, data.num_train if config.remember else 0)
 
+    @classmethod
+    def needs_images(cls, data: DataInfo) -> bool:
+        return True  # the teacher looks at them, whatever else is stored
+
     def build_frozen(self) -> None:
         super().build_frozen()
         self.teacher = build_encoder(self.config.teacher, self.config.teacher_path)
