@@ -15,13 +15,14 @@ samples.png      one row a class; the same noise and labels for every method
 reconstruction.png  held-out images and what the autoencoder makes of them, for latent methods
 neighbours.png   samples beside their nearest training images
 checkpoints/     see common/checkpoint.py
-result.json      the record that the leaderboard reads; there once the run is finished
+result.json      the record that the leaderboard reads; there once the run is scored, before the last pictures are drawn
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -63,6 +64,19 @@ def open_folder(run: RunConfig) -> Path:
     except OSError as error:
         raise UserError(f"cannot write into the run folder {folder}: {error.strerror}. Choose a writable out=, which is {run.out!r} now.") from error
     return folder
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the record is there, and no picture that it names is missing and can be drawn: the checkpoint that was scored is there."""
+    if not (folder / RESULT).exists():
+        return False
+    from evaluation.record import read_record
+
+    record = read_record(folder / RESULT)
+    missing = [name for name in record.get("artifacts", {}).values() if str(name).endswith(".png") and not (folder / name).exists()]
+    manifests = folder.glob("checkpoints/step-*/manifest.json") if missing else ()
+    scored = record.get("checkpoint", {}).get("sha256")
+    return not any(hashlib.sha256(manifest.read_bytes()).hexdigest() == scored for manifest in manifests)
 
 
 def check_same(folder: Path, run: RunConfig) -> None:

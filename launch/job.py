@@ -1,4 +1,4 @@
-"""What a run does, from its configuration to its record: train, draw, evaluate, write. The same on a laptop and in a cluster's job.
+"""What a run does, from its configuration to its record and pictures: train, evaluate, write, draw. The same on a laptop and in a cluster's job.
 
 Every part can be repeated: a run that was stopped anywhere goes on from what is whole in its folder.
 """
@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 
 from common import checkpoint
@@ -27,7 +27,7 @@ from common.errors import UserError
 from common.files import read_rows, write_whole
 from common.hardware import peak_bytes, reset_peak
 from common.loader import TrainingPlan, training_batches
-from common.pictures import image_grid, nearest, neighbour_picture, save_png, training_curves
+from common.pictures import image_grid, merged, nearest, neighbour_picture, save_png, training_curves
 from common.seeds import derive
 from common.trainer import Stopped, TrainState, make_accelerator, split_batch, total_steps, train
 from evaluation import leaderboard
@@ -35,11 +35,12 @@ from evaluation.curve import CURVE, curve_lines, read_curve
 from evaluation.evaluate import Evaluation, evaluate_method
 from evaluation.generate import generate, quantise
 from evaluation.protocol import protocol_hash
+from evaluation.ranks import sum_over_ranks
 from evaluation.reconstruction import evaluate_reconstruction
 from evaluation.record import read_record, write_record
 from launch import record
 from launch.dry_run import describe_run
-from launch.folder import RESULT, locked, open_folder, record_data
+from launch.folder import RESULT, is_finished, locked, open_folder, record_data
 from launch.provenance import record_start
 from launch.stages import earlier_runs, hold_to_stages, stage_runs, with_stages
 from methods import get_class
@@ -51,6 +52,9 @@ RECONSTRUCTION_ROWS = 2
 NEIGHBOUR_SAMPLES = 20
 HELD_OUT_SAMPLES = 500
 NEIGHBOUR_SEARCH = 20_000  # training images searched at most
+
+# Samples, their nearest training images (both uint8), their distances, and those of held-out images: the arguments of `neighbour_picture`
+FoundNeighbours: TypeAlias = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64] | None]
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,9 @@ def run_all(runs: Sequence[RunConfig]) -> int:
         if len(runs) > 1:
             print(f"\nrun {number + 1} of {len(runs)}: {run_folder(run)}", file=sys.stderr)
         try:
-            print("\n\n".join(describe_run(each) for each in (*stage_runs(run).values(), run)) if run.dry_run else run_one(run))
+            told = "\n\n".join(describe_run(each) for each in (*stage_runs(run).values(), run)) if run.dry_run else run_one(run)
+            if told:  # the main process speaks for all
+                print(told)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             return 128 + stopped.signal_number
@@ -118,24 +124,44 @@ def run_one(run: RunConfig) -> str:
     with accelerator.main_process_first():
         folder = open_folder(run) if accelerator.is_main_process else run_folder(run)
     job = Job(run, model, folder, source, info, accelerator)
-    if (folder / RESULT).exists():
-        return f"{summary(job)}\n\n{folder} is finished. Change a setting for a new run, or remove the folder to repeat it."
-    with locked(folder, enabled=job.main):
-        if job.main:
-            hold_to_stages(folder, job.earlier)
-            record_data(folder, source.info)
-            record_start(folder)
-        state = train_job(job)
-        peak = peak_bytes(accelerator.device)
-        draw_job(job, state)
-        evaluate_job(job, state, peak)
-    return summary(job) if job.main else ""
+    if agreed(is_finished(folder)):
+        end = f"\n\n{folder} is finished. Change a setting for a new run, or remove the folder to repeat it."
+    else:
+        end = ""
+        with locked(folder, enabled=job.main):
+            finish(job)
+    return summary(job) + end if job.main else ""
+
+
+def agreed(answer: bool) -> bool:
+    """The main process's answer, in all processes: on a network file system each of them may see other files."""
+    return bool(broadcast_object_list([answer])[0])
+
+
+def finish(job: Job) -> None:
+    """Does what the folder lacks: training and evaluation where there is no record, and the pictures that the record names.
+
+    Whoever waited for the lock may find all of it done. The pictures come last, behind everything in which processes wait for each other: the main
+    process draws while the others have left, and a start that was stopped while it drew has its scores already.
+    """
+    if agreed(is_finished(job.folder)):
+        return
+    if job.main:
+        hold_to_stages(job.folder, job.earlier)
+        record_data(job.folder, job.source.info)
+        record_start(job.folder)
+    recorded = agreed((job.folder / RESULT).exists())
+    state = train_job(job)
+    if not recorded:
+        evaluate_job(job, state, peak_bytes(job.accelerator.device))
+    draw_job(job, state)
 
 
 def train_stage(stage: RunConfig, waiting: RunConfig) -> None:
     """Runs an earlier stage to its end and says so."""
     print(f"{run_folder(waiting)} needs {run_folder(stage)}, which comes first", file=sys.stderr)
-    print(run_one(stage), "\n", file=sys.stderr)
+    if told := run_one(stage):
+        print(told, "\n", file=sys.stderr)
 
 
 def train_job(job: Job) -> TrainState:
@@ -162,18 +188,26 @@ def _batches(job: Job, plan: TrainingPlan, micro_batch: int, start_step: int, ac
 # -- pictures -------------------------------------------------------------------------------------------------------------------
 
 
-def sample_grid(job: Job, method: Method) -> tuple[NDArray[np.uint8], list[str]]:
-    """(rows * columns, 3, H, W) uint8 images, row by row, and the class names of the rows."""
+def sample_grid(job: Job, method: Method, together: bool = False) -> tuple[NDArray[np.uint8], list[str]]:
+    """(rows * columns, 3, H, W) uint8 images, row by row, and the class names of the rows.
+
+    together: all processes make their share and get the whole; otherwise this process makes all of it. The images are the same.
+    """
     classes = spread(job.info.num_classes, GRID_CLASSES)
     labels = classes.repeat(job.run.eval.grid_columns)
-    images = np.empty((len(labels), job.info.channels, job.info.image_size, job.info.image_size), dtype=np.uint8)
-    for batch, indices in generate(method, job.run.sample, labels, GRID_SEED, job.run.eval.batch, job.accelerator.device, distributed=False):
-        images[indices] = batch.cpu().numpy()
-    return images, [job.source.info.class_names[c] for c in classes]
+    images = torch.zeros(len(labels), job.info.channels, job.info.image_size, job.info.image_size, dtype=torch.uint8)
+    for batch, indices in generate(method, job.run.sample, labels, GRID_SEED, job.run.eval.batch, job.accelerator.device, distributed=together):
+        images[indices] = batch.cpu()
+    if together:
+        sum_over_ranks(images)  # zeros from all processes but one
+    return images.numpy(), [job.source.info.class_names[c] for c in classes]
 
 
 def draw_preview(job: Job, state: TrainState) -> None:
-    """A small grid during training, from the main process; the weights may take all processes to put together."""
+    """A small grid during training, from the main process; the weights may take all processes to put together.
+
+    The other processes wait for it in the next step, at most cluster.collective_timeout_min minutes. A grid takes seconds or minutes.
+    """
     picture = job.folder / f"previews/images-{state.step * job.run.train.batch:09d}.png"
     with state.weights(evaluated_ema(job.run)) as method:
         if job.main and not (state.step == state.start and picture.exists()):
@@ -183,14 +217,19 @@ def draw_preview(job: Job, state: TrainState) -> None:
 
 
 def draw_job(job: Job, state: TrainState) -> None:
-    """training.png; samples.png and neighbours.png of what generates; reconstruction.png of what encodes. From the main process."""
+    """training.png; samples.png and neighbours.png of what generates; reconstruction.png of what encodes.
+
+    All processes sample and search. The main process draws after the last wait, and the others are free.
+    """
     with state.weights(evaluated_ema(job.run)) as method:
+        grid = sample_grid(job, method, together=True) if job.generates else None
+        neighbours = find_neighbours(job, grid[0]) if grid else None
         if job.main:
-            draw_pictures(job, method)
+            draw_pictures(job, method, grid, neighbours)
 
 
-def draw_pictures(job: Job, method: Method) -> None:
-    """The pictures of a run that has its weights."""
+def draw_pictures(job: Job, method: Method, grid: tuple[NDArray[np.uint8], list[str]] | None, neighbours: FoundNeighbours | None) -> None:
+    """The pictures of a run that has its weights, from one process."""
     columns = job.run.eval.grid_columns
     rows = read_rows(job.folder / "metrics.jsonl")
     if rows:
@@ -198,10 +237,10 @@ def draw_pictures(job: Job, method: Method) -> None:
     if method.space != "pixel":
         images, names = reconstruction_grid(job, method)
         save_png(image_grid(images, columns, names), job.folder / "reconstruction.png")
-    if job.generates:
-        images, names = sample_grid(job, method)
-        save_png(image_grid(images, columns, names), job.folder / "samples.png")
-        draw_neighbours(job, images[spread(len(images), NEIGHBOUR_SAMPLES)])
+    if grid:
+        save_png(image_grid(grid[0], columns, grid[1]), job.folder / "samples.png")
+    if neighbours:
+        save_png(neighbour_picture(*neighbours), job.folder / "neighbours.png")
 
 
 def reconstruction_grid(job: Job, method: Method) -> tuple[NDArray[np.uint8], list[str]]:
@@ -221,17 +260,23 @@ def spread(length: int, count: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(np.int64))
 
 
-def draw_neighbours(job: Job, samples: NDArray[np.uint8]) -> None:
-    """neighbours.png: samples beside their nearest training images, with the distances of real held-out images to judge them by."""
-    training = job.source.train
+def find_neighbours(job: Job, grid: NDArray[np.uint8]) -> FoundNeighbours:
+    """For neighbours.png: samples with their nearest training images, and the distances of real held-out images to judge them by.
+
+    Every process searches its share of the training images; a GPU compares them, a CPU where there is none.
+    """
+    training, held_out, accelerator = job.source.train, job.source.heldout, job.accelerator
     rng = np.random.Generator(np.random.PCG64(derive("neighbours", job.run.seed)))
-    positions = np.sort(rng.permutation(len(training))[:NEIGHBOUR_SEARCH])
-    search = partial(nearest, train=training, mirrored=job.run.data.flip, positions=positions)
-    found = search(samples)
-    held_out = job.source.heldout
-    reference = search(held_out.fetch(spread(len(held_out), HELD_OUT_SAMPLES))).distances if len(held_out) else None
-    picture = neighbour_picture(samples, training.fetch(found.indices, found.mirrored), found.distances, reference)
-    save_png(picture, job.folder / "neighbours.png")
+    positions = rng.permutation(len(training))[:NEIGHBOUR_SEARCH]
+    share = np.sort(positions)[accelerator.process_index :: accelerator.num_processes]
+    samples = grid[spread(len(grid), NEIGHBOUR_SAMPLES)]
+    real = held_out.fetch(spread(len(held_out), HELD_OUT_SAMPLES)) if len(held_out) else samples[:0]
+    device = accelerator.device if accelerator.device.type == "cuda" else "cpu"
+    part = nearest(np.concatenate([samples, real]), training, job.run.data.flip, share, device)
+    found = merged(gather_object([part]))
+    count = len(samples)
+    images = training.fetch(found.indices[:count], found.mirrored[:count])
+    return samples, images, found.distances[:count], found.distances[count:] if len(real) else None
 
 
 # -- evaluation -----------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from common import checkpoint
 from common.config import RunConfig, evaluated_ema, sampling_seeds
 from common.cost import TrainingCost, on_meta, parameter_counts, sampling_cost
 from common.datasets import DataSource
+from common.files import read_rows
 from common.hardware import device_name, peak_kind
 from common.loader import TrainingPlan
 from common.precision import executed_precision
@@ -100,7 +101,7 @@ def build(
         "protocol": evaluation.protocol if evaluation else None,
         "selection": {"n_configs": 1, "n_samples": 0, "swept": []},
         "metrics": evaluation.metrics if evaluation else {},
-        "artifacts": {key: name if (folder / name).exists() else None for key, name in ARTIFACTS.items()},
+        "artifacts": artifacts(folder, method_class.task == "generation", method.space != "pixel"),
         "notes": f"{len(source.train.broken)} unreadable training images were skipped" if source.train.broken else "",
     }
     return build_record(fields)
@@ -115,13 +116,17 @@ def training_macs(run: RunConfig, cost: TrainingCost, source: DataSource, step: 
     return cost.total(step * run.train.batch, encoded, run.train.batch)
 
 
-ARTIFACTS = {
-    "grid_png": "samples.png",
-    "reconstruction_png": "reconstruction.png",
-    "neighbours_png": "neighbours.png",
-    "curve_png": "training.png",
-    "log": "metrics.jsonl",
-}
+def artifacts(folder: Path, generates: bool, encodes: bool) -> dict[str, str | None]:
+    """The log, and the pictures that `launch.job.draw_job` draws once the record is written; a start that lacks one of them draws it."""
+    logged = bool(read_rows(folder / "metrics.jsonl"))
+    there = {
+        "grid_png": ("samples.png", generates),
+        "reconstruction_png": ("reconstruction.png", encodes),
+        "neighbours_png": ("neighbours.png", generates),
+        "curve_png": ("training.png", logged),
+        "log": ("metrics.jsonl", logged),
+    }
+    return {key: name if exists else None for key, (name, exists) in there.items()}
 
 
 def system(run: RunConfig, space: str, told: Description) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluated_run import image_folder
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -119,6 +120,20 @@ def test_a_second_start_says_finished_and_touches_nothing(images, finished):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_a_start_that_was_stopped_while_drawing_draws_and_scores_nothing_again(images, finished, tmp_path):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(finished), str(run)], check=True)
+    (run / "neighbours.png").unlink()
+    record = (run / "result.json").read_bytes()
+    drawn = start(command(images, tmp_path))
+    assert drawn.returncode == 0 and "is finished" not in drawn.stdout, drawn.stderr
+    assert (run / "result.json").read_bytes() == record
+    assert_same(outcome(finished), outcome(run))
+    shutil.rmtree(run / "checkpoints")  # nothing to draw from: training again for the sake of a picture would be absurd
+    (run / "neighbours.png").unlink()
+    assert "is finished" in start(command(images, tmp_path)).stdout and not (run / "checkpoints").exists()
+
+
 def test_other_settings_in_the_same_folder_are_refused(images, finished):
     result = start(command(images, finished.parent, "train.lr=0.5"))
     assert result.returncode == 2 and "train.lr: " in result.stderr and "another name=" in result.stderr
@@ -209,6 +224,24 @@ def test_two_processes_make_the_same_images_and_scores(images, finished, tmp_pat
     assert one["pictures"] == two["pictures"]
     for name, entry in one["scores"].items():
         assert two["scores"][name]["value"] == pytest.approx(entry["value"], rel=1e-9), name
+
+
+def test_slow_pictures_do_not_hold_up_other_processes(tmp_path):
+    """They last until the other process has left, and processes wait for each other for 20 s at most."""
+    data = image_folder(tmp_path / "data")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20002 + os.getpid() % 20000)}
+    script = [sys.executable, str(ROOT / "tests/slow_pictures.py"), str(tmp_path), str(data)]
+    children = [
+        subprocess.Popen(script, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(2)
+    ]
+    printed = [child.communicate(timeout=300)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0], printed
+    record = read_record(tmp_path / "run/result.json")
+    assert record["metrics"]["fd_embedded"]["value"] > 0
+    for name in ("grid_png", "neighbours_png", "curve_png"):
+        assert (tmp_path / "run" / record["artifacts"][name]).exists()
 
 
 @pytest.mark.parametrize("batch", [1, 24])
