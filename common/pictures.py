@@ -143,6 +143,18 @@ def _squared_norms(values: torch.Tensor) -> torch.Tensor:
     return values.square().sum(2).sum(1, dtype=torch.int64)
 
 
+def contrast(images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """(N,) root mean square difference of the pixels of (N, 3, H, W) uint8 images from their image's mean colour, in [0, 1] as `Neighbours.distances`."""
+    values = images.astype(np.float32)
+    return np.sqrt(np.square(values - values.mean((2, 3), keepdims=True)).mean((1, 2, 3), dtype=np.float64)) / 255
+
+
+def variety(images: NDArray[np.uint8]) -> float:
+    """Root mean square difference of the pixels of (N, 3, H, W) uint8 images from the mean of all of them, in [0, 1]: 0 where all are alike."""
+    values = images.astype(np.float32)
+    return float(np.sqrt(np.square(values - values.mean(0)).mean(dtype=np.float64))) / 255
+
+
 def neighbour_picture(
     samples: NDArray[np.uint8],
     neighbours: NDArray[np.uint8],
@@ -152,10 +164,14 @@ def neighbour_picture(
 ) -> Image.Image:
     """Pairs of sample (left) and nearest training image (right), both (N, 3, H, W) uint8, with their distance (N,) below.
 
-    reference: the distances of real held-out images to their nearest training images. A pair nearer than 95 % of those gets a red frame.
+    reference: the distances of real held-out images to their nearest training images. A pair nearer than 95 % of those gets a red frame, unless the
+    sample is nearer to its own mean colour: a grey area is near to every image and a copy of none.
     """
     bound = float(np.quantile(reference, 0.05)) if reference is not None and len(reference) else None
-    lines = _neighbour_caption(distances, reference, bound)
+    near = distances < bound if bound is not None else np.zeros(len(distances), dtype=bool)
+    plain = near & (contrast(samples) <= distances)
+    copies = near & ~plain
+    lines = _neighbour_caption(distances, reference, bound, int(copies.sum()), int(plain.sum()))
     scale = max(1, round(TILE_PIXELS / samples.shape[-1]))
     tile, font, line_height = samples.shape[-1] * scale, ImageFont.load_default(TEXT_SIZE), TEXT_SIZE + 8
     pairs_a_row = min(pairs_a_row, len(samples))
@@ -169,26 +185,26 @@ def neighbour_picture(
     for number, (sample, neighbour, distance) in enumerate(zip(samples, neighbours, distances, strict=True)):
         row, column = divmod(number, pairs_a_row)
         x, y = MARGIN + column * (pair_width + 2 * MARGIN), top + row * pair_height
-        near = bound is not None and distance < bound
-        draw.rectangle((x - PAIR_GAP, y - PAIR_GAP, x + pair_width + PAIR_GAP - 1, y + tile + PAIR_GAP - 1), ALARM if near else FRAME)
+        draw.rectangle((x - PAIR_GAP, y - PAIR_GAP, x + pair_width + PAIR_GAP - 1, y + tile + PAIR_GAP - 1), ALARM if copies[number] else FRAME)
         canvas.paste(_tile(sample, scale), (x, y))
         canvas.paste(_tile(neighbour, scale), (x + tile + PAIR_GAP, y))
-        draw.text((x + pair_width // 2, y + tile + PAIR_GAP + 5), f"{distance:.3f}", ALARM if near else FAINT, font, anchor="ma")
+        draw.text((x + pair_width // 2, y + tile + PAIR_GAP + 5), f"{distance:.3f}", ALARM if copies[number] else FAINT, font, anchor="ma")
     return canvas
 
 
-def _neighbour_caption(distances: NDArray[np.float64], reference: NDArray[np.float64] | None, bound: float | None) -> list[str]:
-    """The lines above the pairs."""
+def _neighbour_caption(distances: NDArray[np.float64], reference: NDArray[np.float64] | None, bound: float | None, copies: int, plain: int) -> list[str]:
+    """The lines above the pairs. copies: framed samples; plain: those that are near for want of contrast."""
     lines = [
         "In each pair: a generated sample, and at its right the nearest training image.",
         f"Number: root mean square difference of the pixels. 0 is a copy. Median of these samples {np.median(distances):.3f}.",
     ]
     if reference is not None and bound is not None:
-        count = int((distances < bound).sum())
         lines += [
             f"Real images that were held out: median {np.median(reference):.3f}, and 5% of them below {bound:.3f}.",
-            f"{count} of these {len(distances)} samples ({count / len(distances):.0%}) are below that too, and framed in red.",
+            f"{copies} of these {len(distances)} samples ({copies / len(distances):.0%}) are below that too, and framed in red.",
         ]
+    if plain:
+        lines.append(f"{plain} samples are near only because they have almost no contrast (their mean colour is nearer still): these are no copies.")
     return lines
 
 

@@ -65,9 +65,9 @@ def _say_left_out(reasons: Sequence[str]) -> None:
         print(f"left out: {printable(reason)}", file=sys.stderr)
 
 
-def summary(runs: Path, protocol: str | None) -> str:
-    """The ranking of one protocol among the runs of a folder, for a terminal."""
-    return rendered(read_records(runs), lambda records: to_terminal(records, protocol))
+def summary(records: Records, protocol: str | None) -> str:
+    """The ranking of one protocol among the records of a folder, for a terminal."""
+    return rendered(records, lambda shown: to_terminal(shown, protocol))
 
 
 def render(records: Records, published: Sequence[PublishedRow] = ()) -> dict[str, str]:

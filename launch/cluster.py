@@ -27,7 +27,7 @@ from common.errors import UserError
 from common.files import append_row, read_rows
 from common.trainer import split_batch
 from launch.dry_run import describe_run
-from launch.folder import FAILURE, JOBS, RESULT, open_folder
+from launch.folder import FAILURE, JOBS, RESULT, is_finished, open_folder
 from launch.provenance import ROOT
 from launch.slurm import job_states
 from launch.snapshot import take_snapshot
@@ -75,7 +75,7 @@ def submit_all(runs: Sequence[RunConfig]) -> int:
         return run_locally(planned)
     ids = already_queued(planned)
     for group in groups(levels):
-        waiting = [each for each in group if not (each.folder / RESULT).exists() and each.folder not in ids]
+        waiting = [each for each in group if not is_finished(each.folder) and each.folder not in ids]
         if waiting:
             ids |= submit(waiting, [ids[path] for path in waiting[0].after if path in ids])
     if ids:
@@ -135,7 +135,7 @@ def already_queued(planned: Sequence[Planned]) -> dict[Path, str]:
     states, queued = job_states() or {}, {}
     for each in planned:
         last = next(iter(read_rows(each.folder / JOBS)[-1:]), {"job": ""})["job"]
-        if (each.folder / RESULT).exists():
+        if is_finished(each.folder):
             print(f"{each.folder} is finished")
         elif last in states and states[last].alive:
             print(f"{each.folder} is job {last} already, {states[last].state.lower()}")
@@ -260,7 +260,7 @@ def run_locally(planned: Sequence[Planned]) -> int:
 
     code = 0
     for each in planned:
-        if (each.folder / RESULT).exists():
+        if is_finished(each.folder):
             print(f"{each.folder} is finished")
             continue
         submitted = worker(each)

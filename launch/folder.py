@@ -70,9 +70,12 @@ def is_finished(folder: Path) -> bool:
     """Whether the record is there, and no picture that it names is missing and can be drawn: the checkpoint that was scored is there."""
     if not (folder / RESULT).exists():
         return False
-    from evaluation.record import read_record
+    from evaluation.record import RecordError, read_record
 
-    record = read_record(folder / RESULT)
+    try:
+        record = read_record(folder / RESULT)
+    except RecordError as error:
+        raise UserError(f"{error}. If you remove this file, the next start of the run evaluates again.") from error
     missing = [name for name in record.get("artifacts", {}).values() if str(name).endswith(".png") and not (folder / name).exists()]
     manifests = folder.glob("checkpoints/step-*/manifest.json") if missing else ()
     scored = record.get("checkpoint", {}).get("sha256")

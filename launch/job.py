@@ -42,6 +42,7 @@ from launch import record
 from launch.dry_run import describe_run
 from launch.folder import RESULT, is_finished, locked, open_folder, record_data
 from launch.provenance import record_start
+from launch.remarks import sample_remarks, warning_lines
 from launch.stages import earlier_runs, hold_to_stages, stage_runs, with_stages
 from methods import get_class
 from methods.base import DataInfo, Method
@@ -52,6 +53,8 @@ RECONSTRUCTION_ROWS = 2
 NEIGHBOUR_SAMPLES = 20
 HELD_OUT_SAMPLES = 500
 NEIGHBOUR_SEARCH = 20_000  # training images searched at most
+
+Grid: TypeAlias = tuple[NDArray[np.uint8], list[str]]  # images (N, 3, H, W) row by row, and the names of the rows
 
 # Samples, their nearest training images (both uint8), their distances, and those of held-out images: the arguments of `neighbour_picture`
 FoundNeighbours: TypeAlias = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64] | None]
@@ -152,9 +155,11 @@ def finish(job: Job) -> None:
         record_start(job.folder)
     recorded = agreed((job.folder / RESULT).exists())
     state = train_job(job)
+    peak = peak_bytes(job.accelerator.device)
+    grid = final_grid(job, state) if job.generates else None
     if not recorded:
-        evaluate_job(job, state, peak_bytes(job.accelerator.device))
-    draw_job(job, state)
+        evaluate_job(job, state, peak, grid)
+    draw_job(job, state, grid)
 
 
 def train_stage(stage: RunConfig, waiting: RunConfig) -> None:
@@ -188,7 +193,7 @@ def _batches(job: Job, plan: TrainingPlan, micro_batch: int, start_step: int, ac
 # -- pictures -------------------------------------------------------------------------------------------------------------------
 
 
-def sample_grid(job: Job, method: Method, together: bool = False) -> tuple[NDArray[np.uint8], list[str]]:
+def sample_grid(job: Job, method: Method, together: bool = False) -> Grid:
     """(rows * columns, 3, H, W) uint8 images, row by row, and the class names of the rows.
 
     together: all processes make their share and get the whole; otherwise this process makes all of it. The images are the same.
@@ -201,6 +206,12 @@ def sample_grid(job: Job, method: Method, together: bool = False) -> tuple[NDArr
     if together:
         sum_over_ranks(images)  # zeros from all processes but one
     return images.numpy(), [job.source.info.class_names[c] for c in classes]
+
+
+def final_grid(job: Job, state: TrainState) -> Grid:
+    """The sample grid of the finished training, made by all processes together."""
+    with state.weights(evaluated_ema(job.run)) as method:
+        return sample_grid(job, method, together=True)
 
 
 def draw_preview(job: Job, state: TrainState) -> None:
@@ -216,19 +227,18 @@ def draw_preview(job: Job, state: TrainState) -> None:
             save_png(image_grid(images, job.run.eval.grid_columns, names), picture)
 
 
-def draw_job(job: Job, state: TrainState) -> None:
+def draw_job(job: Job, state: TrainState, grid: Grid | None) -> None:
     """training.png; samples.png and neighbours.png of what generates; reconstruction.png of what encodes.
 
-    All processes sample and search. The main process draws after the last wait, and the others are free.
+    All processes search for neighbours. The main process draws after the last wait, and the others are free.
     """
     with state.weights(evaluated_ema(job.run)) as method:
-        grid = sample_grid(job, method, together=True) if job.generates else None
         neighbours = find_neighbours(job, grid[0]) if grid else None
         if job.main:
             draw_pictures(job, method, grid, neighbours)
 
 
-def draw_pictures(job: Job, method: Method, grid: tuple[NDArray[np.uint8], list[str]] | None, neighbours: FoundNeighbours | None) -> None:
+def draw_pictures(job: Job, method: Method, grid: Grid | None, neighbours: FoundNeighbours | None) -> None:
     """The pictures of a run that has its weights, from one process."""
     columns = job.run.eval.grid_columns
     rows = read_rows(job.folder / "metrics.jsonl")
@@ -304,26 +314,31 @@ def score_preview(job: Job, state: TrainState) -> None:
         write_whole(job.folder / CURVE, curve_lines([*earlier, point]))
 
 
-def evaluate_job(job: Job, state: TrainState, training_peak: int) -> None:
-    """Samples, scores, and writes result.json, which marks the run as finished."""
+def evaluate_job(job: Job, state: TrainState, training_peak: int, grid: Grid | None) -> None:
+    """Samples, scores, and writes result.json, which marks the run as scored."""
     reset_peak(job.accelerator.device)
     result = score(job, state) if job.run.eval.num_images else None
     if job.main:
+        training = job.source.train
+        remarks = sample_remarks(grid[0], training.fetch(spread(len(training), len(grid[0])))) if grid and state.step else []
         peaks = (training_peak, peak_bytes(job.accelerator.device))
-        built = record.build(job.run, job.model, job.earlier, job.folder, job.source, job.info, job.training_cost, state, result, peaks)
+        built = record.build(job.run, job.model, job.earlier, job.folder, job.source, job.info, job.training_cost, state, result, peaks, remarks)
         write_record(built, job.folder / RESULT)
 
 
 def summary(job: Job) -> str:
     """The leaderboard of the runs beside this one that share its protocol, this run's scores, and the files that it made."""
     row = read_record(job.folder / RESULT)
+    records = leaderboard.read_records(Path(job.run.out))
+    warnings = warning_lines(row, records.rows)
     made = [job.folder / name for name in (*row["artifacts"].values(), RESULT) if name]
     newest = checkpoint.latest(job.folder / "checkpoints")
     return "\n".join(
         [
-            leaderboard.summary(Path(job.run.out), row["protocol_hash"]),
+            leaderboard.summary(records, row["protocol_hash"]),
             "\nthis run",
             *(f"  {name:<20} {entry['value']:.4g}{error_of(entry)}" for name, entry in row["metrics"].items()),
+            *(["\nwarnings", *warnings] if warnings else []),
             "\nfiles",
             *(f"  {path}" for path in [*made, *([newest] if newest else [])]),
             f"all runs: python evaluation/leaderboard.py --runs {job.run.out}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,12 @@ def build(
     state: TrainState,
     evaluation: Evaluation | None,
     peaks: tuple[int, int],
+    remarks: Sequence[str] = (),
 ) -> Record:
     """The validated record.
 
     model: `run.model` with the folders of earlier stages in place; earlier: what `launch.stages.earlier_runs` says of them;
-    peaks: bytes in training and in sampling.
+    peaks: bytes in training and in sampling; remarks: what is visibly wrong with the samples.
     """
     method_class = get_class(run.method)
     method = on_meta(method_class, model, info)
@@ -102,7 +104,7 @@ def build(
         "selection": {"n_configs": 1, "n_samples": 0, "swept": []},
         "metrics": evaluation.metrics if evaluation else {},
         "artifacts": artifacts(folder, method_class.task == "generation", method.space != "pixel"),
-        "notes": f"{len(source.train.broken)} unreadable training images were skipped" if source.train.broken else "",
+        "notes": " ".join([*remarks, *([f"{len(source.train.broken)} unreadable training images were skipped."] if source.train.broken else [])]),
     }
     return build_record(fields)
 

@@ -426,7 +426,7 @@ def test_no_number_in_a_record_hides_the_others(tmp_path, capsys, number):
     if abs(number) > 1e30:
         assert told.count("left out: ") == len(paths) and told.count("result.json") >= len(paths)
     assert leaderboard.main(["--runs", str(tmp_path), "--matched", "train_macs"]) == 0
-    assert "sound" in leaderboard.summary(tmp_path, good["protocol_hash"])
+    assert "sound" in leaderboard.summary(leaderboard.read_records(tmp_path), good["protocol_hash"])
 
 
 @pytest.mark.parametrize(
@@ -476,7 +476,7 @@ def test_a_record_that_cannot_be_shown_is_named(tmp_path, capsys, monkeypatch):
     fragile = dataclasses.replace(columns.IDENTITY[0], read=lambda row: 1 // (row["name"] != "odd") and read(row))
     monkeypatch.setattr(columns, "IDENTITY", [fragile, *columns.IDENTITY[1:]])
     assert leaderboard.main(["--runs", str(tmp_path)]) == 0
-    assert "sound" in leaderboard.summary(tmp_path, record()["protocol_hash"])
+    assert "sound" in leaderboard.summary(leaderboard.read_records(tmp_path), record()["protocol_hash"])
     assert f"{tmp_path}/1-odd: its record cannot be shown: ZeroDivisionError" in capsys.readouterr().err
     assert "sound" in (tmp_path / "leaderboard.md").read_text()
 

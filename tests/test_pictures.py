@@ -15,14 +15,17 @@ from common.pictures import (
     ALARM,
     BACKGROUND,
     Neighbours,
+    _neighbour_caption,
     _panels,
     _running_mean,
+    contrast,
     image_grid,
     merged,
     nearest,
     neighbour_picture,
     save_png,
     training_curves,
+    variety,
 )  # fmt: skip
 
 
@@ -175,11 +178,33 @@ def has_alarm(picture: Image.Image) -> bool:
 
 
 def test_copies_are_framed_in_red() -> None:
-    images = np.full((3, 3, 8, 8), 128, dtype=np.uint8)
+    images = noise(3)
     reference = np.linspace(0.1, 0.3, 50)
     assert has_alarm(neighbour_picture(images, images, np.array([0.0, 0.2, 0.2]), reference))
     assert not has_alarm(neighbour_picture(images, images, np.array([0.15, 0.2, 0.2]), reference))
     assert not has_alarm(neighbour_picture(images, images, np.zeros(3)))
+
+
+def test_grey_samples_are_no_copies_and_the_caption_says_so() -> None:
+    """A short run's grey samples are near to every training image, and were framed as copies without exception."""
+    grey = np.random.Generator(np.random.PCG64(0)).integers(120, 136, (20, 3, 8, 8), dtype=np.uint8)
+    reference, distances = np.linspace(0.1, 0.3, 50), np.full(20, 0.05)
+    assert contrast(grey).max() < 0.03
+    assert not has_alarm(neighbour_picture(grey, noise(20), distances, reference))
+    assert _neighbour_caption(distances, reference, 0.11, 0, 20)[-2:] == [
+        "0 of these 20 samples (0%) are below that too, and framed in red.",
+        "20 samples are near only because they have almost no contrast (their mean colour is nearer still): these are no copies.",
+    ]
+    grey[7] = noise(1)[0]  # one real copy among them
+    distances[7] = 0.0
+    assert has_alarm(neighbour_picture(grey, grey, distances, reference))
+
+
+def test_contrast_and_variety_are_root_mean_squares() -> None:
+    half = np.zeros((1, 3, 4, 4), dtype=np.uint8)
+    half[..., :2] = 255
+    assert contrast(half).tolist() == [0.5] and contrast(np.full((2, 3, 4, 4), 77, dtype=np.uint8)).tolist() == [0.0, 0.0]
+    assert variety(half.repeat(5, 0)) == 0 and variety(np.concatenate([half, half[..., ::-1]])) == 0.5
 
 
 def test_sample_and_neighbour_stand_side_by_side() -> None:
