@@ -20,6 +20,9 @@ from evaluation.record import RESULT, Record, read_record
 HEADINGS = ("Unguided", "Guided", "Guidance not known", "Reconstruction")
 PRIMARY = ("fid", "fd_dinov2", "fd_embedded", "rfid", "rfd_embedded")  # the first of these that a record has ranks it; lower is better in all
 
+PETA = 1e15
+SAME = 0.01  # costs that differ by less are the same
+
 EMBEDDED_NOTE = "Embedded extractor: compare only inside this project, same hash. Not comparable with Inception FID."
 
 
@@ -67,10 +70,10 @@ class Section:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know before comparing: the extractor's reach, what real images score, and which training no row's cost holds."""
+        """What a reader must know before comparing: the extractor's reach, what real images score, whether all were trained alike, and what no cost holds."""
         protocol = self.rows[0]["protocol"]
         embedded = bool(protocol) and not protocol["extractor"]["comparable_with_inception_fid"]
-        return [note for note in (EMBEDDED_NOTE if embedded else "", floor_note(self.rows[0]), uncounted_note(self.rows)) if note]
+        return [note for note in (EMBEDDED_NOTE if embedded else "", floor_note(self.rows[0]), *budget_notes(self.rows), uncounted_note(self.rows)) if note]
 
 
 def read_records(runs: Path, pattern: str = RESULT) -> Records:
@@ -134,6 +137,21 @@ def training_macs(row: Record) -> int | None:
     """The whole price of training in MACs, earlier stages included; None where a part of it is not known."""
     parts = [row.get("train", {}).get("macs_total"), *(parent.get("macs_total") for parent in row.get("parents", []))]
     return None if None in parts else sum(parts)
+
+
+def budget_notes(rows: Sequence[Record]) -> list[str]:
+    """What rows that were trained differ in: the whole cost with its earlier stages, and the images that they saw."""
+    trained = [row for row in rows if row.get("train", {}).get("images_seen")]
+    costs = [cost for row in trained if (cost := training_macs(row)) is not None]
+    images = sorted({row["train"]["images_seen"] for row in trained})
+    notes = []
+    if costs and max(costs) > (1 + SAME) * min(costs):
+        notes.append(f"Not one cost: training took from {min(costs) / PETA:.4g} to {max(costs) / PETA:.4g} PMACs, earlier stages included.")
+    if len(costs) < len(trained):
+        notes.append(f"Of {len(trained) - len(costs)} of {len(trained)} trained rows the whole cost is not known.")
+    if len(images) > 1:
+        notes.append(f"Not one budget of images: training saw from {images[0]:,} to {images[-1]:,}.")
+    return notes
 
 
 def uncounted_note(rows: Sequence[Record]) -> str:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from evaluation.board import Group, training_macs
+from evaluation.board import PETA, Group, training_macs
 from evaluation.record import Record
 
 ABSENT = "-"
-MEGA, GIGA, PETA = 1e6, 1e9, 1e15
+MEGA, GIGA = 1e6, 1e9
 SEPARATED = 2.0  # standard errors of a difference, beyond which two values are told apart
 
 Better = Literal["lower", "higher", None]
@@ -46,7 +46,7 @@ class Column:
 
 @dataclass(frozen=True)
 class MetricStyle:
-    """How a metric is printed."""
+    """How a metric is printed; an empty form is for one of open size, from 0.1 to 10,000."""
 
     label: str
     form: str
@@ -54,6 +54,21 @@ class MetricStyle:
     scale: float = 1.0
     essential: bool = False
     unit: str = ""
+
+    def text(self, value: float, error: float | None = None, sign: str = "") -> str:
+        """A value as records hold it, scaled, with its standard error. Without a form it has three digits, or ends with the error's second, unscientific."""
+        value, error = value * self.scale, None if error is None else error * self.scale
+        form, place = self.form, 0
+        if not form:
+            place = last_place(error, 2) if error else last_place(value, 3)
+            form = f",.{max(place, 0)}f"
+            value, error = round(value, place), None if error is None else round(error, place)
+        return f"{value:{sign}{form}}" + ("" if error is None else f" ± {error:{form}}")
+
+
+def last_place(value: float, digits: int) -> int:
+    """The decimal place of the last of so many significant digits: 2 for 1.234 and three digits, -1 for 1234."""
+    return digits - 1 - math.floor(math.log10(abs(value))) if value else 0
 
 
 METRICS = {
@@ -63,7 +78,7 @@ METRICS = {
     "rfid": MetricStyle("rFID", ".3f", "lower"),
     "rfd_embedded": MetricStyle("rfd_embedded", ".2f", "lower"),
     "sfid": MetricStyle("sFID", ".2f", "lower"),
-    "kid": MetricStyle("KID", ".3g", "lower", scale=1000, unit="x1000"),
+    "kid": MetricStyle("KID", "", "lower", scale=1000, unit="x1000"),
     "mind": MetricStyle("MIND", ".4g", "lower"),
     "is": MetricStyle("IS", ".1f", "higher", essential=True),
     "precision": MetricStyle("precision", ".3f", "higher"),
@@ -120,11 +135,8 @@ def _metric(name: str, field: str = "value") -> Callable[[Record], Cell]:
         entry = row["metrics"].get(name, {})
         if entry.get(field) is None:
             return Cell()
-        value, error = entry[field] * style.scale, entry.get("se") if field == "value" else None
-        text = format(value, style.form)
-        if error is None:
-            return Cell(text, value)
-        return Cell(f"{text} ± {format(error * style.scale, style.form)}", value, error * style.scale)
+        value, error = entry[field], entry.get("se") if field == "value" else None
+        return Cell(style.text(value, error), value * style.scale, None if error is None else error * style.scale)
 
     return read
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 
 from common.command_line import as_command
 from common.errors import UserError
-from evaluation.board import training_macs
+from evaluation.board import budget_notes, training_macs
 from evaluation.columns import PETA, metric_style
 from evaluation.command import run_command
 from evaluation.protocol import protocol_name
@@ -108,22 +108,22 @@ def _cells(name: str, entry: Entry, metric: str) -> list[str]:
     spent = f"{fmean(macs) / PETA:.4g}" if len(macs) == len(runs) else ""
     images = sorted({run["train"]["images_seen"] for run in runs})
     style, score = metric_style(metric), fmean(run["metrics"][metric]["value"] for run in runs)
-    return [printable(name), str(len(runs)), ", ".join(f"{n:,}" for n in images), spent, f"{score * style.scale:{style.form}}"]
+    return [printable(name), str(len(runs)), ", ".join(f"{n:,}" for n in images), spent, style.text(score)]
 
 
 def _gain_cells(gain: Gain | None) -> list[str]:
     if gain is None:
         return ["", ""]
     style = metric_style(gain.metric)
-    return [f"{gain.value * style.scale:+{style.form}} ± {gain.se * style.scale:{style.form}}", f"{gain.deviations:+.1f}"]
+    return [style.text(gain.value, gain.se, sign="+"), f"{gain.deviations:+.1f}"]
 
 
 def notes(found: Mapping[str, Entry]) -> list[str]:
     """What keeps the differences from meaning what they seem to."""
-    budgets = {(run["train"]["images_seen"], run["train"]["batch"]) for entry in found.values() for run in entry.values()}
-    told = []
-    if len(budgets) > 1:
-        told.append(f"Not one budget: (images, batch) are {', '.join(map(str, sorted(budgets)))}.")
+    runs = [run for entry in found.values() for run in entry.values()]
+    told, batches = budget_notes(runs), sorted({run["train"]["batch"] for run in runs})
+    if len(batches) > 1:
+        told.append(f"Not one batch: {', '.join(map(str, batches))} images a step.")
     if any(len(entry) == 1 for entry in found.values()):
         told.append("One training seed: the error is that of sampling, and another training may differ by more. Train with seed=0,1,2 for that.")
     return told

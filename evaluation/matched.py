@@ -16,12 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from evaluation.board import Group, training_macs
-from evaluation.columns import ABSENT, GIGA, PETA, metric_style
+from evaluation.board import SAME, Group, training_macs
+from evaluation.columns import ABSENT, GIGA, PETA, MetricStyle, metric_style
 from evaluation.curve import CurvePoint
 from evaluation.record import Record
-
-SAME = 0.01  # budgets that differ by less are the same
 
 Axis = Literal["train_macs", "images", "sampling_macs"]
 AXES: dict[Axis, tuple[str, str, float]] = {  # title, unit, size of the unit
@@ -74,12 +72,12 @@ def matched_table(group: Group, axis: Axis, curves: Sequence[Curve], budget: flo
     title, unit, size = AXES[axis]
     scores = [(curve, at(curve, budget)) for curve in curves]
     scores.sort(key=lambda pair: (pair[1] is None, pair[1].value if pair[1] else pair[0].points[-1].value))
-    form = metric_style(group.primary).form
+    style = metric_style(group.primary)
     cells = []
     for rank, (curve, score) in enumerate(scores, start=1):
         end = curve.points[-1]
-        result = [str(rank) if score else ABSENT, curve.name, _plus_minus(score, form), _how(curve, score, budget, size)]
-        cells.append([*result, _plus_minus(end, form), f"{end.cost / size:.4g}"])
+        result = [str(rank) if score else ABSENT, curve.name, _plus_minus(score, style), _how(curve, score, budget, size)]
+        cells.append([*result, _plus_minus(end, style), f"{end.cost / size:.4g}"])
     if budget is None:
         note = "No two runs have been evaluated at a common cost, so only their final points are listed, without ranks."
     else:
@@ -88,10 +86,8 @@ def matched_table(group: Group, axis: Axis, curves: Sequence[Curve], budget: flo
     return MatchedTable(f"At {title}", note, ["rank", "run", f"{label} ↓", "how", "at its end ↓", f"{unit} in all"], cells)
 
 
-def _plus_minus(point: Point | None, form: str) -> str:
-    if point is None:
-        return ABSENT
-    return f"{point.value:{form}}" + ("" if point.error is None else f" ± {point.error:{form}}")
+def _plus_minus(point: Point | None, style: MetricStyle) -> str:
+    return ABSENT if point is None else style.text(point.value, point.error)
 
 
 def _how(curve: Curve, score: Point | None, budget: float | None, size: float) -> str:

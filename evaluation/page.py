@@ -242,6 +242,7 @@ def claim_data(record: ClaimRecord, folder: Path, left_out: list[str]) -> dict[s
     cells = [[each["text"], f"{each['value']:.4g}", f"{each['se']:.2g}" if each["n"] else ABSENT, each["verdict"]] for each in record["criteria"]]
     return {
         **{name: record[name] for name in ("name", "verdict", "statement", "paper", "setting", "remarks")},
+        "amended": record.get("amended", ""),
         "budget": ("quick run, " if record["quick"] else "") + (f"{len(record['seeds'])} seeds" if record["seeds"] else "nothing random"),
         "criteria": {"headers": ["criterion", "found", "standard error", "verdict"], "cells": cells},
         "table": {"headers": record["table"]["headers"], "cells": record["table"]["rows"]},
@@ -253,7 +254,7 @@ def figure_data(row: Record, group: Group, label: str, grid: tuple[str, int, int
     """A picture with what to say below it."""
     uri, width, height = grid
     style, metric = metric_style(group.primary), row["metrics"].get(group.primary)
-    score = f"{style.label} {metric['value'] * style.scale:{style.form}}" if metric else ""
+    score = f"{style.label} {style.text(metric['value'])}" if metric else ""
     return {"src": uri, "width": width, "height": height, "method": label, "run": row["name"], "score": score}
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ from matplotlib.figure import Figure
 
 from common.config import resolve
 from common.errors import UserError
-from evaluation import collapse, leaderboard
+from evaluation import collapse, leaderboard, page
 from evaluation.claims import (
     command,
     cost,
@@ -29,13 +31,14 @@ from evaluation.claims import (
     rae_width,
     reg_gain,
 )
-from evaluation.claims.framework import Budget, Claim, Criterion, Estimate, Evidence, Verdict, all_claims, find, judge
+from evaluation.claims.framework import Budget, Claim, Criterion, Estimate, Evidence, Verdict, all_claims, claim_modules, find, judge
 from evaluation.claims.record import build, read_claim, read_claims, write_claim
 from evaluation.claims.swiss_roll import lifted, off_plane, plane, roll, sliced_distance
 from methods import get_class, get_spec
 from methods.base import DataInfo
 
-RESULTS = Path(__file__).resolve().parent.parent / "evaluation" / "claims" / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "evaluation" / "claims" / "results"
 HOSTILE = "</script><script>alert(1)</script>"
 PAIR = (Criterion("a", "a number", "at most", 1.0), Criterion("b", "another one", "at least", 10.0))
 
@@ -126,6 +129,33 @@ def test_the_command_lists_and_refuses(tmp_path, capsys):
     assert all(each.name in listed and str(each.criteria[0]) in listed for each in all_claims().values())
     assert command.main(["run", "jit-manifol", "--out", str(tmp_path)]) == 2 and "jit-manifold" in capsys.readouterr().err
     assert command.main(["report", "--out", str(tmp_path)]) == 2 and "run --quick" in capsys.readouterr().err
+
+
+def test_an_unknown_name_is_refused_before_torch_is_imported():
+    code = "import sys; from evaluation.claims.command import main; assert main(['run', 'nosuch']) == 2; print('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert answer.stdout == "False\n" and "'nosuch' is not a claim" in answer.stderr and "dsd-collapse" in answer.stderr
+
+
+def test_every_claim_is_found_under_the_name_of_its_file():
+    assert [each.name for each in find([])] == list(claim_modules()) and len(claim_modules()) >= 13
+    assert find(["rae-shift"])[0].name == "rae-shift"
+
+
+def test_what_was_amended_after_numbers_had_been_seen_is_told_everywhere(tmp_path):
+    record = build(claim(amended=f"turned round {HOSTILE}"), claim().measure(None), quick=False, seconds=1.0, device="cpu")
+    untouched = build(claim(name="other"), claim().measure(None), quick=False, seconds=1.0, device="cpu")
+    for each in (record, {key: value for key, value in untouched.items() if key != "amended"}):  # as older records are
+        (tmp_path / each["name"]).mkdir()
+        write_claim(each, tmp_path / each["name"])
+    text = command.to_markdown(read_claims(tmp_path, []), tmp_path)
+    assert text.count(command.AMENDED) == 1 and "turned round &lt;/script&gt;" in text
+    told = {name: page.claim_data(each, tmp_path, [])["amended"] for name, each in ((each["name"], each) for each, _ in read_claims(tmp_path, []))}
+    assert told == {record["name"]: f"turned round {HOSTILE}", "other": ""}
+    changed = {name for name, each in all_claims().items() if each.amended}
+    assert {"rae-shift", "reg-gain", "jit-noise", "jit-resolution", "jit-bottleneck", "jit-combinations", "pmf-manifold", "pmf-times"} <= changed
+    for each in all_claims().values():
+        assert each.amended or not any(criterion.needed for criterion in each.criteria), each.name  # all `needed` ones were added after a run
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -356,5 +386,6 @@ def test_results_in_the_repository_are_full_runs_of_the_claims_as_they_stand():
         assert judge(each, Evidence(estimates, [], [], Figure()))[0] == record["verdict"], name
         assert [item["text"] for item in record["criteria"]] == [str(criterion) for criterion in each.criteria], name
         assert (record["paper"], record["statement"], record["setting"]) == (each.paper, each.statement, each.setting), name
+        assert record["amended"] == each.amended, name
         assert not record["quick"] and record["seeds"] == list(each.budget(quick=False).seeds), name
     assert (RESULTS / "claims.md").read_text(encoding="utf-8") == command.to_markdown(found, RESULTS)

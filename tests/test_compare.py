@@ -5,7 +5,7 @@ import pytest
 from records import fields, metric
 
 from common.errors import UserError
-from evaluation.compare import entries, gains, main, over_training_seeds
+from evaluation.compare import entries, gains, main, notes, over_training_seeds
 from evaluation.record import build_record, write_record
 from evaluation.spread import paired_differences
 
@@ -69,6 +69,16 @@ def test_one_command_tells_the_gains_of_two_methods(tmp_path, capsys, monkeypatc
     assert code == 0 and "fd_embedded ↓" in text and "minus sit demo" in text
     assert "-10.00 ± 0.00" in rows["repa"] and "-15." in rows["reg"] and "±" not in rows["sit"]
     assert "One training seed" in text and "Not one budget" not in text and "6,900" in rows["reg"]
+
+
+def test_earlier_stages_and_batches_keep_a_comparison_from_being_of_one_budget(tmp_path, capsys, monkeypatch):
+    """As many images and MACs of its own, and a stage before: the sentence is about the whole cost."""
+    parent = {"key": "t", "name": "t", "method": "m", "row_id": None, "checkpoint_sha256": None, "images_seen": 5, "device_seconds": 1.0, "macs_total": 10**18}
+    sit, repa = run("sit", 0, 100.0, noise()), run("repa", 0, 90.0, noise(), parents=[parent])
+    text = told(folders(tmp_path, sit, repa), capsys, monkeypatch)[1]
+    assert "Not one cost: training took from 2000 to 3000 PMACs, earlier stages included." in text and "Not one budget" not in text and "batch" not in text
+    changed = build_record({**{key: value for key, value in sit.items() if key != "row_id"}, "train": sit["train"] | {"batch": 8}})
+    assert "Not one batch: 8, 64 images a step." in notes({"sit": {0: sit}, "other": {0: changed}})
 
 
 def test_what_spoils_a_comparison_is_said(tmp_path, capsys, monkeypatch):

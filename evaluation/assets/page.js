@@ -335,6 +335,7 @@ function claimPart(claim) {
     element("h3", {}, `${claim.name}: ${claim.verdict}`),
     element("p", {}, claim.statement),
     element("p", { class: "note" }, `${claim.paper}; ${claim.budget}`),
+    claim.amended ? element("p", { class: "note" }, `Amended after numbers had been seen: ${claim.amended}`) : "",
     plainTable(claim.criteria, `Criteria of ${claim.name}`, [0, 3]),
     folded("How it was checked, and everything that was measured", element("p", {}, claim.setting), ...claim.remarks.map((text) => element("p", {}, text)), plainTable(claim.table, `Measurements of ${claim.name}`, texts)),
     picture,
@@ -346,7 +347,7 @@ function claimsPart() {
   return element(
     "section", { id: "claims" },
     element("h2", {}, "Claims of the papers, checked here"),
-    element("p", { class: "note" }, "Criteria were written down before the runs; a verdict follows where the 95 % interval of every estimate lies on one side of its bound."),
+    element("p", { class: "note" }, "Criteria were written before the first run; a claim that was changed after numbers had been seen says so. A verdict follows where the 95 % interval of every estimate lies on one side of its bound."),
     ...data.claims.map(claimPart),
   );
 }

@@ -22,6 +22,7 @@ from evaluation.claims.record import PICTURE_FILE, ClaimRecord, build, read_clai
 from evaluation.tables import escape, pipe_table
 
 REPORT = "claims.md"
+AMENDED = "**Amended after numbers had been seen:**"
 
 Task: TypeAlias = tuple[str, bool, Path]  # a claim's name, whether quick, the folder of its record
 Work: TypeAlias = Callable[[str, bool, Path], object]
@@ -109,7 +110,10 @@ def report(out: Path) -> str:
 
 def to_markdown(found: Sequence[tuple[ClaimRecord, Path]], out: Path) -> str:
     """All records as one page with their pictures."""
-    parts = ["# Claims of the papers, checked"]
+    parts = [
+        "# Claims of the papers, checked",
+        "Criteria were written before the first run; where something was changed after numbers had been seen, the claim says so.",
+    ]
     for record, folder in found:
         criteria = [[escape(item["text"]), f"{item['value']:.4g}", f"{item['se']:.2g}" if item["n"] else "", item["verdict"]] for item in record["criteria"]]
         rows = [[escape(cell) for cell in row] for row in record["table"]["rows"]]
@@ -117,6 +121,7 @@ def to_markdown(found: Sequence[tuple[ClaimRecord, Path]], out: Path) -> str:
             f"## {escape(record['name'])}: {record['verdict']}",
             f"*{escape(record['statement'])}* {escape(record['paper'])}.",
             f"{escape(record['setting'])} {'Quick run.' if record['quick'] else ''} Seeds: {', '.join(map(str, record['seeds'])) or 'nothing is random'}.",
+            *([f"{AMENDED} {escape(record['amended'])}"] if record.get("amended") else []),
             pipe_table(criteria, ["criterion", "found", "standard error", "verdict"]),
             pipe_table(rows, [escape(header) for header in record["table"]["headers"]]),
             *map(escape, record["remarks"]),

@@ -26,7 +26,7 @@ from evaluation.generate import balanced_labels, generate
 from methods import get_class, get_spec
 from methods.base import Batch, DataInfo, Method
 
-EVERY = 3  # of the training images, each third is in the reference: 1,533, more than the features' 1,280 dimensions
+EVERY = 3  # of the training images, each third is in the reference: 1,533, more than the features' 320 dimensions
 SAMPLES = 200
 SIZE = 32
 LEARNED = 2000.0  # a distance that shows some learning: untrained networks sample noise, which is 2,240 away at 32 pixels

@@ -1,4 +1,6 @@
-"""What a claim is: a statement of a paper, criteria written down before anything runs, a measurement with error bars, and the verdict that follows.
+"""What a claim is: a statement of a paper, criteria, a measurement with error bars, and the verdict that follows.
+
+Criteria are written before the first run. What was changed after numbers had been seen, a claim tells as `amended`.
 
 A claim is one module of this package with a `CLAIM`. It measures with the suite's own methods, losses and samplers. Nobody decides a verdict: each
 criterion bounds one estimate, and it is met or missed where the estimate's 95 % interval lies on one side of the bound.
@@ -7,7 +9,6 @@ criterion bounds one estimate, and it is met or missed where the estimate's 95 %
 from __future__ import annotations
 
 import math
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -120,6 +121,7 @@ class Claim:
     measure: Callable[[Budget], Evidence]
     minutes: tuple[float, float]  # quick and full, on one core
     num_seeds: tuple[int, int] = field(default=(3, 3))  # quick and full; 0 where nothing is random
+    amended: str = ""  # what of criteria, budget or measurement was changed after numbers had been seen, and why; "" where nothing was
 
     def budget(self, quick: bool, cache: Path = Budget.cache) -> Budget:
         """The quick or the full budget."""
@@ -136,17 +138,21 @@ def judge(claim: Claim, evidence: Evidence) -> tuple[Verdict, list[Verdict]]:
     return (Verdict.HOLDS if all(verdict == Verdict.HOLDS for verdict in each) else Verdict.OPEN), each
 
 
+def claim_modules() -> dict[str, str]:
+    """The module of every claim by its name, which is the file's with hyphens. Files are read and not imported, as most of them need torch."""
+    files = sorted(file for file in Path(__file__).parent.glob("*.py") if "\nCLAIM = " in file.read_text(encoding="utf-8"))
+    return {file.stem.replace("_", "-"): f"evaluation.claims.{file.stem}" for file in files}
+
+
 def all_claims() -> dict[str, Claim]:
     """Every claim by name: those modules of this package that have a `CLAIM`."""
-    package = import_module("evaluation.claims")
-    modules = [import_module(f"evaluation.claims.{module.name}") for module in pkgutil.iter_modules(package.__path__)]
-    return {module.CLAIM.name: module.CLAIM for module in modules if hasattr(module, "CLAIM")}
+    return {claim.name: claim for claim in find([])}
 
 
 def find(names: Sequence[str]) -> list[Claim]:
-    """The claims of these names, all of them for no name; an unknown one is a UserError."""
-    known = all_claims()
+    """The claims of these names, all of them for no name; an unknown one is a UserError before any claim is imported."""
+    known = claim_modules()
     for name in names:
         if name not in known:
             raise UserError(f"{name!r} is not a claim.{close_match(name, known)} Claims: {', '.join(known)}.")
-    return [known[name] for name in names or known]
+    return [import_module(known[name]).CLAIM for name in names or known]

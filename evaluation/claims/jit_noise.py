@@ -46,8 +46,9 @@ CLAIM = Claim(
     statement="Times shifted to more noise (mu = -0.8 against 0) improve x-prediction; no shift makes eps-prediction of large patches work.",
     setting=(
         "The JiT of jit-combinations on emoji of 32 pixels, patches of 192 numbers and 64 units, v-loss (the paper: ImageNet 256, 768 numbers and 768 units); "
-        "32,000 images (quick: 4,800). The first criterion was added after a quick run whose networks had learned nothing."
+        "32,000 images (quick: 4,800)."
     ),
+    amended="The first criterion was added after a quick run whose networks had learned nothing.",
     criteria=(
         Criterion("learned", "the distance of x-prediction with mu = -0.8", "at most", LEARNED, needed=True),
         Criterion("shift", "the distance of x-prediction with mu = 0 over that with mu = -0.8", "at least", 1.0),

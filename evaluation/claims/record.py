@@ -36,6 +36,7 @@ def build(claim: Claim, evidence: Evidence, quick: bool, seconds: float, device:
         "paper": claim.paper,
         "statement": claim.statement,
         "setting": claim.setting,
+        "amended": claim.amended,
         "verdict": verdict.value,
         "criteria": criteria,
         "table": {"headers": list(evidence.headers), "rows": [list(row) for row in evidence.rows]},
