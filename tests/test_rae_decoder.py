@@ -253,6 +253,37 @@ def test_remembered_latents_are_those_of_the_encoder_and_encoded_once():
     assert len(method.encoder.batches) == seen
 
 
+def test_the_discriminators_phase_takes_the_latents_of_the_generators():
+    """Two micro-batches a step, as the trainer takes them: each is encoded once a step, and the losses are those of a second encoding."""
+    config = {"discriminator_start": 8, "gan_start": 16}
+    method, forgetful = stage1(**config), stage1(**config)
+    for images_seen, encodings in ((0, 2), (8, 2), (16, 2)):
+        method.begin_step(images_seen)
+        forgetful.begin_step(images_seen)
+        method.encoder.batches.clear()
+        batches = [batch(seed=images_seen + j) for j in range(2)]
+        for phase in (phase for phase in method.phases if method.phase_active(phase, images_seen)):
+            for micro_batch in batches:
+                seed_step(0, images_seen, 0)
+                loss = method(phase, dict(micro_batch), 0)["loss"]  # a distributed wrapper makes a new dict of the same tensors
+                forgetful.latents_of_step.clear()
+                seed_step(0, images_seen, 0)
+                assert torch.equal(loss, forgetful(phase, micro_batch, 0)["loss"])
+        assert len(method.encoder.batches) == encodings and not method.latents_of_step
+    assert len(forgetful.encoder.batches) == 2 + 4 + 4
+
+
+def test_latents_are_kept_only_where_the_discriminator_follows_and_for_one_step():
+    method, data = stage1(discriminator_start=8, gan_start=8), batch()
+    method("generator", data, 0)
+    assert not method.latents_of_step
+    method.begin_step(8)
+    method("generator", data, 0)
+    assert len(method.latents_of_step) == 1
+    method.begin_step(16)
+    assert not method.latents_of_step
+
+
 # -- released files -------------------------------------------------------------------------------------------------------------
 
 

@@ -127,6 +127,15 @@ def test_each_phase_trains_its_own_network():
     assert all(p.grad is None for name, p in names.items() if not name.startswith("discriminator."))
 
 
+def test_the_encoder_keeps_no_graph_for_the_discriminator():
+    method = make(adversarial=0.5, discriminator_widths=[8, 16])
+    outputs = []
+    method.encoder.register_forward_hook(lambda module, inputs, output: outputs.append(output[0].requires_grad))
+    for phase in method.phases:
+        method(phase, batch(), 0)
+    assert outputs == [True, False]
+
+
 def test_adversarial_term_pulls_with_its_share():
     """On the last layer the weighted adversarial gradient has `adversarial` times the norm of the rest."""
     method = make(adversarial=0.3, discriminator_widths=[8, 16])

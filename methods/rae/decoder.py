@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from common.adversarial import Augmentation, adaptive_weight, augment, draw_augmentation, evaluating, hinge_discriminator, hinge_generator, quantise
 from common.config import require
@@ -50,6 +51,8 @@ class DecoderMethod(Method):
         frozen = {"perceptual": self.perceptual is not None, "discriminator.features": config.discriminator == "dino"}
         self.external = ("encoder", *(name for name, used in frozen.items() if used))
         self.adversarial_active = False  # whether the decoder's loss includes the adversarial term; `begin_step` tells
+        self.discriminator_active = False  # whether the discriminator's phase follows
+        self.latents_of_step = WeakTensorKeyDictionary()  # a micro-batch's images -> their latents, from the generator's phase to the discriminator's
         self.begin_step(images_seen=0)
         self.latents_of = FeatureTable(lambda images: (self.encoder(images),), data.num_train if config.remember else 0)
 
@@ -60,12 +63,21 @@ class DecoderMethod(Method):
     # -- training ---------------------------------------------------------------------------------------------------------------
 
     def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
-        images = batch["image"]
-        (latents,) = self.latents_of(batch)
+        images, latents = batch["image"], self.encoded_once(phase, batch)
         if phase == "generator":
             noisy = latents + self.draw_noise(latents)
             return self.generator_objective(images, noisy, self.draw_augmentation(images))
         return self.discriminator_objective(images, latents, self.draw_augmentation(images), self.draw_augmentation(images))
+
+    def encoded_once(self, phase: str, batch: Batch) -> Tensor:
+        """The latents of a micro-batch. The discriminator's phase takes those that the generator's phase of the same step computed: the encoder is frozen."""
+        images = batch["image"]
+        if phase == "discriminator" and images in self.latents_of_step:
+            return cast("Tensor", self.latents_of_step.pop(images))
+        (latents,) = self.latents_of(batch)
+        if phase == "generator" and self.discriminator_active:
+            self.latents_of_step[images] = latents
+        return latents
 
     def draw_noise(self, latents: Tensor) -> Tensor:
         """sigma n with n ~ N(0, 1) and one sigma an image: tau U(0, 1) in the released code, |N(0, tau^2)| in the paper."""
@@ -107,9 +119,11 @@ class DecoderMethod(Method):
 
     def begin_step(self, images_seen: int) -> None:
         self.adversarial_active = self.discriminator is not None and images_seen >= self.config.gan_start
+        self.discriminator_active = self.phase_active("discriminator", images_seen)
+        self.latents_of_step.clear()
 
     def phase_active(self, phase: str, images_seen: int) -> bool:
-        return phase == "generator" or images_seen >= self.config.discriminator_start
+        return phase == "generator" or (self.discriminator is not None and images_seen >= self.config.discriminator_start)
 
     def turning_points(self) -> list[int]:
         return [self.config.discriminator_start, self.config.gan_start] if self.discriminator else []
