@@ -70,10 +70,10 @@ def settle(module: torch.nn.Module) -> None:
 
 
 def made_up(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Numbers in the place of weights that come from a file."""
+    """Numbers in the place of weights that come from a file; matrices and kernels keep the scale of what passes, so that outputs differ between images."""
     if not tensor.is_floating_point() or name == "running_var":
         return torch.ones_like(tensor, device="cpu")
-    values = 0.05 * torch.randn(tensor.shape)
+    values = torch.randn(tensor.shape) * ((2 / tensor[0].numel()) ** 0.5 if tensor.ndim > 1 else 0.05)
     return torch.nn.Parameter(values, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else values
 
 

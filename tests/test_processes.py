@@ -13,6 +13,7 @@ from common import checkpoint
 from common.files import read_rows
 from common.meters import Meters
 from methods import registered
+from methods.rae.statistics import VARIANCE_EPS
 
 CASES = [*sorted(registered()), *VARIANTS, GAN]
 
@@ -85,6 +86,12 @@ def test_a_checkpoint_of_one_process_goes_on_with_fsdp2(two):
     start = dict(build("jit").named_parameters())
     for stem in ("model", "ema-0.5"):
         assert_same_movement(*({key: state[stem][key] for key in start.keys() & state[stem].keys()} for state in states), start)
+
+
+def test_the_made_up_encoder_tells_images_apart():
+    """Else latent statistics would be hidden behind the 1e-5 under the root, and this file could not see who was counted."""
+    latents = build("rae").encoder(torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    assert latents.var(dim=0).min() > 100 * VARIANCE_EPS
 
 
 def test_images_from_spread_weights_are_those_of_whole_ones(two, folder):

@@ -21,7 +21,7 @@ from common.trainer import load_own_state, own_state
 from methods.rae.config import SPEC, RaeConfig, RaeSample
 from methods.rae.method import RaeMethod, shifted, time_grid
 from methods.rae.reference import decoder_to_released, network_to_released
-from methods.rae.statistics import ExactStatistics, MomentumStatistics, denormalise, measure, merge_exact, merge_momentum, normalise, read_statistics
+from methods.rae.statistics import denormalise, measure, normalise, read_statistics
 
 SHIFT_256 = (768 * 16 * 16 / 4096) ** 0.5
 
@@ -53,66 +53,78 @@ def method(decoder_file):
 # -- statistics -----------------------------------------------------------------------------------------------------------------
 
 
+def in_batches(latents, size):
+    """Training batches whose images are the latents themselves."""
+    return ({"image": part} for part in latents.split(size))
+
+
+def itself(batch):
+    return batch["image"]
+
+
 def test_exact_statistics_are_those_of_all_latents_at_once():
     torch.manual_seed(0)
     latents = 1000 + torch.randn(70, 3, 2, 2)  # a large mean: sums of squares would lose the digits
-    mean, variance = measure("exact", iter(latents.split(16)), 70)
+    mean, variance = measure("exact", in_batches(latents, 33), itself, 70)
     torch.testing.assert_close(mean, latents.double().mean(0), atol=1e-10, rtol=0)
     torch.testing.assert_close(variance, latents.double().var(0, correction=0), atol=1e-10, rtol=0)
 
 
-def test_statistics_take_whole_batches_until_enough_images_are_seen():
-    taken = []
-    stream = (taken.append(i) or torch.randn(4, 1, 1, 1) for i in itertools.count())
-    measure("exact", stream, 10)
-    assert len(taken) == 3
-
-
-def parts_of(kind, latents):
-    """The statistics of two processes with 10 and 20 latents."""
-    parts = [kind(latents.shape[1:]) for _ in range(2)]
-    for part, share in zip(parts, latents.split((10, 20)), strict=True):
-        part.add(share)
-    return parts
-
-
-def test_processes_are_merged_exactly():
+def test_statistics_count_the_images_that_are_asked_for_and_no_more():
     torch.manual_seed(0)
-    latents = torch.randn(30, 2, 1, 1)
-    parts = parts_of(ExactStatistics, latents)
-    counts = torch.tensor([10.0, 20.0]).double().view(2, 1, 1, 1).expand(2, 2, 1, 1)
-    mean, variance = merge_exact(counts, torch.stack([p.mean for p in parts]), torch.stack([p.squares for p in parts]))
-    torch.testing.assert_close(mean, latents.double().mean(0))
-    torch.testing.assert_close(variance, latents.double().var(0, correction=0))
-    parts = parts_of(MomentumStatistics, latents)
-    mean, variance = merge_momentum(torch.stack([p.mean for p in parts]), torch.stack([p.variance for p in parts]))
-    torch.testing.assert_close(mean, (parts[0].mean + parts[1].mean) / 2)
-    torch.testing.assert_close(variance, (parts[0].variance + parts[1].variance) / 2 + ((parts[0].mean - parts[1].mean) / 2).square())
+    latents, taken = torch.randn(40, 1, 2, 2), []
+    stream = (taken.append(i) or {"image": latents[4 * i : 4 * i + 4]} for i in itertools.count())
+    mean, variance = measure("exact", stream, itself, 10)
+    assert len(taken) == 3
+    torch.testing.assert_close(mean, latents[:10].double().mean(0))
+    torch.testing.assert_close(variance, latents[:10].double().var(0, correction=0))
 
 
-def gather_in_a_process(rank, folder):
-    """Each of two processes measures its own half."""
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    latents = torch.arange(24.0).view(12, 2, 1, 1)
-    mean, variance = measure("exact", iter(latents[6 * rank : 6 * rank + 6].split(3)), 12)
-    torch.save((mean, variance), f"{folder}/{rank}.pt")
+def test_latents_are_wide_numbers_in_small_parts(monkeypatch):
+    """No tensor in float64 is larger than a chunk: of a batch of 50, 16 latents at once."""
+    largest = []
+    double = torch.Tensor.double
+    monkeypatch.setattr(torch.Tensor, "double", lambda z: largest.append(len(z)) or double(z))
+    measure("exact", in_batches(torch.randn(50, 1, 2, 2), 50), itself, 50)
+    assert max(largest) == 16
+
+
+PROCESSES = 3
+
+
+def measure_in_a_process(rank, folder, kind, images):
+    """Each process is given the batches of all, as by the trainer, and encodes its own."""
+    store = torch.distributed.FileStore(f"{folder}/store", PROCESSES)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
+    encoded = []
+    mean, variance = measure(kind, in_batches(wide_latents(), 4), lambda batch: encoded.append(len(itself(batch))) or itself(batch), images)
+    torch.save((mean, variance, sum(encoded)), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_measure_together(tmp_path):
-    torch.multiprocessing.start_processes(gather_in_a_process, (str(tmp_path),), nprocs=2, start_method="fork")  # a spawned one imports for seconds
-    latents = torch.arange(24.0).view(12, 2, 1, 1).double()
-    for rank in range(2):
-        mean, variance = torch.load(tmp_path / f"{rank}.pt")
-        torch.testing.assert_close(mean, latents.mean(0))
-        torch.testing.assert_close(variance, latents.var(0, correction=0))
+def wide_latents():
+    """48 latents whose mean and spread change along the stream: to count some twice, or others than the first, shows in the first digits."""
+    return torch.arange(1.0, 49).view(48, 1, 1, 1) ** 2 + torch.randn(48, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("kind", "images"), [("exact", 48), ("exact", 30), ("momentum", 30), ("exact", 5)])
+def test_statistics_do_not_depend_on_the_number_of_processes(kind, images, tmp_path):
+    arguments = (str(tmp_path), kind, images)
+    torch.multiprocessing.start_processes(measure_in_a_process, arguments, nprocs=PROCESSES, start_method="fork")  # a spawned one imports for seconds
+    expected = measure(kind, in_batches(wide_latents(), 4), itself, images)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES)]
+    for *moments, encoded in found:
+        assert encoded == 4 * math.ceil(images / 4 / PROCESSES)  # its own batches only
+        for value, wanted in zip(moments, expected, strict=True):
+            torch.testing.assert_close(value, wanted, rtol=1e-12, atol=0)
+    if kind == "exact":
+        torch.testing.assert_close(expected[1], wide_latents()[:images].double().var(0, correction=0), rtol=1e-10, atol=0)
 
 
 def test_momentum_statistics_are_batch_norms():
     torch.manual_seed(0)
     batches = [3 + 2 * torch.randn(8, 2, 3, 3) for _ in range(5)]
-    mean, variance = measure("momentum", iter(batches), 40)
+    mean, variance = measure("momentum", ({"image": z} for z in batches), itself, 40)
     expected_mean, expected_variance = torch.zeros(2, 3, 3), torch.ones(2, 3, 3)
     for z in batches:
         expected_mean = 0.9 * expected_mean + 0.1 * z.mean(0)

@@ -135,8 +135,7 @@ class RaeMethod(Method):
         """Measures the latents, unless a file or a guide's run has brought the statistics."""
         from_run = self.config.guide is not None and (Path(self.config.guide) / "config.yaml").exists()
         if self.config.statistics in KINDS and not from_run:
-            latents = (self.latents_of(batch)[0] for batch in batches)
-            self.set_statistics(*measure(self.config.statistics, latents, self.config.stat_images))
+            self.set_statistics(*measure(self.config.statistics, batches, lambda batch: self.latents_of(batch)[0], self.config.stat_images))
 
     def blocks(self) -> list[nn.Module]:
         return list(self.network.blocks)

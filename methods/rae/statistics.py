@@ -1,13 +1,13 @@
 """Mean and variance of the latents, for each channel and position.
 
-`exact` is the mean and the variance of all latents seen, over all processes. `momentum` is what the authors' script computes: running averages
-that remember some twenty batches.
+`exact` is the mean and the variance of the first images of the training, each counted once whatever the number of processes. `momentum` is what the
+authors' script computes: running averages that remember some twenty batches.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.external import read_tensors
+from methods.base import Batch
 
 VARIANCE_EPS = 1e-5
 MOMENTUM = 0.1
+CHUNK = 16  # images whose latents are in float64 at once: 25 MB of DINOv2-B's
 
 
 def normalise(latents: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
@@ -31,70 +33,76 @@ def denormalise(latents: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     return latents * (variance + VARIANCE_EPS).sqrt() + mean
 
 
+def moments_of(latents: Tensor) -> Tensor:
+    """Mean and summed squared deviations of a batch (B, C, h, h), (2, C, h, h) float64 on its device; zeros of an empty batch."""
+    chunks = (latents.cpu() if latents.device.type == "mps" else latents).split(CHUNK)  # MPS has no float64
+    mean = torch.stack([chunk.double().sum(dim=0) for chunk in chunks]).sum(dim=0) / max(1, len(latents))
+    return torch.stack([mean, torch.stack([(chunk.double() - mean).square().sum(dim=0) for chunk in chunks]).sum(dim=0)])
+
+
 class ExactStatistics:
     """Count, mean and summed squared deviations in float64, updated batch by batch without cancellation (Chan, Golub and LeVeque)."""
 
-    def __init__(self, shape: torch.Size) -> None:
+    def __init__(self, moments: Tensor) -> None:
+        """moments: any (2, C, h, h), for the shape and the device."""
         self.count = 0
-        self.mean = torch.zeros(shape, dtype=torch.float64)
-        self.squares = torch.zeros(shape, dtype=torch.float64)
+        self.mean, self.squares = torch.zeros_like(moments)
 
-    def add(self, latents: Tensor) -> None:
-        """(B, C, h, h) on any device."""
-        z = latents.double().cpu()
-        mean, count = z.mean(dim=0), self.count + len(z)
+    def add(self, size: int, moments: Tensor) -> None:
+        """A batch of `size` images with its `moments_of`."""
+        mean, squares = moments
+        count = self.count + size
         delta = mean - self.mean
-        self.squares += (z - mean).square().sum(dim=0) + delta.square() * (self.count * len(z) / count)
-        self.mean += delta * (len(z) / count)
+        self.squares += squares + delta.square() * (self.count * size / count)
+        self.mean += delta * (size / count)
         self.count = count
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance (C, h, h) float64 over all processes."""
-        return merge_exact(*_gathered(torch.full_like(self.mean, self.count), self.mean, self.squares))
-
-
-def merge_exact(counts: Tensor, means: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of everything, from each part's count, mean and summed squared deviations, all (parts, C, h, h)."""
-    total = counts.sum(dim=0)
-    mean = (counts * means).sum(dim=0) / total
-    return mean, (squares + counts * (means - mean).square()).sum(dim=0) / total
+        """Mean and variance (C, h, h) float64."""
+        return self.mean, self.squares / self.count
 
 
 class MomentumStatistics:
     """Running averages as batch norm keeps them, from 0 and 1: average += 0.1 (of the batch - average), with the batch's biased variance."""
 
-    def __init__(self, shape: torch.Size) -> None:
-        self.mean = torch.zeros(shape, dtype=torch.float64)
-        self.variance = torch.ones(shape, dtype=torch.float64)
+    def __init__(self, moments: Tensor) -> None:
+        """moments: any (2, C, h, h), for the shape and the device."""
+        self.mean, self.variance = torch.zeros_like(moments[0]), torch.ones_like(moments[0])
 
-    def add(self, latents: Tensor) -> None:
-        """(B, C, h, h) on any device."""
-        z = latents.double().cpu()
-        self.mean.lerp_(z.mean(dim=0), MOMENTUM)
-        self.variance.lerp_(z.var(dim=0, correction=0), MOMENTUM)
+    def add(self, size: int, moments: Tensor) -> None:
+        """A batch of `size` images with its `moments_of`."""
+        mean, squares = moments
+        self.mean.lerp_(mean, MOMENTUM)
+        self.variance.lerp_(squares / size, MOMENTUM)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance (C, h, h) float64 over all processes."""
-        return merge_momentum(*_gathered(self.mean, self.variance))
-
-
-def merge_momentum(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of the parts' means; the mean of their variances plus the variance of their means. All (parts, C, h, h)."""
-    return means.mean(dim=0), variances.mean(dim=0) + means.var(dim=0, correction=0)
+        """Mean and variance (C, h, h) float64."""
+        return self.mean, self.variance
 
 
 KINDS: dict[str, type[ExactStatistics] | type[MomentumStatistics]] = {"exact": ExactStatistics, "momentum": MomentumStatistics}
 
 
-def measure(kind: str, latents: Iterator[Tensor], images: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance (C, h, h) float64 of the first `images` latents, over all processes; whole batches, so a few more may be taken."""
-    first = next(latents)
-    statistics, seen = KINDS[kind](first.shape[1:]), 0
-    for batch in itertools.chain([first], latents):
-        statistics.add(batch)
-        seen += len(batch) * _processes()
-        if seen >= images:
-            break
+def measure(kind: str, batches: Iterator[Batch], encode: Callable[[Batch], Tensor], images: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance (C, h, h) float64 of the latents of the first `images` images, the same on every process.
+
+    batches: the micro-batches of all processes in the order in which one process would see them (`Method.before_training`). Of as many
+    batches as there are processes, this process encodes its own and receives the moments of the others, so that every image is encoded and counted once.
+    """
+    processes, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    statistics, seen = None, 0
+    while seen < images:
+        group = list(islice(batches, processes))
+        sizes = []
+        for batch in group:
+            sizes.append(max(0, min(len(batch["image"]), images - seen)))
+            seen += len(batch["image"])
+        moments = _gathered(moments_of(encode(group[rank])[: sizes[rank]]), processes)
+        statistics = statistics or KINDS[kind](moments[0])
+        for size, theirs in zip(sizes, moments, strict=True):
+            if size:
+                statistics.add(size, theirs)
+    assert statistics is not None
     return statistics.result()
 
 
@@ -111,16 +119,11 @@ def read_statistics(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]
     return tensors.get("mean", torch.zeros(shape)), tensors.get("var", torch.ones(shape))
 
 
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _gathered(*values: Tensor) -> Tensor:
-    """(values, processes, C, h, h) on the CPU; through the accelerator where the group's backend needs it."""
-    mine = torch.stack(values)
-    if _processes() == 1:
-        return mine.unsqueeze(1)
-    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-    parts = [torch.empty_like(mine, device=device) for _ in range(_processes())]
-    dist.all_gather(parts, mine.to(device))
-    return torch.stack([part.cpu() for part in parts], dim=1)
+def _gathered(moments: Tensor, processes: int) -> list[Tensor]:
+    """The moments of all processes in the order of their ranks; through the accelerator where the group's backend needs it."""
+    if processes == 1:
+        return [moments]
+    mine = moments.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    theirs = [torch.empty_like(mine) for _ in range(processes)]
+    dist.all_gather(theirs, mine)
+    return theirs
