@@ -11,8 +11,9 @@ from conftest import ROOT
 from jit_models import SMALL, TINY, make, randomized, wave
 
 from common import flow
-from common.config import load_presets, resolve
+from common.config import TrainConfig, load_presets, resolve
 from common.errors import UserError
+from common.optim import build_optimizers
 from common.seeds import Noise, image_seeds
 from methods import get_spec
 from methods.jit.config import SPEC, JiTConfig, JiTSample
@@ -265,6 +266,23 @@ def test_forward_is_the_objective_of_its_draws():
     torch.manual_seed(3)
     assert set(losses) == {"loss"} and torch.equal(losses["loss"], method.objective(batch["image"], *method.draw(batch)))
     assert losses["loss"].requires_grad
+
+
+def test_weight_decay_leaves_out_vectors_and_biases():
+    """The authors' groups: one-dimensional parameters and biases, then the rest, which has tables and context tokens in it (spec/jit.md 4)."""
+    method = make(**SMALL)
+    names = {p: name for name, p in method.named_parameters()}
+    without, decayed = method.parameters_of("main")
+    assert without.weight_decay == 0.0 and decayed.weight_decay is None  # the run's
+    assert {names[p] for p in without.params} == {name for name, p in method.named_parameters() if p.ndim == 1 or name.endswith(".bias")}
+    assert {"network.context", "network.class_embed.weight", "network.patch_embed.down.weight"} <= {names[p] for p in decayed.params}
+    with torch.no_grad():
+        for p in method.parameters():
+            p.fill_(1.0)
+            p.grad = torch.zeros_like(p)
+    (optimizer,) = build_optimizers([without, decayed], TrainConfig(weight_decay=0.1, lr=0.1))
+    optimizer.step()
+    assert all((p == 1.0).all() for p in without.params) and all(torch.allclose(p, torch.tensor(0.99)) for p in decayed.params)
 
 
 # -- the sampler ------------------------------------------------------------------------------------------------------------------

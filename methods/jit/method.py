@@ -15,7 +15,7 @@ from common.config import require
 from common.guidance import classifier_free
 from common.samplers import euler, heun
 from common.seeds import Noise
-from methods.base import Batch, DataInfo, Description, Method
+from methods.base import Batch, DataInfo, Description, Method, ParamGroup
 from methods.jit.config import JiTConfig, JiTSample
 from methods.jit.network import JiT
 from methods.jit.reference import from_released
@@ -62,6 +62,13 @@ class JiTMethod(Method):
         # EDM's c_skip and c_out at sigma = t / (1 - t), both fractions multiplied out so that t = 1 is regular.
         variance = (data * EDM_DATA_STD) ** 2 + noise**2
         return data * EDM_DATA_STD**2 / variance * z + noise * EDM_DATA_STD / variance**0.5 * output
+
+    def parameters_of(self, phase: str) -> list[ParamGroup]:
+        """Weight decay leaves out vectors and biases, as in the authors' code."""
+        groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+        for name, p in self.named_parameters():
+            groups[p.ndim > 1 and not name.endswith(".bias")].append(p)
+        return [ParamGroup(groups[False], weight_decay=0.0), ParamGroup(groups[True])]
 
     def blocks(self) -> list[nn.Module]:
         return list(self.network.blocks)
