@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,22 @@ Found = tuple[RunConfig, Method, Released]
 def from_file(spec: MethodSpec, file: Path, weights: str | None, preset: str | None, settings: Mapping[str, str]) -> Found:
     """The configuration of a released file, its method with the weights, and the file."""
     opener: OpenReleased = load_object(spec.released)  # type: ignore[assignment]
-    found = opener(file, weights)
+    found = decided(opener(file, weights), settings)
     run = resolve(spec, {**told(found), "preset": preset or fitting_preset(spec, found), **settings})
     built, _ = build(run)
     load_own_state(built, built.from_reference(found.state))
     return run, built, found
+
+
+def decided(found: Released, settings: Mapping[str, str]) -> Released:
+    """The file with the one of its `choices` that the user's settings name; a UserError asks for it where they leave more than one, or none."""
+    if not found.choices:
+        return found
+    left = [choice for choice in found.choices if all(settings.get(f"model.{key}", str(value)) == str(value) for key, value in choice.items())]
+    if len(left) == 1:
+        return replace(found, model={**found.model, **left[0]})
+    listed = ["model." + ", model.".join(f"{key}={value}" for key, value in choice.items()) for choice in found.choices]
+    raise UserError(f"{found.why_choose} Add model.{next(iter(found.choices[0]))}=... to the command, as its authors set it. Possible: {'; '.join(listed)}.")
 
 
 def from_export(spec: MethodSpec, folder: Path, settings: Mapping[str, str]) -> Found:

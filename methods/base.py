@@ -84,6 +84,8 @@ class Released:
     weights: str  # which of the file's weights these are, in the file's words
     ema_decay: float | None  # of these weights; None: unknown, or not averaged
     licence: str  # of the repository that released it; a file says nothing of its own
+    choices: tuple[dict[str, Any], ...] = ()  # settings of `model.*` that fit the shapes equally well: the user must name one of them
+    why_choose: str = ""  # a sentence that says why the shapes do not decide
 
 
 # (file, which of its sets of weights; None: the one behind the published numbers) -> what is in it

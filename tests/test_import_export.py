@@ -55,7 +55,7 @@ def jit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Method]:
     file = tmp_path_factory.mktemp("released") / "checkpoint-last.pth"
     averages = {name: {key: factor * tensor if tensor.is_floating_point() and "pos_embed" not in key else tensor for key, tensor in state.items()}
                 for name, factor in (("model", 3.0), ("model_ema1", 1.0), ("model_ema2", 2.0))}  # fmt: skip
-    torch.save({**averages, "optimizer": {}, "epoch": 599, "args": argparse.Namespace(model="JiT-B/16")}, file)
+    torch.save({**averages, "optimizer": {}, "epoch": 599, "args": argparse.Namespace(model="JiT-B/16", ema_decay1=0.9998, ema_decay2=0.999)}, file)
     return file, method
 
 
@@ -84,7 +84,7 @@ def test_a_released_file_becomes_a_run_that_samples_is_evaluated_and_says_where_
     data = image_folder(tmp_path / "data")
     assert imported("method=jit", f"file={file}", "name=jit-b", f"out={tmp_path}", *JIT_KEYS) == 0, capsys.readouterr().err
     origin = json.loads((tmp_path / "jit-b" / "imported.json").read_text())
-    assert origin["sha256"] == sha256_of(file) and origin["licence"] == "MIT" and origin["weights"] == "model_ema1" and origin["ema_decay"] == 0.9999
+    assert origin["sha256"] == sha256_of(file) and origin["licence"] == "MIT" and origin["weights"] == "model_ema1" and origin["ema_decay"] == 0.9998
     assert "not verified" in origin["licence_source"]
     assert origin["tensors"] == len(jit_state(method)) and origin["architecture"]["width"] == 16 and origin["architecture"]["num_classes"] == 3
     told = capsys.readouterr().out
@@ -92,7 +92,7 @@ def test_a_released_file_becomes_a_run_that_samples_is_evaluated_and_says_where_
     assert_same_images(tmp_path / "jit-b", method)
     run.work([f"run={tmp_path}/jit-b", f"data.path={data}", "num_images=24", "device=cpu"])
     (record,) = [read_record(path) for path in (tmp_path / "jit-b").rglob("evaluations/*/result.json")]
-    assert record["checkpoint"] == {"sha256": sha256_of(file), "step": None, "ema_decay": 0.9999, "ema_kind": "model_ema1"}
+    assert record["checkpoint"] == {"sha256": sha256_of(file), "step": None, "ema_decay": 0.9998, "ema_kind": "model_ema1"}
     assert record["kind"] == "evaluated" and record["metrics"]["fd_embedded"]["value"] > 0 and record["system"]["method"] == "jit"
 
 
@@ -100,7 +100,7 @@ def test_another_set_of_weights_and_another_licence_are_kept(jit, tmp_path):
     file, _ = jit
     assert imported("method=jit", f"file={file}", "name=second", f"out={tmp_path}", "weights=model_ema2", "licence=mine", *JIT_KEYS) == 0
     origin = json.loads((tmp_path / "second" / "imported.json").read_text())
-    assert (origin["weights"], origin["ema_decay"], origin["licence"]) == ("model_ema2", 0.9996, "mine")
+    assert (origin["weights"], origin["ema_decay"], origin["licence"]) == ("model_ema2", 0.999, "mine")
     assert origin["licence_source"] == "given"
     first, second = load_run(tmp_path / "second", {}, None, CPU).method, torch.load(file, weights_only=False)["model_ema2"]
     assert torch.equal(first.state_dict()["network.final.linear.bias"], second["net.final_layer.linear.bias"])
@@ -194,6 +194,26 @@ def test_a_released_dit_dh_with_its_decoder(tmp_path, monkeypatch):
     keys = ("model.encoder=toy", f"model.decoder={tmp_path}/decoder.pt", "model.decoder_size=demo", "model.statistics=exact", "data.image_size=8")
     assert imported("method=rae", f"file={tmp_path}/stage2_model.pt", f"out={tmp_path}", "preset=imagenet256-dh-xl", "sample.steps=2", *keys) == 0
     assert_same_images(tmp_path / "stage2_model", method.eval())
+
+
+def test_a_rae_whose_head_is_as_wide_as_its_backbone_is_asked_about(monkeypatch, tmp_path, capsys):
+    """Its two stacks lie in one list of blocks: nothing in the file says where the head begins."""
+    rae_models.use_toys(monkeypatch)
+    method = rae_models.stage2(load=False, width=16, depth=2, heads=2, head_width=16, head_depth=1, head_heads=4)
+    for p in method.network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    state = method.network.state_dict() | {"pos_embed": rae_models.stage2(load=False).network.state_dict()["pos_embed"]}
+    torch.save(network_to_released(state, method.config.shape), tmp_path / "equal.pt")
+    torch.save(decoder_to_released(rae_models.stage1().decoder.state_dict()), tmp_path / "decoder.pt")
+    keys = ("model.encoder=toy", f"model.decoder={tmp_path}/decoder.pt", "model.decoder_size=demo", "model.statistics=exact", "data.image_size=8")
+    command = ("method=rae", f"file={tmp_path}/equal.pt", f"out={tmp_path}", "preset=imagenet256-dh-xl", *keys)
+    assert imported(*command) == 2
+    told = capsys.readouterr().err
+    assert "both 16 wide" in told and "Add model.head_depth=" in told and "model.head_depth=2, model.depth=1" in told
+    assert imported(*command, "model.head_depth=3") == 2 and not (tmp_path / "equal").exists()
+    assert imported(*command, "model.head_depth=1") == 0
+    origin = json.loads((tmp_path / "equal" / "imported.json").read_text())
+    assert origin["architecture"]["depth"] == 2 and origin["architecture"]["head_depth"] == 1
 
 
 def test_released_sizes_find_their_presets():

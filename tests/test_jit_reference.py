@@ -11,7 +11,7 @@ from jit_models import TINY, make, wave
 from common.errors import UserError
 from common.seeds import Noise
 from methods.jit.config import JiTSample
-from methods.jit.reference import Architecture, read_checkpoint, recognise
+from methods.jit.reference import Architecture, open_checkpoint, read_checkpoint, recognise
 
 
 def released_shapes(depth, width, heads, patch, bottleneck, context, hidden, classes=1000):
@@ -139,6 +139,21 @@ def test_released_file_loads(released_file, weights, offset):
     method.load_state_dict(method.from_reference(read_checkpoint(released_file.parent, weights)))
     expected = fixture_weights()["net.blocks.3.mlp.w12.weight"] + offset
     assert torch.equal(method.network.blocks[3].mlp.w12.weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "decays"),
+    [
+        ({"args": argparse.Namespace(ema_decay1=0.9998, ema_decay2=0.5)}, (0.9998, 0.5, None)),
+        ({"args": {"ema_decay1": 0.9998}}, (0.9998, None, None)),
+        ({"args": argparse.Namespace(ema_decay1="fast")}, (None, None, None)),
+        ({}, (None, None, None)),
+    ],
+)
+def test_the_decays_are_the_files_own(settings, decays, tmp_path):
+    content = {name: {"w": torch.zeros(1)} for name in ("model_ema1", "model_ema2", "model")}
+    torch.save(content | settings, tmp_path / "checkpoint-last.pth")
+    assert tuple(open_checkpoint(tmp_path, name)[1] for name in content) == decays
 
 
 def test_architecture_is_recognised(released_file):

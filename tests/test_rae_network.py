@@ -218,6 +218,11 @@ TINY_EQUAL = NetworkShape(24, 2, 2, 24, 1, 3)
 def test_a_released_network_round_trips_and_tells_its_numbers(shape):
     network, state = released(shape)
     assert recognise(state, shape.head_depth) == shape
+    if shape is TINY_EQUAL:
+        with pytest.raises(UserError, match=r"both 24 wide.*model\.head_depth"):
+            recognise(state)
+    else:
+        assert recognise(state) == shape
     loaded = network_from_released(state, network.state_dict(), shape)
     assert loaded.keys() == network.state_dict().keys()
     assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in loaded.items())

@@ -18,7 +18,7 @@ from common.external import key_faults
 from methods.base import Released
 
 FILE_NAME = "checkpoint-last.pth"
-WEIGHTS = {"model_ema1": 0.9999, "model_ema2": 0.9996, "model": None}  # decay of the average; the first gave the published numbers
+WEIGHTS = {"model_ema1": "ema_decay1", "model_ema2": "ema_decay2", "model": None}  # name of the average's decay in `args`; the first was published
 
 # Ours to theirs, applied in order to a name of `JiTMethod.state_dict()`.
 RENAMES = (
@@ -38,6 +38,11 @@ POSITION_TOLERANCE = 1e-5  # their table is float64 sines rounded to float32, an
 
 def read_checkpoint(path: str | Path, weights: str = "model_ema1") -> dict[str, Tensor]:
     """One of the three state dicts of a released file (or of the folder that holds it), memory-mapped; no code in the file is run."""
+    return open_checkpoint(path, weights)[0]
+
+
+def open_checkpoint(path: str | Path, weights: str) -> tuple[dict[str, Tensor], float | None]:
+    """The same with the decay of this average, from the training's settings in the file (`args`); none where it is no average or the file does not say."""
     if weights not in WEIGHTS:
         raise UserError(f"weights={weights!r} is not in a JiT checkpoint.{close_match(weights, WEIGHTS)} Choose {', '.join(WEIGHTS)}.")
     path = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
@@ -51,7 +56,10 @@ def read_checkpoint(path: str | Path, weights: str = "model_ema1") -> dict[str, 
     if not isinstance(content, dict) or not isinstance(content.get(weights), dict):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path}: holds no {weights!r}, so it is not a released JiT checkpoint. It holds: {found}.")
-    return content[weights]
+    settings, key = content.get("args"), WEIGHTS[weights]
+    told = settings if isinstance(settings, dict) else vars(settings) if isinstance(settings, argparse.Namespace) else {}
+    decay = told.get(key) if key else None
+    return content[weights], float(decay) if isinstance(decay, int | float) else None
 
 
 @dataclass(frozen=True)
@@ -91,9 +99,9 @@ def recognise(state: Mapping[str, Tensor]) -> Architecture:
 def open_released(path: Path, weights: str | None = None) -> Released:
     """A released file for `launch/prepare.py import`."""
     weights = weights or next(iter(WEIGHTS))
-    state = read_checkpoint(path, weights)
+    state, decay = open_checkpoint(path, weights)
     model = asdict(recognise(state))
-    return Released(state, model, model.pop("num_classes"), model.pop("image_size"), weights, WEIGHTS[weights], "MIT")
+    return Released(state, model, model.pop("num_classes"), model.pop("image_size"), weights, decay, "MIT")
 
 
 def released_name(name: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -130,17 +131,20 @@ def decoder_hint(state: Mapping[str, Tensor]) -> str:
 # -- networks -------------------------------------------------------------------------------------------------------------------
 
 
-def recognise(state: Mapping[str, Tensor], head_depth: int = 2) -> NetworkShape:
+def recognise(state: Mapping[str, Tensor], head_depth: int | None = None) -> NetworkShape:
     """The numbers of a released network; head counts follow from the tables of rotations.
 
-    Backbone and head lie in one list of blocks and are told apart by their widths; `head_depth` is taken where these are equal.
+    Backbone and head lie in one list of blocks and are told apart by their widths. Where these are equal, `head_depth` must be given: UserError if not.
     """
+    choices = choices_of(state)
+    if choices and head_depth is None:
+        raise UserError(f"{why_choose(state)} Give model.head_depth.")
     try:
         width, out_width = state["pos_embed"].shape[2], len(state["final_layer.norm_final.weight"])
         blocks = [len(norm) for name, norm in state.items() if re.fullmatch(r"blocks\.\d+\.norm1\.weight", name)]
         if "s_embedder.proj.weight" not in state:
             return NetworkShape(width, len(blocks), width // state["feat_rope.freqs_cos"].shape[1], 0, 0, 0)
-        head_depth = blocks.count(out_width) if out_width != width else head_depth
+        head_depth = blocks.count(out_width) if head_depth is None or not choices else head_depth
         heads = width // state["enc_feat_rope.freqs_cos"].shape[1]
         return NetworkShape(width, len(blocks) - head_depth, heads, out_width, head_depth, out_width // state["dec_feat_rope.freqs_cos"].shape[1])
     except (KeyError, IndexError) as error:
@@ -148,15 +152,31 @@ def recognise(state: Mapping[str, Tensor], head_depth: int = 2) -> NetworkShape:
         raise UserError(f"This is not the state dict of a released DiT-DH: {error!r} while reading its shapes. Its keys: {begin}, ...") from error
 
 
+def choices_of(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], ...]:
+    """The depths that a network whose backbone and head are equally wide may have; none where the widths or the lack of a head decide."""
+    if "s_embedder.proj.weight" not in state or state["pos_embed"].shape[2] != len(state["final_layer.norm_final.weight"]):
+        return ()
+    blocks = sum(re.fullmatch(r"blocks\.\d+\.norm1\.weight", name) is not None for name in state)
+    return tuple({"head_depth": head, "depth": blocks - head} for head in range(1, blocks))
+
+
+def why_choose(state: Mapping[str, Tensor]) -> str:
+    """Why the user must say where the head begins."""
+    return f"The backbone and the head of this network are both {state['pos_embed'].shape[2]} wide, so the file does not tell where the head begins."
+
+
 def open_released(path: Path, weights: str | None = None) -> Released:
     """A released network, or a training checkpoint's average, for `launch/prepare.py import`."""
     if weights is not None:
         raise UserError(f"weights={weights!r}: a released network is one set of weights, and of a training checkpoint the average is taken.")
     state = read_released(path)
-    shape = recognise(state)
+    choices = choices_of(state)
+    shape = recognise(state, 1 if choices else None)
+    open_keys = set(choices[0]) if choices else set()
     model = {name: getattr(shape, name) for name in (shape._fields if shape.head_depth else ("width", "depth", "heads", "head_depth"))}
-    image_size = TOKEN_PIXELS * round(state["pos_embed"].shape[1] ** 0.5)
-    return Released(state, model, len(state["y_embedder.embedding_table.weight"]) - 1, image_size, "ema", EMA_DECAY, "MIT")
+    model = {name: value for name, value in model.items() if name not in open_keys}
+    image_size, classes = TOKEN_PIXELS * round(state["pos_embed"].shape[1] ** 0.5), len(state["y_embedder.embedding_table.weight"]) - 1
+    return Released(state, model, classes, image_size, "ema", EMA_DECAY, "MIT", choices, why_choose(state) if choices else "")
 
 
 def network_from_released(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], shape: NetworkShape, where: str = "model.") -> dict[str, Tensor]:
