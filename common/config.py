@@ -90,6 +90,8 @@ class EvalConfig:
     seed: int = 0  # of the noise and of the label order
     seeds: list[int] = field(default_factory=list)  # several of them, e.g. [0,1,2]: num_images with each, mean and spread are recorded; none: seed alone
     every_images: int = 0  # a line of curve.jsonl, the scores so far, every so many training images; 0 is off
+    precision: str = "fp32"  # sampling in auto, bf16, tf32 or fp32 (common/precision.py); part of the score's protocol
+    uint8: str = "round"  # sampled pixels become uint8 by round (half to even) or truncate, as RAE, REPA and REG do; part of the score's protocol
     ema: str | None = None  # which average to sample with, e.g. 0.999; none: the first one, or the raw weights if there is none; raw: the raw weights
     grid_columns: int = 10  # images a class in the sample grid
 
@@ -157,6 +159,7 @@ class RunConfig:
 
 
 PRECISIONS = ("auto", "bf16", "tf32", "fp32")  # common/precision.py says what they are
+UINT8_RULES = ("round", "truncate")
 MIN_EVAL_IMAGES = 20  # one for each group that the evaluator's jackknife leaves out
 
 # Settings that change neither a weight nor a score: two runs that differ only here are the same run.
@@ -174,6 +177,8 @@ LATER_KEYS: dict[str, Any] = {
     "data.resize": None,
     "train.hold_images": 0,
     "eval.seeds": [],
+    "eval.precision": "fp32",
+    "eval.uint8": "round",
 }
 
 # `data=folder` is short for `data.name=folder`.
@@ -296,6 +301,8 @@ def check(run: RunConfig) -> None:
     require(len(set(seeds)) == len(seeds) and min(seeds, default=0) >= 0, "eval.seeds", seeds, "must be different numbers from 0 on")
     one_of("train.schedule", train.schedule, ("constant", "cosine", "linear"))
     one_of("train.precision", train.precision, PRECISIONS)
+    one_of("eval.precision", run.eval.precision, PRECISIONS)
+    one_of("eval.uint8", run.eval.uint8, UINT8_RULES)
     one_of("data.name", run.data.name, ("emoji32", "folder", "tar", "parquet", "arrow", "shards", "synthetic"))
     one_of("data.broken", run.data.broken, ("error", "skip"))
     one_of("data.modes", run.data.modes, ("convert", "strict"))

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from common import shards, synthetic
 from common.archives import ARCHIVES, HELD_OUT_NAMES, IMAGE_SUFFIXES, Archive, open_archive
 from common.crop import cut_square, decode_resized, decode_square, enlarged, read_image_file, read_square
+from common.decoding import decoding_digest
 from common.emoji32 import HELD_OUT_SHARE, IMAGE_SIZE, SHA256, load_emoji32
 from common.errors import UserError, close_match
 from common.splits import held_out
@@ -82,6 +83,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def decoding(self) -> str | None:
+        """A digest of how the images are decoded and scaled (common/decoding.py); none where their numbers are stored as they are."""
+        return None
 
     @cached_property
     def digest(self) -> str:
@@ -175,6 +181,10 @@ class FolderImages(ImageSet):
         path = self.root / self.files[index]
         return decode_resized(read_image_file(path), self.resize, path, self.convert)
 
+    @property
+    def decoding(self) -> str | None:
+        return decoding_digest()
+
 
 class ArchiveImages(ImageSet):
     """Some of the images of an archive, decoded and cropped on demand."""
@@ -190,6 +200,10 @@ class ArchiveImages(ImageSet):
     def _read_resized(self, index: int) -> NDArray[np.uint8]:
         position = int(self.positions[index])
         return decode_resized(self.archive.read(position), self.resize, self.archive.name(position), self.convert)
+
+    @property
+    def decoding(self) -> str | None:
+        return decoding_digest()
 
 
 class ShardImages(ImageSet):
@@ -217,6 +231,10 @@ class ShardImages(ImageSet):
                 + (f", or set data.resize={found}." if found else ".")
             )
         return found
+
+    @property
+    def decoding(self) -> str | None:
+        return self.part.decoding
 
 
 class SyntheticImages(ImageSet):

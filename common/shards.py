@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from common import mapped
 from common.crop import MAX_PIXELS
+from common.decoding import UNKNOWN
 from common.errors import UserError
 from common.files import hold_to, write_whole
 from common.progress import progress_bar
@@ -47,6 +48,7 @@ CARD_RULES: dict[str, mapped.Rule] = {
 }  # fmt: skip
 PART_RULES: dict[str, mapped.Rule] = {
     "images": mapped.whole(0), "identity": mapped.text, "skipped": mapped.text_map, "sha256": lambda found: found is None or mapped.text_map(found),
+    "decoding": lambda found: found is None or mapped.text(found),
 }  # fmt: skip
 
 
@@ -58,6 +60,7 @@ class PartCard:
     identity: str  # of the set behind it (common/datasets.py)
     skipped: dict[str, str]  # position -> what is wrong, of images in whose place another stands
     sha256: dict[str, str] | None = None  # file name -> digest; None: prepared by a version that kept none
+    decoding: str | None = UNKNOWN  # how they were decoded (`ImageSet.decoding`)
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Part:
     def __init__(self, card: Card, name: str) -> None:
         self.folder, self.name, self.shard_images, self.resize = card.folder, name, card.shard_images, card.resize
         self.images, self.identity, self.digests = card.parts[name].images, card.parts[name].identity, card.parts[name].sha256
+        self.decoding = card.parts[name].decoding
         row = (3, card.image_size, card.image_size)
         ranges = self._ranges("npy", name)
         files = [self.folder / f"{name}-{number:05d}.npy" for number, _ in ranges]
@@ -173,7 +177,7 @@ def read_card(folder: Path) -> Card:
 
 
 def _with_later_fields(part: object) -> object:
-    return {"sha256": None} | part if isinstance(part, dict) else part
+    return {"sha256": None, "decoding": UNKNOWN} | part if isinstance(part, dict) else part
 
 
 class Task(NamedTuple):
@@ -233,7 +237,7 @@ def _finish_part(folder: Path, part: str, images: ImageSet, written: dict[Task, 
         small.append(f"{part}-resized-sizes.npy")
     digests = {name: mapped.sha256_of(folder / name) for name in small} | {task.file.name: done.sha256 for task, done in written.items()}
     skipped = {position: reason for done in written.values() for position, reason in done.skipped.items()}
-    return PartCard(len(images), images.identity, skipped, digests)
+    return PartCard(len(images), images.identity, skipped, digests, images.decoding)
 
 
 def _check_room(folder: Path, needed: int) -> None:

@@ -163,12 +163,15 @@ class TrainState:
 
     @contextlib.contextmanager
     def weights(self, ema: str) -> Iterator[Method]:
-        """The method in evaluation mode under autocast, with the named average in place ("raw": as trained). All processes ask together."""
+        """The method in evaluation mode, with the named average in place ("raw": as trained). All processes ask together.
+
+        Not under the training's autocast: who samples says in what precision (common/precision.py).
+        """
         average = next((e for e in self.emas if e.name == ema), None)
         was_training = self.method.training
         self.method.eval()
         try:
-            with self._whole_method(average) if self.blank else self._own_method(average) as method, self.accelerator.autocast():
+            with self._whole_method(average) if self.blank else self._own_method(average) as method:
                 yield method.eval()
         finally:
             self.method.train(was_training)

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.config import DataConfig
+from common.config import DataConfig, RunConfig
 from common.datasets import load_data
+from common.decoding import decoding_digest
 from common.errors import UserError
+from common.precision import EXECUTED
 from common.seeds import derive
 from evaluation.collect import ImageBatch
 from evaluation.evaluate import Clock, Evaluation, data_protocol, evaluate, evaluate_method, load_reference, progress
@@ -24,8 +26,8 @@ from evaluation.generate import balanced_labels, generate
 from evaluation.measure import measure
 from evaluation.models import Model
 from evaluation.needed_files import checked
-from evaluation.protocol import MAX_NEIGHBOURS
-from evaluation.protocols import EMBEDDED, UINT8_RULES, NamedProtocol, SampleRule, describe, get_protocol
+from evaluation.protocol import MAX_NEIGHBOURS, UINT8_RULES, decoding_entry
+from evaluation.protocols import EMBEDDED, NamedProtocol, SampleRule, describe, get_protocol
 from evaluation.reconstruction import evaluate_rebuilt, evaluate_reconstruction
 from evaluation.reference_files import Reference, read_reference
 from evaluation.samples import FolderSamples, Samples, drawn_images
@@ -41,7 +43,8 @@ class Request:
     seeds: tuple[int, ...]
     batch: int
     labels: str | None  # balanced or random; None: as the protocol says, unknown for finished images
-    uint8: str | None  # round or truncate, of finished images; None: unknown
+    uint8: str | None  # round or truncate, of finished images; None: unknown. Models have theirs in their run's settings
+    precision: str | None  # bf16, tf32 or fp32, of finished images; likewise
     weights: str | None
     reference: str | None
     cache: Path
@@ -60,7 +63,7 @@ class Tools:
     def describe(self, samples: SampleRule) -> dict[str, Any]:
         """The protocol in full."""
         n_features = 0 if self.reference.features is None else len(self.reference.features)
-        return describe(self.protocol, self.extractor.sha256, self.reference.entry, n_features, self.resolution, samples)
+        return describe(self.protocol, self.extractor.sha256, self.reference.entry, n_features, self.resolution, samples, self.extractor.resize_digest)
 
 
 def prepare(request: Request, resolution: int) -> Tools:
@@ -82,15 +85,14 @@ def assess_model(model: Model, request: Request) -> Evaluation:
     run = model.run
     n = request.num_images or (run.eval.num_images if request.protocol == EMBEDDED else get_protocol(request.protocol).num_images)
     run = dataclasses.replace(run, eval=dataclasses.replace(run.eval, num_images=n, batch=request.batch))
-    with torch.autocast(request.device.type, torch.bfloat16, enabled=model.dtype == "bfloat16"):
-        if model.method.task == "reconstruction" or request.protocol == "rfid":
-            if model.method.space == "pixel":
-                raise UserError(f"{model.name} generates pixels: it has no autoencoder whose reconstructions could be measured.")
-            extractor = None if request.protocol == EMBEDDED else rfid_extractor(request)
-            return evaluate_reconstruction(model.method, run, load_data(run.data), request.device, request.cache, extractor)
-        if request.protocol == EMBEDDED:
-            return evaluate_method(model.method, run, load_data(run.data), request.device, request.cache, request.seeds)
-        return sample_and_measure(model, run.sample, n, request)
+    if model.method.task == "reconstruction" or request.protocol == "rfid":
+        if model.method.space == "pixel":
+            raise UserError(f"{model.name} generates pixels: it has no autoencoder whose reconstructions could be measured.")
+        extractor = None if request.protocol == EMBEDDED else rfid_extractor(request)
+        return evaluate_reconstruction(model.method, run, load_data(run.data), request.device, request.cache, extractor)
+    if request.protocol == EMBEDDED:
+        return evaluate_method(model.method, run, load_data(run.data), request.device, request.cache, request.seeds)
+    return sample_and_measure(model, run, n, request)
 
 
 def rfid_extractor(request: Request) -> CardExtractor:
@@ -101,17 +103,18 @@ def rfid_extractor(request: Request) -> CardExtractor:
     return build_extractor(protocol.extractor, checked(protocol.extractor.file, request.weights), request.device)
 
 
-def sample_and_measure(model: Model, sample: Any, n: int, request: Request) -> Evaluation:
+def sample_and_measure(model: Model, run: RunConfig, n: int, request: Request) -> Evaluation:
     """A named protocol over every seed."""
     tools = prepare(request, model.info.image_size)
     law = request.labels or tools.protocol.label_law
     clock, parts = Clock(), []
     for seed in request.seeds:
         labels = draw_labels(law, n, model.info.num_classes, seed)
-        images = generate(model.method, sample, labels, seed, request.batch, request.device)
+        images = generate(model.method, run.sample, labels, seed, request.batch, request.device, run.eval.precision, run.eval.uint8)
         stream = progress(clock.timed(images), n, "evaluating")
         parts.append(measure(stream, n, tools.extractor, tools.reference, tools.protocol))
-    return Evaluation(tools.describe(SampleRule(n, law, "round_half_even")), over_seeds(parts), clock.seconds, clock.images)
+    rule = SampleRule(n, law, UINT8_RULES[run.eval.uint8], precision=model.dtype)
+    return Evaluation(tools.describe(rule), over_seeds(parts), clock.seconds, clock.images)
 
 
 def draw_labels(law: str, n: int, num_classes: int, seed: int) -> NDArray[np.int64]:
@@ -127,11 +130,13 @@ def draw_labels(law: str, n: int, num_classes: int, seed: int) -> NDArray[np.int
 def assess_images(samples: Samples, request: Request, data: DataConfig) -> Evaluation:
     """Measures finished images; those of the embedded protocol and of rfid are held against the data set `data`."""
     n = min(len(samples), request.num_images or len(samples))
-    rule = SampleRule(n, request.labels or "unknown", UINT8_RULES.get(request.uint8 or "", "unknown"), container(samples))
+    made = (UINT8_RULES.get(request.uint8 or "", "unknown"), EXECUTED.get(request.precision or "", "unknown"))
+    stored = container(samples)
+    rule = SampleRule(n, request.labels or "unknown", made[0], stored, made[1], decoding_digest() if stored == "lossy" else None)
     of_the_data = request.protocol == EMBEDDED and n > MAX_NEIGHBOURS  # its neighbours are sought among the first MAX_NEIGHBOURS images
     stream = progress(drawn_images(samples, n, request.batch, shuffled=of_the_data), n, "evaluating")
     if request.protocol == "rfid":
-        return evaluate_rebuilt(samples.batches(request.batch), load_data(data), request.batch, rfid_extractor(request), request.cache)
+        return evaluate_rebuilt(samples.batches(request.batch), load_data(data), request.batch, rfid_extractor(request), request.cache, *made)
     if request.protocol == EMBEDDED:
         return against_data(stream, samples.resolution, rule, request, data)
     tools = prepare(request, samples.resolution)
@@ -146,9 +151,9 @@ def against_data(stream: Iterator[ImageBatch], resolution: int, rule: SampleRule
     extractor = EmbeddedExtractor(request.device)
     reference = load_reference(source, extractor, request.cache)
     metrics = evaluate(stream, rule.n, extractor, reference)
-    protocol = data_protocol(extractor, source, reference, rule.n)
+    protocol = data_protocol(extractor, source, reference, rule.n, rule.uint8_rule, rule.precision)
     stored = "memory" if rule.container == "lossless" else rule.container
-    protocol["samples"] |= {"label_law": rule.label_law, "uint8_rule": rule.uint8_rule, "container": stored}
+    protocol["samples"] |= {"label_law": rule.label_law, "container": stored, **decoding_entry(rule.decoding)}
     return Evaluation(protocol, metrics, 0.0)
 
 

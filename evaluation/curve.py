@@ -1,6 +1,6 @@
 """`curve.jsonl`: the scores of a run while it trained, beside its record. One JSON object a line, in the order of training; imports no torch.
 
-    {"images": 64000, "macs_train": 8700000000000, "protocol_hash": "7d8e681bae88", "metrics": {"fd_embedded": {"value": 812.4, ...}}, "digest": "..."}
+    {"images": 64000, "macs_train": 8700000000000, "protocol_hash": "865ea3e3a082", "metrics": {"fd_embedded": {"value": 812.4, ...}}, "digest": "..."}
 
 images         training images seen, above 0
 macs_train     MACs of training up to here, as `train.macs_total` of the record counts them: this run, without earlier stages

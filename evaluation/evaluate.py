@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.config import sampling_seeds
 from common.errors import UserError
+from common.precision import executed_precision
 from common.progress import progress_bar
 from evaluation.class_accuracy import fit_discriminant
 from evaluation.collect import Collected, ImageBatch, batches, collect
@@ -26,7 +27,7 @@ from evaluation.inception_score import inception_score
 from evaluation.kid import KernelDistance, kernel_distance
 from evaluation.moments import Moments
 from evaluation.prdc import prdc
-from evaluation.protocol import JACKKNIFE_GROUPS, MAX_NEIGHBOURS, embedded_protocol
+from evaluation.protocol import JACKKNIFE_GROUPS, MAX_NEIGHBOURS, UINT8_RULES, embedded_protocol
 from evaluation.ranks import rank_and_size
 from evaluation.record import Metric
 from evaluation.spread import over_seeds
@@ -167,16 +168,19 @@ def evaluate_method(
     clock, parts = Clock(), []
     for seed in seeds or sampling_seeds(run):
         labels = balanced_labels(run.eval.num_images, source.info.num_classes, seed)
-        images = generate(method, run.sample, labels, seed, run.eval.batch, device)
+        images = generate(method, run.sample, labels, seed, run.eval.batch, device, run.eval.precision, run.eval.uint8)
         parts.append(evaluate(progress(clock.timed(images), len(labels), "evaluating"), labels, extractor, reference))
-    return Evaluation(data_protocol(extractor, source, reference, run.eval.num_images), over_seeds(parts), clock.seconds, clock.images)
+    made = {"uint8_rule": UINT8_RULES[run.eval.uint8], "precision": executed_precision(run.eval.precision, torch.device(device))}
+    protocol = data_protocol(extractor, source, reference, run.eval.num_images, **made)
+    return Evaluation(protocol, over_seeds(parts), clock.seconds, clock.images)
 
 
-def data_protocol(extractor: Extractor, source: DataSource, reference: Reference, num_images: int) -> dict[str, Any]:
-    """The embedded protocol against a data set."""
+def data_protocol(extractor: Extractor, source: DataSource, reference: Reference, num_images: int, uint8_rule: str, precision: str) -> dict[str, Any]:
+    """The embedded protocol against a data set; how the images became uint8, and in what precision they were sampled."""
     heldout_digest = source.heldout.digest if reference.heldout else None
-    info = source.info
-    return embedded_protocol(extractor, info.name, source.train.digest, heldout_digest, len(source.train), info.image_size, num_images)
+    info, train = source.info, source.train
+    sizes = (len(train), info.image_size, num_images)
+    return embedded_protocol(extractor, info.name, train.digest, heldout_digest, *sizes, uint8_rule, precision, train.decoding)
 
 
 def load_reference(source: DataSource, extractor: Extractor, cache: Path) -> Reference:
@@ -184,7 +188,8 @@ def load_reference(source: DataSource, extractor: Extractor, cache: Path) -> Ref
 
     def features_of(images: ImageSet, name: str) -> FeatureSet:
         stream = progress(batches(images.fetch, len(images)), len(images), f"features of {name} images")
-        return feature_set(stream, images.labels, extractor, images.digest, cache)
+        identity = images.digest if images.decoding is None else f"{images.digest}/{images.decoding}"
+        return feature_set(stream, images.labels, extractor, identity, cache)
 
     enough = len(source.heldout) >= MIN_IMAGES
     return Reference(features_of(source.train, "training"), features_of(source.heldout, "held-out") if enough else None)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from common.decoding import resizing_digest
 from common.errors import UserError
 from evaluation.features import Features, NetworkExtractor
 from evaluation.needed_files import sha256_of
@@ -138,6 +139,7 @@ class CleanInception(CardExtractor):
         except RuntimeError as error:
             raise UserError(f"{file} cannot be read as a TorchScript network: {str(error).splitlines()[0]}") from error
         self.resizer: Any = build_resizer("clean")
+        self.resize_digest = resizing_digest(self.resizer)
         super().__init__(card, file, network, device)
 
     def extract(self, images: Tensor) -> Features:
@@ -156,6 +158,7 @@ class DinoExtractor(CardExtractor):
 
     def __init__(self, card: ExtractorCard, file: Path, device: torch.device | str = "cpu", architecture: str = "vit_large_patch14_dinov2") -> None:
         super().__init__(card, file, dino_network(file, architecture), device)
+        self.resize_digest = resizing_digest(pil_square)
 
     def extract(self, images: Tensor) -> Features:
         pixels = torch.from_numpy(np.stack([pil_square(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()])).to(self.device)

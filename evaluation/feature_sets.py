@@ -97,6 +97,7 @@ def _everyone(condition: bool) -> bool:
 
 def _cache_key(extractor: Extractor, data_digest: str, groups: int, balanced: bool) -> str:
     parts = [extractor.id, extractor.sha256, extractor.layer, extractor.resize, extractor.scaling, data_digest, groups, balanced, EVALUATOR_VERSION]
+    parts += [extractor.resize_digest] if extractor.resize_digest else []
     return digest(parts)[:32]
 
 

@@ -45,6 +45,7 @@ class Extractor(Protocol):
     dims: int
     num_classes: int  # of its classifier
     comparable_with_inception_fid: bool
+    resize_digest: str | None
     device: torch.device
 
     def __call__(self, images: Tensor) -> Features:
@@ -55,6 +56,7 @@ class NetworkExtractor:
     """An extractor that is one frozen network: checks, chunks and computes in float32 whatever the run around it chose."""
 
     comparable_with_inception_fid = False
+    resize_digest: str | None = None  # of one that scales with Pillow (common/decoding.py)
 
     def __init__(self, network: nn.Module, device: torch.device | str) -> None:
         self.device = torch.device(device)

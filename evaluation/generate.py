@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import UserError
+from common.precision import computing_in
 from common.seeds import Noise, derive, image_seeds
 from evaluation.ranks import rank_and_size
 
@@ -34,13 +35,18 @@ def generate(
     seed: int,
     batch_size: int,
     device: torch.device | str,
+    precision: str = "fp32",
+    uint8: str = "round",
     distributed: bool = True,
 ) -> Iterator[ImageBatch]:
     """Batches of (images (B, C, H, W) uint8, indices (B,) int64 into labels), in evaluation mode.
 
+    precision and uint8: the keys `eval.precision` and `eval.uint8`, whatever the code around chose.
+
     Image i has its own generator, seeded by (seed, i). Chunk c of `batch_size` images is the work of process c mod number of processes;
     with distributed=False this process does all of it.
     """
+    device = torch.device(device)
     rank, ranks = rank_and_size() if distributed else (0, 1)
     was_training = method.training
     method.eval()
@@ -48,21 +54,28 @@ def generate(
         for start in range(rank * batch_size, len(labels), ranks * batch_size):
             indices = torch.arange(start, min(start + batch_size, len(labels)))
             noise = Noise(image_seeds(seed, indices.tolist()), device)
-            with torch.no_grad():  # not inference_mode: a table that a method computes on first use must stay usable in training
+            with (
+                torch.no_grad(),
+                computing_in(precision, device),
+            ):  # not inference_mode: a table that a method computes on first use must stay usable in training
                 images = method.sample(torch.from_numpy(labels[start : start + batch_size]).to(device), noise, sample_config)
-            yield quantise(images), indices
+            yield quantise(images, uint8), indices
     finally:
         method.train(was_training)
 
 
-def quantise(images: Tensor) -> Tensor:
-    """Float images in [-1, 1] to uint8, round half to even: -1 -> 0, 0 -> 128, 1 -> 255. Values outside are clipped, NaN and infinity refused."""
+def quantise(images: Tensor, rule: str = "round") -> Tensor:
+    """Float images in [-1, 1] to uint8: -1 -> 0, 1 -> 255, and 0 -> 128 by round (half to even) or 127 by truncate.
+
+    Values outside are clipped, NaN and infinity refused.
+    """
     if not bool(torch.isfinite(images).all()):
         bad = int((~torch.isfinite(images)).flatten(1).any(1).sum())
         raise UserError(f"{bad} of {len(images)} generated images hold NaN or infinity. The weights have diverged, or the sampler's settings make them.")
-    return to_uint8(images)
+    return to_uint8(images, rule)
 
 
-def to_uint8(images: Tensor) -> Tensor:
+def to_uint8(images: Tensor, rule: str = "round") -> Tensor:
     """The same without the check, for pictures of unfinished training: what is not finite has no defined level."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    levels = ((images.float() + 1) * 127.5).clamp(0, 255)
+    return (levels if rule == "truncate" else levels.round()).to(torch.uint8)

@@ -39,7 +39,7 @@ class Model:
     name: str
     checkpoint: dict[str, Any]  # as in records
     record: Record | None  # of its run, where that is finished
-    dtype: str  # in which it samples, as in training
+    dtype: str  # what its sampling executes: float32, tf32 or bfloat16
 
 
 def saved_run(folder: Path, overrides: Mapping[str, str]) -> RunConfig:
@@ -115,6 +115,7 @@ def finished(folder: Path) -> Record | None:
 def load_run(folder: Path, overrides: Mapping[str, str], ema: str | None, device: torch.device) -> Model:
     """The newest whole checkpoint of a run folder, with the average that the run evaluates, or another one."""
     from common.external import run_weights
+    from common.precision import executed_precision
     from common.trainer import load_own_state
 
     run = saved_run(folder, overrides)
@@ -128,28 +129,21 @@ def load_run(folder: Path, overrides: Mapping[str, str], ema: str | None, device
     checkpoint = {"sha256": weights.sha256, "step": step, "ema_decay": decays.get(name), "ema_kind": name}
     if (origin := imported_facts(folder, weights.facts)) is not None:
         checkpoint = {"sha256": origin["sha256"], "step": None, "ema_decay": origin["ema_decay"], "ema_kind": origin["weights"]}
-    return Model(method.to(device).eval(), run, info, folder.name, checkpoint, record, sampling_dtype(run, device))
+    return Model(method.to(device).eval(), run, info, folder.name, checkpoint, record, executed_precision(run.eval.precision, device))
 
 
 def load_released(file: Path, method_name: str, preset: str, overrides: Mapping[str, str], device: torch.device) -> Model:
     """Weights in their authors' format."""
     from common.checkpoint import sha256_of
     from common.external import read_tensors
+    from common.precision import executed_precision
     from common.trainer import load_own_state
 
     run = resolve(get_spec(method_name), {**overrides, "preset": preset})
     method, info = build(run)
     load_own_state(method, method.from_reference(read_tensors(file)))
     checkpoint = {"sha256": sha256_of(file), "step": None, "ema_decay": None, "ema_kind": "released"}
-    return Model(method.to(device).eval(), run, info, file.stem, checkpoint, None, sampling_dtype(run, device))
-
-
-def sampling_dtype(run: RunConfig, device: torch.device) -> str:
-    """float32, or bfloat16 under autocast where the training would use it."""
-    import torch
-
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return "bfloat16" if run.train.precision == "bf16" or (run.train.precision == "auto" and fast) else "float32"
+    return Model(method.to(device).eval(), run, info, file.stem, checkpoint, None, executed_precision(run.eval.precision, device))
 
 
 def build(run: RunConfig) -> tuple[Method, DataInfo]:

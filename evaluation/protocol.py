@@ -1,10 +1,13 @@
 """The identity of a measurement: everything that moves a number, as one JSON object, and its hash. Numbers with different hashes share no table.
 
-In the hash: extractor (weights digest, resize, scaling), reference (digest of the data, split, class weights), how images are drawn and made
-uint8, estimators and their seeds, the version of this evaluator. Not in the hash:
-- versions of PyTorch and of the machine: they move a score by about 1e-6 of it; a golden test keeps it so;
-- Pillow: the embedded data are stored losslessly and generated images never pass through a file, so it moves nothing. A protocol whose
-  reference is cropped or decoded by Pillow must name the version (13.0 resizes tall images differently).
+In the hash: extractor (weights digest, resize, scaling), reference (digest of the data, split, class weights), how images are drawn, in what
+precision they are computed and how they become uint8, estimators and their seeds, the version of this evaluator. Where pixels pass through Pillow
+(real images in folders, tars and tables; an extractor that scales with it), a digest of what this machine's Pillow makes of a fixed picture
+(common/decoding.py): equal pixels, equal hash, whatever the version. Not in the hash:
+- names: of a protocol, of a data set's folder, the free text of a built reference. The digests say what the data are;
+- versions of PyTorch and of the machine: they move a score by about 1e-6 of it; a golden test keeps it so.
+
+Version 1 hashed names, and neither precision nor decoding; its records keep their hashes.
 
 Imports no torch.
 """
@@ -16,8 +19,10 @@ import json
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-EVALUATOR_VERSION = 1  # raise on any change that moves a number; tests/test_evaluate.py has the golden value
+EVALUATOR_VERSION = 2  # raise on any change that moves a number; tests/test_evaluate.py has the golden value
 HASH_DIGITS = 12
+
+UINT8_RULES = {"round": "round_half_even", "truncate": "truncate"}  # by the value of `eval.uint8`
 
 # Settings of the estimators. The modules that compute read them from here: what is hashed is what is done.
 JACKKNIFE_GROUPS = 20
@@ -62,12 +67,22 @@ class ExtractorIdentity(Layer, Protocol):
 
 
 def embedded_protocol(
-    extractor: ExtractorIdentity, data: str, train_digest: str, heldout_digest: str | None, num_reference: int, resolution: int, num_images: int
+    extractor: ExtractorIdentity,
+    data: str,
+    train_digest: str,
+    heldout_digest: str | None,
+    num_reference: int,
+    resolution: int,
+    num_images: int,
+    uint8_rule: str = "round_half_even",
+    precision: str = "float32",
+    decoding: str | None = None,
 ) -> dict[str, Any]:
     """The embedded protocol: balanced labels against the training split of a data set, every class of it weighted alike.
 
     data: name of the data set; the digests determine images, labels and order of its splits, the held-out one being that of the floor;
-    num_reference: training images; resolution: pixels; num_images: generated images.
+    num_reference: training images; resolution: pixels; num_images: generated images, sampled in `precision` (float32, tf32, bfloat16 or unknown);
+    decoding: `ImageSet.decoding` of the real images.
     """
     neighbours = {"n_ref": min(num_reference, MAX_NEIGHBOURS), "n_gen": min(num_images, MAX_NEIGHBOURS)}
     return {
@@ -79,8 +94,16 @@ def embedded_protocol(
             "split": "train",
             "n_images": num_reference,
             "weighting": "class_balanced",
+            **decoding_entry(decoding),
         },
-        "samples": {"n": num_images, "label_law": "balanced", "label_order": "shuffled", "uint8_rule": "round_half_even", "container": "memory"},
+        "samples": {
+            "n": num_images,
+            "label_law": "balanced",
+            "label_order": "shuffled",
+            "uint8_rule": uint8_rule,
+            "precision": precision,
+            "container": "memory",
+        },
         "estimator": {
             "fd": "plugin",
             "cov_ddof": 1,
@@ -97,7 +120,16 @@ def embedded_protocol(
 
 
 def reconstruction_protocol(
-    extractor: Mapping[str, Any], data: str, split: str, data_digest: str, num_images: int, resolution: int, perceptual: Mapping[str, Any]
+    extractor: Mapping[str, Any],
+    data: str,
+    split: str,
+    data_digest: str,
+    num_images: int,
+    resolution: int,
+    perceptual: Mapping[str, Any],
+    uint8_rule: str = "round_half_even",
+    precision: str = "float32",
+    decoding: str | None = None,
 ) -> dict[str, Any]:
     """Images of a split against what encoding and decoding makes of them.
 
@@ -107,8 +139,15 @@ def reconstruction_protocol(
     ssim = {**pixels, "window": SSIM_WINDOW, "sigma": SSIM_SIGMA, "k1": SSIM_K1, "k2": SSIM_K2, "border": "none"}
     return {
         "extractor": dict(extractor),
-        "reference": {"id": f"{data}-{split}", "digest": data_digest, "split": split, "n_images": num_images, "weighting": "none"},
-        "samples": {"n": num_images, "label_law": "reconstruction", "label_order": "reference", "uint8_rule": "round_half_even", "container": "memory"},
+        "reference": {"id": f"{data}-{split}", "digest": data_digest, "split": split, "n_images": num_images, "weighting": "none", **decoding_entry(decoding)},
+        "samples": {
+            "n": num_images,
+            "label_law": "reconstruction",
+            "label_order": "reference",
+            "uint8_rule": uint8_rule,
+            "precision": precision,
+            "container": "memory",
+        },
         "estimator": {
             "fd": "plugin",
             "cov_ddof": 1,
@@ -131,8 +170,13 @@ def kid_entry(num_reference: int, num_images: int) -> dict[str, Any]:
     return {"estimator": "subsets", "subsets": KID_SUBSETS, "size": KID_SUBSET_SIZE, "seed": KID_SEED}
 
 
-def extractor_entry(extractor: Layer, sha256: str, comparable_with_inception_fid: bool = False) -> dict[str, Any]:
-    """The extractor's part of every protocol; sha256 is that of its weights."""
+def decoding_entry(decoding: str | None) -> dict[str, str]:
+    """What a protocol says of decoded images; nothing of those that are stored as numbers."""
+    return {} if decoding is None else {"decoding": decoding}
+
+
+def extractor_entry(extractor: Layer, sha256: str, comparable_with_inception_fid: bool = False, resize_digest: str | None = None) -> dict[str, Any]:
+    """The extractor's part of every protocol; sha256 is that of its weights, resize_digest that of Pillow's scaling where it uses that."""
     return {
         "id": extractor.id,
         "sha256": sha256,
@@ -143,6 +187,7 @@ def extractor_entry(extractor: Layer, sha256: str, comparable_with_inception_fid
         "dtype": "float32",
         "tf32": False,
         "comparable_with_inception_fid": comparable_with_inception_fid,
+        **({} if resize_digest is None else {"resize_digest": resize_digest}),
     }
 
 
@@ -166,7 +211,15 @@ def digest(value: Any) -> str:
 
 def protocol_hash(protocol: Mapping[str, Any]) -> str:
     """What a table carries in its caption."""
-    return digest(protocol)[:HASH_DIGITS]
+    return digest(without_names(protocol))[:HASH_DIGITS]
+
+
+def without_names(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """The protocol without what is written for people alone. Records of version 1 were hashed with it, and keep their hashes."""
+    if protocol["evaluator_version"] < 2:
+        return dict(protocol)
+    reference = {key: value for key, value in protocol["reference"].items() if key != "id"}
+    return {key: value for key, value in protocol.items() if key != "name"} | {"reference": reference}
 
 
 DISTANCE = ("fd", "cov_ddof", "dtype")
@@ -180,11 +233,12 @@ ESTIMATORS = {
 def metric_hash(protocol: Mapping[str, Any], metric: str) -> str:
     """The identity of one metric: the protocol without the settings of other estimators, so that KID compares where only k of recall differs.
 
-    A protocol's name is left out too: it moves nothing.
+    A protocol's name is left out in every version: it moves nothing.
     """
     wanted = ESTIMATORS.get(metric, DISTANCE)
     estimator = {key: value for key, value in protocol["estimator"].items() if key in wanted}
-    return digest({"metric": metric, **{key: value for key, value in protocol.items() if key != "name"}, "estimator": estimator})[:HASH_DIGITS]
+    rest = {key: value for key, value in without_names(protocol).items() if key != "name"}
+    return digest({"metric": metric, **rest, "estimator": estimator})[:HASH_DIGITS]
 
 
 def protocol_name(protocol: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.config import PRECISIONS
 from common.errors import UserError, close_match
 from evaluation.needed_files import NeededFile
 from evaluation.protocol import (
@@ -21,6 +22,8 @@ from evaluation.protocol import (
     MIND_PROJECTIONS,
     MIND_SEED,
     PRECISION_K,
+    UINT8_RULES,
+    decoding_entry,
     extractor_entry,
     kid_entry,
 )
@@ -169,7 +172,7 @@ _ALL = (
     NamedProtocol("rfid", "reconstructions of a validation split", INCEPTION, None, ("rfid", "psnr", "ssim", "lpips"), None, "reconstruction"),
 )
 PROTOCOLS: Mapping[str, NamedProtocol] = {protocol.name: protocol for protocol in _ALL}
-UINT8_RULES = {"round": "round_half_even", "truncate": "truncate"}
+RECONSTRUCTIONS = "rfid"
 EMBEDDED = "embedded"  # measured by evaluate.py against the data set of a run
 
 
@@ -189,14 +192,23 @@ class SampleRule:
     label_law: str  # balanced, random, unknown
     uint8_rule: str  # round_half_even, truncate, unknown
     container: str = "lossless"  # or lossy
+    precision: str = "unknown"  # float32, tf32, bfloat16, unknown: what the images were computed in
+    decoding: str | None = None  # of lossy files (common/decoding.py)
 
 
 def describe(
-    protocol: NamedProtocol, weights_sha256: str, reference: Mapping[str, Any], n_features: int, resolution: int, samples: SampleRule
+    protocol: NamedProtocol,
+    weights_sha256: str,
+    reference: Mapping[str, Any],
+    n_features: int,
+    resolution: int,
+    samples: SampleRule,
+    resize_digest: str | None = None,
 ) -> dict[str, Any]:
     """The protocol in full, as records keep it.
 
-    reference: digests and counts of the file at hand (`reference_files.Reference.entry`); n_features: real images whose features are known.
+    reference: digests and counts of the file at hand (`reference_files.Reference.entry`); n_features: real images whose features are known;
+    resize_digest: of an extractor that scales with Pillow.
     """
     card = protocol.extractor
     estimator: dict[str, Any] = {"fd": "plugin", "cov_ddof": 1, "dtype": "float64", "jackknife_groups": LARGE_GROUPS}
@@ -211,11 +223,11 @@ def describe(
         }  # fmt: skip
     return {
         "name": protocol.name,
-        "extractor": extractor_entry(card, weights_sha256, card.comparable_with_inception_fid),
+        "extractor": extractor_entry(card, weights_sha256, card.comparable_with_inception_fid, resize_digest),
         "reference": {"split": "train", "weighting": "none", **reference},
         "samples": {
             "n": samples.n, "label_law": samples.label_law, "label_order": "any", "uint8_rule": samples.uint8_rule,
-            "container": samples.container, "seeds": "mean_over_seeds",
+            "precision": samples.precision, "container": samples.container, "seeds": "mean_over_seeds", **decoding_entry(samples.decoding),
         },
         "estimator": estimator,
         "resolution": resolution,
@@ -223,11 +235,12 @@ def describe(
     }  # fmt: skip
 
 
-def check_request(protocol: str, labels: str | None, uint8: str | None, seeds: Sequence[int]) -> None:
+def check_request(protocol: str, labels: str | None, uint8: str | None, precision: str | None, seeds: Sequence[int]) -> None:
     """The values that no type can check."""
     if protocol != EMBEDDED:
         get_protocol(protocol)
-    for key, value, options in (("labels", labels, ("balanced", "random")), ("uint8", uint8, tuple(UINT8_RULES))):
+    allowed = (("labels", labels, ("balanced", "random")), ("uint8", uint8, tuple(UINT8_RULES)), ("precision", precision, PRECISIONS))
+    for key, value, options in allowed:
         if value not in (None, *options):
             raise UserError(f"{key}={value!r} is not one of {', '.join(options)}.")
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.precision import computing_in, executed_precision
 from common.splits import fixed_draw
 from evaluation.collect import ImageBatch, batches, collect
 from evaluation.evaluate import MIN_IMAGES, Evaluation, check_enough, frechet_metric, mean_metric, progress
@@ -27,7 +28,7 @@ from evaluation.frechet import Estimate, factorise, frechet_distance, jackknife
 from evaluation.generate import quantise
 from evaluation.image_quality import psnr, ssim
 from evaluation.moments import Moments
-from evaluation.protocol import SSIM_WINDOW, extractor_entry, reconstruction_protocol
+from evaluation.protocol import SSIM_WINDOW, UINT8_RULES, extractor_entry, reconstruction_protocol
 from evaluation.ranks import gather_rows
 from evaluation.record import Metric
 
@@ -51,24 +52,37 @@ def evaluate_reconstruction(
     else perceptual_embedded. cache: the folder for the features of the real images, shared by all runs.
     """
     originals = choose(source, run.eval.num_images)
-    rebuilder = Rebuilder(method, torch.device(device))
+    rebuilder = Rebuilder(method, torch.device(device), run.eval.precision, run.eval.uint8)
     pairs = rebuilder(batches(originals.fetch, len(originals), run.eval.batch))
-    protocol, metrics = compare(pairs, originals, extractor or EmbeddedExtractor(device), cache)
+    made = (UINT8_RULES[run.eval.uint8], executed_precision(run.eval.precision, torch.device(device)))
+    protocol, metrics = compare(pairs, originals, extractor or EmbeddedExtractor(device), cache, *made)
     return Evaluation(protocol, metrics, rebuilder.seconds, rebuilder.images)
 
 
-def evaluate_rebuilt(rebuilt: Iterable[ImageBatch], source: DataSource, batch: int, extractor: Extractor, cache: Path) -> Evaluation:
+def evaluate_rebuilt(
+    rebuilt: Iterable[ImageBatch],
+    source: DataSource,
+    batch: int,
+    extractor: Extractor,
+    cache: Path,
+    uint8_rule: str = "unknown",
+    precision: str = "unknown",
+) -> Evaluation:
     """The same for reconstructions that somebody else made of all held-out images, in the order of the data set, `batch` at a time."""
     originals = choose(source, len(source.heldout))
     pairs = alongside(rebuilt, batches(originals.fetch, len(originals), batch))
-    return Evaluation(*compare(pairs, originals, extractor, cache), 0.0)
+    return Evaluation(*compare(pairs, originals, extractor, cache, uint8_rule, precision), 0.0)
 
 
-def compare(pairs: Iterable[Pair], originals: Originals, extractor: Extractor, cache: Path) -> tuple[dict[str, Any], dict[str, Metric]]:
-    """The protocol, and the metrics of pairs of images."""
+def compare(
+    pairs: Iterable[Pair], originals: Originals, extractor: Extractor, cache: Path, uint8_rule: str, precision: str
+) -> tuple[dict[str, Any], dict[str, Metric]]:
+    """The protocol, and the metrics of pairs of images; uint8_rule and precision say how the reconstructions were made."""
     n, size, where = len(originals), originals.image_size, extractor.device
     stream = progress(batches(originals.fetch, n), n, f"features of {originals.split} images")
-    real = feature_set(stream, originals.labels, extractor, originals.digest, cache, balanced=False)
+    decoding = originals.images.decoding
+    identity = originals.digest if decoding is None else f"{originals.digest}/{decoding}"
+    real = feature_set(stream, originals.labels, extractor, identity, cache, balanced=False)
     name, network = load_perceptual(where)
     measures: dict[str, Measure] = {"psnr": psnr, "ssim": ssim, name: partial(perceptual_distance, network, where)}
     if size < SSIM_WINDOW:
@@ -79,8 +93,9 @@ def compare(pairs: Iterable[Pair], originals: Originals, extractor: Extractor, c
     distance = "rfd_embedded" if extractor.id == EmbeddedExtractor.id else "rfid"
     metrics = {distance: frechet_metric(estimate, n, regularised), **scores.metrics()}
     perceptual = {"id": name, "sha256": network.sha256}
-    entry = extractor_entry(extractor, extractor.sha256, extractor.comparable_with_inception_fid)
-    return reconstruction_protocol(entry, originals.name, originals.split, originals.digest, n, size, perceptual), metrics
+    entry = extractor_entry(extractor, extractor.sha256, extractor.comparable_with_inception_fid, extractor.resize_digest)
+    images = (originals.name, originals.split, originals.digest, n, size)
+    return reconstruction_protocol(entry, *images, perceptual, uint8_rule, precision, originals.images.decoding), metrics
 
 
 @dataclass(frozen=True)
@@ -147,9 +162,10 @@ def perceptual_distance(network: nn.Module, device: torch.device, rebuilt: Tenso
 class Rebuilder:
     """Turns a stream of images into pairs of a reconstruction and its original."""
 
-    def __init__(self, method: Method, device: torch.device) -> None:
+    def __init__(self, method: Method, device: torch.device, precision: str = "fp32", uint8: str = "round") -> None:
         self.method = method
         self.device = device
+        self.precision, self.uint8 = precision, uint8  # `eval.precision` and `eval.uint8`
         self.seconds = 0.0  # encoding and decoding in this process
         self.images = 0  # of this process in these seconds
 
@@ -169,8 +185,9 @@ class Rebuilder:
 
     def rebuild(self, images: Tensor) -> Tensor:
         """decode(encode(x)) of uint8 images, as uint8 on the CPU."""
-        with torch.no_grad():  # not inference_mode: a table that a method computes on first use must stay usable in training
-            return quantise(self.method.decode(self.method.encode(as_float(images, self.device)))).cpu()
+        inputs = as_float(images, self.device)
+        with torch.no_grad(), computing_in(self.precision, self.device):  # not inference_mode: a method's tables must stay usable in training
+            return quantise(self.method.decode(self.method.encode(inputs)), self.uint8).cpu()
 
 
 def alongside(rebuilt: Iterable[ImageBatch], originals: Iterable[ImageBatch]) -> Iterator[Pair]:

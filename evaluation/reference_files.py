@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from common.decoding import decoding_digest
 from common.errors import UserError
 from evaluation.arrays import NpzImages, read_floats
 from evaluation.collect import ImageBatch, collect
@@ -76,7 +76,7 @@ def build(images: Iterable[ImageBatch], n: int, extractor: CardExtractor, entry:
     """The statistics of n images; entry: id, digest, split and crop of the images."""
     collected = collect(images, n, extractor, keep=sample_of(n), groups=1, spatial_dims=extractor.spatial_dims)
     spatial = collected.spatial.total() if collected.spatial else None
-    return Reference(collected.moments.total(), spatial, collected.features, {**entry, "n_images": n, "pillow": PIL.__version__})
+    return Reference(collected.moments.total(), spatial, collected.features, {**entry, "n_images": n, "decoding": decoding_digest()})
 
 
 def write_built(reference: Reference, path: Path, extractor: CardExtractor, resolution: int) -> None:

@@ -28,7 +28,7 @@ from common.errors import UserError
 from evaluation.command import help_text, parse, run_command
 from evaluation.outcome import SPACES, UNKNOWN, keep, record_of_images, record_of_model, table
 from evaluation.protocol import protocol_name
-from evaluation.protocols import EMBEDDED, PROTOCOLS, check_request
+from evaluation.protocols import EMBEDDED, PROTOCOLS, RECONSTRUCTIONS, check_request
 from evaluation.record import Record
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ class Keys:
     num_images: int | None = None  # none: as the protocol says, or all finished images; fewer of these are a fixed draw
     seeds: list[int] = field(default_factory=lambda: [0])  # sampling seeds; several give mean and spread
     labels: str | None = None  # balanced or random; none: as the protocol says, and unknown for finished images
-    uint8: str | None = None  # round or truncate: how finished images became uint8; none: unknown
+    precision: str | None = None  # auto, bf16, tf32 or fp32: what a model samples in; none: its eval.precision. Of finished images: what they were made in
+    uint8: str | None = None  # round or truncate: how samples become uint8; none: the model's eval.uint8, or unknown for finished images
     batch: int = 50  # images at once
     weights: str | None = None  # the extractor's file; none: looked for by its name
     reference: str | None = None  # the file of reference statistics; none: looked for by its name
@@ -99,18 +100,44 @@ def check(keys: Keys, rest: dict[str, str]) -> None:
         raise UserError("checkpoint= needs method= and preset=, which say what network the file belongs to.")
     if keys.against is not None and keys.run is None:
         raise UserError("against= compares two runs: give the first as run=.")
-    if keys.run is not None and keys.labels is not None and keys.protocol == EMBEDDED:
+    finished = given[0] in ("images", "npz")
+    if not finished and keys.labels is not None and keys.protocol == EMBEDDED:
         raise UserError(f"labels={keys.labels}: the {EMBEDDED} protocol is defined with balanced labels. Leave the key out, or choose another protocol.")
-    if given[0] in ("images", "npz") and (odd := [key for key in rest if not key.startswith("data.")]):
+    if finished and (odd := [key for key in rest if not key.startswith("data.")]):
         raise UserError(f"{odd[0]} steers a model, and finished images have none.")
     if keys.space is not None:
-        require(given[0] in ("images", "npz"), "space", keys.space, "is known of models; give it with images= or npz= only")
+        require(finished, "space", keys.space, "is known of models; give it with images= or npz= only")
         one_of("space", keys.space, SPACES)
+    if finished and keys.precision == "auto":
+        raise UserError("precision=auto: finished images were computed in bf16, tf32 or fp32. Say which, or leave the key out where that is unknown.")
+    if finished and keys.protocol not in (EMBEDDED, RECONSTRUCTIONS) and rest:
+        raise UserError(f"{next(iter(rest))}: protocol={keys.protocol} compares with its own reference and reads no data set. Leave the key out.")
+    refuse_ignored(keys, given[0])
     one_of("device", keys.device, ("auto", "cpu"))
-    check_request(keys.protocol, keys.labels, keys.uint8, keys.seeds)
+    check_request(keys.protocol, keys.labels, keys.uint8, keys.precision, keys.seeds)
     for key, lowest in (("batch", 1), ("num_images", 20)):
         if (value := getattr(keys, key)) is not None and value < lowest:
             raise UserError(f"{key}={value} is too small; it must be at least {lowest}.")
+
+
+IGNORED = {
+    "run": ("method", "preset", "name"),
+    "checkpoint": ("ema", "name"),
+    "images": ("preset", "ema", "seeds"),
+    "npz": ("preset", "ema", "seeds"),
+}
+IGNORED_BY_PROTOCOL = {EMBEDDED: ("weights", "reference"), RECONSTRUCTIONS: ("reference", "labels", "seeds")}
+
+
+def refuse_ignored(keys: Keys, source: str) -> None:
+    """A key that this evaluation would not read is a mistake of the command, not a wish to pass over; source: run, checkpoint, images or npz."""
+    untouched = Keys()
+    for reason, ignored in ((f"{source}=", IGNORED[source]), (f"protocol={keys.protocol}", IGNORED_BY_PROTOCOL.get(keys.protocol, ()))):
+        for key in ignored:
+            if getattr(keys, key) != getattr(untouched, key):
+                raise UserError(
+                    f"{key}={getattr(keys, key)} is not read with {reason}. Leave it out. `python evaluation/run.py --help` says what each key is for."
+                )
 
 
 def make_request(keys: Keys, device: torch.device) -> Request:
@@ -118,7 +145,7 @@ def make_request(keys: Keys, device: torch.device) -> Request:
     from evaluation.assess import Request
 
     cache = (Path(keys.run).expanduser().parent if keys.run else Path(keys.out)) / ".references"  # a run's is where launch/run.py has it
-    shared = (keys.labels, keys.uint8, keys.weights, keys.reference)
+    shared = (keys.labels, keys.uint8, keys.precision, keys.weights, keys.reference)
     return Request(keys.protocol, keys.num_images, tuple(keys.seeds), keys.batch, *shared, cache, device)
 
 
@@ -127,11 +154,17 @@ def model_record(keys: Keys, folder: str | None, rest: dict[str, str], request: 
     from evaluation.assess import assess_model
     from evaluation.models import load_released, load_run
 
+    settings = rest | sampling_keys(keys.precision, keys.uint8)
     if folder is not None:
-        model = load_run(Path(folder).expanduser(), rest, keys.ema, request.device)
+        model = load_run(Path(folder).expanduser(), settings, keys.ema, request.device)
     else:
-        model = load_released(Path(str(keys.checkpoint)).expanduser(), str(keys.method), str(keys.preset), rest, request.device)
+        model = load_released(Path(str(keys.checkpoint)).expanduser(), str(keys.method), str(keys.preset), settings, request.device)
     return record_of_model(model, assess_model(model, request), request)
+
+
+def sampling_keys(precision: str | None, uint8: str | None) -> dict[str, str]:
+    """The settings of a run in which the two keys are set anew."""
+    return {f"eval.{key}": value for key, value in (("precision", precision), ("uint8", uint8)) if value is not None}
 
 
 def images_record(keys: Keys, rest: dict[str, str], request: Request) -> Record:

@@ -25,6 +25,7 @@ from evaluation.command import help_text, parse, run_command
 from evaluation.outcome import keep, record_of_model, table
 from evaluation.protocol import protocol_name
 from evaluation.protocols import EMBEDDED, check_request
+from evaluation.run import sampling_keys
 
 if TYPE_CHECKING:
     from evaluation.assess import Request
@@ -44,6 +45,8 @@ class Keys:
     try_seed: int = 1_000_000  # of the tries
     num_images: int | None = None  # of the full evaluation; none: as the protocol says
     seeds: list[int] = field(default_factory=lambda: [0])  # of the full evaluation
+    precision: str | None = None  # auto, bf16, tf32 or fp32; none: the run's eval.precision
+    uint8: str | None = None  # round or truncate; none: the run's eval.uint8
     batch: int = 50  # images at once
     weights: str | None = None  # the extractor's file
     reference: str | None = None  # the file of reference statistics
@@ -66,6 +69,7 @@ def work(arguments: Sequence[str]) -> str:
 
     state = join_processes(cpu=keys.device == "cpu")
     folder = Path(str(keys.run)).expanduser()
+    passed |= sampling_keys(keys.precision, keys.uint8)
     trial = make_request(keys, folder, state.device, keys.tries, (keys.try_seed,))
     settings = list(sweep(lists))
     scores = [attempt(folder, {**passed, **setting}, trial) for setting in settings]
@@ -89,7 +93,7 @@ def check(keys: Keys, swept: Sequence[str]) -> None:
         raise UserError("nothing is swept: give a comma list, for example sample.guidance=1,2,3 or ema=0.999,0.9999.")
     if keys.protocol == "rfid":
         raise UserError("protocol=rfid: reconstructions have no sampling settings to try.")
-    check_request(keys.protocol, None, None, keys.seeds)
+    check_request(keys.protocol, None, keys.uint8, keys.precision, keys.seeds)
     if keys.try_seed in keys.seeds:
         raise UserError(f"try_seed={keys.try_seed} is among seeds={keys.seeds}: the chosen setting would be scored on the samples that chose it.")
     if keys.tries < 20:
@@ -101,7 +105,7 @@ def make_request(keys: Keys, folder: Path, device: Any, num_images: int | None, 
     from evaluation.assess import Request
 
     cache = folder.parent / ".references"
-    return Request(keys.protocol, num_images, seeds, keys.batch, None, None, keys.weights, keys.reference, cache, device)
+    return Request(keys.protocol, num_images, seeds, keys.batch, None, keys.uint8, keys.precision, keys.weights, keys.reference, cache, device)
 
 
 def attempt(folder: Path, setting: dict[str, str], request: Request) -> float:

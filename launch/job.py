@@ -28,6 +28,7 @@ from common.files import read_rows, write_whole
 from common.hardware import peak_bytes, reset_peak
 from common.loader import TrainingPlan, training_batches
 from common.pictures import image_grid, merged, nearest, neighbour_picture, save_png, training_curves
+from common.precision import computing_in
 from common.seeds import derive
 from common.trainer import Stopped, TrainState, make_accelerator, split_batch, total_steps, train
 from evaluation import leaderboard
@@ -201,7 +202,9 @@ def sample_grid(job: Job, method: Method, together: bool = False) -> Grid:
     classes = spread(job.info.num_classes, GRID_CLASSES)
     labels = classes.repeat(job.run.eval.grid_columns)
     images = torch.zeros(len(labels), job.info.channels, job.info.image_size, job.info.image_size, dtype=torch.uint8)
-    for batch, indices in generate(method, job.run.sample, labels, GRID_SEED, job.run.eval.batch, job.accelerator.device, distributed=together):
+    settings = job.run.eval
+    where = (settings.batch, job.accelerator.device, settings.precision, settings.uint8)
+    for batch, indices in generate(method, job.run.sample, labels, GRID_SEED, *where, distributed=together):
         images[indices] = batch.cpu()
     if together:
         sum_over_ranks(images)  # zeros from all processes but one
@@ -257,9 +260,9 @@ def reconstruction_grid(job: Job, method: Method) -> tuple[NDArray[np.uint8], li
     """Held-out images (training images where none are held out) in one row, what encode and decode make of them in the next."""
     source = job.source.heldout if len(job.source.heldout) else job.source.train
     real = source.fetch(spread(len(source), RECONSTRUCTION_ROWS * job.run.eval.grid_columns))
-    with torch.no_grad():
+    with torch.no_grad(), computing_in(job.run.eval.precision, job.accelerator.device):
         inputs = torch.from_numpy(real).to(job.accelerator.device).float() / 127.5 - 1
-        rebuilt = torch.cat([quantise(method.decode(method.encode(part))) for part in inputs.split(job.run.eval.batch)]).cpu().numpy()
+        rebuilt = torch.cat([quantise(method.decode(method.encode(part)), job.run.eval.uint8) for part in inputs.split(job.run.eval.batch)]).cpu().numpy()
     columns = job.run.eval.grid_columns
     rows = [images[start : start + columns] for start in range(0, len(real), columns) for images in (real, rebuilt)]
     return np.concatenate(rows), ["real", "rebuilt"] * (len(rows) // 2)

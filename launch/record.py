@@ -46,7 +46,8 @@ def build(
     method = on_meta(method_class, model, info)
     told = state.method.describe(run.sample)
     sampling, processes = sampling_cost(method, run.sample), state.accelerator.num_processes
-    device, dtype = device_name(state.accelerator.device), executed_precision(run.train.precision, state.accelerator.device)
+    where = state.accelerator.device
+    device, dtype = device_name(where), executed_precision(run.eval.precision, where)
     images_seen = state.step * run.train.batch
     assert state.saved is not None
     fields: dict[str, Any] = {
@@ -71,7 +72,7 @@ def build(
             "epochs": images_seen / max(1, source.info.num_train),
             "images_seen": images_seen,
             "batch": run.train.batch,
-            "precision": dtype,
+            "precision": executed_precision(run.train.precision, where),
             "optimizer": ", ".join(sorted({type(o).__name__ for optimizers in state.optimizers.values() for o in optimizers})),
             "macs_total": training_macs(run, cost, source, state.step, processes),
             "device_seconds": state.seconds * processes,

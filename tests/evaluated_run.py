@@ -23,6 +23,7 @@ class Projections:
 
     id, sha256, layer, resize, scaling, dims, num_classes = "embedded-v1", "0" * 64, "projections", "none", "x/255", 12, 5
     comparable_with_inception_fid = False
+    resize_digest = None
 
     def __init__(self, device="cpu"):
         self.device = torch.device(device)

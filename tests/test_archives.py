@@ -25,6 +25,7 @@ from common import mapped
 from common.archives import open_archive
 from common.config import DataConfig
 from common.datasets import DataSource, load_data, summarise
+from common.decoding import decoding_digest
 from common.errors import UserError
 from common.loader import TrainingPlan, training_batches
 from launch import prepare
@@ -297,6 +298,7 @@ def test_shards_hold_the_images_labels_split_and_digests_of_the_data(tmp_path: P
     for ours, theirs in zip(everything(found), everything(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert found.info == expected.info
+    assert found.train.decoding == expected.train.decoding == decoding_digest()  # of the Pillow that cropped them
     assert len(list((tmp_path / "shards").glob("train-0*.npy"))) == 3
     np.testing.assert_array_equal(found.train.fetch([7], [True]), expected.train.fetch([7])[..., ::-1])
     pickle.loads(pickle.dumps(found.train)).fetch([11])

@@ -17,6 +17,7 @@ from common import crop, synthetic
 from common.config import DataConfig, identity, resolve
 from common.crop import center_crop, decode_square, read_rgb, read_square, to_rgb
 from common.datasets import FolderImages, load_data
+from common.decoding import decoding_digest, resizing_digest
 from common.emoji32 import concept, load_emoji32
 from common.errors import UserError
 from common.splits import held_out
@@ -161,6 +162,24 @@ def resize_rows(pixels: np.ndarray, length: int) -> np.ndarray:
     weights = cubic((np.arange(len(pixels))[None] + 0.5 - centers[:, None]) / scale)
     weights /= weights.sum(1, keepdims=True)
     return np.clip(np.floor(np.tensordot(weights, pixels, 1) + 0.5), 0, 255)
+
+
+def test_the_decoding_of_images_is_known_by_what_it_gives_not_by_a_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Data that Pillow decodes carry the digest; the same pixels have the same one, a grey level elsewhere another one."""
+    make_folder(tmp_path / "images", {"a": 3, "b": 3})
+    assert load_data(folder_config(tmp_path / "images")).train.decoding == decoding_digest()
+    assert load_data(DataConfig()).train.decoding is None  # stored losslessly and never scaled
+    found = decoding_digest()
+    decoding_digest.cache_clear()
+    monkeypatch.setattr(Image, "__version__", "99.0")
+    assert decoding_digest() == found and len(found) == 12
+    decoding_digest.cache_clear()
+    monkeypatch.setattr(crop, "_BICUBIC", Image.Resampling.BILINEAR)
+    try:
+        assert decoding_digest() != found
+    finally:
+        decoding_digest.cache_clear()
+    assert resizing_digest(lambda picture: picture) != resizing_digest(lambda picture: picture // 2)
 
 
 def test_center_crop_of_a_tall_image_is_the_filter_width_first() -> None:

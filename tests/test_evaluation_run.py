@@ -154,7 +154,7 @@ def test_finished_images_score_as_the_model_that_made_them(place, toy_protocol, 
         Image.fromarray(image).save(tmp_path / "made" / f"{number:05d}.png")
     shared = ["protocol=toy", f"reference={toy_protocol}", f"out={tmp_path}/out", "device=cpu", "batch=11"]
     run.work([f"run={place}/first", "num_images=40", *shared])
-    run.work([f"npz={tmp_path}/made.npz", "labels=balanced", "uint8=round", *shared])
+    run.work([f"npz={tmp_path}/made.npz", "labels=balanced", "uint8=round", "precision=fp32", *shared])
     run.work([f"images={tmp_path}/made", *shared])
     (model,) = [r for r in records(place / "first") if r["protocol"].get("name") == "toy"]
     npz, folder = sorted(map(read_record, (tmp_path / "out").rglob("result.json")), key=lambda record: record["protocol"]["samples"]["label_law"])
@@ -177,6 +177,20 @@ def test_finished_images_are_of_an_unknown_space_unless_it_is_given(place, toy_p
     assert [column.read(unknown).text for column in IDENTITY if column.key == "space"] == ["unknown"]
     schema = json.loads(SCHEMA_FILE.read_text())["properties"]["system"]["properties"]["space"]["enum"]
     assert tuple(schema) == SPACES
+
+
+def test_precision_and_rounding_are_the_users_and_in_the_hash(place, toy_protocol, tmp_path):
+    """The run's own settings hold unless the command sets others, and every combination is a protocol of its own."""
+    shared = [f"run={place}/second", "protocol=toy", f"reference={toy_protocol}", "num_images=40", "device=cpu"]
+    for changes in ([], ["precision=bf16"], ["uint8=truncate"], ["precision=tf32"]):
+        run.work([*shared, *changes])
+    found = {(r["protocol"]["samples"]["precision"], r["protocol"]["samples"]["uint8_rule"]): r for r in records(place / "second")}
+    assert set(found) == {("float32", "round_half_even"), ("bfloat16", "round_half_even"), ("float32", "truncate")}  # a CPU has no TF32
+    assert len({record["protocol_hash"] for record in found.values()}) == 3
+    for (precision, _), record in found.items():
+        assert record["sampling"]["dtype"] == record["speed"]["dtype"] == precision
+    scores = {key: record["metrics"]["fid"]["value"] for key, record in found.items()}
+    assert len(set(scores.values())) == 3  # all three are computed, not only written down
 
 
 def test_labels_are_drawn_as_the_protocol_says():
@@ -218,6 +232,14 @@ def test_images_of_the_wrong_size_are_refused(place, toy_protocol, tmp_path):
         (["npz=a", "space=latent"], "space"),
         (["run=a", "space=pixel"], "is known of models"),
         (["run=a", "labels=random"], "balanced labels"),
+        (["run=a", "protocol=adm256", "precision=half"], "auto, bf16, tf32, fp32"),
+        (["npz=a", "precision=auto"], "Say which"),
+        (["npz=a", "protocol=adm256", "data.path=b"], "compares with its own reference"),
+        (["npz=a", "ema=0.9"], "ema=0.9 is not read with npz="),
+        (["images=a", "seeds=[1,2]"], "seeds=.* is not read with images="),
+        (["run=a", "preset=demo"], "preset=demo is not read with run="),
+        (["run=a", "weights=b"], "weights=b is not read with protocol=embedded"),
+        (["run=a", "protocol=rfid", "labels=random"], "labels=random is not read with protocol=rfid"),
         (["run=a", "seeds=[]"], "at least one"),
         (["run=a", "seeds=[1,1]"], "all different"),
         (["run=a", "sede=1"], "unknown key 'sede'"),

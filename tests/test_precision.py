@@ -107,3 +107,18 @@ def test_presets_train_in_their_authors_precision(name: str) -> None:
             assert resolve(spec, {"preset": preset}).train.precision == TRAINED[name], preset
     assert resolve(spec, {"preset": "demo"}).train.precision == "auto"  # the demos
     assert set(TRAINED) <= set(registered())
+
+
+SAMPLED = {"jit": "bf16", "dsd": "fp32", "rae_decoder": "fp32"}  # the others: float32 with TF32, as in their authors' scripts
+TRUNCATED = ("rae", "repa", "reg")
+
+
+@pytest.mark.parametrize("name", sorted(TRAINED))
+def test_presets_sample_and_round_as_their_authors(name: str) -> None:
+    spec = get_spec(name)
+    for preset in load_presets(spec.presets):
+        if preset.startswith("imagenet"):
+            found = resolve(spec, {"preset": preset}).eval
+            assert (found.precision, found.uint8) == (SAMPLED.get(name, "tf32"), "truncate" if name in TRUNCATED else "round"), preset
+    demo = resolve(spec, {"preset": "demo"}).eval
+    assert (demo.precision, demo.uint8) == ("fp32", "round")  # one hash on CPUs and GPUs

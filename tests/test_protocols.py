@@ -16,16 +16,18 @@ import torch
 from jsonschema_rs import Draft202012Validator
 from PIL import Image
 
+from common.config import DataConfig
+from common.datasets import load_data
 from common.errors import UserError
 from common.splits import fixed_draw
 from evaluation import needed_files, reference
 from evaluation import samples as samples_module
 from evaluation.arrays import NpzImages, describe_arrays, read_floats
-from evaluation.features import Features
+from evaluation.features import EmbeddedExtractor, Features
 from evaluation.needed_files import NeededFile, checked, find, verify
 from evaluation.protocol import embedded_protocol, metric_hash, protocol_hash, protocol_name
 from evaluation.protocols import INCEPTION, PROTOCOLS, SampleRule, describe, get_protocol
-from evaluation.record import SCHEMA_FILE
+from evaluation.record import SCHEMA_FILE, read_record
 from evaluation.reference_files import build, read_built, read_reference, write_built
 from evaluation.samples import drawn_images
 
@@ -43,8 +45,10 @@ def described(name="adm256", weights="ab" * 32, given=REFERENCE, n_features=10_0
 
 def test_the_embedded_protocol_keeps_its_hash():
     extractor = SimpleNamespace(id="embedded-v1", sha256="ab" * 32, layer="pooled", resize="128", scaling="(x-127)/128", dims=320)
-    assert protocol_hash(embedded_protocol(extractor, "toy", "train-digest", "heldout-digest", 4599, 32, 1000)) == "0b7659ef853b"
-    assert protocol_hash(embedded_protocol(extractor, "toy", "t", None, 45990, 32, 50000)) == "45a11fa97648"
+    assert (
+        protocol_hash(embedded_protocol(extractor, "toy", "train-digest", "heldout-digest", 4599, 32, 1000)) == "0fdb92f63b67"
+    )  # evaluator 2: sampling precision in, names out
+    assert protocol_hash(embedded_protocol(extractor, "toy", "t", None, 45990, 32, 50000)) == "50a78f5d7a8f"
 
 
 def test_everything_that_moves_a_number_is_in_the_hash():
@@ -59,6 +63,11 @@ def test_everything_that_moves_a_number_is_in_the_hash():
         described(samples=replace(SAMPLES, label_law="balanced")),
         described(samples=replace(SAMPLES, uint8_rule="truncate")),
         described(samples=replace(SAMPLES, container="lossy")),
+        described(samples=replace(SAMPLES, container="lossy", decoding="0123456789ab")),
+        described(samples=replace(SAMPLES, precision="float32")),
+        described(samples=replace(SAMPLES, precision="bfloat16")),
+        described(given={**REFERENCE, "decoding": "0123456789ab"}),
+        describe(PROTOCOLS["clean"], "ab" * 32, REFERENCE, 10_000, 256, SAMPLES, resize_digest="0123456789ab"),
         describe(replace(PROTOCOLS["adm256"], extractor=card), "ab" * 32, REFERENCE, 10_000, 256, SAMPLES),
         *(described(name) for name in ("jit256", "pmf256", "clean", "fd_dinov2")),
     ]
@@ -72,6 +81,23 @@ def test_everything_that_moves_a_number_is_in_the_hash():
         assert protocol_hash(changed) != protocol_hash(variants[0]), path
     reordered = dict(reversed(variants[0].items()))
     assert protocol_hash(reordered) == protocol_hash(variants[0])
+
+
+def test_names_are_not_in_the_hash():
+    """Two laboratories with the same bytes under other names share a table: of folders, of built references, of the protocol itself."""
+    ours, theirs = (described(given={**REFERENCE, "id": name}) for name in ("imagenet", "ILSVRC2012"))
+    assert ours != theirs and protocol_hash(ours) == protocol_hash(theirs) and metric_hash(ours, "fid") == metric_hash(theirs, "fid")
+    assert protocol_hash({**ours, "name": "mine"}) == protocol_hash(ours)
+
+
+def test_the_committed_records_say_what_a_run_of_today_would():
+    source = load_data(DataConfig())
+    for path in sorted((ROOT / "evaluation/results").glob("*.json")):
+        kept = read_record(path)["protocol"]
+        made = ("round_half_even", "float32", source.train.decoding)
+        sizes = (len(source.train), 32, kept["samples"]["n"])
+        today = embedded_protocol(EmbeddedExtractor, "emoji32", source.train.digest, source.heldout.digest, *sizes, *made)
+        assert today == kept, path
 
 
 def test_a_metrics_own_hash_forgets_other_estimators():
@@ -269,6 +295,7 @@ class Projections:
     """A stand-in for Inception: 6 numbers of an 8 x 8 image, 3 of them as logits, 5 more as its map."""
 
     id, sha256, layer, resize, scaling, dims, spatial_dims, num_classes = "linear", "0" * 64, "projections", "none", "x/255", 6, 5, 3
+    resize_digest = None
     comparable_with_inception_fid, device = False, torch.device("cpu")
 
     def __call__(self, images):

@@ -98,6 +98,7 @@ class Projections:
     """Stands in for the extractor: 12 numbers of an image shrunk to 8 pixels."""
 
     id, sha256, layer, resize, scaling, dims, num_classes = "embedded-v1", "0" * 64, "projections", "8", "x/255", 12, 5
+    resize_digest = None
     comparable_with_inception_fid, device = False, torch.device("cpu")
 
     def __init__(self, device):
@@ -124,7 +125,7 @@ def source(size=16, held_out=45):
 
 
 def measured(factor, folder, n=1000, **changes):
-    run = SimpleNamespace(eval=SimpleNamespace(num_images=n, batch=7))
+    run = SimpleNamespace(eval=SimpleNamespace(num_images=n, batch=7, precision="fp32", uint8="round"))
     return evaluate_reconstruction(Blur(factor), run, source(**changes), "cpu", folder)
 
 
@@ -200,6 +201,6 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
         def decode(self, latents):
             return super().decode(latents) * float("nan")
 
-    run = SimpleNamespace(eval=SimpleNamespace(num_images=30, batch=7))
+    run = SimpleNamespace(eval=SimpleNamespace(num_images=30, batch=7, precision="fp32", uint8="round"))
     with pytest.raises(UserError, match="NaN or infinity"):
         evaluate_reconstruction(Broken(2), run, source(), "cpu", tmp_path)
