@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common import checkpoint
 from common.checkpoint import Checkpoint
+from common.compiled import compile_blocks
 from common.config import TrainConfig
 from common.ema import Ema, build_emas
 from common.errors import UserError
@@ -55,9 +57,10 @@ class Stopped(Exception):
         self.signal_number = int(signal.Signals[signal_name])
 
 
-def make_accelerator(settings: TrainConfig, folder: Path | None = None, phases: int = 1, timeout_min: float = COLLECTIVE_TIMEOUT_MIN) -> Accelerator:
+def make_accelerator(settings: TrainConfig, folder: Path | None = None, timeout_min: float = COLLECTIVE_TIMEOUT_MIN) -> Accelerator:
     """Processes, device, precision of products (common/precision.py) and trackers; parameters and optimizer state stay fp32.
 
+    A process has one at a time: a later run of a sweep may have another precision, and an earlier accelerator then has it too.
     timeout_min: minutes that a process waits for the others in a collective.
     """
     for package in settings.trackers:
@@ -67,10 +70,15 @@ def make_accelerator(settings: TrainConfig, folder: Path | None = None, phases: 
         torch.set_num_threads(settings.threads)
     precision = resolve_precision(settings.precision, join_processes(timeout_min=timeout_min).device)
     set_float32_products(precision)
-    unused = DistributedDataParallelKwargs(find_unused_parameters=phases > 1)  # a phase leaves the other phase's networks alone
-    return Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=[unused], log_with=list(settings.trackers) or None, project_dir=folder
-    )
+    AcceleratorState._reset_state()  # keeps the processes' connection
+    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", log_with=list(settings.trackers) or None, project_dir=folder)
+
+
+def replicate(method: Method, accelerator: Accelerator) -> nn.Module:
+    """The method with gradients averaged over the processes, each of which holds all of it; the method itself where there is one process."""
+    several = len(method.phases) > 1  # each leaves the others' networks alone
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=several, gradient_as_bucket_view=True)
+    return accelerator.prepare_model(method)
 
 
 def split_batch(settings: TrainConfig, processes: int) -> tuple[int, int]:
@@ -105,7 +113,7 @@ def prepare_batch(batch: dict[str, Tensor], device: torch.device) -> Batch:
     return {name: value.float().div_(127.5).sub_(1.0) if value.dtype == torch.uint8 else value for name, value in moved.items()}
 
 
-def everyones(batches: Iterator[Batch], processes: int) -> Iterator[Batch]:
+def everyones(batches: Iterator[Batch], processes: int) -> Generator[Batch, None, None]:
     """The micro-batches of all processes, in the order in which one process would see them: statistics must not depend on the number of processes."""
     for batch in batches:
         if processes == 1:
@@ -117,12 +125,25 @@ def everyones(batches: Iterator[Batch], processes: int) -> Iterator[Batch]:
         yield from ({name: values[rank] for name, values in gathered.items()} for rank in range(processes))
 
 
+def look_at_the_data(method: Method, make_batches: MakeBatches, micro_batches_a_step: int, accelerator: Accelerator) -> None:
+    """`before_training` with the training's own batches from step 0 on, in the training's precision, so that both see the same features.
+
+    The loader processes start when the first batch is asked for, and end here.
+    """
+
+    def own() -> Iterator[Batch]:
+        for batches in make_batches(0, micro_batches_a_step):
+            yield from (prepare_batch(batch, accelerator.device) for batch in batches)
+
+    with contextlib.closing(everyones(own(), accelerator.num_processes)) as batches, accelerator.autocast():
+        method.before_training(batches)
+
+
 def prepare_blocks(method: Method, settings: TrainConfig) -> None:
-    """Compiles and recomputes blocks as the settings ask. Copies of the method are made before: a recomputed block stays bound to this one."""
+    """Compiles and recomputes blocks as the settings ask. Copies of the method are made before: a changed block stays bound to this one."""
     if settings.compile:
-        for block in method.blocks():
-            block.compile()
-    if settings.recompute_blocks:
+        compile_blocks(method, settings.recompute_blocks)
+    elif settings.recompute_blocks:
         recompute_blocks(method)
 
 
@@ -291,12 +312,11 @@ def train(
     if resumed:
         load_own_state(method, resumed[0].tensors["model"])
     else:
-        own = (prepare_batch(batch, accelerator.device) for batches in make_batches(0, micro_batches_a_step) for batch in batches)
-        method.before_training(everyones(own, accelerator.num_processes))
+        look_at_the_data(method, make_batches, micro_batches_a_step, accelerator)
     spread = sharding == "fsdp2" and accelerator.num_processes > 1
     blank = hollow(method) if spread else None
     prepare_blocks(method, settings)
-    model: nn.Module = shard(method, accelerator) if spread else accelerator.prepare_model(method)
+    model: nn.Module = shard(method, accelerator) if spread else replicate(method, accelerator)
     bf16 = accelerator.mixed_precision == "bf16"
     optimizers = {phase: build_optimizers(method.parameters_of(phase), settings, bf16) for phase in method.phases}
     state = TrainState(method, optimizers, build_emas(method.averaged_parameters(), settings), settings, folder, identity, accelerator, Meters(), blank)

@@ -71,7 +71,7 @@ def study(run: RunConfig, heldout: int) -> list[Row]:
     method.load_external()
     rows = [{"step": 0, "images": 0, **measure(method, held_out(source), heldout)}]
     with tempfile.TemporaryDirectory() as folder:
-        accelerator = make_accelerator(run.train, Path(folder), len(method.phases))
+        accelerator = make_accelerator(run.train, Path(folder))
 
         def preview(state: TrainState) -> None:
             with state.weights("raw") as current:

@@ -123,7 +123,7 @@ def run_one(run: RunConfig) -> str:
     with torch.device("meta"):
         method_class(run.model, info)  # refuses impossible settings before anything is allocated or written
     model = with_stages(run, partial(train_stage, waiting=run))
-    accelerator = make_accelerator(run.train, run_folder(run), len(method_class.phases), run.cluster.collective_timeout_min)
+    accelerator = make_accelerator(run.train, run_folder(run), run.cluster.collective_timeout_min)
     split_batch(run.train, accelerator.num_processes)
     with accelerator.main_process_first():
         folder = open_folder(run) if accelerator.is_main_process else run_folder(run)

@@ -162,7 +162,10 @@ class Method(nn.Module):
         return images_seen
 
     def before_training(self, batches: Iterator[Batch]) -> None:
-        """Called once before step 0 of a fresh run (latent statistics into buffers). Not called on resume."""
+        """Called once before step 0 of a fresh run (latent statistics into buffers), under the training's autocast. Not called on resume.
+
+        batches: endless, the micro-batches of all processes. Nothing is read before the first one is asked for.
+        """
 
     def after_step(self, step: int) -> None:
         """Called after the optimizers of a step (a teacher that is part of the loss). State goes into buffers or parameters."""

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch._dynamo.utils import counters
 from torch.nn.utils.spectral_norm import SpectralNorm
 from toys import TinyGan
 
+from common import compiled
 from common.config import TrainConfig, resolve
 from common.datasets import ArrayImages
 from common.loader import TrainingPlan, training_batches
@@ -26,9 +28,12 @@ STEPS, BATCH, MICRO_BATCH, PROCESSES = 2, 8, 2, 2  # two micro-batches a process
 STATISTICS = {"stat_images"}  # settings that say how many images are looked at before the training
 GAN = "two phases"  # the toy with a discriminator that starts late, and a teacher
 RECOMPUTED = "jit with recomputed blocks"  # by several processes; the one beside which they stand keeps everything
+COMPILED = "jit with compiled blocks"  # likewise
+GRAPHS_OF_JIT = 2  # its blocks with and without context tokens
 VARIANTS = {
     "dsd with a discriminator": ("dsd", {"model.gan_weight": "0.1", "model.gan_start": str(BATCH), "model.discriminator_widths": "[8,8]"}),
     RECOMPUTED: ("jit", {}),
+    COMPILED: ("jit", {}),
 }  # name -> method, settings
 INFO = DataInfo("synthetic", num_classes=10, image_size=32, num_train=40)
 
@@ -83,11 +88,12 @@ def fit(name: str, folder: Path, sharding: str = "ddp") -> TrainState:
     settings.eps = 1e-3  # far above rounding: Adam divides by the size of a gradient and would magnify the rounding of one that is nearly zero
     settings.log_images, settings.checkpoint_images, settings.keep_checkpoints = BATCH, BATCH, STEPS
     settings.recompute_blocks = name == RECOMPUTED and "RANK" in os.environ
+    settings.compile = name == COMPILED and "RANK" in os.environ
     method = build(name)
     size, classes = method.data.image_size, method.data.num_classes
     rng = np.random.Generator(np.random.PCG64(0))
     images = ArrayImages(rng.integers(0, 256, (INFO.num_train, 3, size, size), dtype=np.uint8), rng.integers(0, classes, INFO.num_train), "noise")
-    accelerator = make_accelerator(settings, folder, len(method.phases))
+    accelerator = make_accelerator(settings, folder)
     folder.mkdir(parents=True, exist_ok=True)
     plan = TrainingPlan(images.labels, BATCH, seed=0, balanced=True)
     batches = partial(feed, images, plan, accelerator.process_index, accelerator.num_processes)
@@ -120,12 +126,22 @@ def together(folder: Path, names: Sequence[str]) -> None:
         raise AssertionError("\n".join(f"exit code {child.returncode} after\n{text}" for child, text in zip(children, printed, strict=True)))
 
 
+def check_graphs(name: str) -> None:
+    """The wrapper for several processes cuts no block into pieces, and makes no kind of block of its own."""
+    graphs = counters["stats"]["unique_graphs"]
+    counters.clear()
+    assert graphs == (GRAPHS_OF_JIT if name == COMPILED else 0), f"{graphs} graphs"
+
+
 def main(folder: Path, names: Sequence[str]) -> None:
     """One of the processes."""
     torch.set_num_threads(1)
+    compiled.BACKEND = "aot_eager"  # dynamo and autograd as for a user, without the minutes of a C++ compiler
     for name in names:
         fit(name, folder / f"{name}-ddp")
+        check_graphs(name)
         state = fit(name, folder / f"{name}-fsdp2", "fsdp2")
+        check_graphs(name)
         if isinstance(state.method, JiTMethod):
             images = draw(state)
             if state.accelerator.is_main_process:

@@ -2,25 +2,32 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import resource
 import signal
 import subprocess
 import sys
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from toys import INFO, Killed, TinyGan, fit, settings, state_of, tiny_jit
+from toys import INFO, Killed, TinyGan, batches_until, fit, settings, state_of, tiny_jit, toy_images
 
 from common import checkpoint
 from common.ema import Ema
 from common.errors import UserError
+from common.latents import FeatureTable
+from common.loader import TrainingPlan, training_batches
 from common.meters import read_rows, truncate_rows
 from common.optim import build_optimizers, learning_rate
-from common.trainer import Stopped, make_accelerator
+from common.seeds import Noise
+from common.trainer import Stopped, make_accelerator, replicate, train
 from methods.base import Method, ParamGroup
+from methods.jit.config import JiTSample
 
 METHODS = {"jit": tiny_jit, "gan": TinyGan}
 
@@ -206,15 +213,6 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
 
 
 def test_previews_and_evaluation_cannot_disturb_training(tmp_path):
-    from functools import partial
-
-    from toys import batches_until, toy_images
-
-    from common.loader import TrainingPlan
-    from common.seeds import Noise
-    from common.trainer import train
-    from methods.jit.config import JiTSample
-
     config = settings()
     plan = TrainingPlan(toy_images().labels, config.batch, 3, balanced=True)
 
@@ -227,6 +225,49 @@ def test_previews_and_evaluation_cannot_disturb_training(tmp_path):
     (tmp_path / "seen").mkdir()
     seen = train(tiny_jit(), config, batches, tmp_path / "seen", 3, "toy", make_accelerator(config), [(24, preview)])
     assert_equal_states(state_of(fit(tiny_jit(), tmp_path / "plain")), state_of(seen))
+
+
+@pytest.mark.parametrize(("name", "loaders"), [("jit", 1), ("gan", 2)])
+def test_loader_processes_are_those_of_the_training_alone(tmp_path, name, loaders):
+    """Reading for `before_training` starts when it asks, and ends with it; its processes used to stay, prefetching, for the whole run."""
+    config = settings(images=24)
+    plan, made, alive = TrainingPlan(toy_images().labels, config.batch, 3, balanced=True), [], []
+
+    def batches(start_step, accumulation):
+        made.append(start_step)
+        return training_batches(toy_images(), plan, start_step, config.batch, accumulation, workers=2)
+
+    def count(state):
+        alive.append(len(multiprocessing.active_children()))
+
+    before = len(multiprocessing.active_children())
+    train(METHODS[name](), config, batches, tmp_path, 3, "toy", make_accelerator(config), [(8, count)])
+    assert [number - before for number in alive] == [2, 2, 2] and made == [0] * loaders
+    assert len(multiprocessing.active_children()) == before
+
+
+def test_features_seen_before_the_training_are_those_of_the_training(tmp_path):
+    """In bf16 a remembered row was a float32 computation if `before_training` asked first, and another one after a resume."""
+
+    class Remembering(TinyGan):
+        phases = ("generator",)
+
+        def __init__(self):
+            super().__init__()
+            self.features_of = FeatureTable(lambda images: (self.discriminator(images.flatten(1)),), INFO.num_train)
+
+        def before_training(self, batches):
+            self.first = [(batch["index"], self.features_of(batch)[0].clone()) for batch in islice(batches, 2)]
+
+        def forward(self, phase, batch, step):
+            fresh = FeatureTable(self.features_of.compute, INFO.num_train)
+            assert torch.equal(self.features_of(batch)[0], fresh(batch)[0]) and fresh(batch)[0].dtype == torch.bfloat16
+            return super().forward(phase, batch, step)
+
+    method = Remembering()
+    method.discriminator.requires_grad_(False)
+    fit(method, tmp_path, settings(precision="bf16", images=24))
+    assert len(method.first) == 2
 
 
 def test_two_processes_equal_two_micro_batches(tmp_path):
@@ -314,6 +355,24 @@ def test_ema_decay_and_halflife():
     with ema.applied({"p": p}):
         assert p.item() == pytest.approx(1 - 0.9**3, abs=1e-6)
     assert p.item() == 1.0
+
+
+def test_runs_of_one_process_may_have_different_precisions(tmp_path):
+    """As in a sweep `train.precision=bf16,fp32`: accelerate refused the second one."""
+    first = fit(tiny_jit(), tmp_path / "first", settings(images=16))
+    mixed = fit(tiny_jit(), tmp_path / "mixed", settings(images=16, precision="bf16"))
+    again = fit(tiny_jit(), tmp_path / "again", settings(images=16))
+    assert_equal_states(state_of(first), state_of(again))
+    assert not torch.equal(mixed.method.network.final.linear.weight, first.method.network.final.linear.weight)
+
+
+def test_only_methods_with_several_phases_look_for_unused_parameters():
+    """The phases of this network count, and not those that its class may have; gradients live in the buckets that are exchanged."""
+    accelerator = make_accelerator(settings())
+    for method, several in ((tiny_jit(), False), (TinyGan(), True)):
+        replicate(method, accelerator)
+        asked = accelerator.ddp_handler.to_kwargs()
+        assert asked == {"gradient_as_bucket_view": True} | ({"find_unused_parameters": True} if several else {})
 
 
 def test_unknown_optimizer_kind_is_refused():

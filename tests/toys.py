@@ -84,7 +84,7 @@ def fit(method: Method, folder: Path, config: TrainConfig | None = None, stop_af
     config = config or settings()
     images = toy_images()
     plan = TrainingPlan(images.labels, config.batch, seed, balanced=True)
-    accelerator = make_accelerator(config, folder, len(method.phases))
+    accelerator = make_accelerator(config, folder)
     folder.mkdir(exist_ok=True)
     batches = partial(batches_until, images, plan, config, accelerator.process_index, accelerator.num_processes, stop_after)
     return train(method, config, batches, folder, seed, "toy", accelerator)

@@ -240,7 +240,7 @@ class RegMethod(RepaMethod):
 
     def before_training(self, batches: Iterator[Batch]) -> None:
         if self.config.standardise:
-            tokens = torch.cat([self.features_of(batch)[1] for batch in islice(batches, STATISTICS_BATCHES)])
+            tokens = torch.cat([self.features_of(batch)[1].float() for batch in islice(batches, STATISTICS_BATCHES)])
             self.class_mean.copy_(tokens.mean(dim=0))
             self.class_std.copy_(tokens.std(dim=0).clamp(min=LEAST_STD))
 
