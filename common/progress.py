@@ -25,3 +25,8 @@ def progress_bar(title: str, total: int, initial: int = 0, unit: str = " images"
         dynamic_ncols=terminal,
         file=sys.stderr,
     )
+
+
+def print_beside_bar(line: str) -> None:
+    """Prints to stderr a line that a progress bar, where one is shown, neither follows nor overwrites."""
+    tqdm.write(line, file=sys.stderr)

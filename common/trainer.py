@@ -25,7 +25,7 @@ from common import checkpoint
 from common.checkpoint import Checkpoint
 from common.compiled import compile_blocks
 from common.config import TrainConfig
-from common.ema import Ema, build_emas
+from common.ema import START_SHARE, Ema, build_emas, shortened_averages
 from common.errors import UserError
 from common.files import append_row
 from common.memory import recompute_blocks
@@ -33,7 +33,7 @@ from common.meters import Meters, truncate_rows
 from common.optim import build_optimizers, learning_rate, set_learning_rate
 from common.precision import resolve_precision, set_float32_products
 from common.processes import COLLECTIVE_TIMEOUT_MIN, join_processes
-from common.progress import progress_bar
+from common.progress import print_beside_bar, progress_bar
 from common.seeds import seed_step
 from common.sharding import communicating, filled, hollow, placed_like, shard, whole, whole_parameters
 from common.signals import StopRequest
@@ -181,6 +181,7 @@ class TrainState:
     start: int = 0  # the step that this start took up
     seconds: float = 0.0  # in the loop, over all resumed parts; interludes and checkpoints not counted
     saved: Path | None = None
+    told_of_start: bool = False  # that an average is mostly its beginning
 
     @contextlib.contextmanager
     def weights(self, ema: str) -> Iterator[Method]:
@@ -196,6 +197,20 @@ class TrainState:
                 yield method.eval()
         finally:
             self.method.train(was_training)
+
+    @contextlib.contextmanager
+    def preview_weights(self, ema: str) -> Iterator[Method]:
+        """As `weights`, but raw ones while the average is mostly its beginning, which would show as grey pictures; says so once."""
+        average = next((e for e in self.emas if e.name == ema), None)
+        share = average.start_share(self.step, self.settings.batch) if average else 0.0
+        if share > START_SHARE and self.accelerator.is_main_process and not self.told_of_start:
+            print_beside_bar(
+                f"after {self.step * self.settings.batch} images the average {ema} is still {share:.0%} initial weights: previews show the raw weights until "
+                f"it is {START_SHARE:.0%}, and scores of curve.jsonl, which are the average's, are too bad until then"
+            )
+            self.told_of_start = True
+        with self.weights("raw" if share > START_SHARE else ema) as method:
+            yield method
 
     @contextlib.contextmanager
     def _own_method(self, average: Ema | None) -> Iterator[Method]:
@@ -389,6 +404,8 @@ class _Logger:
         self.alarmed: set[str] = set()
         if self.main:
             truncate_rows(self.file, state.step)
+            for sentence in [] if state.step else shortened_averages(state.settings):
+                print(sentence, file=sys.stderr)
         if state.settings.trackers:
             state.accelerator.init_trackers("pixlat", init_kwargs={"wandb": {"name": state.folder.name, "resume": "allow"}})
         self.last = (time.perf_counter(), state.step)
@@ -429,7 +446,7 @@ class _Logger:
             append_row(self.file, row | {"images_per_s": images / seconds, "seconds": state.seconds})
             for name, alarm in state.method.alarms(means).items():
                 if name not in self.alarmed:
-                    self.bar.write(f"warning after {row['images']} images: {alarm}", sys.stderr)
+                    print_beside_bar(f"warning after {row['images']} images: {alarm}")
                     self.alarmed.add(name)
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in means.items() if name.endswith("loss")})
         if state.settings.trackers:

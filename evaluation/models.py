@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.config import RunConfig, ema_names, evaluated_ema, flatten, resolve
+from common.config import RunConfig, evaluated_ema, flatten, resolve
 from common.errors import UserError
 from common.files import parse_json, read_text
 from common.saved_config import IMPORTED_IDENTITY, check_config, read_config
@@ -114,6 +114,7 @@ def finished(folder: Path) -> Record | None:
 
 def load_run(folder: Path, overrides: Mapping[str, str], ema: str | None, device: torch.device) -> Model:
     """The newest whole checkpoint of a run folder, with the average that the run evaluates, or another one."""
+    from common.ema import decays_by_name
     from common.external import run_weights
     from common.precision import executed_precision
     from common.trainer import load_own_state
@@ -123,7 +124,7 @@ def load_run(folder: Path, overrides: Mapping[str, str], ema: str | None, device
     method, info = build(run)
     load_own_state(method, weights.state)
     name = ema or evaluated_ema(run)
-    decays = dict(zip(ema_names(run.train), run.train.ema_decay, strict=False))
+    decays = decays_by_name(run.train)
     record = finished(folder)
     step = (record or {}).get("checkpoint", {}).get("step")
     checkpoint = {"sha256": weights.sha256, "step": step, "ema_decay": decays.get(name), "ema_kind": name}

@@ -9,6 +9,7 @@ from typing import Any
 
 from common.checkpoint import save_tensors, sha256_of
 from common.config import RunConfig, TrainConfig, ema_names, identity_of, published_score
+from common.ema import decays_by_name
 from common.errors import UserError
 from common.external import RunWeights, run_weights
 from common.files import write_whole
@@ -30,8 +31,9 @@ def export_run(folder: Path, to: Path, ema: str | None, licence: str) -> str:
     to.mkdir(parents=True, exist_ok=True)
     imported = imported_facts(folder, weights.facts)
     name = ema or run.eval.ema or next(iter(ema_names(run.train)), "raw")
-    decay = dict(zip(ema_names(run.train), run.train.ema_decay, strict=False)).get(name, "")
-    metadata = {"format": "pt", "method": run.method, "ema": name, "ema_decay": str(decay), "licence": licence, "checkpoint_sha256": weights.sha256}
+    decay = decays_by_name(run.train).get(name)
+    told = "" if decay is None else str(decay)
+    metadata = {"format": "pt", "method": run.method, "ema": name, "ema_decay": told, "licence": licence, "checkpoint_sha256": weights.sha256}
     metadata["config_identity"] = identity_of(weights.config)  # `import` compares it with the config.yaml beside the file
     save_tensors({key: tensor.contiguous() for key, tensor in weights.state.items()}, to / WEIGHTS, metadata)
     for file in ("config.yaml", DATA):

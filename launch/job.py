@@ -223,7 +223,7 @@ def draw_preview(job: Job, state: TrainState) -> None:
     The other processes wait for it in the next step, at most cluster.collective_timeout_min minutes. A grid takes seconds or minutes.
     """
     picture = job.folder / f"previews/images-{state.step * job.run.train.batch:09d}.png"
-    with state.weights(evaluated_ema(job.run)) as method:
+    with state.preview_weights(evaluated_ema(job.run)) as method:
         if job.main and not (state.step == state.start and picture.exists()):
             picture.parent.mkdir(exist_ok=True)
             images, names = sample_grid(job, method) if job.generates else reconstruction_grid(job, method)

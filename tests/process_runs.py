@@ -25,6 +25,7 @@ from methods.jit.config import JiTSample
 from methods.jit.method import JiTMethod
 
 STEPS, BATCH, MICRO_BATCH, PROCESSES = 2, 8, 2, 2  # two micro-batches a process and step
+EMA = 0.3  # of few steps: with a longer memory the run would take a shorter one
 STATISTICS = {"stat_images"}  # settings that say how many images are looked at before the training
 GAN = "two phases"  # the toy with a discriminator that starts late, and a teacher
 RECOMPUTED = "jit with recomputed blocks"  # by several processes; the one beside which they stand keeps everything
@@ -84,7 +85,7 @@ def made_up(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def fit(name: str, folder: Path, sharding: str = "ddp") -> TrainState:
     """STEPS steps of a method, a checkpoint after each; goes on if there are checkpoints."""
-    settings = TrainConfig(images=STEPS * BATCH, batch=BATCH, micro_batch=MICRO_BATCH, lr=1e-3, clip_grad=1.0, ema_decay=[0.5])
+    settings = TrainConfig(images=STEPS * BATCH, batch=BATCH, micro_batch=MICRO_BATCH, lr=1e-3, clip_grad=1.0, ema_decay=[EMA])
     settings.eps = 1e-3  # far above rounding: Adam divides by the size of a gradient and would magnify the rounding of one that is nearly zero
     settings.log_images, settings.checkpoint_images, settings.keep_checkpoints = BATCH, BATCH, STEPS
     settings.recompute_blocks = name == RECOMPUTED and "RANK" in os.environ
@@ -107,7 +108,7 @@ def feed(images: ArrayImages, plan: TrainingPlan, rank: int, world: int, start_s
 
 def draw(state: TrainState) -> torch.Tensor:
     """Two images from the averaged weights, whatever holds them."""
-    with state.weights("0.5") as method, torch.no_grad():
+    with state.weights(str(EMA)) as method, torch.no_grad():
         return method.sample(torch.tensor([1, 2]), Noise([1, 2]), JiTSample(steps=2))
 
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from process_runs import GAN, STEPS, VARIANTS, build, draw, fit, together
+from process_runs import EMA, GAN, STEPS, VARIANTS, build, draw, fit, together
 
 from common import checkpoint
 from common.files import read_rows
@@ -67,7 +67,7 @@ def test_two_processes_give_the_losses_and_weights_of_one(one, two, folder, shar
     frozen = {key: p for key, p in result.method.named_parameters() if key in saved["model"] and not p.requires_grad}  # a teacher that `after_step` moves
     assert_same_movement({key: saved["model"][key] for key in frozen}, frozen, start)
     assert_same_movement({key: saved["model"][key] for key in parameters}, parameters, start)
-    assert_same_movement(saved["ema-0.5"], average, start)
+    assert_same_movement(saved[f"ema-{EMA}"], average, start)
 
 
 @pytest.mark.parametrize("one", ["jit", "pmf", GAN], indirect=True)
@@ -84,7 +84,7 @@ def test_a_checkpoint_of_one_process_goes_on_with_fsdp2(two):
     states = [checkpoint.load(checkpoint.latest(two / f"jit-{kind}/checkpoints")).tensors for kind in ("start", "ddp")]
     assert states[0].keys() == states[1].keys()
     start = dict(build("jit").named_parameters())
-    for stem in ("model", "ema-0.5"):
+    for stem in ("model", f"ema-{EMA}"):
         assert_same_movement(*({key: state[stem][key] for key in start.keys() & state[stem].keys()} for state in states), start)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -18,7 +19,7 @@ from torch import nn
 from toys import INFO, Killed, TinyGan, batches_until, fit, settings, state_of, tiny_jit, toy_images
 
 from common import checkpoint
-from common.ema import Ema
+from common.ema import Ema, decays_by_name, effective_decay, effective_halflife
 from common.errors import UserError
 from common.latents import FeatureTable
 from common.loader import TrainingPlan, training_batches
@@ -355,6 +356,61 @@ def test_ema_decay_and_halflife():
     with ema.applied({"p": p}):
         assert p.item() == pytest.approx(1 - 0.9**3, abs=1e-6)
     assert p.item() == 1.0
+
+
+def test_a_run_too_short_for_its_average_has_a_shorter_one():
+    """decay^steps <= 0.1 is kept; otherwise 1 - 5 / steps, which leaves e^-5 of the initial weights and spans the last fifth of the run."""
+    assert effective_decay(0.999, 2302) == 0.999 and 0.999**2302 < 0.1
+    assert effective_decay(0.999, 2301) == 1 - 5 / 2301 and 0.999**2301 > 0.1
+    assert [effective_decay(0.999, steps) for steps in (0, 3, 5, 400)] == [0.999, 0.0, 0.0, 0.9875]
+    assert effective_decay(0.9875, 400) == 0.9875, "a shorter average is not made shorter again"
+    assert effective_halflife(100.0, 0.0, steps=100, batch=4) == 100.0
+    shorter = effective_halflife(200.0, 0.0, steps=100, batch=4)
+    assert shorter == pytest.approx(400 * math.log(2) / 5) and 0.5 ** (400 / shorter) == pytest.approx(math.exp(-5))
+    assert effective_halflife(5e5, 0.05, steps=100, batch=4) == 5e5, "a ramp forgets the start at once"
+    assert effective_halflife(5e5, 0.9, steps=2, batch=4) < 10
+
+
+def test_an_average_tells_how_much_of_it_is_its_start():
+    """As measured on an average of a parameter that is 1 at first and 0 afterwards."""
+    for asked in ({"decay": 0.9}, {"halflife_images": 30.0}, {"halflife_images": 30.0, "rampup": 0.5}):
+        ema = Ema("a", {"p": torch.ones(1, dtype=torch.float64)}, **asked)
+        for step in range(1, 8):
+            ema.update({"p": nn.Parameter(torch.zeros(1, dtype=torch.float64))}, 4 * step, 4)
+        assert ema.start_share(7, 4) == pytest.approx(float(ema.average["p"]), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["decay", "half-life"])
+def test_the_average_of_a_short_run_has_forgotten_its_start(tmp_path, capsys, kind):
+    """0.999^20 = 98 %: samples were noise at the end of the run. The average keeps its name, and the run says what it does."""
+    asked = {"ema_decay": [0.999]} if kind == "decay" else {"ema_decay": [], "ema_halflife_images": [1e5]}
+    result = fit(tiny_jit(), tmp_path, settings(**asked))
+    (ema,) = result.emas
+    used = 0.75 if kind == "decay" else 160 * math.log(2) / 5
+    assert (ema.decay, ema.halflife_images) == ((used, None) if kind == "decay" else (None, pytest.approx(used)))
+    assert ema.name == ("0.999" if kind == "decay" else "100000img") and ema.start_share(20, 8) < 0.01
+    told = capsys.readouterr().err
+    assert told.count(f"is too long an average for a run of 20 steps, which would leave its samples mostly initial noise; {used:.6g} is used instead.") == 1
+    assert decays_by_name(result.settings) == {ema.name: ema.decay}
+    fit(tiny_jit(), tmp_path, settings(**asked))
+    assert "too long an average" not in capsys.readouterr().err, "it is said at the start of the run, and not when it goes on"
+
+
+def test_previews_show_raw_weights_while_the_average_is_its_beginning(tmp_path, capsys):
+    config = settings(images=240, ema_decay=[0.9])  # 0.9^30 = 4 % at the end, 0.9^21 = 11 %, 0.9^22 = 9.8 %
+    shown = {}
+
+    def preview(state):
+        with state.preview_weights("0.9") as method:
+            weight = method.network.final.linear.weight.detach().clone()
+        raw, average = state.method.network.final.linear.weight, state.emas[0].average["network.final.linear.weight"]
+        shown[state.step] = "raw" if torch.equal(weight, raw) else "average" if torch.equal(weight, average) else "neither"
+
+    plan = TrainingPlan(toy_images().labels, config.batch, 3, balanced=True)
+    batches = partial(batches_until, toy_images(), plan, config, 0, 1, None)
+    train(tiny_jit(), config, batches, tmp_path, 3, "toy", make_accelerator(config), [(8, preview)])
+    assert shown == {step: "raw" if step <= 21 else "average" for step in range(1, 31)}
+    assert capsys.readouterr().err.count("after 8 images the average 0.9 is still 90% initial weights: previews show the raw weights until it is 10%") == 1
 
 
 def test_runs_of_one_process_may_have_different_precisions(tmp_path):
