@@ -12,6 +12,9 @@ networks do to speed and memory, each beside the plain run.
 files and at random as training does: divide what your GPUs take by it for the number of loader processes.
 
 `python evaluation/speed.py frechet [dims]` times the Fréchet distance against torch-fidelity's and clean-fid's, in one run on the same statistics.
+
+`python evaluation/speed.py neighbours 256 512` times the search for nearest training images (neighbours.png) of a whole run at these sizes, now and as
+it was first, on a GPU where there is one.
 """
 
 from __future__ import annotations
@@ -62,6 +65,8 @@ def measurements(arguments: list[str]) -> Iterator[dict[str, Any]]:
     kind, rest = arguments[0], arguments[1:]
     if kind == "frechet":
         yield measure_frechet(rest)
+    elif kind == "neighbours":
+        yield from measure_neighbours(rest)
     elif kind == "data":
         yield measure_data(resolve(get_spec(RunConfig.method), next(sweep(split_overrides(rest)))))
     elif kind == "knobs":
@@ -94,6 +99,18 @@ def measure_frechet(arguments: list[str]) -> dict[str, Any]:
     if arguments and not arguments[0].isdigit():
         raise UserError(f"frechet {arguments[0]}: the number of dimensions is wanted, for example frechet 2048.")
     return compare(int(arguments[0]) if arguments else 2048)
+
+
+def measure_neighbours(arguments: list[str]) -> Iterator[dict[str, Any]]:
+    """The comparison of searches at each of the given sizes."""
+    import torch
+
+    from evaluation.neighbour_speed import compare
+
+    if odd := [each for each in arguments if not each.isdigit() or int(each) == 0]:
+        raise UserError(f"neighbours {odd[0]}: sizes of images are wanted, for example neighbours 256 512.")
+    for size in arguments or ["256"]:
+        yield compare(int(size), device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def measure_data(run: RunConfig) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def test_large_images_of_the_extremes_are_exact() -> None:
 def test_every_training_image_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.pictures.BLOCK_VALUES", 5 * 3 * 8 * 8)
     images, read = image_set(noise(23)), []
-    monkeypatch.setattr(images, "_read", lambda indices: read.extend(indices) or images.images[indices])
+    monkeypatch.setattr(images, "fetch", lambda indices: read.extend(indices) or images.images[indices])
     nearest(noise(7, seed=2), images, mirrored=True)
     assert read == list(range(23))
 

@@ -44,3 +44,17 @@ def test_data_are_timed_in_both_orders(monkeypatch, capsys):
     assert speed.main(["data", "data=synthetic", "data.image_size=16"]) == 0
     measured = json.loads(capsys.readouterr().out)
     assert measured["images"] == 4600 and min(measured["images_per_s_in_order"], measured["images_per_s_random"]) > 10
+
+
+def test_the_search_for_neighbours_is_timed_against_its_first_version():
+    from evaluation.neighbour_speed import compare
+
+    measured = compare(16, searched=200)
+    assert measured["queries"] == 520 and measured["training_images"] == measured["first_version"]["measured_images"] == 200
+    assert measured["first_version"]["wall_s"] > 0 and measured["now"]["wall_s"] > 0
+
+
+def test_neighbours_need_sizes(capsys):
+    from evaluation import speed
+
+    assert speed.main(["neighbours", "large"]) == 2 and "neighbours 256 512" in capsys.readouterr().err
