@@ -26,7 +26,8 @@ from common.seeds import Noise
 if TYPE_CHECKING:
     from methods.base import Batch, DataInfo, Method
 
-BATCH = 2  # images in a counted batch
+BATCH = 2  # images in a counted batch of sampling
+TRAINING_BATCH = 64  # images in a counted batch of training, of which some networks may see a share (pMF's perceptual ones)
 
 
 def count_macs(run: Callable[[], object]) -> int:
@@ -75,7 +76,7 @@ class TrainingCost:
 def training_cost(method_class: type[Method], config: Any, data: DataInfo) -> TrainingCost:
     """Counts a training step in each part of the training that the method's turning points make."""
     method = on_meta(method_class, config, data).train()
-    batch = empty_batch(data, BATCH, "meta", method_class.needs_images(data))
+    batch = empty_batch(data, TRAINING_BATCH, "meta", method_class.needs_images(data))
     encoding = sum(take_encoding_out(table, batch) for table in vars(method).values() if isinstance(table, FeatureTable) and table.num_images)
 
     def step(images_seen: int) -> None:
@@ -85,7 +86,7 @@ def training_cost(method_class: type[Method], config: Any, data: DataInfo) -> Tr
                 method(phase, batch, 0)["loss"].backward()
 
     starts = sorted({0, *method.turning_points()})
-    return TrainingCost(tuple((first, count_macs(partial(step, first)) // BATCH) for first in starts), encoding // BATCH)
+    return TrainingCost(tuple((first, count_macs(partial(step, first)) // TRAINING_BATCH) for first in starts), encoding // TRAINING_BATCH)
 
 
 def begin_last_part(method: Method) -> None:

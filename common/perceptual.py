@@ -1,7 +1,8 @@
 """Perceptual distances between images, one number a pair, and the crops under which pMF compares.
 
 Every distance is a frozen network with `load()`; called with two image batches (B, 3, H, W) in [-1, 1], not clamped, it returns (B,), differentiable
-in both. All compute in float32 whatever autocast says: they subtract features that are nearly equal.
+in both. All compute in float32 whatever autocast says: they subtract features that are nearly equal. On GPUs the products of that float32 are what
+the run's precision makes of it: TF32 under train.precision=tf32. Convolutions follow cuDNN's own switch, which PyTorch leaves at TF32.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class CropBoxes:
     left: Tensor
     height: Tensor
     width: Tensor
+
+    def at(self, positions: Tensor) -> CropBoxes:
+        """The boxes of some samples, by position (K,)."""
+        return CropBoxes(self.top[positions], self.left[positions], self.height[positions], self.width[positions])
 
 
 def draw_crops(n: int, size: int, device: torch.device | str) -> CropBoxes:

@@ -124,13 +124,19 @@ class PMFMethod(Method):
         return u, tail(du, dz), v
 
     def distances(self, fields: Fields, x: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """Perceptual distances (B,) between crops of the image that u points to and of the true one; 0 at high noise."""
+        """Perceptual distances (B,) between crops of the image that u points to and of the true one; 0 at high noise, where no network runs."""
         if draws.crops is None:
             return {}
         denoised = fields.z - match_dims(draws.t, fields.z) * fields.u  # the gradient flows through u and not through du/dt
-        crops = perceptual.paired_crop([denoised, x], draws.crops, self.config.perceptual_size)
-        acts = draws.t < self.config.perceptual_max_t
-        return {name: torch.where(acts, distance(*crops), 0.0) for name, distance in self.perceptual.items()}
+        seen, boxes, times = [denoised, x], draws.crops, draws.t
+        if draws.compared is not None:
+            seen, boxes, times = [images.index_select(0, draws.compared) for images in seen], boxes.at(draws.compared), times[draws.compared]
+        crops = perceptual.paired_crop(seen, boxes, self.config.perceptual_size)
+        acts = times < self.config.perceptual_max_t
+        found = {name: torch.where(acts, distance(*crops), 0.0) for name, distance in self.perceptual.items()}
+        if draws.compared is None:
+            return found
+        return {name: values.new_zeros(len(x)).index_copy(0, draws.compared, values) for name, values in found.items()}
 
     def parameters_of(self, phase: str) -> list[ParamGroup]:
         """Matrices of the blocks, of the scalar embeddings and of both final maps for Muon; patch maps, class table and all vectors for Adam."""

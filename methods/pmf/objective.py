@@ -5,16 +5,19 @@ Nothing here calls a network. Times, scales and flags are (B,), images (B, C, S,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from common.flow import floor_at, logit_normal, match_dims
 from common.perceptual import CropBoxes, draw_crops
 from methods.pmf.config import PMFConfig
 
 DATA_STD = {"edm": 0.5, "scm": 1.0}
+COMPARED_SIZES = 8  # the perceptual networks meet so many batch sizes at most: each may cost a compilation and a search for the fastest kernels
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,19 @@ class Draws:
     dropped: Tensor  # bool: trained without the class
     flow_matching: int
     crops: CropBoxes | None = None  # for the perceptual terms
+    compared: Tensor | None = None  # (K,) positions of the samples that the perceptual networks see; none: all
 
 
 def draw(config: PMFConfig, images: Tensor) -> Draws:
-    """From torch's global generator, on the images' device. Which samples match flows and which lose their label is a matter of position."""
+    """From torch's global generators. Which samples match flows and which lose their label is a matter of position.
+
+    Times come from the CPU's generator, everything else from the images' device. So the host knows how many samples the perceptual networks must
+    see, without waiting for a GPU.
+    """
     count, device = len(images), images.device
-    t, r, flow_matching = draw_times(config, count, device)
+    t_host, r_host, flow_matching = draw_times(config, count, "meta" if images.is_meta else "cpu")
+    compared = None if config.perceptual == "none" else compared_samples(config, t_host)
+    t, r = t_host.to(device, non_blocking=True), r_host.to(device, non_blocking=True)
     position = torch.arange(count, device=device)
     first = position < flow_matching
     low, high = 0.5 * torch.rand(2, count, device=device)
@@ -50,7 +60,47 @@ def draw(config: PMFConfig, images: Tensor) -> Draws:
         dropped=position < (torch.rand(count, device=device) < config.label_drop).sum(),
         flow_matching=flow_matching,
         crops=None if config.perceptual == "none" else draw_crops(count, images.shape[-1], device),
+        compared=None if compared is None else compared.to(device, non_blocking=True),
     )
+
+
+def compared_samples(config: PMFConfig, t: Tensor) -> Tensor | None:
+    """Positions of the samples that the perceptual networks see, in order; None where they see all of them.
+
+    t: (B,), on the CPU. These are all samples below `perceptual_max_t` and the earliest ones above it, up to a multiple of an eighth of the
+    micro-batch. A fixed number for all steps would have to be the whole micro-batch, because any number of samples may lie below the threshold.
+    """
+    number = number_compared(config, t)
+    return None if number == len(t) else t.argsort(stable=True)[:number].sort().values
+
+
+def number_compared(config: PMFConfig, t: Tensor) -> int:
+    """How many samples the perceptual networks see at times t (B,). Without data it is what costs are counted with.
+
+    That is the mean number on the meta device, where training's MACs are counted, and all samples among fake tensors, where its peak memory is.
+    """
+    count = len(t)
+    step = max(1, count // COMPARED_SIZES)
+    if isinstance(t, FakeTensor):
+        return count
+    if t.is_meta:
+        return min(count, max(step, round(count * share_below(config, config.perceptual_max_t) + (step - 1) / 2)))
+    below = int((t < config.perceptual_max_t).sum())
+    return min(count, max(step, -(-below // step) * step))
+
+
+def share_below(config: PMFConfig, threshold: float) -> float:
+    """The probability of a time below the threshold under `draw_times`: with F of one draw, F for flow matching and F^2 for the larger of two."""
+    if not 0 < threshold < 1:
+        return float(threshold >= 1)
+    logit = math.log(threshold / (1 - threshold))
+    normal = 0.5 * (1 + math.erf((logit - config.time_mean) / config.time_std / math.sqrt(2)))
+    pairs = 1 - config.flow_share if config.time_sampler == "plane" else 0.0
+
+    def of_law(one_draw: float) -> float:
+        return (1 - pairs) * one_draw + pairs * one_draw**2
+
+    return (1 - config.uniform_share) * of_law(normal) + config.uniform_share * of_law(threshold)
 
 
 def draw_times(config: PMFConfig, count: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor, int]:
