@@ -105,6 +105,7 @@ class ClusterConfig:
     name: str = "here"  # here (this process), local (several processes of this machine), slurm, or a site's file (launch/clusters/README.md)
     nodes: int = 1  # machines
     gpus_per_node: int | None = None  # GPUs of each machine, one process for each; 0 computes on CPUs; slurm needs it
+    gpu_type: str | None = None  # kind of GPU where a cluster has several, e.g. a100 (with gpus_per_node=8: --gpus-per-node=a100:8)
     tasks_per_node: int | None = None  # processes a machine; none: one for each GPU, or one
     sharding: str = "ddp"  # ddp (every process holds everything) or fsdp2 (parameters, gradients and optimizer state are spread over the processes)
     collective_timeout_min: float = 360.0  # minutes that a process waits for the others, e.g. while the first one writes a large checkpoint
@@ -129,7 +130,7 @@ class ClusterConfig:
     setup: list[str] = field(default_factory=list)  # shell lines before the run, e.g. ["module load cuda", "export NCCL_DEBUG=WARN"]
     srun_args: list[str] | None = None  # arguments of srun; none: --kill-on-bad-exit=1 --cpus-per-task=N
     python: str | None = None  # the command that is Python in the job, e.g. "singularity exec --nv image.sif python"; none: this Python
-    sbatch: list[str] = field(default_factory=list)  # any other option of sbatch, e.g. ["gres=gpu:a100:8", "nice"]
+    sbatch: list[str] = field(default_factory=list)  # other options of sbatch, e.g. ["nice", "gres=gpu:a100:8"], which replaces --gpus-per-node
     snapshot: bool = True  # run a copy of the code as it is now, whatever becomes of the checkout
 
     def tasks_a_node(self) -> int:

@@ -46,6 +46,7 @@ REQUIRED = {
     "timeout_min": "minutes; within the partition's limit, which `sinfo -s` shows. A longer run goes on after a requeue",
     "gpus_per_node": "a process is started for each; 0 computes on CPUs",
 }
+GPU_OPTIONS = ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket")  # of sbatch, beside gres
 PASSED_ON = ("account", "qos", "constraint", "nodelist", "exclude", "comment", "cpus_per_task", "mail_user", "mail_type")
 
 
@@ -67,6 +68,9 @@ def submit_all(runs: Sequence[RunConfig]) -> int:
     planned = [each for level in levels for each in level]
     for each in planned:
         check(each.run)
+    if runs[0].cluster.name == "local":
+        visible_gpus(runs[0].cluster.gpus_per_node or 0)
+        tell_idle_gpus(runs[0].cluster)
     if runs[0].dry_run:
         print("\n\n".join(describe_run(each.run) for each in planned))
         print("\n\n".join(["", *(sbatch_text(group, ROOT, [f"<job of {path}>" for path in group[0].after]) for group in groups(levels))]))
@@ -119,9 +123,42 @@ def check(run: RunConfig) -> None:
     for key, hint in REQUIRED.items() if cluster.name == "slurm" else ():
         if getattr(cluster, key) is None:
             raise UserError(f"cluster=slurm needs cluster.{key}: {hint}. A site's file can hold it (launch/clusters/README.md).")
+    if cluster.name == "slurm":
+        check_gpu_request(cluster)
     split_batch(run.train, cluster.processes())
     with torch.device("meta"):
         get_class(run.method)(run.model, data_info(json.dumps(dataclasses.asdict(run.data))))
+
+
+def gpu_request(cluster: ClusterConfig) -> str | None:
+    """The option of `cluster.sbatch` that asks for GPUs by itself, such as "gres=gpu:a100:8"."""
+    for option in cluster.sbatch:
+        key, _, value = option.removeprefix("--").partition("=")
+        if key in GPU_OPTIONS or (key == "gres" and any(part.startswith("gpu") for part in value.split(","))):
+            return option
+    return None
+
+
+def check_gpu_request(cluster: ClusterConfig) -> None:
+    """Refuses a job whose processes and GPUs would not match: a process is started for each of cluster.gpus_per_node, whoever asks for the GPUs."""
+    request, count = gpu_request(cluster), cluster.gpus_per_node
+    if cluster.gpu_type and (request or not count):
+        other = f"cluster.sbatch asks with {request} as well" if request else "cluster.gpus_per_node=0 asks for no GPU"
+        raise UserError(f"cluster.gpu_type={cluster.gpu_type} is a part of --gpus-per-node, but {other}. Give one of the two.")
+    if request and not count:
+        raise UserError(f"cluster.gpus_per_node=0 computes on CPUs, but cluster.sbatch asks for {request}. Set cluster.gpus_per_node to their number.")
+    asked = gpus_of(request) if request else None
+    if asked is not None and asked != count:
+        raise UserError(f"cluster.sbatch asks for {asked} GPUs a machine with {request}, but cluster.gpus_per_node={count}. Give one number in both.")
+
+
+def gpus_of(request: str) -> int | None:
+    """GPUs of a machine that an option asks for; none where it counts otherwise."""
+    key, _, value = request.removeprefix("--").partition("=")
+    if key not in ("gres", "gpus-per-node"):
+        return None
+    words = next((part for part in value.split(",") if key != "gres" or part.startswith("gpu")), "").partition("(")[0].split(":")
+    return int(words[-1]) if words[-1].isdigit() else 1
 
 
 @functools.cache
@@ -177,8 +214,8 @@ def batch_options(group: Sequence[Planned], code: Path, parents: Sequence[str]) 
         options["dependency"] = ",".join(dependencies)
     if cluster.exclusive:
         options["exclusive"] = True
-    if cluster.gpus_per_node:
-        options["gpus_per_node"] = cluster.gpus_per_node
+    if cluster.gpus_per_node and not gpu_request(cluster):
+        options["gpus_per_node"] = f"{cluster.gpu_type}:{cluster.gpus_per_node}" if cluster.gpu_type else cluster.gpus_per_node
     return options | {
         "job_name": run_folder(run).name if len(group) == 1 else "pixlat",
         "partition": cluster.partition,
@@ -256,7 +293,7 @@ def clean_environment() -> Iterator[None]:
 
 def run_locally(planned: Sequence[Planned]) -> int:
     """Runs one after the other, each in as many processes as asked for, through the code path of a cluster. Returns the exit code."""
-    from submitit import LocalExecutor
+    from launch.local_job import WatchedExecutor
 
     code = 0
     for each in planned:
@@ -265,13 +302,13 @@ def run_locally(planned: Sequence[Planned]) -> int:
             continue
         submitted = worker(each)
         cluster, copy = each.run.cluster, code_folder(each.run)
-        executor = LocalExecutor(fresh_folder(jobs_folder(each.run)), max_num_timeout=cluster.max_timeouts, python=cluster.python)
+        gpus = visible_gpus(cluster.gpus_per_node or 0)
+        options = {"max_num_timeout": cluster.max_timeouts, "python": cluster.python}
+        executor = WatchedExecutor(fresh_folder(jobs_folder(each.run)), submitted.folder, gpus, **options)
         executor.update_parameters(
             tasks_per_node=cluster.tasks_a_node(),
-            gpus_per_node=cluster.gpus_per_node or 0,
             timeout_min=cluster.timeout_min or YEAR_MIN,
             signal_delay_s=cluster.signal_delay_s,
-            stderr_to_stdout=True,
             setup=setup_lines(cluster, copy),
         )
         with clean_environment():
@@ -280,6 +317,23 @@ def run_locally(planned: Sequence[Planned]) -> int:
         print(f"{each.folder}\n  {cluster.processes()} processes, log {job.paths.stdout}", flush=True)
         code = max(code, outcome(each, job))
     return code
+
+
+def visible_gpus(count: int) -> list[str]:
+    """The first `count` of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them. Fewer than that are a UserError."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return [str(number) for number in range(count)]
+    gpus = [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
+    if len(gpus) < count:
+        raise UserError(f"cluster.gpus_per_node={count}, but CUDA_VISIBLE_DEVICES={given!r} shows {len(gpus)}. Lower the one or widen the other.")
+    return gpus[:count]
+
+
+def tell_idle_gpus(cluster: ClusterConfig) -> None:
+    """Says that the processes of this machine will leave its GPUs alone, where nobody has said that they shall."""
+    if cluster.gpus_per_node is None and (idle := torch.cuda.device_count()):
+        print(f"computing on CPUs, {idle} GPUs are here: set cluster.gpus_per_node={idle}", file=sys.stderr)
 
 
 def fresh_folder(jobs: Path) -> Path:

@@ -40,5 +40,10 @@ def site_settings(name: str, given: Container[str] = ()) -> dict[str, str]:
         if key not in known:
             raise UserError(f"{file}: unknown key {key!r}.{close_match(str(key), known)} Keys: {', '.join(known)}.")
         if value == "???" and f"cluster.{key}" not in given:
-            raise UserError(f"{file}: {key} has no value yet. Write yours into the file, or give cluster.{key}= on the command line.")
+            raise UserError(f"{file}: {key} has no value yet. Write yours into {_place(file)}, or give cluster.{key}= on the command line.")
     return {f"cluster.{key}": json.dumps(value) for key, value in {"name": "slurm", **content}.items()}
+
+
+def _place(file: Path) -> str:
+    """Where a value belongs. The example is a file of the package, which its next version replaces."""
+    return f"a copy of the file and give cluster=path/to/{file.name}" if file == FOLDER / "example.yaml" else "the file"

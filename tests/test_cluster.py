@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from common.files import append_row
 from common.signals import StopRequest
 from common.trainer import Stopped
 from launch import cluster, slurm, status, worker
+from launch import local_job as local
 from launch.cluster import Planned, as_overrides, batch_options, check, groups, plan, sbatch_text
 from launch.folder import FAILURE, JOBS, LOCK, locked, open_folder
 from launch.run import configurations
@@ -60,7 +62,7 @@ def test_a_site_s_values_are_required_and_never_somebody_s(missing):
     [
         (("cluster=local", "cluster.nodes=2"), "cluster.nodes=2"),
         (("cluster=slurmm",), "Did you mean 'slurm'"),
-        (("cluster=example",), "partition has no value yet"),
+        (("cluster=example",), "partition has no value yet. Write yours into a copy of the file and give cluster=path/to/example.yaml"),
         (("cluster=slurm,here",), "cannot be swept"),
         (("cluster=local", "cluster.tasks_per_node=3"), "multiple of train.micro_batch=5 times 3 processes"),
         (("cluster.sharding=zero",), "ddp, fsdp2"),
@@ -131,11 +133,129 @@ def test_only_what_was_asked_for_is_passed_on():
         ("cluster.setup=[module load cuda]", "\nmodule load cuda\n"),
         ("cluster.python='singularity exec i.sif python'", """sh -c 'trap "" USR2; exec "$0" "$@"' singularity exec i.sif python -u"""),
         ("cluster.sbatch=[gres=gpu:a100:8]", "#SBATCH --gres=gpu:a100:8"),
+        ("cluster.gpu_type=a100", "#SBATCH --gpus-per-node=a100:8\n"),
         ("cluster.sbatch=[--hold]", "#SBATCH --hold\n"),
     ],
 )
 def test_each_option_reaches_the_batch_file(argument, line):
     assert line in text(argument)
+
+
+@pytest.mark.parametrize("option", ["gres=gpu:a100:8", "--gres=tmpfs:20G,gpu:8", "gpus-per-node=a100:8", "gpus=16", "gpus-per-task=1"])
+def test_a_request_for_gpus_among_the_other_options_stands_alone_and_a_process_is_started_for_each(option):
+    run = one(*SLURM, f'cluster.sbatch=["{option}"]')
+    check(run)
+    lines = [line for line in sbatch_text([Planned(run)], Path("/code")).splitlines() if line.startswith("#SBATCH --g")]
+    assert len(lines) == 1 and lines[0].startswith(f"#SBATCH --{option.removeprefix('--')}")
+    assert cluster.gpus_of("gres=gpu:a100:8(S:0-1)") == cluster.gpus_of("gpus-per-node=8") == 8 and cluster.gpus_of("gpus=16") is None
+    assert "#SBATCH --ntasks-per-node=8\n" in text(f'cluster.sbatch=["{option}"]')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("cluster.gpus_per_node=0", "cluster.sbatch=[gres=gpu:a100:8]"), "gpus_per_node=0 computes on CPUs, but cluster.sbatch asks for gres=gpu:a100:8"),
+        (("cluster.gpus_per_node=4", "cluster.sbatch=[gres=gpu:a100:8]"), "asks for 8 GPUs a machine with gres=gpu:a100:8, but cluster.gpus_per_node=4"),
+        (("cluster.gpus_per_node=4", "cluster.sbatch=[gres=gpu]"), "asks for 1 GPUs"),
+        (("cluster.gpus_per_node=0", "cluster.gpu_type=a100"), "gpu_type=a100 .*gpus_per_node=0 asks for no GPU"),
+        (("cluster.gpus_per_node=8", "cluster.gpu_type=a100", "cluster.sbatch=[gres=gpu:8]"), "gpu_type=a100 .*asks with gres=gpu:8 as well"),
+    ],
+)
+def test_gpus_and_processes_that_do_not_match_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        check(one(*SLURM[:3], *arguments))
+
+
+# -- several processes of this machine ------------------------------------------------------------------------------------------
+
+
+def local_job(folder: Path, command: str, tasks: int = 2, seconds: int = 60) -> subprocess.Popen:
+    """Runs the parent of a local job, whose processes are the shell command."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), local.RUN_FOLDER: str(folder), "SUBMITIT_STDERR_TO_STDOUT": "1", "SUBMITIT_LOCAL_WITH_SHELL": ""}
+    environment |= {"SUBMITIT_LOCAL_NTASKS": str(tasks), "SUBMITIT_LOCAL_COMMAND": shlex.join(["sh", "-c", command])}
+    environment |= {"SUBMITIT_LOCAL_TIMEOUT_S": str(seconds), "SUBMITIT_LOCAL_SIGNAL_DELAY_S": "59"}
+    return subprocess.Popen([sys.executable, "-m", "launch.local_job", str(folder / "job")], env=environment)
+
+
+@pytest.mark.parametrize(
+    ("dies", "reason"),
+    [
+        ("kill -KILL $$", "SIGKILL, which the system sends when memory runs out, ended process 1 of 2, and the other processes were ended."),
+        ("kill -TERM $$", "SIGTERM ended process 1 of 2, and the other processes were ended."),
+        ("exit 3", "The exit code 3, whose reason is in the log, ended process 1 of 2, and the other processes were ended."),
+    ],
+)
+def test_a_process_that_dies_at_the_start_ends_its_peers_and_is_named(tmp_path, dies, reason):
+    """The other one would wait for ten minutes."""
+    command = f'test "$SUBMITIT_LOCAL_GLOBALID" = 1 && {dies}; echo $$ > {tmp_path}/waits; exec sleep 600'
+    assert local_job(tmp_path, command).wait(timeout=30) == 0
+    facts = json.loads((tmp_path / FAILURE).read_text())
+    assert (facts["reason"], facts["process"]) == (reason, 1) and facts["log"].endswith("_1_log.out") and Path(facts["log"]).exists()
+    if (tmp_path / "waits").exists():  # else it was ended before it could say so
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "waits").read_text()), 0)
+    made = open_folder(one(f"out={tmp_path}", "name=run"))
+    shutil.copy(tmp_path / FAILURE, made / FAILURE)
+    assert status.status(made, {}).state == "failed" and status.status(made, {}).reason.startswith(reason)
+
+
+def test_the_reason_that_a_process_gives_itself_stays(tmp_path):
+    own = json.dumps({"reason": "data.path=/x is gone.", "log": "/l"})
+    assert local_job(tmp_path, f"echo '{own}' > {tmp_path / FAILURE}; exit 1").wait(timeout=30) == 0
+    assert failure(SimpleNamespace(folder=tmp_path)) == "data.path=/x is gone."
+
+
+def test_after_a_kill_the_lost_connection_of_the_others_is_not_the_reason(tmp_path):
+    (tmp_path / FAILURE).write_text(json.dumps({"reason": "RuntimeError: Connection closed by peer", "log": "/l"}))
+    assert local_job(tmp_path, 'test "$SUBMITIT_LOCAL_GLOBALID" = 1 && kill -KILL $$; exec sleep 600').wait(timeout=30) == 0
+    assert failure(SimpleNamespace(folder=tmp_path)).startswith("SIGKILL")
+
+
+def test_processes_that_end_well_or_are_queued_again_end_nobody(tmp_path):
+    """The first process asks to be started again (144) while the other one still works; both end well the second time."""
+    command = f"""
+        mkdir -p {tmp_path}/starts; touch {tmp_path}/starts/$SUBMITIT_LOCAL_GLOBALID-$$
+        if [ "$(ls {tmp_path}/starts | grep -c "^$SUBMITIT_LOCAL_GLOBALID-")" = 1 ]; then
+            if [ "$SUBMITIT_LOCAL_GLOBALID" = 0 ]; then exit 144; else sleep 0.3; touch {tmp_path}/saved; fi
+        fi"""
+    assert local_job(tmp_path, command).wait(timeout=30) == 0
+    assert len(list((tmp_path / "starts").iterdir())) == 4 and (tmp_path / "saved").exists() and not (tmp_path / FAILURE).exists()
+
+
+def test_processes_are_warned_before_the_time_limit(tmp_path):
+    command = f"trap 'touch {tmp_path}/warned; exit 0' USR2; while true; do sleep 0.1; done"
+    assert local_job(tmp_path, command, tasks=1).wait(timeout=30) == 0  # 59 seconds before the end of 60
+    assert (tmp_path / "warned").exists() and not (tmp_path / FAILURE).exists()
+
+
+@pytest.mark.parametrize(
+    ("codes", "found"),
+    [
+        ([None, 0], None), ([None, -9], (1, -9)), ([1, None], (0, 1)), ([1, -9], (1, -9)), ([143, None], None), ([130, 143], None), ([144, -6], None),
+        ([None, 137], (1, 137)), ([0, 0], None),
+    ],
+)  # fmt: skip
+def test_what_counts_as_a_failure_of_a_process(codes, found):
+    assert local.first_failure(codes) == found
+
+
+def test_a_local_job_takes_the_gpus_that_its_user_has_chosen(tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(local.subprocess, "Popen", lambda command, shell, env: started.append((command, env)) or SimpleNamespace(pid=7, poll=lambda: 0))
+    monkeypatch.setattr(cluster, "outcome", lambda each, job: 0)
+    monkeypatch.setattr(cluster.torch.cuda, "device_count", lambda: 2)
+    arguments = ("data.name=synthetic", "data.image_size=8", f"out={tmp_path}", "cluster=local", "cluster.snapshot=false", "train.batch=8")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5a, 3")
+    for gpus, given in ((["cluster.gpus_per_node=2"], "GPU-5a,3"), (["cluster.gpus_per_node=1"], "GPU-5a"), (["cluster.tasks_per_node=2"], "")):
+        assert cluster.submit_all([one(*arguments, *gpus, f"name=run-{len(started)}")]) == 0
+        assert started[-1][1]["CUDA_VISIBLE_DEVICES"] == given
+    assert "export PYTHONPATH=" in started[-1][0] and "-m launch.local_job" in started[-1][0]
+    assert capsys.readouterr().err == "computing on CPUs, 2 GPUs are here: set cluster.gpus_per_node=2\n"  # of the third run alone
+    with pytest.raises(UserError, match=r"gpus_per_node=4, but CUDA_VISIBLE_DEVICES='GPU-5a, 3' shows 2"):
+        cluster.submit_all([one(*arguments, "cluster.gpus_per_node=4", "name=more")])
+    assert cluster.submit_all([one(*arguments, "cluster.gpus_per_node=0", "name=cpus")]) == 0 and not capsys.readouterr().err
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert cluster.visible_gpus(3) == ["0", "1", "2"]
 
 
 def test_the_job_takes_its_code_from_the_copy_whatever_the_working_directory_holds():
