@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from common.autoencoder import LOG_VARIANCE, Decoder, Encoder
 from common.blocks import without_autocast
-from common.checkpoint import sha256_of
+from common.checkpoint import save_tensors, sha256_of
 from common.config import DataConfig
 from common.datasets import ImageSet, load_data
 from common.encoders.frozen import Frozen, skeleton
@@ -202,11 +202,9 @@ def export_tokenizer(folder: Path, file: Path, record: Mapping[str, Any]) -> dic
     training images and the mean PSNR of the held-out ones. From the run's record it takes what its training cost, which the records of generators
     that use the weights list as a parent: MACs, images, seconds of devices, and the networks of others that took part.
     """
-    from safetensors.torch import save_file
-
     run = run_weights(folder)
     names = ("encoder.", "decoder.")
-    save_file({key: tensor.half().contiguous() for key, tensor in run.state.items() if key.startswith(names)}, file)
+    save_tensors({key: tensor.half().contiguous() for key, tensor in run.state.items() if key.startswith(names)}, file)
     tokenizer = OwnTokenizer(str(folder), run.config["model"])
     channel = torch.ones(tokenizer.channels)
     tokenizer.fill(read_tensors(file), file, 0 * channel, channel)

@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
+from common.checkpoint import save_tensors
 from common.seeds import derive
 from evaluation.collect import ImageBatch, collect
 from evaluation.features import Extractor
 from evaluation.moments import Moments
 from evaluation.protocol import EVALUATOR_VERSION, JACKKNIFE_GROUPS, MAX_NEIGHBOURS, digest
 from evaluation.ranks import rank_and_size, sum_over_ranks
+
+KINDS = {  # type and number of dimensions of each tensor of a feature set
+    "count": (torch.int64, 1), "weight": (torch.float64, 2), "first": (torch.float64, 2), "second": (torch.float64, 3),
+    "features": (torch.float32, 2), "labels": (torch.int64, 1),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def _write(features: FeatureSet, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = features.tensors()
-    save_file(tensors, temporary, metadata={"sha256": checksum(tensors)})
+    save_tensors(tensors, temporary, metadata={"sha256": checksum(tensors)})
     temporary.replace(path)
 
 
@@ -123,9 +128,19 @@ def _read(path: Path, num_images: int) -> FeatureSet | None:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             expected = (file.metadata() or {}).get("sha256")
-    except (OSError, SafetensorError):
+        if not _is_feature_set(tensors, num_images) or checksum(tensors) != expected:
+            return None
+    except Exception:  # no file, or one whose damage leads the library to anything: the features are extracted again
         return None
-    if checksum(tensors) != expected:
-        return None
-    found = FeatureSet(Moments.from_tensors(tensors), tensors["features"], tensors["labels"])
-    return found if int(found.moments.count.sum()) == num_images else None
+    return FeatureSet(Moments.from_tensors(tensors), tensors["features"], tensors["labels"])
+
+
+def _is_feature_set(tensors: Mapping[str, Tensor], num_images: int) -> bool:
+    """Whether the tensors have the names, types and shapes of a feature set: the checksum is of their bytes only."""
+    kinds = {name: (tensor.dtype, tensor.ndim) for name, tensor in tensors.items()}
+    if kinds != KINDS:
+        return False
+    (groups, dims), kept = tensors["first"].shape, len(tensors["labels"])
+    shapes = {"count": (groups,), "weight": (groups, 2), "first": (groups, dims), "second": (groups, dims, dims), "features": (kept, dims), "labels": (kept,)}
+    same = all(tuple(tensors[name].shape) == shape for name, shape in shapes.items())
+    return same and kept == min(num_images, MAX_NEIGHBOURS) and int(tensors["count"].sum()) == num_images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
+from common.checkpoint import save_tensors
 from common.decoding import decoding_digest
 from common.errors import UserError
+from common.files import parse_json
 from evaluation.arrays import NpzImages, read_floats
 from evaluation.collect import ImageBatch, collect
 from evaluation.extractors import CardExtractor
@@ -85,9 +87,10 @@ def write_built(reference: Reference, path: Path, extractor: CardExtractor, reso
     if reference.spatial is not None:
         tensors |= {"spatial_mean": reference.spatial.mean, "spatial_cov": reference.spatial.cov}
     stored = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
-    facts = {"extractor": identity(extractor), "resolution": resolution, "entry": dict(reference.entry)}
+    facts = json.dumps({"extractor": identity(extractor), "resolution": resolution, "entry": dict(reference.entry)})
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(stored, temporary, metadata={"format": FORMAT, "facts": json.dumps(facts), "sha256": checksum(stored)})
+    digests = {"sha256": checksum(stored), "facts_sha256": hashlib.sha256(facts.encode()).hexdigest()}
+    save_tensors(stored, temporary, metadata={"format": FORMAT, "facts": facts, **digests})
     temporary.replace(path)
 
 
@@ -98,27 +101,52 @@ def read_built(path: Path, extractor: CardExtractor, resolution: int) -> Referen
         raise UserError(f"{path} was built with the extractor {facts['extractor']}, and this protocol uses {identity(extractor)}. Build it again.")
     if facts["resolution"] != resolution:
         raise UserError(f"{path} was built from images of {facts['resolution']} px and the generated images have {resolution} px.")
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        expected = file.metadata()["sha256"]
-    if checksum(tensors) != expected:
+    metadata, tensors = _opened(path, tensors=True)
+    if not _is_reference(tensors, extractor) or checksum(tensors) != metadata.get("sha256"):
         raise UserError(f"{path} is damaged: its contents do not have the digest that was written with them. Build it again.")
     n = facts["entry"]["n_images"]
     spatial = Gaussian(n, tensors["spatial_mean"], tensors["spatial_cov"]) if "spatial_mean" in tensors else None
     return Reference(Gaussian(n, tensors["mean"], tensors["cov"]), spatial, tensors["features"], facts["entry"])
 
 
+def _is_reference(tensors: Mapping[str, Tensor], extractor: CardExtractor) -> bool:
+    """Whether the tensors have the names, types and shapes of a reference: the checksum is of their bytes only."""
+    dims = extractor.dims
+    wanted: dict[str, tuple[Any, tuple[int, ...]]] = {"mean": (torch.float64, (dims,)), "cov": (torch.float64, (dims, dims))}
+    if "spatial_mean" in tensors:
+        size = extractor.spatial_dims
+        wanted |= {"spatial_mean": (torch.float64, (size,)), "spatial_cov": (torch.float64, (size, size))}
+    features = tensors.get("features")
+    if features is None or features.dtype != torch.float32 or features.shape[1:] != (dims,):
+        return False
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items() if name != "features"} == wanted
+
+
 def facts_of(path: Path) -> dict[str, Any]:
     """What a built reference says of itself: extractor, resolution, and its entry in protocols."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as a reference: {error}. Build it with evaluation/reference.py.") from error
+    metadata, _ = _opened(path)
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is not a reference that evaluation/reference.py built.")
-    facts: dict[str, Any] = json.loads(metadata["facts"])
-    return facts
+    text = metadata.get("facts", "")
+    if metadata.get("facts_sha256", found := hashlib.sha256(text.encode()).hexdigest()) != found:  # early references have no such digest
+        raise UserError(f"{path} is damaged: what it says of itself was changed after it was built. Build it again.")
+    try:
+        facts = parse_json(text)
+        complete = isinstance(facts["extractor"], list) and isinstance(facts["resolution"], int) and isinstance(facts["entry"]["n_images"], int)
+    except (UserError, TypeError, KeyError, IndexError):
+        complete = False
+    if not complete:
+        raise UserError(f"{path} is damaged: it does not say which extractor and images it was built from. Build it again.")
+    return dict(facts)
+
+
+def _opened(path: Path, tensors: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata of a .safetensors file, and its tensors if they are wanted."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118 (not a dict)
+    except Exception as error:  # damage leads the library to errors of many types
+        raise UserError(f"{path} cannot be read as a reference: {error}. Build it with evaluation/reference.py.") from error
 
 
 def identity(extractor: CardExtractor) -> list[str]:

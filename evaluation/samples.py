@@ -9,14 +9,13 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
-from common.crop import to_rgb
+from common.crop import read_rgb
 from common.datasets import IMAGE_SUFFIXES
 from common.errors import UserError
 from common.seeds import derive
 from common.splits import fixed_draw
-from evaluation.arrays import NpzImages
+from evaluation.arrays import MAX_CHUNK_BYTES, NpzImages
 from evaluation.collect import ImageBatch, batches
 
 LOSSY = (".jpg", ".jpeg", ".webp")
@@ -53,6 +52,7 @@ class FolderSamples:
     def batches(self, size: int = 128, positions: NDArray[np.int64] | None = None) -> Iterator[ImageBatch]:
         """This process's share of the images, or of those at ascending positions with their places among these; no other file is opened."""
         chosen = np.arange(len(self)) if positions is None else positions
+        size = max(1, min(size, MAX_CHUNK_BYTES // (3 * self.resolution**2)))
         return batches(lambda places: self._fetch(chosen[places.start : places.stop]), len(chosen), size)
 
     def _fetch(self, indices: Iterable[int]) -> NDArray[np.uint8]:
@@ -69,12 +69,8 @@ def _hidden(path: Path, folder: Path) -> bool:
 
 
 def read_pixels(path: Path) -> NDArray[np.uint8]:
-    """The file as (3, H, W) uint8 RGB; it must be square, because generated images are."""
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(to_rgb(image)).transpose(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be decoded: {error}. Replace or remove the file.") from error
+    """The file as (3, H, W) uint8 RGB, opened within the limits of common/crop.py; it must be square, because generated images are."""
+    pixels = read_rgb(path).transpose(2, 0, 1)
     if pixels.shape[1] != pixels.shape[2]:
         raise UserError(f"{path} has {pixels.shape[2]} x {pixels.shape[1]} pixels; generated images are square.")
     return np.ascontiguousarray(pixels)

@@ -70,7 +70,13 @@ Found = tuple[RunConfig, Method, Released]
 def from_file(spec: MethodSpec, file: Path, weights: str | None, preset: str | None, settings: Mapping[str, str]) -> Found:
     """The configuration of a released file, its method with the weights, and the file."""
     opener: OpenReleased = load_object(spec.released)  # type: ignore[assignment]
-    found = decided(opener(file, weights), settings)
+    try:
+        found = opener(file, weights)
+    except UserError:
+        raise
+    except Exception as error:  # the architecture is read from a stranger's names and shapes, which may lead to anything
+        raise UserError(f"{file} does not have the layout of a released file of method={spec.name} ({type(error).__name__}: {error}).") from error
+    found = decided(found, settings)
     run = resolve(spec, {**told(found), "preset": preset or fitting_preset(spec, found), **settings})
     built, _ = build(run)
     load_own_state(built, built.from_reference(found.state))

@@ -1,16 +1,20 @@
 """Damaged, altered and hostile files: each is passed over by name or refused in a sentence; none crashes, hangs or is used silently."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from damage import flips
 from evaluated_run import image_folder, run_folder
+from PIL import Image
 from records import record
 from safetensors.torch import save_file
 
@@ -18,16 +22,21 @@ from common import checkpoint
 from common.checkpoint import Checkpoint
 from common.config import flatten, inert
 from common.errors import UserError
-from common.external import run_weights
+from common.external import read_tensors, run_weights
 from common.meters import read_rows, truncate_rows
 from common.saved_config import check_config, read_config
 from common.trainer import own_state
-from evaluation import columns, leaderboard
+from evaluation import columns, feature_sets, leaderboard, reference, run
+from evaluation.arrays import NpzImages, read_floats
 from evaluation.curve import curve_lines, read_curve
+from evaluation.feature_sets import FeatureSet
 from evaluation.models import imported_facts, load_run, saved_run
+from evaluation.moments import Moments
 from evaluation.protocol import protocol_hash
 from evaluation.record import SCHEMA_FILE, row_id
-from launch import stages
+from evaluation.reference_files import Reference, read_built, write_built
+from evaluation.samples import FolderSamples
+from launch import prepare, stages
 from launch.export import export_run
 from launch.folder import check_same
 from launch.released import import_released, write_folder
@@ -511,3 +520,189 @@ def test_curves_without_digests_are_still_read(tmp_path):
     file.write_text(curve_lines(points(2)).rstrip("\n"))
     with pytest.raises(UserError, match="does not end with a whole line"):
         read_curve(file)
+
+
+# -- arrays and images of other people -------------------------------------------------------------------------------------------
+
+PIXELS = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (4, 2, 2, 3)).astype(np.uint8)
+
+
+def npz(path: Path, compressed: bool = False, **arrays) -> Path:
+    (np.savez_compressed if compressed else np.savez)(path, **arrays)
+    return path
+
+
+def npy(shape: str, dtype: str = "|u1", version: bytes = b"\x01\x00", length: int | None = None, data: bytes = b"") -> bytes:
+    """A NumPy array as a file, with any header."""
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    width = 2 if version[0] == 1 else 4
+    return b"\x93NUMPY" + version + (len(header) if length is None else length).to_bytes(width, "little") + header + data
+
+
+def archived(path: Path, name: str, content: bytes, **how) -> Path:
+    with zipfile.ZipFile(path, "w", **how) as archive:
+        archive.writestr(name, content)
+    return path
+
+
+def patched(path: Path, offset: int, value: bytes) -> Path:
+    """A field of the first local header and of its copy in the central directory, which lies 2 bytes further."""
+    content = bytearray(npz(path, arr_0=PIXELS).read_bytes())
+    central = content.index(b"PK\x01\x02")
+    content[offset : offset + len(value)] = value
+    content[central + offset + 2 : central + offset + 2 + len(value)] = value
+    path.write_bytes(content)
+    return path
+
+
+HOSTILE = {
+    "encrypted": (lambda path: patched(path, 6, b"\x01\x00"), "encrypted"),
+    "method 99": (lambda path: patched(path, 8, b"\x63\x00"), "compression method"),
+    "negative shape": (lambda path: archived(path, "arr_0.npy", npy("(-4, 2, 2, 3)", data=bytes(48))), "which no array has"),
+    "boolean shape": (lambda path: archived(path, "arr_0.npy", npy("(True, 2, 2, 3)", data=bytes(12))), "which no array has|cannot be read"),
+    "broken header": (lambda path: archived(path, "arr_0.npy", npy("(4, 2, 2")), "cannot be read as .npz"),
+    "nested header": (lambda path: archived(path, "arr_0.npy", npy("(" * 3000)), "cannot be read as .npz"),
+    "header of 4 GB": (lambda path: archived(path, "arr_0.npy", npy("(1,)", version=b"\x02\x00", length=2**32 - 1)), "not a NumPy array"),
+    "no array": (lambda path: archived(path, "arr_0.npy", b"text"), "not a NumPy array"),
+    "no type": (lambda path: archived(path, "arr_0.npy", npy("(4, 2, 2, 3)", dtype="zz")), "cannot be read as .npz"),
+    "huge": (lambda path: archived(path, "arr_0.npy", npy("(1000000000, 256, 256, 3)", data=bytes(1000))), "ends early: 196,607,999,999,000 bytes are missing"),
+    "wide": (lambda path: archived(path, "arr_0.npy", npy("(1, 10000, 10000, 3)", data=bytes(3 * 10**8)), compression=8), "at most .* 8,192 px"),
+    "too short a shape": (lambda path: archived(path, "arr_0.npy", npy("(3, 2, 2, 3)", data=bytes(48))), "12 bytes more than its shape"),
+    "outside": (lambda path: archived(path, "../arr_0.npy", npy("(4, 2, 2, 3)", data=bytes(48))), "no array 'arr_0'"),
+    "not zip": (lambda path: path.write_bytes(b"PK\x03\x04 cut short") and path, "cannot be read as .npz"),
+    "pipe": (lambda path: os.mkfifo(path) or path, "not an ordinary file"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_archives_are_refused_in_a_sentence(tmp_path, name):
+    make, message = HOSTILE[name]
+    with pytest.raises(UserError, match=rf"(?s)samples.npz.*({message})"):
+        NpzImages(make(tmp_path / "samples.npz"))
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if name not in ("pipe", "wide")])
+def test_show_says_what_is_wrong_with_any_archive(tmp_path, name):
+    path = HOSTILE[name][0](tmp_path / "samples.npz")
+    try:
+        told = reference.show(path)
+    except UserError as error:
+        told = str(error)
+    assert str(path) in told
+
+
+def test_show_names_members_that_are_no_arrays(tmp_path):
+    path = npz(tmp_path / "a.npz", arr_0=PIXELS)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("../evil", b"x")
+        archive.writestr("../\x1b[2Jevil.npy", npy("(1,)", data=b"x"))
+    told = reference.show(path)
+    assert "../evil: not an array" in told and r"../\x1b[2Jevil" in told and "\x1b" not in told and "looks like samples" in told
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_flipped_bits_of_samples_are_found_or_change_nothing(tmp_path, compressed):
+    file, found = npz(tmp_path / "samples.npz", compressed, arr_0=PIXELS), 0
+    for where in flips(file, sample=400):
+        try:
+            images = torch.cat([images for images, _ in NpzImages(file).batches(3)])
+        except UserError as error:
+            assert str(file) in str(error)
+            found += 1
+            continue
+        assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), PIXELS), where
+    assert found > 150
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_flipped_bits_of_statistics_are_found_or_change_nothing(tmp_path, compressed):
+    mean = np.arange(3.0)
+    file = npz(tmp_path / "stats.npz", compressed, mu=mean)
+    for where in flips(file, sample=400):
+        with contextlib.suppress(UserError):
+            assert np.array_equal(read_floats(file, "mu", (3,)), mean), where
+
+
+def test_a_damaged_archive_costs_no_features(tmp_path, monkeypatch):
+    """The size of an .npz is checked before anything is extracted from the data that it is compared with."""
+    monkeypatch.setattr(feature_sets, "collect", lambda *a, **k: pytest.fail("features were extracted"))
+    path = HOSTILE["huge"][0](tmp_path / "samples.npz")
+    with pytest.raises(UserError, match="ends early"):
+        run.work([f"npz={path}", f"out={tmp_path}", "device=cpu"])
+
+
+def test_samples_open_only_ordinary_files_of_known_formats(tmp_path, monkeypatch):
+    """An EPS file would start Ghostscript, a pipe would hang, /dev/zero would fill the memory."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    makers = {
+        "eps": lambda file: file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+        "pipe": os.mkfifo,
+        "zero": lambda file: file.symlink_to("/dev/zero"),
+        "folder": Path.mkdir,
+        "wide": lambda file: Image.new("1", (20_000, 20_000)).save(file),
+    }
+    for name, make in makers.items():
+        (tmp_path / name).mkdir()
+        make(tmp_path / name / "0.png")
+        with pytest.raises(UserError, match=r"0\.png"):
+            FolderSamples(tmp_path / name)
+    assert not (tmp_path / "started").exists()
+
+
+# -- references and caches -------------------------------------------------------------------------------------------------------
+
+
+def features(n: int = 4) -> FeatureSet:
+    moments = Moments.zeros(2, 2)
+    moments.add(torch.arange(2.0 * n).view(n, 2).cos(), torch.arange(n))
+    return FeatureSet(moments, torch.arange(2.0 * n).view(n, 2).cos(), torch.arange(n) % 2)
+
+
+def test_flipped_bits_of_the_feature_cache_are_found_or_change_nothing(tmp_path):
+    """Among them renamed, reshaped and retyped tensors, whose bytes are all right."""
+    file, good = tmp_path / "cache.safetensors", features()
+    feature_sets._write(good, file)
+    assert feature_sets._read(file, 4) is not None and feature_sets._read(file, 5) is None
+    found = 0
+    for where in flips(file):
+        read = feature_sets._read(file, 4)
+        if read is None:
+            found += 1
+            continue
+        assert all(torch.equal(value, good.tensors()[name]) for name, value in read.tensors().items()), where
+    assert found > 6 * file.stat().st_size
+
+
+def test_flipped_bits_of_a_built_reference_are_found_or_change_nothing(tmp_path):
+    file, extractor = tmp_path / "own.safetensors", SimpleNamespace(id="x", sha256="0" * 64, layer="p", resize="n", scaling="s", dims=2)
+    pooled = features().moments.total()
+    entry = {"id": "own", "digest": "d", "split": "train", "crop": "c", "n_images": 4, "pillow": "12"}
+    write_built(Reference(pooled, None, features().features, entry), file, extractor, 8)
+    for where in flips(file):
+        with contextlib.suppress(UserError):
+            read = read_built(file, extractor, 8)
+            assert read.entry == entry and torch.equal(read.pooled.cov, pooled.cov) and torch.equal(read.features, features().features), where
+            assert read.pooled.n == 4 and read.spatial is None, where
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
+def test_flipped_bits_of_released_weights_never_crash(tmp_path, name):
+    """Formats without digests cannot tell every flip; each is read as tensors or refused in a sentence."""
+    file, weights = tmp_path / name, {"a": torch.arange(3.0), "b": torch.ones(2, 2)}
+    (save_file if name.endswith("safetensors") else torch.save)(weights, file)
+    for where in flips(file, sample=400):
+        with contextlib.suppress(UserError):
+            assert all(isinstance(value, torch.Tensor) for value in read_tensors(file).values()), where
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\xff" * 64, b"\x08" + bytes(7) + b"[1, 2]  ", b"\x02" + bytes(7) + b"{}"])
+@pytest.mark.parametrize("method", ["jit", "pmf", "rae", "sit", "dit"])
+def test_import_refuses_a_bad_file_in_a_sentence(tmp_path, capsys, method, content):
+    (tmp_path / "w.safetensors").write_bytes(content)
+    assert prepare.main(["import", f"method={method}", f"file={tmp_path}/w.safetensors", f"out={tmp_path}/runs"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and "w.safetensors" in told and not (tmp_path / "runs").exists()

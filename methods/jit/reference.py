@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -51,8 +50,9 @@ def open_checkpoint(path: str | Path, weights: str) -> tuple[dict[str, Tensor], 
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}). Download it again.") from error
+    except Exception as error:  # the unpickler meets damaged bytes with whatever they lead to
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path}: not a readable checkpoint ({reason}). Download it again.") from error
     if not isinstance(content, dict) or not isinstance(content.get(weights), dict):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path}: holds no {weights!r}, so it is not a released JiT checkpoint. It holds: {found}.")

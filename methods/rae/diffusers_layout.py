@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from common.blocks import sincos_table
+from common.checkpoint import save_tensors
 from common.encoders.representation import HUB_ENCODERS, RepresentationEncoder, TransformersEncoder
 from common.errors import UserError
 from common.external import read_tensors
@@ -85,7 +85,7 @@ def write(folder: Path, decoder: ViTDecoder, encoder: RepresentationEncoder, sta
     tensors |= {f"encoder.{name}": tensor for name, tensor in encoder.network.state_dict().items()}
     tensors |= {"encoder_mean": encoder.mean, "encoder_std": encoder.std, "_latents_mean": mean, "_latents_std": (variance + VARIANCE_EPS).sqrt()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
     config = configuration(decoder, encoder) | {
         f"latents_{key}": None if statistics is None else tensors[f"_latents_{key}"].tolist() for key in ("mean", "std")
     }
