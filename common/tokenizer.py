@@ -29,9 +29,10 @@ from common.encoders.frozen import Frozen, skeleton
 from common.errors import UserError, close_match
 from common.external import hub_files, load_strictly, read_tensors, run_weights
 from common.files import write_whole
+from common.shipped import AUTOENCODERS
 
-EMBEDDED = Path(__file__).parent / "data" / "autoencoder32.safetensors"
-CARD = EMBEDDED.with_suffix(".json")
+CARD = Path(AUTOENCODERS["embedded"])
+EMBEDDED = CARD.with_suffix(".safetensors")
 TRAIN = "train"  # a stage that is not trained yet; it will have the shape of the embedded one
 SHAPE_KEYS = ("widths", "stem", "depth", "latent_channels")
 

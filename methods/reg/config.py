@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import checked_interval, one_of, require
+from common.shipped import AUTOENCODERS
 from methods import MethodSpec, Stage
-from methods.vae.config import SHIPPED
 
 
 @dataclass
@@ -142,7 +142,7 @@ def _presets(name: str) -> str:
     return str(Path(__file__).with_name(f"presets-{name}.yaml"))
 
 
-TOKENIZER = Stage(key="tokenizer", method="vae", shipped=SHIPPED)
+TOKENIZER = Stage(key="tokenizer", method="vae", shipped=AUTOENCODERS)
 
 DIT = MethodSpec(
     name="dit",

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import common
 from common.config import one_of, require
 from methods import MethodSpec
 
 GROUP = 8  # channels that share a norm
-SHIPPED = {"embedded": str(Path(common.__file__).parent / "data" / "autoencoder32.json")}  # the card of the preset `demo`'s weights in the package
 
 
 @dataclass
