@@ -110,11 +110,11 @@ def sample_and_measure(model: Model, run: RunConfig, n: int, request: Request) -
     clock, parts = Clock(), []
     for seed in request.seeds:
         labels = draw_labels(law, n, model.info.num_classes, seed)
-        images = generate(model.method, run.sample, labels, seed, request.batch, request.device, run.eval.precision, run.eval.uint8)
+        images = generate(model.method, run.sample, labels, seed, request.batch, request.device, run.eval.precision, run.eval.uint8, drawing=clock.drawing)
         stream = progress(clock.timed(images), n, "evaluating")
         parts.append(measure(stream, n, tools.extractor, tools.reference, tools.protocol))
     rule = SampleRule(n, law, UINT8_RULES[run.eval.uint8], precision=model.dtype)
-    return Evaluation(tools.describe(rule), over_seeds(parts), clock.seconds, clock.images)
+    return Evaluation(tools.describe(rule), over_seeds(parts), clock.seconds, clock.images, clock.drawing.seconds)
 
 
 def draw_labels(law: str, n: int, num_classes: int, seed: int) -> NDArray[np.int64]:

@@ -22,7 +22,7 @@ from evaluation.collect import Collected, ImageBatch, batches, collect
 from evaluation.feature_sets import FeatureSet, feature_set
 from evaluation.features import EmbeddedExtractor, Extractor
 from evaluation.frechet import Estimate, Factored, factorise, frechet_distance, frechet_distance_few, jackknife
-from evaluation.generate import balanced_labels, generate
+from evaluation.generate import Drawing, balanced_labels, generate
 from evaluation.inception_score import inception_score
 from evaluation.kid import KernelDistance, kernel_distance
 from evaluation.moments import Moments
@@ -56,6 +56,7 @@ class Evaluation:
     metrics: dict[str, Metric]
     sampling_seconds: float  # of this process, making its share of the images of all seeds
     images_made: int = 0  # by this process in these seconds
+    drawing_seconds: float = 0.0  # of these, waiting for random numbers
 
 
 def evaluate(images: Iterable[ImageBatch], labels: NDArray[np.int64] | int, extractor: Extractor, reference: Reference) -> dict[str, Metric]:
@@ -168,11 +169,11 @@ def evaluate_method(
     clock, parts = Clock(), []
     for seed in seeds or sampling_seeds(run):
         labels = balanced_labels(run.eval.num_images, source.info.num_classes, seed)
-        images = generate(method, run.sample, labels, seed, run.eval.batch, device, run.eval.precision, run.eval.uint8)
+        images = generate(method, run.sample, labels, seed, run.eval.batch, device, run.eval.precision, run.eval.uint8, drawing=clock.drawing)
         parts.append(evaluate(progress(clock.timed(images), len(labels), "evaluating"), labels, extractor, reference))
     made = {"uint8_rule": UINT8_RULES[run.eval.uint8], "precision": executed_precision(run.eval.precision, torch.device(device))}
     protocol = data_protocol(extractor, source, reference, run.eval.num_images, **made)
-    return Evaluation(protocol, over_seeds(parts), clock.seconds, clock.images)
+    return Evaluation(protocol, over_seeds(parts), clock.seconds, clock.images, clock.drawing.seconds)
 
 
 def data_protocol(extractor: Extractor, source: DataSource, reference: Reference, num_images: int, uint8_rule: str, precision: str) -> dict[str, Any]:
@@ -201,6 +202,7 @@ class Clock:
     def __init__(self) -> None:
         self.seconds = 0.0
         self.images = 0
+        self.drawing = Drawing()  # to hand to `generate`: the part of the seconds that its samplers waited for random numbers
 
     def timed(self, stream: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
         """The same batches; the images are on the CPU before the clock stops, so that a GPU's work is counted where it belongs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.precision import computing_in
-from common.seeds import Noise, derive, image_seeds
+from common.seeds import derive, image_seeds, noise_ahead
 from evaluation.ranks import rank_and_size
 
 if TYPE_CHECKING:
@@ -28,6 +29,13 @@ def balanced_labels(num_images: int, num_classes: int, seed: int) -> NDArray[np.
     return rng.permutation(labels)
 
 
+@dataclass
+class Drawing:
+    """Time spent on random numbers."""
+
+    seconds: float = 0.0  # that samplers waited for them
+
+
 def generate(
     method: Method,
     sample_config: Any,
@@ -38,10 +46,12 @@ def generate(
     precision: str = "fp32",
     uint8: str = "round",
     distributed: bool = True,
+    drawing: Drawing | None = None,
 ) -> Iterator[ImageBatch]:
     """Batches of (images (B, C, H, W) uint8, indices (B,) int64 into labels), in evaluation mode.
 
     precision and uint8: the keys `eval.precision` and `eval.uint8`, whatever the code around chose.
+    drawing: is told the seconds that the sampler waited for random numbers.
 
     Image i has its own generator, seeded by (seed, i). Chunk c of `batch_size` images is the work of process c mod number of processes;
     with distributed=False this process does all of it.
@@ -51,15 +61,17 @@ def generate(
     was_training = method.training
     method.eval()
     try:
-        for start in range(rank * batch_size, len(labels), ranks * batch_size):
-            indices = torch.arange(start, min(start + batch_size, len(labels)))
-            noise = Noise(image_seeds(seed, indices.tolist()), device)
-            with (
-                torch.no_grad(),
-                computing_in(precision, device),
-            ):  # not inference_mode: a table that a method computes on first use must stay usable in training
-                images = method.sample(torch.from_numpy(labels[start : start + batch_size]).to(device), noise, sample_config)
-            yield quantise(images, uint8), indices
+        starts = range(rank * batch_size, len(labels), ranks * batch_size)
+        chunks = [torch.arange(start, min(start + batch_size, len(labels))) for start in starts]
+        with noise_ahead((image_seeds(seed, indices.tolist()) for indices in chunks), device) as noises:
+            for indices, noise in zip(chunks, noises, strict=True):
+                wanted = torch.from_numpy(labels[indices.numpy()]).to(device)
+                # not inference_mode: a table that a method computes on first use must stay usable in training
+                with torch.no_grad(), computing_in(precision, device):
+                    images = method.sample(wanted, noise, sample_config)
+                if drawing is not None:
+                    drawing.seconds += noise.seconds
+                yield quantise(images, uint8), indices
     finally:
         method.train(was_training)
 

@@ -56,8 +56,19 @@ def speed_fields(evaluation: Evaluation | None, batch: int, dtype: str, device: 
     from evaluation.ranks import rank_and_size
 
     rate = evaluation.images_made / evaluation.sampling_seconds if evaluation and evaluation.sampling_seconds else None
+    undrawn = evaluation.sampling_seconds - evaluation.drawing_seconds if evaluation else 0.0
+    computed = evaluation.images_made / undrawn if evaluation and undrawn > 0 else None
     devices = rank_and_size()[1]
-    return {"images_per_s": rate, "devices": devices, "latency_s_b1": None, "batch": batch, "dtype": dtype, "device": device, "compiled": compiled}
+    return {
+        "images_per_s": rate,
+        "images_per_s_without_draws": computed,
+        "devices": devices,
+        "latency_s_b1": None,
+        "batch": batch,
+        "dtype": dtype,
+        "device": device,
+        "compiled": compiled,
+    }
 
 
 UNKNOWN = "unknown"  # the method and the space of finished images where nobody tells them

@@ -2,6 +2,8 @@
 
 Takes the keys of launch/run.py, and speed.batch (images a training step and a sampling batch; default 8), speed.steps (timed steps; default 10)
 and speed.sample=false to time training only, as for a stage that does not sample. Weights are random: speed does not depend on them.
+Training is timed in train.precision, sampling in eval.precision, as in a run. A preset's train.compile=true holds on GPUs; on a CPU, where compiling takes
+minutes, only if the command asks for it. What is being done is told on stderr.
 
 `python evaluation/speed.py memory method=... speed.batch=...` measures what a training step takes, beside what common/memory.py predicts.
 
@@ -19,10 +21,11 @@ it was first, on a GPU where there is one.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +92,23 @@ def configurations(arguments: Sequence[str]) -> Iterator[tuple[RunConfig, dict[s
     overrides = split_overrides(arguments)
     options = {key: overrides.pop(key, [default])[0] for key, default in DEFAULTS.items()}
     for choice in sweep(overrides):
-        yield resolve(get_spec(choice.get("method", RunConfig.method)), choice), options
+        run = resolve(get_spec(choice.get("method", RunConfig.method)), choice)
+        yield (run if "train.compile" in choice else without_compiling_on_cpu(run)), options
+
+
+def without_compiling_on_cpu(run: RunConfig) -> RunConfig:
+    """The run without a preset's train.compile where there is no GPU: it would compile for minutes, for a rate that no training will have."""
+    from accelerate import PartialState
+
+    if not run.train.compile or PartialState().device.type != "cpu":
+        return run
+    tell("this is a CPU: blocks are not compiled, though the preset asks for it (train.compile=true compiles them here as well)")
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, compile=False))
+
+
+def tell(line: str) -> None:
+    """Says on stderr what is being done; stdout has the JSON."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def measure_frechet(arguments: list[str]) -> dict[str, Any]:
@@ -144,21 +163,28 @@ def measure(run: RunConfig, batch: int, steps: int, sample: bool) -> dict[str, A
     """images/s, MACs/s and peak memory of training steps (forward, backward, optimizer) and of the sampler."""
     from common.cost import on_meta, sampling_cost, training_cost
     from common.hardware import device_name, peak_bytes, peak_kind, reset_peak
+    from common.precision import executed_precision
     from common.trainer import make_accelerator
 
     accelerator = make_accelerator(run.train)
     device = accelerator.device
+    tell(f"{run.method} {run.preset}: building the networks on {device_name(device)}")
     method = build(run, device)
-    where = {"device": device_name(device), "precision": accelerator.mixed_precision}
+    where = {"device": device_name(device), "precision": executed_precision(run.train.precision, device), "compiled": run.train.compile}
     result: dict[str, Any] = {"method": run.method, "preset": run.preset, **where, "batch": batch}
-    seconds = repeat(training_step(method, run, batch, accelerator), range(WARMUP), range(steps), device)
+    tell(f"training steps of {batch} images in {where['precision']}, {WARMUP} untimed and {steps} timed" + (", blocks compiled first" * run.train.compile))
+    seconds = repeat(training_step(method, run, batch, accelerator), range(WARMUP), range(steps), device, "training steps")
     macs = training_cost(type(method), run.model, method.data).per_image
     result["train"] = rates(batch, seconds, macs) | {"peak_bytes": peak_bytes(device), "peak_kind": peak_kind(device)}
     if sample and method.task == "generation":
         reset_peak(device)
-        seconds = time_sampling(method, run, batch, device)
         cost = sampling_cost(on_meta(type(method), run.model, method.data), run.sample)
-        result["sample"] = rates(batch, seconds, cost.macs_per_image) | {"net_forwards": cost.net_forwards, "peak_bytes": peak_bytes(device)}
+        executed = executed_precision(run.eval.precision, device)
+        tell(f"samplings of {batch} images by {cost.nfe} evaluations in {executed}, 1 untimed and {steps} timed")
+        seconds, drawing = time_sampling(method, run, batch, steps, device)
+        without = sorted(whole - drawn for whole, drawn in zip(seconds, drawing, strict=True))[steps // 2]
+        facts = {"precision": executed, "images_per_s_without_draws": batch / without, "net_forwards": cost.net_forwards}
+        result["sample"] = facts | rates(batch, seconds, cost.macs_per_image) | {"peak_bytes": peak_bytes(device)}
     return result
 
 
@@ -234,35 +260,41 @@ def training_step(method: Method, run: RunConfig, batch: int, accelerator: Any) 
     return step
 
 
-def time_sampling(method: Method, run: RunConfig, batch: int, device: torch.device) -> list[float]:
-    """Seconds of one sampling of a batch, after one that is not timed."""
+def time_sampling(method: Method, run: RunConfig, batch: int, steps: int, device: torch.device) -> tuple[list[float], list[float]]:
+    """Seconds of each of `steps` samplings of a batch in the run's eval.precision, and of their random numbers; one more before is not timed."""
     import torch
 
+    from common.precision import computing_in
     from common.seeds import Noise
 
     labels = torch.arange(batch, device=device) % method.data.num_classes
     method.eval()
+    drawing = []
 
     def sample() -> None:
-        with torch.no_grad():
-            method.sample(labels, Noise(range(batch), device), run.sample)
+        noise = Noise(range(batch), device)
+        with torch.no_grad(), computing_in(run.eval.precision, device):
+            method.sample(labels, noise, run.sample)
+        drawing.append(noise.seconds)
 
-    return repeat(sample, range(1), range(1), device)
+    return repeat(sample, range(1), range(steps), device, "samplings"), drawing[1:]
 
 
-def repeat(work: Callable[[], None], warmup: Iterable[int], timed: Iterable[int], device: torch.device) -> list[float]:
-    """Seconds of each timed repetition, the device waited for."""
+def repeat(work: Callable[[], None], warmup: Sequence[int], timed: Sequence[int], device: torch.device, title: str) -> list[float]:
+    """Seconds of each timed repetition, the device waited for; a bar on stderr shows how far it is."""
     from common.hardware import synchronize
+    from common.progress import progress_bar
 
-    for _ in warmup:
-        work()
     seconds = []
-    for _ in timed:
-        synchronize(device)
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
+    with progress_bar(title, len(warmup) + len(timed), unit="") as bar:
+        for number in range(len(warmup) + len(timed)):
+            synchronize(device)
+            start = time.perf_counter()
+            work()
+            synchronize(device)
+            if number >= len(warmup):
+                seconds.append(time.perf_counter() - start)
+            bar.update()
     return seconds
 
 

@@ -1,6 +1,7 @@
 """The road from a method to its metrics: generation, several processes, the cached reference, the golden numbers."""
 
 import io
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from common.datasets import ArrayImages, DataSource, DataSummary
 from common.errors import UserError
+from common.seeds import Noise, image_seeds
 from evaluation import feature_sets
 from evaluation import generate as generation
 from evaluation.board import floor_at
@@ -21,7 +23,7 @@ from evaluation.evaluate import Clock, Evaluation, Reference, evaluate, evaluate
 from evaluation.feature_sets import class_weights, feature_set
 from evaluation.features import EmbeddedExtractor, Features
 from evaluation.frechet import factorise, frechet_distance
-from evaluation.generate import balanced_labels, generate, quantise
+from evaluation.generate import Drawing, balanced_labels, generate, quantise
 from evaluation.moments import Moments
 from evaluation.outcome import speed_fields
 from evaluation.protocol import EVALUATOR_VERSION, protocol_name
@@ -97,6 +99,66 @@ def test_images_depend_neither_on_batch_size_nor_on_processes(monkeypatch):
         assert np.array_equal(whole, all_images(generate(method, 0.3, labels, 3, 50, "cpu", distributed=False), 50))
     assert sorted(seen) == list(range(50))
     assert np.array_equal(whole, parts)
+
+
+class TwoDraws(Method):
+    """Draws twice an image, as a stochastic sampler, the first time in another shape for each batch if it is asked to."""
+
+    def __init__(self, restless=False):
+        super().__init__(None, None)
+        self.restless, self.batches, self.waiting = restless, 0, []
+
+    def sample(self, labels, noise, config):
+        self.waiting.append(noise._ahead is not None)
+        shape = (3, 8, 8) if not self.restless or self.batches % 2 else (192,)
+        self.batches += 1
+        return (noise.normal(*shape).reshape(-1, 3, 8, 8) + noise.normal(3, 8, 8)).clamp(-3, 3) / 3
+
+
+def noise_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("noise")]
+
+
+@pytest.mark.parametrize("restless", [False, True])
+def test_drawing_ahead_changes_no_image(restless):
+    """Bit for bit those of generators that are asked when the sampler asks, also where the next batch wants another shape."""
+    labels, method, drawing = balanced_labels(20, 4, 0), TwoDraws(restless), Drawing()
+    found = all_images(generate(method, None, labels, 3, 6, "cpu", drawing=drawing), 20)
+    assert method.waiting == [False, True, True, True]  # all batches but the first had been begun while another was sampled
+    assert drawing.seconds > 0 and not noise_threads()
+    alone = TwoDraws(restless)
+    for start in range(0, 20, 6):
+        chunk = range(start, min(start + 6, 20))
+        expected = quantise(alone.sample(None, Noise(image_seeds(3, chunk)), None))
+        assert np.array_equal(found[chunk.start : chunk.stop], expected.numpy())
+
+
+def test_threads_end_with_the_generator_and_their_errors_reach_it(monkeypatch):
+    stream = generate(TwoDraws(), None, balanced_labels(20, 4, 0), 3, 6, "cpu")
+    next(stream)
+    assert noise_threads()
+    stream.close()
+    assert not noise_threads()
+    randn = torch.randn
+
+    def failing(*shape, **options):
+        if threading.current_thread() is not threading.main_thread():
+            raise MemoryError("no room for noise")
+        return randn(*shape, **options)
+
+    monkeypatch.setattr(torch, "randn", failing)
+    stream = generate(TwoDraws(), None, balanced_labels(20, 4, 0), 3, 6, "cpu")
+    next(stream)  # its own noise is drawn by the sampler itself
+    with pytest.raises(MemoryError, match="no room for noise"):
+        next(stream)
+    assert not noise_threads()
+
+
+def test_the_rate_without_random_numbers_is_told_beside_the_one_with_them():
+    fields = speed_fields(Evaluation({}, {}, 10.0, 40, drawing_seconds=2.0), 5, "float32", "cpu")
+    assert (fields["images_per_s"], fields["images_per_s_without_draws"]) == (4.0, 5.0)
+    nothing = speed_fields(None, 5, "float32", "cpu")
+    assert nothing["images_per_s"] is nothing["images_per_s_without_draws"] is None
 
 
 class Ambient(Method):

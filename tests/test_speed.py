@@ -7,6 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import evaluation.speed
+from common.config import resolve
+from methods import get_spec
+from methods.base import DataInfo, Method
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("data=synthetic", "data.image_size=16", "model.depth=2", "model.width=16", "model.heads=2", "model.patch=4", "model.context_start=1", "sample.steps=2")
@@ -30,6 +36,40 @@ def test_rates_macs_and_memory_as_json():
         assert rates["peak_bytes"] > 0
     assert measured["sample"]["net_forwards"] == {"network": 3.0}
     assert measured["batch"] == 3 and measured["device"]
+    assert measured["precision"] == measured["sample"]["precision"] == "float32" and not measured["compiled"]
+    assert measured["sample"]["images_per_s_without_draws"] > measured["sample"]["images_per_s_worst"]
+    assert measured["sample"]["images_per_s_worst"] < measured["sample"]["images_per_s_best"]  # as many repetitions as of training
+    for told in ("building the networks", "training steps of 3 images in float32, 3 untimed and 2 timed", "samplings of 3 images by 3 evaluations in float32"):
+        assert told in result.stderr
+
+
+class Seen(Method):
+    """Keeps what a product within the sampler is computed in, and how often it is asked."""
+
+    def __init__(self):
+        super().__init__(None, DataInfo("toy", 3, 8, 30))
+        self.dtypes = []
+
+    def sample(self, labels, noise, config):
+        noise.normal(3, 8, 8)
+        self.dtypes.append((torch.ones(1, 1) @ torch.ones(1, 1)).dtype)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_sampling_is_timed_in_the_precision_of_evaluations_and_as_often_as_training(precision, dtype):
+    run = resolve(get_spec("jit"), {"train.precision": "bf16", "eval.precision": precision})
+    method = Seen()
+    with torch.autocast("cpu", torch.bfloat16):
+        seconds, drawing = evaluation.speed.time_sampling(method, run, 4, 5, torch.device("cpu"))
+    assert method.dtypes == [dtype] * 6 and len(seconds) == len(drawing) == 5
+    assert all(0 < drawn < whole for drawn, whole in zip(drawing, seconds, strict=True))
+
+
+def test_a_preset_is_not_compiled_on_a_cpu_unless_the_command_asks(capsys):
+    arguments = ["method=jit", "preset=imagenet256-b", "speed.batch=2"]
+    (((preset, _),), ((asked, _),)) = (list(evaluation.speed.configurations([*arguments, *more])) for more in ([], ["train.compile=true"]))
+    assert (preset.train.compile, asked.train.compile) == (False, True)
+    assert "this is a CPU: blocks are not compiled" in capsys.readouterr().err
 
 
 def test_a_mistake_is_one_line():
