@@ -126,17 +126,32 @@ def everyones(batches: Iterator[Batch], processes: int) -> Generator[Batch, None
 
 
 def look_at_the_data(method: Method, make_batches: MakeBatches, micro_batches_a_step: int, accelerator: Accelerator) -> None:
-    """`before_training` with the training's own batches from step 0 on, in the training's precision, so that both see the same features.
+    """`before_training` with the training's own batches from step 0 on, in the training's precision, so that both see the same features."""
+    with batches_of_all_processes(make_batches, 0, micro_batches_a_step, accelerator) as batches, accelerator.autocast():
+        method.before_training(batches)
 
-    The loader processes start when the first batch is asked for, and end here.
-    """
+
+@contextlib.contextmanager
+def batches_of_all_processes(make_batches: MakeBatches, start_step: int, micro_batches_a_step: int, accelerator: Accelerator) -> Iterator[Iterator[Batch]]:
+    """The training's micro-batches from a step on, those of all processes in each. Loader processes start when the first is asked for, and end here."""
 
     def own() -> Iterator[Batch]:
-        for batches in make_batches(0, micro_batches_a_step):
+        for batches in make_batches(start_step, micro_batches_a_step):
             yield from (prepare_batch(batch, accelerator.device) for batch in batches)
 
-    with contextlib.closing(everyones(own(), accelerator.num_processes)) as batches, accelerator.autocast():
-        method.before_training(batches)
+    with contextlib.closing(everyones(own(), accelerator.num_processes)) as batches:
+        yield batches
+
+
+def measure_at_the_end(state: TrainState, make_batches: MakeBatches, micro_batches_a_step: int, average: str) -> None:
+    """Puts what the method measures after its training (`after_training`) into its buffers, for the last checkpoint."""
+    if not implements(state.method, "after_training"):
+        return
+    batches_of_all = batches_of_all_processes(make_batches, state.step, micro_batches_a_step, state.accelerator)
+    with batches_of_all as batches, state.weights(average) as method:
+        measured = method.after_training(batches)
+    for name, value in measured.items():
+        state.method.get_buffer(name).copy_(value)
 
 
 def prepare_blocks(method: Method, settings: TrainConfig) -> None:
@@ -314,10 +329,12 @@ def train(
     accelerator: Accelerator,
     interludes: Sequence[Interlude] = (),
     sharding: str = "ddp",
+    evaluated: str = "raw",
 ) -> TrainState:
     """Trains to `settings.images`, or goes on from the newest whole checkpoint under `folder`.
 
     sharding: how several processes share the work, "ddp" or "fsdp2" (common/sharding.py).
+    evaluated: the average that the run is sampled with, or "raw"; the method measures with it what it hands on to other runs.
     Raises UserError for a non-finite loss or an unwritable folder (the last good checkpoint stays and is named), Stopped after SIGTERM, SIGUSR2 or Ctrl-C.
     """
     micro_batches_a_step = split_batch(settings, accelerator.num_processes)[1]
@@ -381,6 +398,8 @@ def train(
             logger.after_step()
             if stop or pause or due(settings.checkpoint_images, settings, state.step):
                 with logger.paused():
+                    if state.step == steps:
+                        measure_at_the_end(state, make_batches, micro_batches_a_step, evaluated)
                     state.save()
             if stop:
                 assert state.saved is not None
@@ -389,6 +408,7 @@ def train(
                 for interlude in pause:
                     interlude(state)
     if state.saved is None:
+        measure_at_the_end(state, make_batches, micro_batches_a_step, evaluated)
         state.save()
     return state
 

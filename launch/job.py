@@ -121,10 +121,11 @@ def run_one(run: RunConfig) -> str:
     if info.latents and not method_class.takes_moments:
         raise UserError(f"data.latents={run.data.latents} is not read by method={run.method}, which has no autoencoder's latents. Leave it out.")
     with torch.device("meta"):
-        method_class(run.model, info)  # refuses impossible settings before anything is allocated or written
+        shapes = method_class(run.model, info)  # refuses impossible settings before anything is allocated or written
     model = with_stages(run, partial(train_stage, waiting=run))
     accelerator = make_accelerator(run.train, run_folder(run), run.cluster.collective_timeout_min)
-    split_batch(run.train, accelerator.num_processes)
+    micro_batch, _ = split_batch(run.train, accelerator.num_processes)
+    shapes.check_micro_batch(micro_batch)
     with accelerator.main_process_first():
         folder = open_folder(run) if accelerator.is_main_process else run_folder(run)
     job = Job(run, model, folder, source, info, accelerator)
@@ -180,7 +181,8 @@ def train_job(job: Job) -> TrainState:
     micro_batch, _ = split_batch(run.train, job.accelerator.num_processes)
     batches = partial(_batches, job, plan, micro_batch)
     interludes = [(run.train.preview_images, partial(draw_preview, job)), (run.eval.every_images if run.eval.num_images else 0, partial(score_preview, job))]
-    return train(method, run.train, batches, job.folder, run.seed, identity(run), job.accelerator, interludes, run.cluster.sharding)
+    where = (job.folder, run.seed, identity(run), job.accelerator)
+    return train(method, run.train, batches, *where, interludes, run.cluster.sharding, evaluated_ema(run))
 
 
 def _batches(job: Job, plan: TrainingPlan, micro_batch: int, start_step: int, accumulation: int) -> Iterator[list[dict[str, torch.Tensor]]]:

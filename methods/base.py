@@ -167,6 +167,14 @@ class Method(nn.Module):
         batches: endless, the micro-batches of all processes. Nothing is read before the first one is asked for.
         """
 
+    def after_training(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
+        """Called once after the last step, before its checkpoint is written, with the evaluated average in place and in evaluation mode; `batches` as in
+        `before_training`. Returns buffers by name that were measured with these weights (moments of latents); they go into the checkpoint."""
+        return {}
+
+    def check_micro_batch(self, images: int) -> None:
+        """Called before anything is allocated, with the images that a process takes at once. UserError where the loss needs another number."""
+
     def after_step(self, step: int) -> None:
         """Called after the optimizers of a step (a teacher that is part of the loss). State goes into buffers or parameters."""
 
@@ -181,6 +189,11 @@ class Method(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks, in order: the unit of compilation, activation checkpointing and sharding."""
+        return []
+
+    def frozen_blocks(self) -> list[nn.Module]:
+        """Blocks that training runs and never trains, for example of a target's copy of the network. They are compiled as `blocks` are, but not
+        recomputed, since they keep nothing for a backward pass, not sharded, since `after_step` writes them, and not listened to."""
         return []
 
     def look(self, images: Tensor, time: float) -> None:

@@ -2,18 +2,22 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
 from common.autoencoder import Decoder, Encoder
-from common.config import load_presets, resolve
+from common.config import load_presets, resolve, run_folder
 from common.cost import empty_batch, on_meta
 from common.datasets import load_data, summarise
 from common.errors import UserError
+from common.external import run_weights
+from common.loader import TrainingPlan
 from common.seeds import seed_step
 from common.tokenizer import EMBEDDED, build_tokenizer, read_card
 from launch.budget import macs_of
+from launch.job import run_one
 from methods import get_class, get_spec
 from methods.base import DataInfo
 from methods.vae.config import SPEC, VaeConfig
@@ -99,6 +103,30 @@ def test_running_moments_follow_the_latents():
     assert torch.equal(method.latent_mean, before)
     method.train()("autoencoder", batch(), 0)
     assert not torch.equal(method.latent_mean, before)
+
+
+def test_a_finished_run_has_the_moments_of_the_averages_encoder(tmp_path):
+    """After eight steps the running moments are still nearly their 0 and 1, and they are those of the raw encoder."""
+    keys = {"data.name": "synthetic", "data.image_size": "16", "model.widths": "[8]", "model.depth": "1", "model.latent_channels": "3", "train.batch": "8"}
+    keys |= {"model.perceptual": "none", "train.images": "64", "train.lr": "1e-2", "train.warmup_images": "0", "train.ema_decay": "[0.5]"}
+    run = resolve(SPEC, {"method": "vae", **keys, "eval.num_images": "0", "train.preview_images": "0", "out": str(tmp_path)})
+    run_one(run)
+    weights = run_weights(run_folder(run))
+    method = VaeMethod(run.model, DataInfo("synthetic", 10, 16, 1))
+    method.load_state_dict(weights.state)
+    source = load_data(run.data)
+    plan = TrainingPlan(source.train.labels, 8, run.seed, source.balanced, run.data.flip)
+    count = len(source.train)
+    indices = np.concatenate([plan.indices(8 + step)[0] for step in range(-(-count // 8))])[:count]
+    with torch.no_grad():
+        mean, std = method.encoder(torch.from_numpy(source.train.fetch(indices)).float() / 127.5 - 1)
+    square = (mean.square() + std.square()).mean(dim=(0, 2, 3))
+    torch.testing.assert_close(method.latent_mean, mean.mean(dim=(0, 2, 3)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(method.latent_square, square, atol=1e-5, rtol=1e-4)
+    tokenizer = build_tokenizer(str(run_folder(run)))
+    tokenizer.load()
+    normalised = tokenizer.normalise(mean + std * torch.randn_like(mean))
+    torch.testing.assert_close(normalised.std(dim=(0, 2, 3)), torch.ones(3), atol=0.05, rtol=0)
 
 
 # -- the discriminator ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ loss = mean |y - x| + w_p d(y, x) + w_kl KL(N(mean, std^2) || N(0, 1)) / numbers
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from common.adversarial import (
     quantise,
 )
 from common.autoencoder import Decoder, Encoder
+from common.blocks import without_autocast
 from common.config import require
 from common.encoders.frozen import Frozen
 from common.perceptual import ConvNeXtDistance, EmbeddedDistance, Lpips
@@ -27,10 +30,14 @@ from methods.base import Batch, Component, DataInfo, Description, Method, ParamG
 from methods.vae.config import VaeConfig, VaeSample
 
 STATISTICS_RATE = 0.005  # of the running moments of the latents; the last few hundred steps count
+MEASURED_IMAGES = 10_000  # at most, from which the moments of the latents are measured when the training is over
 
 
 class VaeMethod(Method):
-    """Encoder and decoder, trained on single draws from the posterior. The moments of the latents are followed as batch norm follows its own."""
+    """Encoder and decoder, trained on single draws from the posterior.
+
+    The moments of the latents are followed during the training as batch norm follows its own, and measured at its end with the evaluated average.
+    """
 
     phases: tuple[str, ...] = ("autoencoder", "discriminator")
     task = "reconstruction"
@@ -114,6 +121,20 @@ class VaeMethod(Method):
         """Moves the running first and second moment of each latent channel, of draws from the posterior, towards the batch's."""
         self.latent_mean.lerp_(mean.mean(dim=(0, 2, 3)), STATISTICS_RATE)
         self.latent_square.lerp_((mean.square() + std.square()).mean(dim=(0, 2, 3)), STATISTICS_RATE)
+
+    @torch.no_grad()
+    def after_training(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
+        """The moments of the latents that a tokenizer normalises with: of its own encoder, the evaluated average, in float32 as it computes."""
+        wanted, seen = min(self.data.num_train, MEASURED_IMAGES), 0
+        sums = torch.zeros(2, len(self.latent_mean), dtype=torch.float64, device="cpu")
+        while seen < wanted:
+            images = next(batches)["image"][: wanted - seen]
+            with without_autocast(images):
+                mean, std = self.encoder(images)
+            moments = torch.stack((mean, mean.square() + std.square())).mean(dim=(3, 4))
+            sums += moments.cpu().double().sum(dim=1)
+            seen += len(images)
+        return dict(zip(("latent_mean", "latent_square"), sums / wanted, strict=True))
 
     def parameters_of(self, phase: str) -> list[ParamGroup]:
         names = ("discriminator.",) if phase == "discriminator" else ("encoder.", "decoder.")
