@@ -35,7 +35,7 @@ def compile_blocks(method: Method, recompute: bool = False) -> None:
     torch._dynamo.config.optimize_ddp = False  # it would cut every block into pieces of a gradient bucket
     training = torch.compile(_recomputed_block if recompute else _training_block, dynamic=False, fullgraph=True, backend=BACKEND)
     sampling = torch.compile(_sampling_block, backend=BACKEND)
-    for block in method.blocks():
+    for block in (*method.blocks(), *method.frozen_blocks()):
         block.forward = partial(_call, block, training, sampling)
 
 

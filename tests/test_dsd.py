@@ -9,19 +9,22 @@ import torch.nn.functional as F
 from dsd_models import ABLATIONS, INFO, SMALL, batch, make
 from toys import fit, settings
 
-from common import checkpoint
-from common.config import load_presets, resolve
+from common import checkpoint, compiled
+from common.blocks import DitBlock
+from common.config import TrainConfig, load_presets, resolve
 from common.cost import on_meta, parameter_counts, sampling_cost
 from common.datasets import ArrayImages
 from common.errors import UserError
 from common.files import read_rows
 from common.seeds import Noise, seed_step
 from common.spectrum import covariance, effective_rank, latent_health
+from common.trainer import prepare_blocks
 from evaluation.hidden_states import block_features
 from methods import get_spec
 from methods.base import DataInfo
 from methods.dsd.config import DsdConfig, DsdSample
 from methods.dsd.method import DsdMethod, momentum
+from methods.dsd.network import Block
 from methods.dsd.objective import diffusion_loss, draw_hidden, noised, velocity_loss
 
 PRESETS = load_presets(get_spec("dsd").presets)
@@ -364,6 +367,27 @@ def test_the_discriminator_starts_late_and_hears_only_its_own_loss():
     judged["loss"].backward()
     assert {name.partition(".")[0] for name, p in method.named_parameters() if p.grad is not None} == {"discriminator"}
     assert draws.augmentation is not None
+
+
+def test_the_targets_blocks_are_compiled_and_neither_recomputed_nor_listened_to(monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    method, plain = make(), make()
+    prepare_blocks(method, TrainConfig(compile=True))
+    own, target = method.blocks(), method.frozen_blocks()
+    assert len(target) == len(method.network.encoder.trunk.blocks) and not set(own) & set(target)
+    repeated = [module for module in method.modules() if isinstance(module, Block | DitBlock)]
+    assert set(repeated) == {*own, *target}, "no repeated block is left to the interpreter"
+    assert all(block.forward.func is compiled._call for block in (*own, *target))
+    losses = []
+    for each in (method, plain):
+        seed_step(0, 0, 0)
+        losses.append(each("generator", batch(), 1)["loss"])
+    torch.testing.assert_close(*losses)
+    losses[0].backward()
+    assert all(p.grad is None for p in method.target_encoder.parameters())
+    prepare_blocks(plain, TrainConfig(recompute_blocks=True))
+    assert all("forward" in vars(block) for block in plain.blocks()) and not any("forward" in vars(block) for block in plain.frozen_blocks())
+    assert make(ema=False).frozen_blocks() == []
 
 
 # -- two averages -------------------------------------------------------------------------------------------------------------------

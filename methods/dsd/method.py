@@ -232,6 +232,9 @@ class DsdMethod(Method):
         network = self.network
         return [*network.encoder.trunk.blocks, *network.diffusion_head.blocks, *network.velocity_head.blocks]
 
+    def frozen_blocks(self) -> list[nn.Module]:
+        return [] if self.target_encoder is None else list(self.target_encoder.trunk.blocks)
+
     def look(self, images: Tensor, time: float) -> None:
         """The blocks are heard as they denoise, then those of the diffusion and the velocity head; not as they encode the clean images."""
         z = self.network.encoder(images, heard=False).z
