@@ -23,6 +23,7 @@ def describe_run(run: RunConfig) -> str:
     """Settings that are not defaults, then folder, data, steps, parameters, MACs, memory and the published score."""
     info, method_class, spec = DataInfo.of(summarise(run.data)), get_class(run.method), get_spec(run.method)
     method = on_meta(method_class, run.model, info)
+    method.check_micro_batch(split_batch(run.train, _processes(run))[0])
     counts, sampling = parameter_counts(method), sampling_cost(method, run.sample)
     training = training_cost(method_class, run.model, info)
     forwards = ", ".join(

@@ -11,12 +11,18 @@ from pmf_models import SMALL, TINY, make, mixed_draws, small, wave
 from torch import nn
 
 from common.config import TrainConfig, load_presets, resolve
+from common.cost import on_meta
 from common.errors import UserError
 from common.optim import build_optimizers
 from common.seeds import Noise, image_seeds
+from common.trainer import split_batch
+from launch.job import run_all
 from methods import get_spec
+from methods.base import DataInfo
 from methods.pmf.config import SPEC, PMFConfig, PMFSample
+from methods.pmf.method import PMFMethod
 from methods.pmf.network import Condition, norm_tangent, tail
+from methods.pmf.objective import draw_times
 
 BATCH = {"image": torch.linspace(-1, 1, 6 * 192).reshape(6, 3, 8, 8), "label": torch.tensor([0, 1, 2, 0, 1, 2])}
 
@@ -248,6 +254,34 @@ def test_compiled_blocks_give_the_same_loss():
 def test_blocks_are_all_the_repeated_ones():
     method = make(**TINY)
     assert len(method.blocks()) == 2 + 2 + 2 and all(isinstance(block, nn.Module) for block in method.blocks())
+
+
+@pytest.mark.parametrize(
+    ("config", "images", "whole"),
+    [({}, 1, False), ({}, 3, False), ({}, 2, True), ({}, 128, True), ({"flow_share": 0.29}, 100, True), ({"flow_share": 0.3}, 4, False),
+     ({"time_sampler": "zero"}, 3, True), ({"time_sampler": "diagonal"}, 1, True)],
+)  # fmt: skip
+def test_a_micro_batch_has_a_whole_number_of_flow_matching_samples(config, images, whole):
+    method = make(**TINY, **config)
+    if whole:
+        method.check_micro_batch(images)
+        assert draw_times(method.config, images)[2] == pytest.approx(method.config.flow_matching_samples(images), abs=1e-9)
+        return
+    with pytest.raises(UserError, match=rf"^train\.micro_batch={images} .*which would be .* samples, so .* of {images} would be"):
+        method.check_micro_batch(images)
+
+
+def test_a_run_with_such_a_micro_batch_is_refused_before_it_has_a_folder(tmp_path, capsys):
+    keys = {"data.name": "synthetic", "train.images": "4", "train.batch": "4", "train.micro_batch": "1", "out": str(tmp_path / "runs")}
+    assert run_all([resolve(SPEC, {"method": "pmf", **keys})]) == 2
+    assert "train.micro_batch=1" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("preset", load_presets(SPEC.presets))
+def test_presets_fit_one_process_and_eight(preset):
+    run = resolve(SPEC, {"preset": preset})
+    for processes in (1, 8) if run.train.batch % 16 == 0 else (1,):
+        on_meta(PMFMethod, run.model, DataInfo("x", 10, run.data.image_size or 32, 1)).check_micro_batch(split_batch(run.train, processes)[0])
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------------------

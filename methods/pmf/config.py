@@ -39,7 +39,7 @@ class PMFConfig:
     time_std: float = 0.8
     uniform_share: float = 0.0  # share of samples whose times are uniform instead
     zero_share: float = 0.0  # share of samples off the diagonal whose r is 0 instead: steps all the way to the image
-    flow_share: float = 0.5  # share of a micro-batch, its first samples, that has r = t (flow matching)
+    flow_share: float = 0.5  # share of a micro-batch, its first samples, that has r = t (flow matching); a whole number of samples
     label_drop: float = 0.1  # mean share of a micro-batch, its first samples, that is trained without the class
     guidance_max: float = 8.0  # guidance scales are drawn from [1, guidance_max]
     guidance_beta: float = 1.0  # with density proportional to scale^-beta
@@ -55,6 +55,11 @@ class PMFConfig:
     optimizer: str = "muon"  # muon | torch_muon | adam: for the matrices; the rest has Nesterov Adam with the first two
     scalar_lr: float = 1.0  # learning rate of what embeds guidance, interval and step length, relative to all others'
     jvp: str = "fused"  # fused (tangents beside the forward, without a graph) | func (torch.func.jvp; not with train.compile)
+
+    def flow_matching_samples(self, count: int) -> float:
+        """How many of `count` samples have r = t; the loss is the published one only where this is a whole number."""
+        share = {"plane": self.flow_share, "diagonal": 1.0, "zero": 0.0, "edges": self.flow_share}[self.time_sampler]
+        return round(count * share, 9)
 
     def __post_init__(self) -> None:
         for name in ("depth", "head_depth", "width", "heads", "patch", "class_tokens", "guidance_tokens", "interval_tokens", "time_tokens"):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from common import perceptual
 from common.config import require
 from common.encoders.frozen import Frozen
+from common.errors import UserError
 from common.flow import interpolate, match_dims
 from common.seeds import Noise
 from methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
@@ -49,6 +50,15 @@ class PMFMethod(Method):
             cast(Frozen, network).load()
 
     # -- training ---------------------------------------------------------------------------------------------------------------
+
+    def check_micro_batch(self, images: int) -> None:
+        samples = self.config.flow_matching_samples(images)
+        if samples != int(samples):
+            raise UserError(
+                f"train.micro_batch={images} (or train.batch divided by the processes): pMF trains model.flow_share={self.config.flow_share} of every "
+                f"micro-batch by flow matching, which would be {samples:g} samples, so {int(samples)} of {images} would be. Choose a micro-batch for "
+                "which the share is a whole number of samples."
+            )
 
     def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
         return self.objective(batch["image"], batch["label"], draw(self.config, batch["image"]))

@@ -112,8 +112,7 @@ def draw_times(config: PMFConfig, count: int, device: torch.device | str | None 
     t, r = pair
     if config.time_sampler in ("zero", "edges"):
         r = torch.zeros_like(t)
-    share = {"plane": config.flow_share, "diagonal": 1.0, "zero": 0.0, "edges": config.flow_share}[config.time_sampler]
-    flow_matching = int(count * share)
+    flow_matching = int(config.flow_matching_samples(count))
     first = torch.arange(count, device=device) < flow_matching
     r = torch.where(first, t, r)  # before the sort: their t is one draw, not the larger of two
     t, r = torch.maximum(t, r), torch.minimum(t, r)
