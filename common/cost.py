@@ -76,7 +76,7 @@ class TrainingCost:
 def training_cost(method_class: type[Method], config: Any, data: DataInfo) -> TrainingCost:
     """Counts a training step in each part of the training that the method's turning points make."""
     method = on_meta(method_class, config, data).train()
-    batch = empty_batch(data, TRAINING_BATCH, "meta", method_class.needs_images(data))
+    batch = empty_batch(data, TRAINING_BATCH, "meta", method.needs_images(data))
     encoding = sum(take_encoding_out(table, batch) for table in vars(method).values() if isinstance(table, FeatureTable) and table.num_images)
 
     def step(images_seen: int) -> None:
@@ -216,7 +216,7 @@ def activation_bytes(method_class: type[Method], config: Any, data: DataInfo, ba
     with silent_copies(), Fakes(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         method = method_class(config, data).train()
         begin_last_part(method)
-        inputs = empty_batch(data, batch, "cpu", method_class.needs_images(data))
+        inputs = empty_batch(data, batch, "cpu", method.needs_images(data))
         return max(_saved_bytes(method, partial(method, phase, inputs, 0)) for phase in method.phases)
 
 
