@@ -246,7 +246,10 @@ class Spec(Protocol):
     def presets(self) -> str: ...
 
 
-def resolve(spec: Spec, overrides: Mapping[str, str]) -> RunConfig:
+HELP = "`python launch/run.py method=jit --help` lists every key."
+
+
+def resolve(spec: Spec, overrides: Mapping[str, str], advice: str = HELP) -> RunConfig:
     """The full configuration of one run of a method. Unknown presets and keys and wrong types are UserErrors with the nearest valid word."""
     presets = load_presets(spec.presets)
     preset_name = overrides.get("preset", RunConfig.preset)
@@ -259,25 +262,47 @@ def resolve(spec: Spec, overrides: Mapping[str, str]) -> RunConfig:
     config = _merge(config, settings, where=f"preset {preset_name} in {spec.presets}")
     config.method = spec.name
     parsed = [f"{key}={value}" for key, value in overrides.items()]
-    config = _merge(config, OmegaConf.from_dotlist(parsed), where="the command line")
+    config = _merge(config, OmegaConf.from_dotlist(parsed), where="the command line", advice=advice)
     run: RunConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
     check(run)
     return run
 
 
-def _merge(config: DictConfig, settings: Any, where: str) -> DictConfig:
+def _merge(config: DictConfig, settings: Any, where: str, advice: str = HELP) -> DictConfig:
     settings = OmegaConf.create(settings)
     known = dict(flatten(OmegaConf.to_container(config)))
     for key, _ in flatten(OmegaConf.to_container(settings)):
         if inside := next((name for name in known if name.startswith(f"{key}.")), None):
             raise UserError(f"{where}: {key} is a group of keys; set one of them, for example {inside}={known[inside]}.")
         if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}.{close_match(key, known)} `python launch/run.py method=jit --help` lists every key.")
+            raise UserError(f"{where}: unknown key {key!r}.{close_match(key, known)} {advice}")
     try:
         return OmegaConf.merge(config, settings)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{where}: {getattr(error, 'full_key', None) or 'a value'} does not fit: {reason}.") from error
+        raise UserError(f"{where}: {misfit(error, config, settings)}") from error
+
+
+KINDS = {
+    "FloatNode": "a number, for example 0.5 or 1e-4", "IntegerNode": "a whole number, for example 2", "BooleanNode": "true or false",
+    "StringNode": "a word", "ListConfig": "a list in brackets, for example", "TupleConfig": "a list in brackets, for example",
+}  # fmt: skip
+EXAMPLES = {"int": "[0,1]", "float": "[0.1,0.9]"}
+
+
+def misfit(error: OmegaConfBaseException, config: DictConfig, settings: Any) -> str:
+    """ "train.lr=fast does not fit: it must be a number, for example 0.5 or 1e-4." for a value of the wrong type; config: what it was merged into."""
+    key = re.sub(r"\[\d+\]$", "", getattr(error, "full_key", None) or "")
+    if not key:
+        return f"a value does not fit: {str(error).splitlines()[0]}."
+    node: Any = config
+    for part in key.split("."):
+        node = node._get_node(part)
+    value = dict(flatten(OmegaConf.to_container(settings))).get(key)
+    wanted = KINDS.get(type(node).__name__, "another value")
+    if wanted.endswith("for example"):
+        wanted += f" {EXAMPLES.get(getattr(getattr(node._metadata, 'element_type', None), '__name__', ''), '[a,b]')}"
+    given = "null" if value is None else str(value).replace("'", "")
+    return f"{key}={given} does not fit: it must be {wanted}."
 
 
 def check(run: RunConfig) -> None:

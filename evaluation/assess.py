@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 from common.config import DataConfig, RunConfig
-from common.datasets import load_data
+from common.datasets import DataSource, load_data
 from common.decoding import decoding_digest
 from common.errors import UserError
 from common.precision import EXECUTED
 from common.seeds import derive
+from common.splits import fixed_draw
 from evaluation.collect import ImageBatch
 from evaluation.evaluate import Clock, Evaluation, data_protocol, evaluate, evaluate_method, load_reference, progress
 from evaluation.extractors import CardExtractor, build_extractor
@@ -28,6 +30,7 @@ from evaluation.models import Model
 from evaluation.needed_files import checked
 from evaluation.protocol import MAX_NEIGHBOURS, UINT8_RULES, decoding_entry
 from evaluation.protocols import EMBEDDED, NamedProtocol, SampleRule, describe, get_protocol
+from evaluation.ranks import rank_and_size
 from evaluation.reconstruction import evaluate_rebuilt, evaluate_reconstruction
 from evaluation.reference_files import Reference, read_reference
 from evaluation.samples import FolderSamples, Samples, drawn_images
@@ -138,16 +141,15 @@ def assess_images(samples: Samples, request: Request, data: DataConfig) -> Evalu
     if request.protocol == "rfid":
         return evaluate_rebuilt(samples.batches(request.batch), load_data(data), request.batch, rfid_extractor(request), request.cache, *made)
     if request.protocol == EMBEDDED:
-        return against_data(stream, samples.resolution, rule, request, data)
+        source = load_data(data)
+        introduce(samples, n, source, data)
+        return against_data(stream, source, rule, request)
     tools = prepare(request, samples.resolution)
     return Evaluation(tools.describe(rule), measure(stream, n, tools.extractor, tools.reference, tools.protocol), 0.0)
 
 
-def against_data(stream: Iterator[ImageBatch], resolution: int, rule: SampleRule, request: Request, data: DataConfig) -> Evaluation:
+def against_data(stream: Iterator[ImageBatch], source: DataSource, rule: SampleRule, request: Request) -> Evaluation:
     """The embedded protocol. Which image should show what is not known, so there is no class accuracy."""
-    source = load_data(data)
-    if source.info.image_size != resolution:
-        raise UserError(f"the images have {resolution} px and those of {source.info.name} {source.info.image_size} px.")
     extractor = EmbeddedExtractor(request.device)
     reference = load_reference(source, extractor, request.cache)
     metrics = evaluate(stream, rule.n, extractor, reference)
@@ -155,6 +157,38 @@ def against_data(stream: Iterator[ImageBatch], resolution: int, rule: SampleRule
     stored = "memory" if rule.container == "lossless" else rule.container
     protocol["samples"] |= {"label_law": rule.label_law, "container": stored, **decoding_entry(rule.decoding)}
     return Evaluation(protocol, metrics, 0.0)
+
+
+LIKENESS_IMAGES = 200  # that are looked at on either side before anything is computed
+LIKENESS_DEVIATIONS = 2.5  # of the data's own images, by which the means of images of the same kind do not differ
+
+
+def introduce(samples: Samples, n: int, source: DataSource, data: DataConfig) -> None:
+    """Says on stderr what the images are compared with, and warns where they can hardly be meant for it; another size is a UserError."""
+    info, yours = source.info, "your own real images are data=folder data.path=FOLDER data.image_size=PIXELS, and protocol= names other references"
+    if info.image_size != samples.resolution:
+        raise UserError(
+            f"the images have {samples.resolution} px and those of {info.name} {info.image_size} px. Without protocol=, images are compared with the training "
+            f"images of data={data.name}: {yours}."
+        )
+    rank, _ = rank_and_size()
+    if rank:
+        return
+    print(f"comparing {n:,} images with the {len(source.train):,} training images of {info.name} (data={data.name}); {yours}", file=sys.stderr)
+    for what, theirs, reals in unlike(samples, source):
+        print(f"warning: their {what} is {theirs:.0f}, that of {info.name} {reals:.0f}: are they images of {info.name}?", file=sys.stderr)
+
+
+def unlike(samples: Samples, source: DataSource) -> list[tuple[str, float, float]]:
+    """(what, mean of the images, mean of the data) for the brightness and the contrast, in grey levels, that lie far apart. Of a few images of each."""
+    given = np.concatenate([images.numpy() for images, _ in drawn_images(samples, LIKENESS_IMAGES, LIKENESS_IMAGES)])
+    real = source.train.fetch(fixed_draw(len(source.train), LIKENESS_IMAGES))
+    found = []
+    for what, measured in (("mean brightness", np.mean), ("mean contrast", np.std)):
+        ours, theirs = (measured(images.reshape(len(images), -1), axis=1) for images in (real, given))
+        if abs(theirs.mean() - ours.mean()) > LIKENESS_DEVIATIONS * ours.std():
+            found.append((what, float(theirs.mean()), float(ours.mean())))
+    return found
 
 
 def container(samples: Samples) -> str:

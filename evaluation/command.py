@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.config import describe, split_overrides
+from common.config import describe, misfit, split_overrides
 from common.errors import UserError, close_match
 
 T = TypeVar("T")
@@ -27,10 +27,11 @@ def parse(keys: type[T], arguments: Sequence[str], passed_on: Sequence[str] = ()
         if key not in config:
             groups = "".join(f", {group}.*" for group in passed_on)
             raise UserError(f"unknown key {key!r}.{close_match(key, list(config))} Keys: {', '.join(config)}{groups}.")
+    given = OmegaConf.from_dotlist([f"{key}={value}" for key, value in own.items()])
     try:
-        merged = OmegaConf.merge(config, OmegaConf.from_dotlist([f"{key}={value}" for key, value in own.items()]))
+        merged = OmegaConf.merge(config, given)
     except OmegaConfBaseException as error:
-        raise UserError(f"{getattr(error, 'full_key', None) or 'a value'} does not fit: {str(error).splitlines()[0]}.") from error
+        raise UserError(misfit(error, config, given)) from error
     command: Any = OmegaConf.to_object(merged)
     return command, rest
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from methods.base import DataInfo, Method
 
 
+ADVICE = "`python evaluation/run.py --help` lists the command's keys, `python launch/run.py method=jit --help` those of sample, model and data."
 IMPORTED = "imported.json"  # in a run folder that was made of a released file: where the weights come from
 NUMBER_OR_NONE = (float, int, type(None))
 ORIGIN: dict[str, Any] = {"file": str, "sha256": str, "ema_decay": NUMBER_OR_NONE, "weights": str, "licence": str}  # what is read of it, and its types
@@ -46,7 +47,7 @@ def saved_run(folder: Path, overrides: Mapping[str, str]) -> RunConfig:
     """The configuration of a run folder, with some keys set anew and the folders of earlier stages in place, without what only training reads."""
     check_saved(folder)
     settings = saved_settings(folder) | {"data.latents": "null"} | dict(overrides)
-    run = resolve(get_spec(str(json.loads(settings["method"]))), settings)
+    run = resolve(get_spec(str(json.loads(settings["method"]))), settings, ADVICE)
     return dataclasses.replace(run, model=dataclasses.replace(run.model, **stage_folders(folder, run)))
 
 
@@ -140,7 +141,7 @@ def load_released(file: Path, method_name: str, preset: str, overrides: Mapping[
     from common.precision import executed_precision
     from common.trainer import load_own_state
 
-    run = resolve(get_spec(method_name), {**overrides, "preset": preset})
+    run = resolve(get_spec(method_name), {**overrides, "preset": preset}, ADVICE)
     method, info = build(run)
     load_own_state(method, method.from_reference(read_tensors(file)))
     checkpoint = {"sha256": sha256_of(file), "step": None, "ema_decay": None, "ema_kind": "released"}

@@ -183,3 +183,22 @@ def test_keys_that_came_later_leave_earlier_runs_what_they_were() -> None:
     assert identity(changed) != identity(run)
     assert identity(run) == "30534fd851ee"  # of a demo before there were eval.precision and eval.uint8
     assert identity(resolve(get_spec("jit"), {"eval.precision": "bf16"})) != identity(run)
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("train.lr=fast", "the command line: train.lr=fast does not fit: it must be a number, for example 0.5 or 1e-4."),
+        ("train.batch=1.5", "the command line: train.batch=1.5 does not fit: it must be a whole number, for example 2."),
+        ("train.batch=null", "the command line: train.batch=null does not fit: it must be a whole number, for example 2."),
+        ("data.flip=maybe", "the command line: data.flip=maybe does not fit: it must be true or false."),
+        ("data.name=[1]", "the command line: data.name=[1] does not fit: it must be a word."),
+        ("eval.seeds=3", "the command line: eval.seeds=3 does not fit: it must be a list in brackets, for example [0,1]."),
+        ("train.ema_decay=[x]", "the command line: train.ema_decay=[x] does not fit: it must be a list in brackets, for example [0.1,0.9]."),
+        ("sample.interval=0.1", "the command line: sample.interval=0.1 does not fit: it must be a list in brackets, for example [a,b]."),
+    ],
+)
+def test_values_of_a_wrong_type_are_told_in_our_words(argument: str, told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(get_spec("jit"), dict([argument.split("=")]))
+    assert str(caught.value) == told

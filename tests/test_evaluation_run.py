@@ -12,6 +12,8 @@ import torch
 from evaluated_run import MODEL, Projections, image_folder, run_folder
 from PIL import Image
 
+from common.config import DataConfig
+from common.datasets import load_data
 from common.errors import UserError
 from evaluation import assess, evaluate, run
 from evaluation.columns import IDENTITY
@@ -68,7 +70,7 @@ def test_a_run_is_rebuilt_as_it_was(place):
     assert not average.method.training
     changed = load_run(place / "first", {"sample.steps": "3"}, None, torch.device("cpu"))
     assert changed.run.sample.steps == 3
-    with pytest.raises(UserError, match=r"unknown key 'sample.stepz'"):
+    with pytest.raises(UserError, match=r"unknown key 'sample.stepz'.* `python evaluation/run.py --help`"):
         load_run(place / "first", {"sample.stepz": "3"}, None, torch.device("cpu"))
     with pytest.raises(UserError, match=r"has no average '0.5'"):
         load_run(place / "first", {}, "0.5", torch.device("cpu"))
@@ -199,6 +201,24 @@ def test_labels_are_drawn_as_the_protocol_says():
     assert 5 < np.std(np.bincount(random)) < 35 and random.dtype == np.int64
 
 
+def test_images_without_a_protocol_are_told_what_they_are_compared_with(place, tmp_path, capsys, monkeypatch):
+    """Before anything is computed; images that can hardly be meant for these data are told so, whoever made them."""
+    own = [f"data.path={place}/data", "data=folder", "data.image_size=8"]
+    shared = ["device=cpu", f"out={tmp_path}/out"]
+    real = load_data(DataConfig(name="folder", path=str(place / "data"), image_size=8)).train
+    np.savez(tmp_path / "real.npz", real.fetch(range(40)).transpose(0, 2, 3, 1))
+    np.savez(tmp_path / "bright.npz", np.full((40, 8, 8, 3), 250, dtype=np.uint8))
+    for name, warned in (("real", False), ("bright", True)):
+        run.work([f"npz={tmp_path}/{name}.npz", *own, *shared])
+        told = capsys.readouterr().err
+        assert "comparing 40 images with the 72 training images of data (data=folder)" in told and "protocol=" in told
+        assert ("warning: their mean brightness is 250" in told) == ("are they images of data?" in told) == warned
+    monkeypatch.setattr(assess, "evaluate", lambda *_: pytest.fail("computed before it was told"))
+    np.savez(tmp_path / "large.npz", np.zeros((30, 64, 64, 3), dtype=np.uint8))
+    with pytest.raises(UserError, match=r"64 px and those of emoji32 32 px. Without protocol=, .* data=emoji32: your own real images are data=folder"):
+        run.work([f"npz={tmp_path}/large.npz", *shared])
+
+
 def test_images_of_the_wrong_size_are_refused(place, toy_protocol, tmp_path):
     np.savez(tmp_path / "large.npz", np.zeros((30, 16, 16, 3), dtype=np.uint8))
     for arguments, message in (
@@ -243,7 +263,8 @@ def test_images_of_the_wrong_size_are_refused(place, toy_protocol, tmp_path):
         (["run=a", "seeds=[]"], "at least one"),
         (["run=a", "seeds=[1,1]"], "all different"),
         (["run=a", "sede=1"], "unknown key 'sede'"),
-        (["run=a", "batch=many"], "batch does not fit"),
+        (["run=a", "batch=many"], "^batch=many does not fit: it must be a whole number, for example 2.$"),
+        (["run=a", "seeds=3"], r"^seeds=3 does not fit: it must be a list in brackets, for example \[0,1\].$"),
         (["npz=nowhere.npz"], "does not exist"),
         (["run=nowhere"], "is not a run folder"),
     ],
