@@ -58,9 +58,7 @@ class TrainConfig:
     eps: float = 1e-8  # of both
     weight_decay: float = 0.0  # of AdamW and Muon, unless a parameter group says otherwise
     clip_grad: float = 0.0  # global gradient norm; 0 does not clip
-    ema_decay: list[float] = field(
-        default_factory=list
-    )  # one average a decay per step, e.g. [0.9999,0.9996]; a run too short for it has a shorter one (common/ema.py)
+    ema_decay: list[float] = field(default_factory=list)  # one average a decay per step, e.g. [0.9999,0.9996]; a short run has shorter ones (common/ema.py)
     ema_halflife_images: list[float] = field(default_factory=list)  # one average a half-life in images, e.g. [5e5]
     ema_rampup: float = 0.0  # a half-life is at most this share of the images seen so far; 0 is off
     precision: str = "auto"  # auto, bf16, tf32 or fp32 (common/precision.py); auto: bf16 autocast on GPUs that multiply it, fp32 elsewhere
