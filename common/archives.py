@@ -11,13 +11,14 @@ import re
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common.crop import check_file_bytes
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 HELD_OUT_NAMES = ("val", "validation", "test")  # of folders and files, best first
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
+SMALL_SET = 100_000  # class numbers up to this are taken from any data set, and larger ones only from one with as many images
+LABEL_BYTES = 255  # of a .cls member: a class number or a name
 GROUPS_KEPT = 2  # row groups of Parquet files that a process keeps decoded: reading in order decodes each once
 
 
@@ -75,6 +78,15 @@ def open_archive(kind: str, root: Path) -> Archive:
     return archive(root, files)
 
 
+def check_largest(label: int, images: int, where: object) -> None:
+    """UserError for a class number that cannot be one: it is beyond SMALL_SET and beyond the number of images. As many classes would be made."""
+    if label >= max(images, SMALL_SET):
+        raise UserError(
+            f"{where}: class number {label if label < 10**15 else 'of ' + str(len(str(label))) + ' digits'} in a data set of {images:,} images. "
+            f"Classes are numbered from 0 on. Repair the labels; numbers below {SMALL_SET:,} are always taken."
+        )
+
+
 def part_of(path: PurePosixPath | Path) -> str:
     """What the names in a path say: "train", one of HELD_OUT_NAMES, or "". A name may have other words beside it (imagenet-train-0001.tar)."""
     words = set(re.split(r"[^a-z]+", str(path).lower()))
@@ -113,6 +125,8 @@ class TarArchive(Archive):
         found = {member.label for _, member in members}
         if len({type(label) for label in found}) > 1:
             raise UserError(f"{files[0]}{_others(files)}: some images have a class number (.cls) and some only a folder. Repair the tars.")
+        if isinstance(members[0][1].label, int):
+            check_largest(max(map(int, found)), len(members), f"{files[0]}{_others(files)}, .cls")
         class_names = sorted(found, key=str) if isinstance(members[0][1].label, str) else range(1 + max(map(int, found)))
         numbers = {name: number for number, name in enumerate(class_names)}
         labels = np.array([numbers[member.label] for _, member in members], dtype=np.int64)
@@ -126,6 +140,7 @@ class TarArchive(Archive):
 
     def read(self, index: int) -> bytes:
         number, offset, size = self.where[index].tolist()
+        check_file_bytes(size, self.name(index))
         try:
             with self.files[number].open("rb") as file:
                 file.seek(offset)
@@ -146,18 +161,27 @@ def _members(file: Path, part: str) -> Iterator[Member]:
                 if not entry.isfile() or path.name.startswith("."):
                     continue
                 sample = path.parent / path.name.partition(".")[0]
+                if entry.issparse() and path.suffix.lower() in (*IMAGE_SUFFIXES, ".cls"):
+                    raise UserError(f"{file}: {entry.name} is stored as a sparse file, whose bytes do not lie in one place. Pack the tar without --sparse.")
                 if path.suffix.lower() in IMAGE_SUFFIXES:
                     images[sample] = entry.name, entry.offset_data, entry.size
                 elif path.suffix == ".cls":
-                    labels[sample] = tar.extractfile(entry).read().decode().strip()  # type: ignore[union-attr]  # it is a file
+                    labels[sample] = _label_text(tar, entry, file)
     except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read as an uncompressed tar ({error}). Download it again, or unpack a compressed one.") from error
     if file.stat().st_size < end + tarfile.BLOCKSIZE:  # an empty block ends every tar, and tarfile does not miss it
         raise UserError(f"{file} is cut short: its {file.stat().st_size:,} bytes end in or behind {entry.name} without an end mark. Download it again.")
     for sample, (name, offset, size) in images.items():
         text = labels.get(sample, "")
-        label = int(text) if text.isdecimal() else text or _class_of(file, sample)
+        label: str | int = int(text) if text.isdecimal() else text or _class_of(file, sample)
         yield Member(offset, size, name, label, part or part_of(sample.parent if text else sample.parent.parent))
+
+
+def _label_text(tar: tarfile.TarFile, entry: tarfile.TarInfo, file: Path) -> str:
+    """What a .cls member holds; a long one is a UserError before it is read."""
+    if entry.size > LABEL_BYTES:
+        raise UserError(f"{file}: {entry.name} has {entry.size:,} bytes, and a class number or name at most {LABEL_BYTES}. Repair the tar.")
+    return tar.extractfile(entry).read().decode().strip()  # type: ignore[union-attr]  # it is a file
 
 
 def _class_of(file: Path, sample: PurePosixPath) -> str:
@@ -182,14 +206,20 @@ class TableArchive(Archive):
             raise UserError(f"{files[0]} needs the package pyarrow: pip install 'pixlat[tables]'.") from None
         schema = self.schema(files[0])
         self.image, self.label = _columns(schema, files[0])
-        pieces = [self.pieces(file) for file in files]  # of each file, the labels of its pieces
+        for file in files[1:]:
+            if (odd := _columns(self.schema(file), file)) != (self.image, self.label):
+                raise UserError(f"{file} has its images and labels in the columns {odd}, and {files[0]} in {(self.image, self.label)}. Use one layout.")
+        pieces = [_opened(file, partial(self.pieces, file)) for file in files]  # of each file, the labels of its pieces
         self.owners = [(number, piece) for number, found in enumerate(pieces) for piece in range(len(found))]
         self.starts = np.cumsum([0, *(len(labels) for found in pieces for labels in found)])
         rows = [sum(len(labels) for labels in found) for found in pieces]
         self.first_rows = np.cumsum([0, *rows])
         self.file_sizes = [file.stat().st_size for file in files]
-        labels = np.concatenate([labels for found in pieces for labels in found]).astype(np.int64)
-        class_names = _feature_names(schema, self.label) or tuple(str(number) for number in range(1 + labels.max(initial=-1)))
+        labels = np.concatenate([labels for found in pieces for labels in found] or [np.empty(0, np.int64)])
+        class_names = _feature_names(schema, self.label, files[0])
+        if class_names is None:
+            check_largest(int(labels.max(initial=-1)), len(labels), f"{files[0]}{_others(files)}, column {self.label}")
+            class_names = tuple(str(number) for number in range(1 + int(labels.max(initial=-1))))
         super().__init__(files, labels, class_names, np.repeat([part_of_file(root, file) for file in files], rows))
 
     def name(self, index: int) -> str:
@@ -205,13 +235,11 @@ class TableArchive(Archive):
     def read(self, index: int) -> bytes:
         order = int(np.searchsorted(self.starts, index, side="right")) - 1
         number, piece = self.owners[order]
-        try:
-            entry = self.column(self.files[number], piece)[index - int(self.starts[order])].as_py()
-        except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-            raise UserError(f"{self.name(index)} cannot be read: {error}. Download {self.files[number]} again.") from error
+        entry = _opened(self.files[number], lambda: self.column(self.files[number], piece)[index - int(self.starts[order])].as_py(), self.name(index))
         content: bytes | None = entry["bytes"] if isinstance(entry, dict) else entry
         if content is None:
             raise UserError(f"{self.name(index)} holds a path instead of an image. Save the data set with its images inside.")
+        check_file_bytes(len(content), self.name(index))
         return content
 
     @abstractmethod
@@ -237,7 +265,8 @@ class ParquetArchive(TableArchive):
 
     def pieces(self, file: Path) -> list[NDArray[np.int64]]:
         opened = _parquet(file)
-        return [opened.read_row_group(group, [self.label], use_threads=False).column(0).to_numpy() for group in range(opened.num_row_groups)]
+        groups = range(opened.num_row_groups)
+        return [_as_labels(opened.read_row_group(group, [self.label], use_threads=False).column(0), file, self.label) for group in groups]
 
     def column(self, file: Path, piece: int) -> pyarrow.ChunkedArray:
         return _row_group(file, piece, self.image)
@@ -252,17 +281,39 @@ class ArrowArchive(TableArchive):
         return _arrow_table(file).schema
 
     def pieces(self, file: Path) -> list[NDArray[np.int64]]:
-        return [_arrow_table(file).column(self.label).to_numpy()]
+        return [_as_labels(_arrow_table(file).column(self.label), file, self.label)]
 
     def column(self, file: Path, piece: int) -> pyarrow.ChunkedArray:
         return _arrow_table(file).column(self.image)
 
 
-def _opened(file: Path, open_it: Callable[[], Any]) -> Any:
+def _as_labels(column: pyarrow.ChunkedArray, file: Path, name: str) -> NDArray[np.int64]:
+    """Class numbers (n,) of a column; whatever is not a whole number is a UserError."""
+    from pyarrow import types
+
+    kind, wanted = column.type, "Class numbers are whole numbers from 0 on, without gaps in the column. Convert it."
+    if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
+        raise UserError(f"{file}: the column {name} holds {kind} and not class numbers. {wanted}")
+    if column.null_count:
+        raise UserError(f"{file}: {column.null_count:,} rows of the column {name} are empty. {wanted}")
+    values = column.to_numpy()
+    labels: NDArray[np.int64] = values.astype(np.int64) if kind.bit_width < 64 or not len(values) or abs(values).max() < 2**62 else values[:0]
+    if len(labels) != len(values) or (types.is_floating(kind) and (labels != values).any()):
+        odd = next((value for value in values.tolist() if value != value or abs(value) >= 2**62 or value != int(value)), values[0])
+        raise UserError(f"{file}: the column {name} holds {odd}. {wanted}")
+    return labels
+
+
+def _opened(file: Path, open_it: Callable[[], Any], what: object = None) -> Any:
+    """What `open_it` returns; pyarrow's errors are UserErrors that name the file, or `what` lies in it."""
+    from pyarrow import ArrowException
+
     try:
         return open_it()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}). Download it again.") from error
+    except UserError:
+        raise
+    except (OSError, ValueError, ArrowException) as error:
+        raise UserError(f"{what or file} cannot be read ({next(iter(str(error).splitlines()), type(error).__name__)}). Download {file} again.") from error
 
 
 def _parquet(file: Path) -> Any:
@@ -305,11 +356,19 @@ def _columns(schema: pyarrow.Schema, file: Path) -> tuple[str, str]:
     return image, label
 
 
-def _feature_names(schema: pyarrow.Schema, label: str) -> tuple[str, ...] | None:
-    """The class names that Hugging Face keeps beside the columns."""
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    names = features.get(label, {}).get("names")
-    return tuple(names) if names else None
+def _feature_names(schema: pyarrow.Schema, label: str, file: Path) -> tuple[str, ...] | None:
+    """The class names that Hugging Face keeps beside the columns, if there are any."""
+    try:
+        found: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        for key in ("info", "features", label, "names"):
+            found = found.get(key) or {}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file}: its metadata of Hugging Face are damaged ({error}). Download it again, or save it without them.") from error
+    if not found:
+        return None
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise UserError(f"{file}: its metadata name the classes {str(found)[:40]}, which is no list of names. Download it again, or save it without them.")
+    return tuple(found)
 
 
 def _others(files: Sequence[Path]) -> str:

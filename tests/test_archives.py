@@ -10,8 +10,10 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import date, datetime
 from itertools import islice
 from pathlib import Path
 
@@ -192,6 +194,117 @@ def other_columns(root: Path) -> DataConfig:
 def test_archive_mistakes_are_explained(tmp_path: Path, build: Callable[[Path], DataConfig], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_data(build(tmp_path / "set")).train.fetch(range(1))
+
+
+def cls(content: bytes, **more: bytes) -> dict[str, bytes]:
+    return {"0.jpg": photo(0), "0.cls": b"0", "1.jpg": photo(1), "1.cls": content, **more}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"999999999999", r"x\.tar, \.cls: class number 999999999999 in a data set of 2 images"),
+        (b"9" * 200, r"class number of 200 digits in a data set of 2 images"),
+        (b"9" * 5000, r"x\.tar: 1\.cls has 5,000 bytes, and a class number or name at most 255"),
+    ],
+)
+def test_class_numbers_of_tars_are_bounded_before_classes_are_made(tmp_path: Path, content: bytes, message: str) -> None:
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=message):
+        load_data(config("tar", write_tar(tmp_path / "x.tar", cls(content))))
+    assert time.perf_counter() - start < 5
+    assert load_data(config("tar", write_tar(tmp_path / "y.tar", cls(b"999")))).info.num_classes == 1000  # a piece of a larger set
+
+
+def test_a_sparse_label_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
+    """GNU tar's oldest form: the size in the tar is none, the size of the file a terabyte."""
+    member = tarfile.TarInfo("0.cls")
+    member.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    header[386:398], header[398:410] = b"00000000000\0", b"00000000000\0"
+    header[483:495] = (0x80000000 << 64 | 10**12).to_bytes(12, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    write_tar(tmp_path / "x.tar", {"0.jpg": photo(0)})
+    (tmp_path / "x.tar").write_bytes(bytes(header) + (tmp_path / "x.tar").read_bytes())
+    with pytest.raises(UserError, match=r"x\.tar: 0\.cls is stored as a sparse file"):
+        load_data(config("tar", tmp_path / "x.tar"))
+
+
+def labelled(file: Path, labels: object, metadata: dict[str, str] | None = None) -> Path:
+    """A table of one image a label."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    labels = labels if isinstance(labels, pa.Array) else pa.array(labels)
+    images = pa.array([{"bytes": photo(i), "path": "x"} for i in range(len(labels))], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    pa.parquet.write_table(pa.table({"image": images, "label": labels}).replace_schema_metadata(metadata), file)
+    return file
+
+
+def names_of(value: object) -> dict[str, str]:
+    return {"huggingface": json.dumps({"info": {"features": {"label": {"names": value}}}})}
+
+
+@pytest.mark.parametrize(
+    ("labels", "metadata", "message"),
+    [
+        ([0, 10**12], None, r"column label: class number 1000000000000 in a data set of 2 images"),
+        ([0, 2**62], None, r"column label holds 4611686018427387904"),
+        (np.array([2**63 + 5, 1], np.uint64), None, r"holds 9223372036854775813"),
+        ([0.5, 1.5], None, r"column label holds 0\.5\. Class numbers are whole numbers"),
+        ([0.0, float("nan")], None, r"column label holds nan"),
+        ([0, None], None, r"1 rows of the column label are empty"),
+        (["cat", "dog"], None, r"column label holds string and not class numbers"),
+        ([[0], [1]], None, r"column label holds list<.*> and not class numbers"),
+        ([date(2026, 1, 1)], None, r"column label holds date32\[day\] and not class numbers"),
+        ([datetime(2026, 1, 1)], None, r"column label holds timestamp"),
+        ([0, 1], {"huggingface": "{"}, r"metadata of Hugging Face are damaged"),
+        ([0, 1], {"huggingface": "[1]"}, r"metadata of Hugging Face are damaged"),
+        ([0, 1], {"huggingface": '{"info": {"features": 3}}'}, r"metadata of Hugging Face are damaged"),
+        ([0, 1], names_of([0, 1]), r"metadata name the classes \[0, 1\], which is no list of names"),
+        ([0, 1], names_of({"a": 1}), r"which is no list of names"),
+    ],
+)
+def test_labels_of_tables_that_are_no_class_numbers_are_a_sentence(tmp_path: Path, labels: object, metadata: dict[str, str] | None, message: str) -> None:
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=message):
+        load_data(config("parquet", labelled(tmp_path / "x.parquet", labels, metadata)))
+    assert time.perf_counter() - start < 10
+
+
+def test_whole_numbers_of_another_type_are_labels(tmp_path: Path) -> None:
+    for number, labels in enumerate(([1.0, 0.0, 2.0], np.array([1, 0, 2], np.uint8), [True, False, True])):
+        found = load_data(config("parquet", labelled(tmp_path / f"{number}.parquet", labels), holdout=0.0)).train
+        assert found.labels.tolist() == [int(label) for label in labels]
+
+
+def test_a_damaged_table_is_a_sentence(tmp_path: Path) -> None:
+    """A byte anywhere: pyarrow's complaints come with the name of the file."""
+    whole = labelled(tmp_path / "x.parquet", [0, 1, 0, 1]).read_bytes()
+    rng, refused = np.random.Generator(np.random.PCG64(0)), 0
+    for trial in range(120):
+        changed = bytearray(whole)
+        changed[int(rng.integers(len(whole) // 2 if trial % 2 else 0, len(whole)))] ^= 1 << int(rng.integers(8))
+        file = tmp_path / f"{trial}.parquet"
+        file.write_bytes(changed)
+        try:
+            load_data(config("parquet", file, holdout=0.0)).train.fetch(range(4))
+        except UserError as error:
+            assert f"{trial}.parquet" in str(error)
+            refused += 1
+    assert refused > 10
+
+
+def test_tables_of_different_columns_are_told(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    labelled(tmp_path / "a.parquet", [0, 1])
+    table = pa.parquet.read_table(labelled(tmp_path / "b.parquet", [0, 1])).rename_columns(["image", "cls"])
+    pa.parquet.write_table(table, tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet has its images and labels in the columns"):
+        load_data(config("parquet", tmp_path))
 
 
 def test_a_missing_pyarrow_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
