@@ -24,10 +24,17 @@ def cache_file(kind: str, of: Path) -> Path:
 
 @contextlib.contextmanager
 def one_at_a_time(file: Path) -> Iterator[None]:
-    """Within the block no other process of this machine is in the block of the same file. Where no lock can be had, all go on at once."""
+    """Within the block no other process of this machine is in the block of the same file. Where no lock can be had, all go on at once.
+
+    The lock lies beside the file, and is removed where the block has left no file there.
+    """
+    beside = file.with_name(f".{file.name}.lock")
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # a read-only folder, or a file system without locks
             file.parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(file.with_name(f".{file.name}.lock").open("w"))
+            lock = stack.enter_context(beside.open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+        if not file.exists():
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)

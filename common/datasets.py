@@ -12,7 +12,6 @@ Nothing here is random: order, split and pixels depend on the configuration and 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -23,11 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common import shards, synthetic
-from common.archives import ARCHIVES, HELD_OUT_NAMES, IMAGE_SUFFIXES, Archive, open_archive
-from common.crop import cut_square, decode_resized, decode_square, enlarged, read_image_file, read_square
+from common.archives import ARCHIVES, HELD_OUT_NAMES, Archive, open_archive
+from common.archives import IMAGE_SUFFIXES as IMAGE_SUFFIXES  # for those who read data sets
+from common.crop import cut_square, decode_resized, decode_square, enlarged, read_image_file
 from common.decoding import decoding_digest
 from common.emoji32 import HELD_OUT_SHARE, IMAGE_SIZE, SHA256, load_emoji32
 from common.errors import UserError, close_match
+from common.listing import Listing, list_folder, sub_folders
 from common.splits import held_out
 
 if TYPE_CHECKING:
@@ -168,18 +169,37 @@ class ArrayImages(ImageSet):
 class FolderImages(ImageSet):
     """Image files, decoded and cropped on demand."""
 
-    def __init__(self, root: Path, files: Sequence[str], labels: NDArray[np.int64], image_size: int, identity: str, convert: bool = True) -> None:
+    def __init__(
+        self,
+        root: Path,
+        files: Sequence[str],
+        labels: NDArray[np.int64],
+        image_size: int,
+        identity: str,
+        convert: bool = True,
+        sizes: NDArray[np.int64] | None = None,
+    ) -> None:
+        """files: relative to root, with "/"; convert: as in common/crop.py; sizes: bytes of the files when they were listed, None not to compare them."""
         super().__init__(labels, image_size, identity)
-        self.root = root
-        self.files = files  # relative to root, with "/"
-        self.convert = convert  # as in common/crop.py
+        self.root, self.files, self.convert, self.sizes = root, files, convert, sizes
 
     def _read_one(self, index: int) -> NDArray[np.uint8]:
-        return read_square(self.root / self.files[index], self.image_size, self.convert)
+        content, path = self._content(index)
+        return decode_square(content, self.image_size, path, self.convert)
 
     def _read_resized(self, index: int) -> NDArray[np.uint8]:
+        content, path = self._content(index)
+        return decode_resized(content, self.resize, path, self.convert)
+
+    def _content(self, index: int) -> tuple[bytes, Path]:
         path = self.root / self.files[index]
-        return decode_resized(read_image_file(path), self.resize, path, self.convert)
+        content = read_image_file(path)
+        if self.sizes is not None and len(content) != self.sizes[index]:
+            raise UserError(
+                f"{path} has {len(content):,} bytes, and had {self.sizes[index]:,} when its folder was listed: the data have changed. "
+                f"Run `touch {path.parent}`, so that it is listed anew, and start again."
+            )
+        return content, path
 
     @property
     def decoding(self) -> str | None:
@@ -374,30 +394,6 @@ def _load_shards(config: DataSettings) -> DataSource:
 # -- folders --------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Listing:
-    """Image files under one folder of classes."""
-
-    root: Path
-    class_names: tuple[str, ...]
-    files: list[str]  # relative to root, with "/"
-    sizes: list[int]  # bytes
-    labels: NDArray[np.int64]
-
-    def part(self, mask: NDArray[np.bool_]) -> Listing:
-        """The files where the mask (N,) is true."""
-        chosen = np.flatnonzero(mask)
-        files, sizes = [self.files[i] for i in chosen], [self.sizes[i] for i in chosen]
-        return Listing(self.root, self.class_names, files, sizes, self.labels[chosen])
-
-    def images(self, image_size: int, convert: bool = True) -> FolderImages:
-        """The image set. Its identity is names and sizes in bytes: hashing the contents of 1.28 million files would take hours."""
-        hasher = hashlib.sha256()
-        for file, size in zip(self.files, self.sizes, strict=True):
-            hasher.update(f"{file}\0{size}\n".encode())
-        return FolderImages(self.root, self.files, self.labels, image_size, hasher.hexdigest() + _strictness(convert), convert)
-
-
 def _load_folder(config: DataSettings) -> DataSource:
     """`train/` and `val/` (or `validation/`, `test/`) sub-folders where they exist, else a split by the hash of the file names."""
     root, size = _place_and_size(config)
@@ -405,14 +401,22 @@ def _load_folder(config: DataSettings) -> DataSource:
     train_root, heldout_root = _parts_of(root)
     train = list_folder(train_root)
     if heldout_root is None:
-        mask = held_out(train.files, train.labels, config.holdout)
+        mask = _held_out_files(train, config.holdout)
         heldout = train.part(mask)
         train = train.part(~mask)
     else:
         heldout = list_folder(heldout_root)
         _check_same_classes(train, heldout)
-    parts = (train.images(size, convert), heldout.images(size, convert))
-    return _source(root.resolve().name, train.class_names, *parts, balanced=bool(config.balanced))
+    parts = [FolderImages(part.root, part.files, part.labels, size, part.digest() + _strictness(convert), convert, part.sizes) for part in (train, heldout)]
+    return _source(root.resolve().name, train.class_names, parts[0], parts[1], balanced=bool(config.balanced))
+
+
+def _held_out_files(listing: Listing, fraction: float) -> NDArray[np.bool_]:
+    """Mask (N,), class by class: a name begins with its class, so no group spans two, and only one class's names are strings at a time."""
+    counts = np.bincount(listing.labels)
+    ends = np.cumsum(counts)
+    spans = [slice(end - count, end) for end, count in zip(ends.tolist(), counts.tolist(), strict=True)]
+    return np.concatenate([held_out(list(listing.files[span]), listing.labels[span], fraction) for span in spans])
 
 
 def _place_and_size(config: DataSettings) -> tuple[Path, int]:
@@ -432,54 +436,11 @@ def _strictness(convert: bool) -> str:
 
 def _parts_of(root: Path) -> tuple[Path, Path | None]:
     """The folder of training classes and that of held-out classes, if the data come split."""
-    names = _sub_folders(root)
-    if "train" not in names or not _sub_folders(root / "train"):
+    names = sub_folders(root)
+    if "train" not in names or not sub_folders(root / "train"):
         return root, None
     heldout = [name for name in HELD_OUT_NAMES if name in names]
     return root / "train", root / heldout[0] if heldout else None
-
-
-def list_folder(root: Path) -> Listing:
-    """All images below the sub-folders of `root`, classes in sorted order. Hidden folders and files that are not images are passed over."""
-    class_names = _sub_folders(root)
-    if not class_names:
-        raise UserError(f"{root} has no sub-folders. data=folder takes the classes from sub-folders: move the images to {root}/CLASS/.")
-    files: list[str] = []
-    sizes: list[int] = []
-    labels: list[int] = []
-    for label, name in enumerate(class_names):
-        found = sorted(_images_below(root / name, f"{name}/"))
-        if not found:
-            raise UserError(f"class folder {root / name} holds no image ({', '.join(IMAGE_SUFFIXES)}). Add images or remove the folder.")
-        files += [file for file, _ in found]
-        sizes += [size for _, size in found]
-        labels += [label] * len(found)
-    return Listing(root, tuple(class_names), files, sizes, np.array(labels, dtype=np.int64))
-
-
-def _sub_folders(root: Path) -> list[str]:
-    try:
-        with os.scandir(root) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"data.path={str(root)!r} cannot be listed: {error.strerror}. Give a folder that exists and that you may read.") from error
-
-
-def _images_below(folder: Path, prefix: str) -> list[tuple[str, int]]:
-    """(relative name, size in bytes) of every image file, at any depth."""
-    found = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    found += _images_below(Path(entry.path), f"{prefix}{entry.name}/")
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    found.append((prefix + entry.name, entry.stat().st_size))
-    except OSError as error:
-        raise UserError(f"{error.filename or folder} cannot be read: {error.strerror}. Check that the file exists and its permissions.") from error
-    return found
 
 
 def _check_same_classes(train: Listing, heldout: Listing) -> None:

@@ -45,7 +45,8 @@ class FeatureTable:
     """A frozen network's outputs for training images; where they are remembered, it is asked once for each image and orientation.
 
     It is no part of a checkpoint. Images are computed one at a time before they are kept, so that what is kept does not depend on the batch
-    in which an image came first, and a run that was stopped goes on bit for bit.
+    in which an image came first, and a run that was stopped goes on bit for bit. What is kept is always computed without autocast, because
+    `before_training` may fill rows outside of it, and a resumed run fills them within.
     """
 
     def __init__(self, compute: Callable[[Tensor], tuple[Tensor, ...]], num_images: int = 0) -> None:
@@ -62,7 +63,7 @@ class FeatureTable:
             return self.compute(batch["image"])
         row = batch["index"] + self.num_images * batch["mirrored"] if "mirrored" in batch else batch["index"]
         if not self.tables:
-            first = self.compute(batch["image"][:1])
+            first = self._compute_exactly(batch["image"][:1])
             self._make_room(first, self.num_images * (2 if "mirrored" in batch else 1))
             self._keep(first, int(row[0]))
         if self.missing.any():  # on the host: once every image is known, nothing waits for the device
@@ -82,7 +83,11 @@ class FeatureTable:
     def _fill(self, images: Tensor, rows: Tensor) -> None:
         for i, row in enumerate(rows.tolist()):
             if self.missing[row]:
-                self._keep(self.compute(images[i : i + 1]), row)
+                self._keep(self._compute_exactly(images[i : i + 1]), row)
+
+    def _compute_exactly(self, images: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(images.device.type, enabled=False):
+            return self.compute(images)
 
     def _keep(self, values: tuple[Tensor, ...], row: int) -> None:
         for table, value in zip(self.tables, values, strict=True):

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from common import checkpoint
 from common.config import RunConfig, evaluated_ema, identity, run_folder
 from common.cost import TrainingCost, training_cost
-from common.datasets import DataSource, load_data
+from common.data_notes import data_notes
+from common.datasets import ON_DISK, DataSource, load_data
 from common.errors import UserError
 from common.files import read_rows, write_whole
 from common.hardware import peak_bytes, reset_peak
@@ -152,6 +153,8 @@ def finish(job: Job) -> None:
     if agreed(is_finished(job.folder)):
         return
     if job.main:
+        for note in data_notes(job.info, job.run.train.images, job.run.data.path, job.run.data.name in ON_DISK):
+            print(f"note: {note}", file=sys.stderr)
         hold_to_stages(job.folder, job.earlier)
         record_data(job.folder, job.source.info)
         record_start(job.folder)

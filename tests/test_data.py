@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +16,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import crop, synthetic
+from common import crop, listing, synthetic
 from common.config import DataConfig, identity, resolve
 from common.crop import center_crop, decode_square, read_rgb, read_square, to_rgb
-from common.datasets import FolderImages, load_data
+from common.data_notes import data_notes, epochs_text
+from common.datasets import DataSummary, FolderImages, load_data
 from common.decoding import decoding_digest, resizing_digest
 from common.emoji32 import concept, load_emoji32
 from common.errors import UserError
 from common.splits import held_out
+from launch.job import run_one
 from methods import get_spec
 
 TRAIN_COUNTS = [456, 816, 164, 347, 427, 195, 396, 938, 618, 242]
@@ -400,6 +405,124 @@ def test_configuration_mistakes_are_explained(config: DataConfig, message: str) 
         load_data(config)
 
 
+# -- the kept listing -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose listing is kept, whatever its size and however young it is."""
+    monkeypatch.setattr(listing, "KEEP_FROM", 1)
+    monkeypatch.setattr(listing, "SETTLED_NS", -(10**12))
+    monkeypatch.setenv("PIXLAT_CACHE_DIR", str(tmp_path / "cache"))
+    return make_folder(tmp_path / "set", {"a": 6, "b/inner": 5, "b/other": 3, "ü": 4})
+
+
+def listed(root: Path) -> tuple[list[str], list[int], list[int], str]:
+    found = listing.list_folder(root)
+    return list(found.files), found.sizes.tolist(), found.labels.tolist(), found.digest()
+
+
+def age(root: Path) -> None:
+    """Every folder as if it had been made long ago, so that the next change shows, however coarse the clock."""
+    for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+        os.utime(folder, ns=(10**18, 10**18))
+
+
+def test_a_kept_listing_is_the_listing_and_asks_for_no_file(kept_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, digest = listed(kept_root), load_data(folder_config(kept_root)).info.digest
+    monkeypatch.setattr(listing, "_images_below", lambda *_: pytest.fail("the folder was listed again"))
+    assert listed(kept_root) == first
+    assert load_data(folder_config(kept_root)).info.digest == digest
+    assert first[0][:2] == ["a/000.png", "a/001.png"] and first[0][6] == "b/inner/000.png" and first[0][-1] == "ü/003.png"
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "rename", "add deep", "remove class", "add class", "add folder"])
+def test_a_changed_folder_is_listed_anew(kept_root: Path, change: str) -> None:
+    age(kept_root)
+    before = listed(kept_root)
+    if change == "add":
+        noise_image(9, 9).save(kept_root / "a" / "new.png")
+    elif change == "remove":
+        (kept_root / "a" / "000.png").unlink()
+    elif change == "rename":
+        (kept_root / "a" / "000.png").rename(kept_root / "a" / "x.png")
+    elif change == "add deep":
+        noise_image(9, 9).save(kept_root / "b" / "inner" / "new.png")
+    elif change == "remove class":
+        shutil.rmtree(kept_root / "a")
+    else:
+        make_folder(kept_root, {"c" if change == "add class" else "b/third": 1})
+    after = listed(kept_root)
+    assert after != before
+    files = sorted(path.relative_to(kept_root).as_posix() for path in kept_root.rglob("*.png"))
+    assert sorted(after[0]) == files and after == listed(kept_root)
+
+
+def test_a_file_that_was_overwritten_in_place_is_noticed_when_it_is_read(kept_root: Path) -> None:
+    load_data(folder_config(kept_root))
+    noise_image(50, 50).save(kept_root / "a" / "003.png")
+    train = load_data(folder_config(kept_root, holdout=0.0)).train
+    with pytest.raises(UserError, match=r"a/003\.png has [\d,]+ bytes, and had [\d,]+ when its folder was listed.*Run `touch "):
+        train.fetch([3])
+    os.utime(kept_root / "a", ns=(10**18, 10**18))
+    load_data(folder_config(kept_root, holdout=0.0)).train.fetch([3])
+
+
+def test_a_damaged_listing_is_made_again(kept_root: Path, tmp_path: Path) -> None:
+    first = listed(kept_root)
+    (kept,) = (tmp_path / "cache").glob("listing-*.npz")
+    whole = kept.read_bytes()
+    for content in (b"", b"text", whole[:100], whole[: len(whole) // 2] + bytes(40) + whole[len(whole) // 2 + 40 :]):
+        kept.write_bytes(content)
+        assert listed(kept_root) == first
+    np.savez(kept, format=np.array(listing.FORMAT))
+    assert listed(kept_root) == first
+
+
+def test_where_nothing_can_be_kept_the_folder_is_listed_each_time(kept_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PIXLAT_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert listed(kept_root) == listed(kept_root)
+
+
+def test_small_or_young_folders_are_not_kept(kept_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "KEEP_FROM", 19)
+    listed(kept_root)
+    monkeypatch.setattr(listing, "KEEP_FROM", 18)
+    monkeypatch.setattr(listing, "SETTLED_NS", 10**12)
+    listed(kept_root)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_names_are_one_buffer(kept_root: Path) -> None:
+    """What a forked loader process shares: arrays, and no string a file."""
+    train = load_data(folder_config(kept_root)).train
+    assert isinstance(train, FolderImages) and isinstance(train.files, listing.Names)
+    assert not any(isinstance(value, list | tuple | dict) and len(value) > 3 for value in vars(train).values())
+    names = listing.Names.of(["", "a", "ü/b", os.fsdecode(b"\xff.png")])
+    assert list(names) == ["", "a", "ü/b", os.fsdecode(b"\xff.png")]
+    assert list(names.chosen(np.array([2, 0]))) == ["ü/b", ""] and list(names[1:3]) == ["a", "ü/b"]
+    assert list(listing.Names.joined([names, names[:2]])) == [*names, "", "a"]
+
+
+LIST_TOO = """
+import sys
+from pathlib import Path
+from common import listing
+
+listing.KEEP_FROM, listing.SETTLED_NS = 1, -(10**12)
+walk = listing._walk
+listing._walk = lambda root: print("walked", flush=True) or walk(root)
+listing.list_folder(Path(sys.argv[1]))
+"""
+
+
+def test_one_process_of_a_machine_lists_for_all(kept_root: Path) -> None:
+    command = [sys.executable, "-c", LIST_TOO, str(kept_root)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) for _ in range(3)]
+    assert sorted(process.communicate(timeout=120)[0] for process in processes) == ["", "", "walked\n"]
+
+
 # -- random crops -----------------------------------------------------------------------------------------------------------------
 
 
@@ -448,6 +571,41 @@ def test_stage_1_of_rae_is_trained_on_the_crops_of_the_released_code_and_other_r
     before = identity(run)
     run.data.crop = "random"
     assert identity(run) != before
+
+
+# -- what is told -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "images", "path", "expected"),
+    [
+        (("photos", 10, 100), 500_000, "x", []),
+        (("photos", 1, 100), 1000, "x", ["photos has one class: labels tell nothing"]),
+        (("photos", 10, 100), 768_700_200, "x", ["shows photos's 100 training images 7,687,002 epochs long"]),
+        (("imagenet", 1000, 1_281_167), 1_024_000_000, "x", []),
+        (("folder", 1000, 0), 10**9, None, ["data.path is null"]),
+    ],
+)
+def test_odd_data_are_told(data: tuple[str, int, int], images: int, path: str | None, expected: list[str]) -> None:
+    name, classes, number = data
+    notes = data_notes(DataSummary(name, classes, 32, number, 0, (), ""), images, path, on_disk=True)
+    assert len(notes) == len(expected) and all(part in note for part, note in zip(expected, notes, strict=True))
+
+
+def test_epochs_are_told_for_people() -> None:
+    assert [epochs_text(*pair) for pair in ((50_000, 4599), (100, 400), (5, 0))] == ["11 epochs", "0.25 epochs", ""]
+
+
+def test_a_start_tells_what_is_odd_of_the_data_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make_folder(tmp_path / "set", {"all": 24})
+    keys = {
+        "data.name": "folder", "data.path": str(tmp_path / "set"), "data.image_size": "8", "train.images": "8", "train.batch": "4", "eval.num_images": "0",
+        "train.preview_images": "0", "train.warmup_images": "0", "eval.grid_columns": "1", "out": str(tmp_path / "runs"), "sample.steps": "2",
+        "model.depth": "1", "model.width": "16", "model.heads": "2", "model.patch": "4", "model.bottleneck": "8", "model.context_tokens": "0",
+        "model.context_start": "0",
+    }  # fmt: skip
+    run_one(resolve(get_spec("jit"), keys))
+    assert capfd.readouterr().err.count("has one class") == 1
 
 
 # -- synthetic ------------------------------------------------------------------------------------------------------------------

@@ -71,6 +71,22 @@ def test_each_image_is_computed_once():
     assert calls == [1] * 5 and not table.missing.any()
 
 
+def test_rows_have_one_precision_whenever_they_are_filled():
+    """`before_training` fills rows outside of autocast, and a resumed run fills the same ones within it."""
+    torch.manual_seed(0)
+    network = torch.nn.Linear(48, 5)
+    images = torch.randn(4, 3, 4, 4)
+    tables = [FeatureTable(lambda images: (network(images.flatten(1)),), 4) for _ in range(2)]
+    batch = {"image": images, "index": torch.arange(4)}
+    first = {name: value[:2] for name, value in batch.items()}
+    tables[0](first)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [table(batch)[0] for table in tables]
+        assert FeatureTable(lambda images: (network(images.flatten(1)),))(batch)[0].dtype == torch.bfloat16  # not remembered: as the training is
+    assert found[0].dtype == torch.float32 and torch.equal(*found)
+    assert torch.equal(found[0], torch.cat([network(image.flatten()[None]) for image in images]))
+
+
 def test_without_memory_every_batch_is_computed():
     table, calls = counting_table()
     for _ in range(2):
