@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from common.errors import UserError, close_match
 
@@ -259,11 +260,26 @@ def resolve(spec: Spec, overrides: Mapping[str, str], advice: str = HELP) -> Run
     settings = {k: v for k, v in presets[preset_name].items() if k not in ("about", "expected")}
     config = _merge(config, settings, where=f"preset {preset_name} in {spec.presets}")
     config.method = spec.name
-    parsed = [f"{key}={value}" for key, value in overrides.items()]
-    config = _merge(config, OmegaConf.from_dotlist(parsed), where="the command line", advice=advice)
-    run: RunConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
+    config = _merge(config, _parsed(overrides), where="the command line", advice=advice)
+    try:
+        run: RunConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{getattr(error, 'full_key', None) or 'a value'} does not fit: {reason}. A value with ${{...}} stands for another key's.") from error
     check(run)
     return run
+
+
+def _parsed(overrides: Mapping[str, str]) -> DictConfig:
+    """The overrides as nested settings."""
+    try:
+        return OmegaConf.from_dotlist([f"{key}={value}" for key, value in overrides.items()])
+    except (YAMLError, OmegaConfBaseException, AssertionError) as error:  # a bracket that is not closed, a key without a name
+        if len(overrides) > 1:  # the one that is at fault
+            for key, value in overrides.items():
+                _parsed({key: value})
+        shown = ", ".join(f"{key}={value}"[:80] for key, value in overrides.items())
+        raise UserError(f"{shown} cannot be read: {str(error).partition(chr(10))[0] or 'it is no YAML'}.") from error
 
 
 def _merge(config: DictConfig, settings: Any, where: str, advice: str = HELP) -> DictConfig:

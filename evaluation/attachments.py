@@ -46,12 +46,14 @@ def grid_uri(path: Path) -> tuple[str, int, int]:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"{path}: {image.width} x {image.height} pixels are too many for a page.")
             picture = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as a PNG: {error}") from error
-    if picture.width > GRID_WIDTH:
-        picture = picture.resize((GRID_WIDTH, max(1, round(picture.height * GRID_WIDTH / picture.width))), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    picture.save(stream, format="WEBP", quality=82, method=4)
+        if picture.width > GRID_WIDTH:
+            picture = picture.resize((GRID_WIDTH, max(1, round(picture.height * GRID_WIDTH / picture.width))), Image.Resampling.LANCZOS)
+        stream = io.BytesIO()
+        picture.save(stream, format="WEBP", quality=82, method=4)
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's decoders meet damaged bytes with whatever they lead to
+        raise UserError(f"{path}: cannot be read as a PNG: {error or type(error).__name__}") from error
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode(), picture.width, picture.height
 
 
@@ -60,7 +62,7 @@ def losses(path: Path) -> dict[str, list[tuple[float, float]]]:
     try:
         rows = read_rows(path)
         return {name: thinned(points) for name in _loss_names(rows) if (points := _points(rows, name))}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except Exception as error:  # names and values of a log may be anything
         raise UserError(f"{path}: cannot be read as a log of metrics: {error}") from error
 
 

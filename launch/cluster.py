@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import shlex
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -338,7 +339,9 @@ def tell_idle_gpus(cluster: ClusterConfig) -> None:
 
 def fresh_folder(jobs: Path) -> Path:
     """A folder of its own for a local job: its number is that of a process, which comes again, and submitit would take an old result for the new one."""
-    return Path(tempfile.mkdtemp(prefix="local-", dir=jobs))
+    folder = Path(tempfile.mkdtemp(prefix="local-", dir=jobs))
+    folder.chmod(stat.S_IMODE(jobs.stat().st_mode))  # mkdtemp's are closed to everybody else, and there are logs in it
+    return folder
 
 
 def outcome(each: Planned, job: Job[Any]) -> int:

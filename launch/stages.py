@@ -16,7 +16,7 @@ from common import checkpoint
 from common.config import RunConfig, load_presets, resolve, run_folder
 from common.errors import UserError
 from common.external import no_checkpoint
-from common.files import write_whole
+from common.files import read_json, write_whole
 from evaluation.record import read_record
 from launch.folder import RESULT
 from methods import Stage, get_spec
@@ -102,7 +102,9 @@ def hold_to_stages(folder: Path, earlier: list[dict[str, Any]]) -> None:
         if digests:
             write_whole(file, json.dumps(digests, indent=1) + "\n")
         return
-    known = json.loads(file.read_text())
+    known = read_json(file)
+    if not isinstance(known, dict):
+        raise UserError(f"{file} is damaged: it does not hold the digests of earlier stages. Restore it from a copy, or choose another name= for a new run.")
     if known != digests:
         changed = sorted(key for key in {**known, **digests} if known.get(key) != digests.get(key))
         raise UserError(

@@ -5,6 +5,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ from safetensors.torch import save_file
 
 from common import checkpoint
 from common.checkpoint import Checkpoint
-from common.config import flatten, inert
+from common.config import flatten, inert, resolve
 from common.errors import UserError
 from common.external import read_tensors, run_weights
 from common.meters import read_rows, truncate_rows
@@ -28,6 +30,7 @@ from common.saved_config import check_config, read_config
 from common.trainer import own_state
 from evaluation import columns, feature_sets, leaderboard, reference, run
 from evaluation.arrays import NpzImages, read_floats
+from evaluation.attachments import grid_of, losses_of
 from evaluation.curve import curve_lines, read_curve
 from evaluation.feature_sets import FeatureSet
 from evaluation.models import imported_facts, load_run, saved_run
@@ -40,6 +43,7 @@ from launch import prepare, stages
 from launch.export import export_run
 from launch.folder import check_same
 from launch.released import import_released, write_folder
+from methods import get_spec
 
 CPU = torch.device("cpu")
 
@@ -236,6 +240,22 @@ def test_a_finished_run_without_checkpoints_is_not_told_to_finish(finished, tmp_
         with pytest.raises(UserError, match=advice):
             load_run(folder, {}, None, CPU)
         assert run.method == "jit"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train.ema_decay", "["), ("train.lr", "${nope}"), ("name", "a: b: c"), ("name", "\x00"), ("name", "${"), ("train.lr", "!!python/name:os.x x")],
+)
+def test_values_that_are_no_yaml_are_named(key, value):
+    with pytest.raises(UserError, match=rf"{key}.*(cannot be read|does not fit)"):
+        resolve(get_spec("jit"), {"preset": "demo", "seed": "1", key: value})
+
+
+@pytest.mark.parametrize("content", ["", "[]", "5", "null", "{", "[" * 10**5])
+def test_damaged_digests_of_earlier_stages_are_refused_in_a_sentence(tmp_path, content):
+    (tmp_path / "stages.json").write_text(content)
+    with pytest.raises(UserError, match=r"stages.json is damaged"):
+        stages.hold_to_stages(tmp_path, [{"key": "codec", "checkpoint_sha256": "ab"}])
 
 
 # -- imported and exported weights -----------------------------------------------------------------------------------------------
@@ -490,6 +510,22 @@ def test_a_record_that_cannot_be_shown_is_named(tmp_path, capsys, monkeypatch):
     assert "sound" in (tmp_path / "leaderboard.md").read_text()
 
 
+def test_damaged_pictures_and_logs_cost_no_record(tmp_path):
+    """Whatever lies beside a record: its row stays, what cannot be read is named."""
+    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(tmp_path / "samples.png")
+    row = {"artifacts": {"grid_png": "samples.png", "log": "metrics.jsonl"}}
+    for where in flips(tmp_path / "samples.png", sample=300):
+        with contextlib.suppress(UserError):
+            assert grid_of(row, tmp_path)[0].startswith("data:image/webp"), where
+    Image.new("1", (1, 30_000)).save(tmp_path / "samples.png")  # higher than WebP allows
+    with pytest.raises(UserError, match=r"samples.png: cannot be read as a PNG"):
+        grid_of(row, tmp_path)
+    for line in ('{"images": 1, "loss": 1%s}' % ("0" * 400), '{"images": 1, "loss": 1e308}\n{"images": 2, "loss": 1e308}' * 300, '{"images": [], "loss": 1}'):
+        (tmp_path / "metrics.jsonl").write_text(line + "\n")
+        with contextlib.suppress(UserError):
+            losses_of(row, tmp_path)
+
+
 # -- curves ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -706,3 +742,42 @@ def test_import_refuses_a_bad_file_in_a_sentence(tmp_path, capsys, method, conte
     assert prepare.main(["import", f"method={method}", f"file={tmp_path}/w.safetensors", f"out={tmp_path}/runs"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and "w.safetensors" in told and not (tmp_path / "runs").exists()
+
+
+# -- who may read what is written ------------------------------------------------------------------------------------------------
+
+WRITER = """
+import os, sys
+from pathlib import Path
+os.umask(int(sys.argv[1], 8))
+import numpy as np, torch
+from PIL import Image
+from evaluated_run import image_folder, run_folder
+from test_damage import SimpleNamespace, Reference, features, feature_sets, write_built
+from common.files import append_row, hold_to, write_whole
+from common.pictures import save_png
+from launch.export import export_run
+place = Path(sys.argv[2])
+run_folder(place / "mine", image_folder(place / "data"))
+export_run(place / "mine", place / "given" / "away", None, "MIT")
+feature_sets._write(features(), place / "cache" / "x.safetensors")
+extractor = SimpleNamespace(id="x", sha256="0" * 64, layer="p", resize="n", scaling="s", dims=2)
+write_built(Reference(features().moments.total(), None, features().features, {"n_images": 4}), place / "own.safetensors", extractor, 8)
+hold_to(place / "held" / "facts.json", {"a": 1}, "something")
+write_whole(place / "text.md", "text")
+append_row(place / "rows.jsonl", {"a": 1})
+save_png(Image.new("RGB", (8, 8)), place / "picture.png")
+"""
+
+
+def test_modes_follow_the_umask(tmp_path):
+    """safetensors alone would write files that no colleague can read."""
+    place = tmp_path / "place"
+    place.mkdir(mode=0o700)
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here)))}
+    subprocess.run([sys.executable, "-c", WRITER, "027", str(place)], check=True, env=environment, cwd=tmp_path)
+    written = [path for path in place.rglob("*") if "data" not in path.relative_to(place).parts]
+    modes = {str(path.relative_to(place)): (path.stat().st_mode & 0o777, 0o750 if path.is_dir() else 0o640) for path in written}
+    assert {name: oct(found) for name, (found, wanted) in modes.items() if found != wanted} == {}
+    assert sum(path.suffix == ".safetensors" for path in written) == 5

@@ -18,7 +18,7 @@ from common.checkpoint import save_tensors
 from common.encoders.representation import HUB_ENCODERS, RepresentationEncoder, TransformersEncoder
 from common.errors import UserError
 from common.external import read_tensors
-from common.files import write_whole
+from common.files import read_json, write_whole
 from methods.rae.reference import decoder_to_released
 from methods.rae.statistics import VARIANCE_EPS
 from methods.rae.vit import ViTDecoder
@@ -64,8 +64,8 @@ def read_latent_statistics(folder: Path) -> tuple[Tensor, Tensor]:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     file = folder / CONFIG
-    config = json.loads(file.read_text()) if file.is_file() else {}
-    if config.get("_class_name") != CLASS:
+    config = read_json(file) if file.is_file() else {}
+    if not isinstance(config, dict) or config.get("_class_name") != CLASS:
         raise UserError(f"{folder} is neither a run folder (it has no config.yaml) nor one of diffusers' {CLASS} (its config.json does not say so).")
     return config, read_tensors(folder / WEIGHTS)
 
