@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.config import describe, misfit, split_overrides
 from common.errors import UserError, close_match
+from common.progress import say_last
 
 T = TypeVar("T")
 
@@ -45,7 +46,6 @@ def help_text(introduction: str, keys: type, groups: Mapping[str, str]) -> str:
 
 def run_command(arguments: Sequence[str], text: Callable[[], str], work: Callable[[Sequence[str]], str]) -> int:
     """Prints what the work returns, or help; the exit code is 2 for a mistake in the command or its inputs."""
-    import sys
 
     if not arguments or any(argument in ("-h", "--help", "help") for argument in arguments):
         print(text())
@@ -54,6 +54,6 @@ def run_command(arguments: Sequence[str], text: Callable[[], str], work: Callabl
         if told := work(arguments):
             print(told)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_last(f"error: {error}")
         return 2
     return 0

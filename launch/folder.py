@@ -26,6 +26,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,7 @@ DATA = "data.json"
 JOBS = "jobs.jsonl"
 FAILURE = "failure.json"
 LOCK = ".lock"
+BEGINNING = {"config.yaml", DATA, "stages.json", "starts.jsonl", "code.diff", LOCK}  # what a start writes before it trains
 PATIENCE_S = 1.0  # `launch/status.py` holds the lock for a moment when it looks
 RESTART_PATIENCE_S = 300.0
 log = logging.getLogger("pixlat")
@@ -64,6 +66,18 @@ def open_folder(run: RunConfig) -> Path:
     except OSError as error:
         raise UserError(f"cannot write into the run folder {folder}: {error.strerror}. Choose a writable out=, which is {run.out!r} now.") from error
     return folder
+
+
+@contextlib.contextmanager
+def removed_if_refused(folder: Path, enabled: bool) -> Iterator[None]:
+    """Around a start that made the folder (`enabled`): where the start fails before it trained, so that the folder holds nothing but how it began,
+    the folder is removed again. The start must hold its lock."""
+    try:
+        yield
+    except Exception:
+        if enabled and {path.name for path in folder.iterdir()} <= BEGINNING:
+            shutil.rmtree(folder)
+        raise
 
 
 def is_finished(folder: Path) -> bool:
@@ -136,6 +150,8 @@ def locked(folder: Path, enabled: bool = True) -> Iterator[None]:
             if time.monotonic() > deadline:
                 raise UserError(f"another process is working in {folder}. Wait for it, stop it, or choose another name=.")
             time.sleep(0.1)
+        if not (folder / LOCK).exists():
+            raise UserError(f"{folder} is gone: the start that worked in it was refused and removed it. Run the same command again.")
         yield
 
 

@@ -5,6 +5,7 @@ Every part can be repeated: a run that was stopped anywhere goes on from what is
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ from common.hardware import peak_bytes, reset_peak
 from common.loader import TrainingPlan, training_batches
 from common.pictures import image_grid, merged, nearest, neighbour_picture, save_png, training_curves
 from common.precision import computing_in
+from common.processes import started_processes
+from common.progress import say_last
 from common.seeds import derive
 from common.trainer import Stopped, TrainState, make_accelerator, split_batch, total_steps, train
 from evaluation import leaderboard
@@ -42,7 +45,8 @@ from evaluation.reconstruction import evaluate_reconstruction
 from evaluation.record import read_record, write_record
 from launch import record
 from launch.dry_run import describe_run
-from launch.folder import RESULT, is_finished, locked, open_folder, record_data
+from launch.failures import explain
+from launch.folder import RESULT, is_finished, locked, open_folder, record_data, removed_if_refused
 from launch.provenance import record_start
 from launch.remarks import sample_remarks, warning_lines
 from launch.stages import earlier_runs, hold_to_stages, stage_runs, with_stages
@@ -93,7 +97,10 @@ class Job:
 
 
 def run_all(runs: Sequence[RunConfig]) -> int:
-    """Runs one after the other; a run that fails does not keep the next from starting. Returns the exit code."""
+    """Runs one after the other; a run that fails, runs out of memory or finds the disk full does not keep the next from starting.
+
+    Returns the exit code: that of the last failure, 0 without one.
+    """
     code = 0
     for number, run in enumerate(runs):
         if len(runs) > 1:
@@ -103,15 +110,31 @@ def run_all(runs: Sequence[RunConfig]) -> int:
             if told:  # the main process speaks for all
                 print(told)
         except Stopped as stopped:
-            print(stopped, file=sys.stderr)
+            say_last(str(stopped))
             return 128 + stopped.signal_number
         except KeyboardInterrupt:
-            print(f"interrupted; what is whole is kept in {run_folder(run)}. Run the same command again to go on.", file=sys.stderr)
+            say_last(f"interrupted; what is whole is kept in {run_folder(run)}. Run the same command again to go on.")
             return 128 + signal.SIGINT
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            say_last(f"error: {error}")
             code = 2
+        except Exception as error:
+            reason = explain(error, run_folder(run))
+            if reason is None:
+                raise
+            say_last(f"error: {reason}")
+            code = 1
+            if started_processes() > 1:  # the others may still wait for this one: the launcher ends them when it ends
+                return code
+        release_memory()
     return code
+
+
+def release_memory() -> None:
+    """Gives back what a run that is over has left behind, so that the next one has it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def run_one(run: RunConfig) -> str:
@@ -127,6 +150,7 @@ def run_one(run: RunConfig) -> str:
     accelerator = make_accelerator(run.train, run_folder(run), run.cluster.collective_timeout_min)
     micro_batch, _ = split_batch(run.train, accelerator.num_processes)
     shapes.check_micro_batch(micro_batch)
+    new = accelerator.is_main_process and not run_folder(run).exists()
     with accelerator.main_process_first():
         folder = open_folder(run) if accelerator.is_main_process else run_folder(run)
     job = Job(run, model, folder, source, info, accelerator)
@@ -134,7 +158,7 @@ def run_one(run: RunConfig) -> str:
         end = f"\n\n{folder} is finished. Change a setting for a new run, or remove the folder to repeat it."
     else:
         end = ""
-        with locked(folder, enabled=job.main):
+        with locked(folder, enabled=job.main), removed_if_refused(folder, enabled=new):
             finish(job)
     return summary(job) + end if job.main else ""
 

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 from common.command_line import as_command
 from common.config import RunConfig, describe, load_presets, resolve, split_overrides, sweep
 from common.errors import UserError
+from common.progress import say_last
 from launch.budget import within_budget
 from launch.sites import with_site
 from methods import MethodSpec, get_spec, registered
@@ -108,7 +109,7 @@ def main() -> int:
 
         return run_all(runs)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_last(f"error: {error}")
         return 2
 
 

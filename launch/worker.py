@@ -25,6 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from common.errors import UserError
+from launch.failures import explain
 from launch.folder import FAILURE
 from launch.slurm import job_state
 
@@ -64,6 +65,9 @@ class Worker:
         except Exception as error:
             if notice.received:  # the first process has left, so a connection broke
                 leave(0)
+            if reason := explain(error, self.folder):
+                print(f"error: {reason}", file=sys.stderr)
+                self.fail(environment, reason)
             traceback.print_exc()
             first_line = next(iter(str(error).strip().splitlines()), "")
             self.fail(environment, f"{type(error).__name__}: {first_line}")
@@ -78,7 +82,8 @@ class Worker:
         check_gpus(run)
         from launch.job import run_one
 
-        print(run_one(run))
+        if told := run_one(run):
+            print(told)
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit queues again. `scontrol requeue` ends this job's processes, itself included unless it inherits that SIGTERM is ignored."""

@@ -466,7 +466,8 @@ def test_too_many_time_outs_are_named(job):
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"), [(UserError("data.path=/x is gone."), "data.path=/x is gone."), (RuntimeError("\nfirst\nsecond"), "RuntimeError: first")]
+    ("error", "reason"),
+    [(UserError("data.path=/x is gone."), "data.path=/x is gone."), (RuntimeError("\nfirst\nsecond"), "RuntimeError: first")],
 )
 def test_the_first_failure_is_kept_with_its_place_and_log(job, error, reason):
     def work(self, environment):
@@ -482,6 +483,16 @@ def test_the_first_failure_is_kept_with_its_place_and_log(job, error, reason):
     with fake_submitit(job, Environment(job.folder, rank=2)), pytest.raises(Left, match="1"):
         Worker({}, job.folder)()
     assert failure(job) == reason
+
+
+def test_a_full_disk_or_memory_is_told_without_a_traceback(job, capsys):
+    for error, what in ((OSError(28, "No space left on device"), "the disk is full"), (MemoryError(), "there is not enough memory")):
+        job.monkeypatch.setattr(Worker, "work", lambda self, environment, error=error: (_ for _ in ()).throw(error))
+        (job.folder / FAILURE).unlink(missing_ok=True)
+        with fake_submitit(job, Environment(job.folder)), pytest.raises(Left, match="1"):
+            Worker({}, job.folder)()
+        assert f"{what} ({str(error) or 'MemoryError'}). No checkpoint had been written yet. " in failure(job)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_an_earlier_start_leaves_neither_a_result_nor_a_failure(job):

@@ -263,6 +263,7 @@ def test_a_corrupt_image_is_named(images, tmp_path):
     for workers in (0, 1):
         result = start(command(tmp_path / "images", tmp_path, f"data.workers={workers}", f"name=w{workers}"))
         assert result.returncode == 2 and str(victim.name) in result.stderr and "Traceback" not in result.stderr
+        assert not (tmp_path / f"w{workers}").exists()
 
 
 @pytest.mark.parametrize(
