@@ -6,11 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.config import load_presets
+from common.config import load_presets, resolve
 from common.cost import TrainingCost, activation_bytes, count_macs, on_meta, parameter_counts, recorded, sampling_cost, training_cost
+from common.datasets import load_data
 from common.latents import FeatureTable, LatentFacts
 from common.loader import TrainingPlan
 from common.seeds import Noise
+from evaluation.leaderboard import RESULTS
+from evaluation.record import read_record
+from launch.record import training_macs
+from methods import get_class, get_spec
 from methods.base import DataInfo, Method
 from methods.jit.config import SPEC, JiTConfig, JiTSample
 from methods.jit.method import JiTMethod
@@ -258,3 +263,19 @@ def test_activation_bytes_grow_with_the_batch():
     config = JiTConfig(**SMALL)
     one, two, three = (activation_bytes(JiTMethod, config, SMALL_DATA, batch) for batch in (4, 8, 12))
     assert three - two == two - one > 0
+
+
+# -- the records of the README ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", [path for path in sorted(RESULTS.glob("*.json")) if read_record(path)["train"]["images_seen"]], ids=lambda path: path.stem)
+def test_the_readme_tells_the_costs_that_the_code_counts(file):
+    """Training and sampling of each row's preset. Where a change moves a count, the record is restated, with a sentence in its notes, or made anew."""
+    record = read_record(file)
+    run = resolve(get_spec(record["system"]["method"]), {"preset": record["system"]["size"]})
+    source, implementation = load_data(run.data), get_class(run.method)
+    info = DataInfo.of(source.info)
+    assert (run.train.images, run.train.batch) == (record["train"]["images_seen"], record["train"]["batch"])
+    trained = training_macs(run, training_cost(implementation, run.model, info), source, record["checkpoint"]["step"], 1)
+    assert trained == record["train"]["macs_total"]
+    assert sampling_cost(on_meta(implementation, run.model, info), run.sample).macs_per_image == record["compute"]["macs_per_image"]
