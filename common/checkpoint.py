@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,17 +203,17 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[Any, str]) -> dict[str,
     return state
 
 
-def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Tensor], names: Mapping[Any, str]) -> None:
+def load_optimizer_state(optimizer: Optimizer, state: Iterable[tuple[str, Tensor]], names: Mapping[Any, str]) -> None:
     """The inverse of `optimizer_state`; the tensors go where the parameters are, in the dtypes they were saved in."""
     parameters = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
-    for key, value in state.items():
+    for key, value in state:
         name, _, entry = key.rpartition("/")
         if name not in parameters:
             raise UserError(f"the checkpoint has optimizer state for {name!r}, which this configuration does not train.")
         p = parameters[name]
         # A scalar step counter stays on the CPU unless the optimizer is fused, as torch itself does.
         on_cpu = value.ndim == 0 and not optimizer.defaults.get("fused")
-        optimizer.state[p][entry] = value if on_cpu else placed_like(value, p)
+        optimizer.state[p][entry] = value.cpu() if on_cpu else placed_like(value, p)
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -49,7 +49,7 @@ class TrainConfig:
 
     images: int = 50_000  # training images shown in total; 0 evaluates the untrained network
     batch: int = 64  # global batch: images a step over all processes
-    micro_batch: int | None = None  # images a process takes at once; none: batch / processes
+    micro_batch: int | None = None  # images a process takes at once; none: batch / processes of the first start, which a resumed run keeps
     lr: float = 1e-3  # peak learning rate
     warmup_images: int = 0  # linear warm-up from 0
     hold_images: int = 0  # images at the peak after the warm-up, before cosine or linear begin

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -79,6 +81,15 @@ def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return value
+
+
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor], accelerator: Accelerator) -> bool:
+    """Whether no floating-point number of these tensors, spread or whole, is infinite or NaN in any process; all processes must ask."""
+    parts = [value.to_local() if isinstance(value, DTensor) else value for value in tensors if value.is_floating_point()]
+    largest = [torch.zeros(()), *torch._foreach_norm([part for part in parts if part.numel()], math.inf)]
+    spoilt = torch.stack([value.float().to(accelerator.device) for value in largest]).isfinite().logical_not().any().float().reshape(1)
+    return not accelerator.reduce(spoilt, "sum").any()
 
 
 @contextlib.contextmanager

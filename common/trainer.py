@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import math
 import signal
@@ -17,7 +18,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -34,8 +34,9 @@ from common.optim import build_optimizers, learning_rate, set_learning_rate
 from common.precision import resolve_precision, set_float32_products
 from common.processes import COLLECTIVE_TIMEOUT_MIN, join_processes
 from common.progress import print_beside_bar, progress_bar
+from common.resume import Found, last_good_checkpoint, newest_checkpoint
 from common.seeds import seed_step
-from common.sharding import communicating, filled, hollow, placed_like, shard, whole, whole_parameters
+from common.sharding import all_finite, communicating, filled, hollow, placed_like, shard, whole, whole_parameters
 from common.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -81,15 +82,24 @@ def replicate(method: Method, accelerator: Accelerator) -> nn.Module:
     return accelerator.prepare_model(method)
 
 
-def split_batch(settings: TrainConfig, processes: int) -> tuple[int, int]:
-    """(images a process takes at once, how often it does so each step), from the global batch."""
-    micro_batch = settings.micro_batch or settings.batch // processes
-    if micro_batch == 0 or settings.batch % (micro_batch * processes):
+def split_batch(settings: TrainConfig, processes: int, began_with: int | None = None) -> tuple[int, int]:
+    """(images a process takes at once, how often it does so each step), from the global batch.
+
+    began_with: the micro-batch of the run's earlier steps, which it keeps on any number of processes: each micro-batch has random numbers of its own.
+    """
+    micro_batch = settings.micro_batch or began_with or settings.batch // processes
+    if micro_batch and settings.batch % (micro_batch * processes) == 0:
+        return micro_batch, settings.batch // (micro_batch * processes)
+    if began_with and not settings.micro_batch:
         raise UserError(
-            f"train.batch={settings.batch} is not a multiple of train.micro_batch={micro_batch} times {processes} processes. "
-            "Choose a micro-batch that divides the global batch evenly."
+            f"this run has been training with micro-batches of {began_with} images, which {processes} processes cannot share out evenly in a batch of "
+            f"{settings.batch}. Its random draws depend on them, so they stay: go on with a number of processes that divides {settings.batch // began_with}. "
+            "Where memory is short, cluster.sharding=fsdp2 and train.recompute_blocks=true change no result; another micro-batch is a new run."
         )
-    return micro_batch, settings.batch // (micro_batch * processes)
+    raise UserError(
+        f"train.batch={settings.batch} is not a multiple of train.micro_batch={micro_batch} times {processes} processes. "
+        "Choose a micro-batch that divides the global batch evenly."
+    )
 
 
 def total_steps(settings: TrainConfig) -> int:
@@ -191,6 +201,7 @@ class TrainState:
     identity: str
     accelerator: Accelerator
     meters: Meters
+    micro_batch: int  # images a process takes at once: draws depend on it, so a resumed run keeps it
     blank: Method | None = None  # where `method` is spread over the processes: its hollow copy, to sample with
     step: int = 0
     start: int = 0  # the step that this start took up
@@ -243,17 +254,24 @@ class TrainState:
         """The means of the running window; a non-finite one is a UserError. Called before anything is saved, so no checkpoint is ever poisoned."""
         means = self.meters.means()
         if bad := [name for name, value in means.items() if not math.isfinite(value)]:
-            last = checkpoint.latest(self.folder / "checkpoints") if self.accelerator.is_main_process else None
-            raise UserError(
-                f"{', '.join(bad)} became non-finite within the last {max(self.meters.counts.values())} micro-batches before step {self.step}. "
-                f"{f'The last good checkpoint is {last}.' if last else 'No checkpoint had been written yet.'} "
-                "Try a lower train.lr, train.clip_grad=1, or train.precision=fp32."
-            )
+            raise self._spoilt(f"{', '.join(bad)} became non-finite within the last {max(self.meters.counts.values())} micro-batches before step {self.step}.")
         return means
+
+    def check_weights(self) -> None:
+        """Weights or averages that are not finite are a UserError: the loss before an infinite gradient looks fine. One host sync."""
+        tensors = list(own_state(self.method).values()) + [value for ema in self.emas for value in ema.average.values()]
+        if not all_finite(tensors, self.accelerator):
+            raise self._spoilt(f"the weights became non-finite at or before step {self.step}, though the losses were not.")
+
+    def _spoilt(self, what: str) -> UserError:
+        """All processes must ask."""
+        last = last_good_checkpoint(self.folder, self.accelerator)
+        return UserError(f"{what} {last} Try a lower train.lr, train.clip_grad=1, or train.precision=fp32.")
 
     def save(self) -> None:
         """Writes a checkpoint from the main process; it does not tell how many processes there were."""
         self.check_finite()
+        self.check_weights()
         folder = self.folder / "checkpoints"
         main = self.accelerator.is_main_process
         meters = self.meters.of_all_processes()
@@ -265,6 +283,7 @@ class TrainState:
                 "step": self.step,
                 "images_seen": self.step * self.settings.batch,
                 "seconds": self.seconds,
+                "micro_batch": self.micro_batch,
                 "meter_counts": self.meters.counts,
                 "torch": torch.__version__,
             }
@@ -286,37 +305,22 @@ class TrainState:
         gathered = ((name, whole(value)) for name, value in tensors.items())
         return {name: value.cpu() for name, value in gathered if keep}
 
-    def restore(self, loaded: Checkpoint, path: Path) -> None:
+    def restore(self, found: Found) -> None:
         """Takes up a checkpoint whose weights the method has already."""
         names = {p: name for name, p in self.method.named_parameters()}
         for stem, optimizer in self._optimizer_stems():
-            checkpoint.load_optimizer_state(optimizer, loaded.tensors[stem], names)
+            checkpoint.load_optimizer_state(optimizer, found.tensors(stem), names)
         for ema in self.emas:
-            ema.average = {name: placed_like(value, ema.average[name]) for name, value in loaded.tensors[f"ema-{ema.name}"].items()}
+            ema.average = {name: placed_like(value, ema.average[name]) for name, value in found.tensors(f"ema-{ema.name}")}
         place = (self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device)
-        self.meters = Meters.of_process(loaded.tensors["meters"], loaded.facts["meter_counts"], *place)
-        self.step, self.seconds, self.saved = loaded.facts["step"], loaded.facts["seconds"], path
+        self.meters = Meters.of_process(dict(found.tensors("meters")), found.facts["meter_counts"], *place)
+        self.step, self.seconds, self.saved = found.facts["step"], found.facts["seconds"], found.path
         self.start = self.step
 
     def _optimizer_stems(self) -> Iterator[tuple[str, Optimizer]]:
         for phase, optimizers in self.optimizers.items():
             for number, optimizer in enumerate(optimizers):
                 yield f"optimizer-{phase}-{number}", optimizer
-
-
-def newest_checkpoint(folder: Path, identity: str, main: bool) -> tuple[Checkpoint, Path] | None:
-    """The newest whole checkpoint of a run folder, if there is one; one of another configuration is a UserError.
-
-    The main process chooses for all: on a network file system another machine may not see the newest one yet, and takes it by its name.
-    """
-    chosen = broadcast_object_list([checkpoint.latest(folder / "checkpoints") if main else None])
-    path: Path | None = chosen[0]
-    if path is None:
-        return None
-    loaded = checkpoint.load(path)
-    if loaded.facts["identity"] != identity:
-        raise UserError(f"{path} belongs to another configuration ({loaded.facts['identity']} instead of {identity}). Choose another name= or out=.")
-    return loaded, path
 
 
 def train(
@@ -337,12 +341,12 @@ def train(
     evaluated: the average that the run is sampled with, or "raw"; the method measures with it what it hands on to other runs.
     Raises UserError for a non-finite loss or an unwritable folder (the last good checkpoint stays and is named), Stopped after SIGTERM, SIGUSR2 or Ctrl-C.
     """
-    micro_batches_a_step = split_batch(settings, accelerator.num_processes)[1]
     steps = total_steps(settings)
     method.to(accelerator.device).train()
-    resumed = newest_checkpoint(folder, identity, accelerator.is_main_process)
+    resumed = newest_checkpoint(folder, identity, accelerator)
+    micro_batch, micro_batches_a_step = split_batch(settings, accelerator.num_processes, resumed.facts.get("micro_batch") if resumed else None)
     if resumed:
-        load_own_state(method, resumed[0].tensors["model"])
+        load_own_state(method, dict(resumed.tensors("model")))
     else:
         look_at_the_data(method, make_batches, micro_batches_a_step, accelerator)
     spread = sharding == "fsdp2" and accelerator.num_processes > 1
@@ -351,9 +355,11 @@ def train(
     model: nn.Module = shard(method, accelerator) if spread else replicate(method, accelerator)
     bf16 = accelerator.mixed_precision == "bf16"
     optimizers = {phase: build_optimizers(method.parameters_of(phase), settings, bf16) for phase in method.phases}
-    state = TrainState(method, optimizers, build_emas(method.averaged_parameters(), settings), settings, folder, identity, accelerator, Meters(), blank)
+    state = TrainState(
+        method, optimizers, build_emas(method.averaged_parameters(), settings), settings, folder, identity, accelerator, Meters(), micro_batch, blank
+    )
     if resumed:
-        state.restore(*resumed)
+        state.restore(resumed)
     parameters = dict(method.named_parameters())
     several = len(method.phases) > 1
     logger = _Logger(state, steps)
@@ -413,6 +419,12 @@ def train(
     return state
 
 
+def wandb_run(folder: Path, identity: str) -> dict[str, str]:
+    """What makes every start of a run, requeued ones included, go on in one W&B run: an id of its folder and configuration."""
+    key = hashlib.sha256(f"{identity} {folder.resolve()}".encode()).hexdigest()[:16]
+    return {"name": folder.name, "id": f"{identity}-{key}", "resume": "allow"}
+
+
 class _Logger:
     """metrics.jsonl, trackers, the progress bar and the clock."""
 
@@ -427,7 +439,7 @@ class _Logger:
             for sentence in [] if state.step else shortened_averages(state.settings):
                 print(sentence, file=sys.stderr)
         if state.settings.trackers:
-            state.accelerator.init_trackers("pixlat", init_kwargs={"wandb": {"name": state.folder.name, "resume": "allow"}})
+            state.accelerator.init_trackers("pixlat", init_kwargs={"wandb": wandb_run(state.folder, state.identity)})
         self.last = (time.perf_counter(), state.step)
 
     @contextlib.contextmanager

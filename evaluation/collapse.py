@@ -61,7 +61,7 @@ def study(run: RunConfig, heldout: int) -> list[Row]:
     from common.datasets import load_data
     from common.loader import TrainingPlan, training_batches
     from common.seeds import derive
-    from common.trainer import TrainState, make_accelerator, split_batch, train
+    from common.trainer import TrainState, make_accelerator, train
     from methods import get_class
     from methods.base import DataInfo
 
@@ -78,11 +78,10 @@ def study(run: RunConfig, heldout: int) -> list[Row]:
                 rows.append({"step": state.step, "images": state.step * run.train.batch, **measure(current, held_out(source), heldout)})
 
         plan = TrainingPlan(source.train.labels, run.train.batch, run.seed, source.balanced, run.data.flip, run.data.crop == "random")
-        micro_batch, _ = split_batch(run.train, accelerator.num_processes)
 
         def batches(start_step: int, accumulation: int) -> Iterator[list[dict[str, Tensor]]]:
             place = (accelerator.process_index, accelerator.num_processes)
-            return training_batches(source.train, plan, start_step, micro_batch, accumulation, *place)
+            return training_batches(source.train, plan, start_step, plan.batch // (accumulation * accelerator.num_processes), accumulation, *place)
 
         train(method, run.train, batches, Path(folder), run.seed, identity(run), accelerator, [(run.train.preview_images, preview)])
         logged = {row["step"]: row for row in read_rows(Path(folder) / "metrics.jsonl")}

@@ -205,18 +205,18 @@ def train_job(job: Job) -> TrainState:
     method = get_class(run.method)(job.model, job.info)
     method.load_external()
     plan = TrainingPlan(job.source.train.labels, run.train.batch, run.seed, job.source.balanced, run.data.flip, run.data.crop == "random")
-    micro_batch, _ = split_batch(run.train, job.accelerator.num_processes)
-    batches = partial(_batches, job, plan, micro_batch)
+    batches = partial(_batches, job, plan)
     interludes = [(run.train.preview_images, partial(draw_preview, job)), (run.eval.every_images if run.eval.num_images else 0, partial(score_preview, job))]
     where = (job.folder, run.seed, identity(run), job.accelerator)
     return train(method, run.train, batches, *where, interludes, run.cluster.sharding, evaluated_ema(run))
 
 
-def _batches(job: Job, plan: TrainingPlan, micro_batch: int, start_step: int, accumulation: int) -> Iterator[list[dict[str, torch.Tensor]]]:
+def _batches(job: Job, plan: TrainingPlan, start_step: int, accumulation: int) -> Iterator[list[dict[str, torch.Tensor]]]:
     accelerator = job.accelerator
     place = (accelerator.process_index, accelerator.num_processes)
     pin = accelerator.device.type == "cuda"
     needs_images = get_class(job.run.method).needs_images(job.info)
+    micro_batch = plan.batch // (accumulation * accelerator.num_processes)
     return training_batches(job.source.train, plan, start_step, micro_batch, accumulation, *place, job.run.data.workers, pin, needs_images)
 
 

@@ -310,7 +310,7 @@ def test_resume_is_exact():
     saved = [save(checkpoint.optimizer_state(optimizer, names)) for optimizer in optimizers]
     resumed = optim.build_optimizers(groups_of(cut), settings)
     for optimizer, state in zip(resumed, saved, strict=True):
-        checkpoint.load_optimizer_state(optimizer, load(state), names)
+        checkpoint.load_optimizer_state(optimizer, load(state).items(), names)
     step_module(cut, resumed, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters(), strict=True))
 

@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from toys import INFO, Killed, TinyGan, batches_until, fit, settings, state_of, tiny_jit, toy_images
 
@@ -26,7 +28,7 @@ from common.loader import TrainingPlan, training_batches
 from common.meters import read_rows, truncate_rows
 from common.optim import build_optimizers, learning_rate
 from common.seeds import Noise
-from common.trainer import Stopped, make_accelerator, replicate, train
+from common.trainer import Stopped, make_accelerator, replicate, split_batch, train
 from methods.base import Method, ParamGroup
 from methods.jit.config import JiTSample
 
@@ -165,6 +167,23 @@ def test_a_non_finite_loss_stops_before_anything_is_saved(tmp_path):
     assert all(value.isfinite().all() for value in good.tensors["model"].values())
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The loss of step 10 is finite, its gradient is not: the checkpoint after it would have been called the last good one, and resumed for ever."""
+    method = tiny_jit()
+    forward = method.forward
+
+    def blown_up(phase, batch, step):
+        out = forward(phase, batch, step)
+        if step == 9:
+            out["loss"].register_hook(lambda gradient: gradient * float("nan"))
+        return out
+
+    method.forward = blown_up  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"weights became non-finite at or before step 10, though the losses .* last good checkpoint is .*step-00000005"):
+        fit(method, tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+
+
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     real = checkpoint.save_file
 
@@ -271,30 +290,93 @@ def test_features_seen_before_the_training_are_those_of_the_training(tmp_path):
     assert len(method.first) == 2
 
 
-def test_two_processes_equal_two_micro_batches(tmp_path):
-    """Same global batch, same draws for each micro-batch; gloo sums in another order, hence 1e-6."""
-    one = fit(tiny_jit(), tmp_path / "one", settings(micro_batch=4, images=40))
-    port = 20000 + os.getpid() % 20000
-    script = f"""
+def two_processes(script: str, *arguments: object) -> list[str]:
+    """Runs a script in two processes, with `folder` and the toys at hand; what each printed. Both must end well."""
+    start = f"""
 import sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parent.parent)!r}]
 import torch; torch.set_num_threads(1)
 from pathlib import Path
-from toys import fit, settings, tiny_jit
-fit(tiny_jit(), Path({str(tmp_path / "two")!r}), settings(images=40))
+from toys import *
+folder = Path(sys.argv[1])
 """
-    (tmp_path / "two").mkdir()
+    port = 20000 + os.getpid() % 20000
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = [
-        subprocess.Popen([sys.executable, "-c", script], env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [child.communicate(timeout=300)[1] for child in children]
-    assert [child.returncode for child in children] == [0, 0], errors
+    command, pipes = [sys.executable, "-c", start + script, *map(str, arguments)], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    children = [subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes) for rank in range(2)]
+    printed = [child.communicate(timeout=300) for child in children]
+    assert [child.returncode for child in children] == [0, 0], [errors for _, errors in printed]
+    return [out for out, _ in printed]
+
+
+def test_two_processes_equal_two_micro_batches(tmp_path):
+    """Same global batch, same draws for each micro-batch; gloo sums in another order, hence 1e-6."""
+    one = fit(tiny_jit(), tmp_path / "one", settings(micro_batch=4, images=40))
+    (tmp_path / "two").mkdir()
+    two_processes("fit(tiny_jit(), folder, settings(images=40))", tmp_path / "two")
     two = checkpoint.load(checkpoint.latest(tmp_path / "two/checkpoints")).tensors
     for name, value in one.method.state_dict().items():
         torch.testing.assert_close(two["model"][name], value, rtol=1e-6, atol=1e-6, msg=name)
     assert losses(tmp_path / "two")[-1][1] == pytest.approx(losses(tmp_path / "one")[-1][1], rel=1e-6)
+
+
+RESUMED_BY_TWO = """
+import shutil
+from common import checkpoint, resume
+short = lambda **changes: settings(images=80, **changes)
+whole = state_of(fit(tiny_jit(), folder / "whole", short()))
+try:
+    fit(tiny_jit(), folder / "cut", short(), stop_after=7)
+except Killed:
+    pass
+torch.distributed.barrier()
+if torch.distributed.get_rank():
+    def unseen(*_, **__):
+        raise AssertionError("another machine may not see the files, and need not read them")
+    resume.safe_open = checkpoint.latest = checkpoint.load_facts = unseen
+else:
+    shutil.copytree(folder / "cut", folder / "one")
+resumed = state_of(fit(tiny_jit(), folder / "cut", short()))
+assert whole.keys() == resumed.keys() and all(torch.equal(value, resumed[name]) for name, value in whole.items())
+method = tiny_jit()
+forward = method.forward
+method.forward = lambda phase, batch, step: {k: v * (float("nan") if step >= 6 else 1) for k, v in forward(phase, batch, step).items()}
+try:
+    fit(method, folder / "spoilt", short())
+except UserError as error:
+    print(error)
+"""
+
+
+def test_several_processes_go_on_and_fail_alike(tmp_path):
+    """Only the main process reads a checkpoint. A failure names the last good one in every process: the first to write failure.json may be any of them.
+    The run keeps its micro-batches where one process goes on, and with them its draws."""
+    errors = two_processes("from common.errors import UserError\n" + RESUMED_BY_TWO, tmp_path)
+    assert all(re.search(r"loss became non-finite .* last good checkpoint is .*spoilt/checkpoints/step-00000005", error) for error in errors), errors
+    one = fit(tiny_jit(), tmp_path / "one", settings(images=80))
+    two = checkpoint.load(checkpoint.latest(tmp_path / "whole/checkpoints")).tensors["model"]
+    for name, value in one.method.state_dict().items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_a_run_keeps_its_micro_batches():
+    assert split_batch(settings(batch=64), processes=4) == (16, 1)
+    assert split_batch(settings(batch=64), processes=2, began_with=16) == (16, 2)
+    assert split_batch(settings(batch=64, micro_batch=8), processes=2, began_with=16) == (8, 4)
+    with pytest.raises(UserError, match=r"micro-batches of 16 images, which 8 processes cannot share .* a number of processes that divides 4"):
+        split_batch(settings(batch=64), processes=8, began_with=16)
+
+
+def test_every_start_of_a_run_goes_on_in_one_wandb_run(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, project, init_kwargs: asked.append(init_kwargs["wandb"]))
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [])
+    for folder in ("a", "a", "b"):
+        fit(tiny_jit(), tmp_path / folder, settings(images=16, trackers=["wandb"]))
+    assert asked[0] == asked[1] and asked[0]["resume"] == "allow" and asked[0]["id"] != asked[2]["id"]
+    assert re.fullmatch(r"[\w-]{8,64}", asked[0]["id"])
 
 
 def test_tensorboard_gets_the_losses(tmp_path):
