@@ -1,16 +1,20 @@
-"""How all runs are: `python launch/status.py [FOLDER]`, by default of `runs`. State, progress, time left, job and log; asks `squeue`, not the accounting.
+"""How all runs are: `python launch/status.py [FOLDER]`, by default of `runs`. State, progress, time left, score, job and log.
 
-finished     result.json is there
+It asks `squeue`, not the accounting.
+
+finished     result.json is there and whole
 running      a process holds the run's lock, or its job works
 waiting      its job is queued; Slurm's reason is behind it
 failed       its last job ended with an error, which is shown with its log
 stopped      nothing works on it; the same command again goes on
+damaged      a file of its folder cannot be read; it is named below the table, and the other runs are shown all the same
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,15 +23,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
 
-from omegaconf import OmegaConf
+import yaml
 from tabulate import tabulate
 
 from common.command_line import as_command
-from common.files import read_rows
+from common.errors import UserError
+from common.files import open_regular, read_json, read_rows, read_text
+from common.saved_config import MAX_CONFIG_BYTES
+from evaluation.record import read_record
 from launch.folder import FAILURE, JOBS, LOCK, RESULT, is_locked
 from launch.slurm import JobState, job_states
 
 SIGNS = ("error:", "Error", "slurmstepd:", "srun: error", "oom", "Killed")  # of a line of a log that says why a job ended
+
+
+LOG_END = 2**16  # bytes; a line has some hundred
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class Row:
     job: str
     log: str
     reason: str = ""
+    score: str = ""
 
 
 @as_command
@@ -58,8 +69,8 @@ def main() -> int:
     if arguments.json:
         print("\n".join(json.dumps(vars(row)) for row in rows))
         return 0
-    shown = [(row.name, row.state, row.progress, row.images_per_s, row.left, row.job, row.log) for row in rows]
-    print(tabulate(shown, headers=("run", "state", "done", "images/s", "time left", "job", "log"), disable_numparse=True))
+    shown = [(row.name, row.state, row.progress, row.images_per_s, row.left, row.score, row.job, row.log) for row in rows]
+    print(tabulate(shown, headers=("run", "state", "done", "images/s", "time left", "score", "job", "log"), disable_numparse=True))
     for row in rows:
         if row.reason:
             print(f"\n{row.name}: {row.reason}")
@@ -70,7 +81,16 @@ def statuses(out: Path) -> list[Row]:
     """One row a run folder, by name."""
     folders = sorted(file.parent for file in out.glob("*/config.yaml"))
     jobs = job_states() if any((folder / JOBS).exists() for folder in folders) else {}
-    return [status(folder, jobs) for folder in folders]
+    return [guarded_status(folder, jobs) for folder in folders]
+
+
+def guarded_status(folder: Path, jobs: Mapping[str, JobState] | None) -> Row:
+    """How one run is; whatever its files hold, the other runs must be shown, so that any error becomes this run's row."""
+    try:
+        return status(folder, jobs)
+    except Exception as error:
+        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return Row(folder.name, "damaged", "", "", "", "", "", f"{said} (in {folder})" if str(folder) not in said else said)
 
 
 def status(folder: Path, jobs: Mapping[str, JobState] | None) -> Row:
@@ -81,19 +101,42 @@ def status(folder: Path, jobs: Mapping[str, JobState] | None) -> Row:
     state, reason = judge(folder, job, log)
     if jobs is None and submitted.get("cluster") == "slurm" and state == "stopped":
         state, reason = "unknown", "the scheduler does not answer"
-    return Row(folder.name, state, *progress(folder, state), job_id, log, reason)
+    reasons = [each for each in (reason, damaged_checkpoint(folder)) if each]
+    return Row(folder.name, state, *progress(folder, state), job_id, log, " ".join(reasons), score(folder) if state == "finished" else "")
+
+
+def score(folder: Path) -> str:
+    """The distance that the run was scored by, of which less is better; otherwise its first metric."""
+    metrics = read_record(folder / RESULT)["metrics"]
+    name = next((name for name in metrics if name.startswith(("fd_", "rfd_", "fid"))), next(iter(metrics), None))
+    return "" if name is None else f"{name} {metrics[name]['value']:.4g}"
+
+
+def damaged_checkpoint(folder: Path) -> str:
+    """What is wrong with the newest checkpoint by the sizes of its files, or an empty string; digests are a start's business, since they take long."""
+    manifests = sorted(folder.glob("checkpoints/step-*/manifest.json"))
+    if not manifests:
+        return ""
+    newest = manifests[-1].parent
+    for name, expected in read_json(manifests[-1]).items():
+        file = newest / name
+        if not file.is_file() or file.stat().st_size != expected["bytes"]:
+            found = f"has {file.stat().st_size} bytes instead of {expected['bytes']}" if file.is_file() else "is missing"
+            return f"The newest checkpoint is damaged: {file} {found}."
+    return ""
 
 
 def judge(folder: Path, job: JobState | None, log: str) -> tuple[str, str]:
     """(state, reason), from what is in the folder and what the scheduler says of the last job."""
     if (folder / RESULT).exists():
+        read_record(folder / RESULT)  # an empty or altered one is no result
         return "finished", ""
     if job is not None and job.alive:
         return ("waiting", job.reason) if job.state == "PENDING" else ("running", "")
     if works(folder):
         return "running", ""
     if (folder / FAILURE).exists():
-        failure = json.loads((folder / FAILURE).read_text())
+        failure = read_json(folder / FAILURE)
         return "failed", f"{failure['reason']} Log: {failure['log']}"
     if job is None or job.state == "COMPLETED":
         return "stopped", ""
@@ -121,9 +164,8 @@ def last_words(log: str) -> str:
 
 def progress(folder: Path, state: str) -> tuple[str, str, str]:
     """(share of the training images, images/s, time left), as far as they are known."""
-    total = OmegaConf.load(folder / "config.yaml").train.images
-    rows = read_rows(folder / "metrics.jsonl")
-    last: Mapping[str, Any] = rows[-1] if rows else {"images": 0, "images_per_s": None}
+    total = training_images(folder)
+    last = last_row(folder / "metrics.jsonl") or {"images": 0, "images_per_s": None}
     done = min(1.0, last["images"] / total) if total else 1.0
     if state == "finished":
         return "100 %", "", ""
@@ -131,6 +173,33 @@ def progress(folder: Path, state: str) -> tuple[str, str, str]:
     missing = max(0, total - last["images"])
     left = "evaluating" if not missing else clock(missing / speed) if speed else ""
     return f"{100 * done:.0f} %", f"{speed:.4g}" if speed else "", left if state == "running" else ""
+
+
+def training_images(folder: Path) -> int:
+    """train.images of a config.yaml, by the fast reader: whoever starts the run checks all of it (common/saved_config.py)."""
+    file = folder / "config.yaml"
+    try:
+        return int(yaml.load(read_text(file, MAX_CONFIG_BYTES), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["train"]["images"])
+    except (yaml.YAMLError, RecursionError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is damaged: {str(error).partition(chr(10))[0] or type(error).__name__}. Restore it, or remove the folder.") from error
+
+
+def last_row(file: Path) -> dict[str, Any] | None:
+    """The last whole line of a log, of which only the end is read; None where there is none. A damaged one is a UserError."""
+    if not file.exists():
+        return None
+    with open_regular(file) as stream:
+        stream.seek(max(0, os.fstat(stream.fileno()).st_size - LOG_END))
+        *lines, _ = stream.read(LOG_END).split(b"\n")
+    if not lines:
+        return None
+    try:
+        row = json.loads(lines[-1])
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        raise UserError(f"the last line of {file} is damaged. Remove it.")
+    return row
 
 
 def clock(seconds: float) -> str:
