@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.config import RunConfig, evaluated_ema, flatten, resolve
+from common.config import RunConfig, differences, evaluated_ema, flatten, identity, identity_of, resolve, split_overrides, sweep, to_dict
 from common.errors import UserError
-from common.files import parse_json, read_text
+from common.files import parse_json, read_text, split_rows
 from common.saved_config import IMPORTED_IDENTITY, check_config, read_config
 from evaluation.record import RESULT, Record, read_record
 from methods import get_class, get_spec
@@ -62,8 +64,36 @@ def check_saved(folder: Path) -> None:
     from common import checkpoint
 
     saved = checkpoint.latest(folder / "checkpoints", stems=())
-    if saved is not None:
-        check_config(folder, read_config(folder), saved, checkpoint.load_facts(saved))
+    if saved is None:
+        return
+    settings, facts = read_config(folder), checkpoint.load_facts(saved)
+    try:
+        check_config(folder, settings, saved, facts)
+    except UserError as error:
+        changed = changed_settings(folder, settings, facts.get("config_identity", facts["identity"]))
+        found = f"Changed since: {'; '.join(changed[:8])}." if changed else "Which setting was changed cannot be told."
+        raise UserError(f"{error} {found}") from error
+
+
+def changed_settings(folder: Path, settings: Mapping[str, Any], expected: str) -> list[str]:
+    """`"model.clip: 0.05 -> 0.25"` for what was changed, found by the expected identity among the recorded commands and the preset; else nothing."""
+    for original in original_runs(folder, settings):
+        if identity(original) == expected:
+            return differences(to_dict(original), settings)
+        usual, now = dict(flatten(to_dict(original))), dict(flatten(settings))
+        for key in (key for key in now if key in usual and now[key] != usual[key]):
+            if identity_of(now | {key: usual[key]}) == expected:
+                return [f"{key}: {usual[key]} -> {now[key]}"]
+    return []
+
+
+def original_runs(folder: Path, settings: Mapping[str, Any]) -> Iterator[RunConfig]:
+    """Configurations that a folder may have had: those of the commands in starts.jsonl, and its preset's."""
+    commands = [str(row.get("command", "")) for row in split_rows(folder / "starts.jsonl")[0]]
+    for command in (*commands, f"run.py method={settings['method']} preset={settings.get('preset')}"):
+        with contextlib.suppress(ValueError):  # a command of another kind, or of another version of the code; a UserError is a ValueError
+            for overrides in sweep(split_overrides(shlex.split(command)[1:])):
+                yield resolve(get_spec(overrides.get("method", RunConfig.method)), {"preset": RunConfig.preset} | overrides)
 
 
 def imported_facts(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 
 from common import checkpoint
 from common.checkpoint import Checkpoint
-from common.config import flatten, inert, resolve
+from common.config import flatten, inert, resolve, to_dict
 from common.errors import UserError
 from common.external import read_tensors, run_weights
 from common.meters import read_rows, truncate_rows
@@ -167,6 +168,24 @@ def test_an_altered_configuration_is_not_used(finished, old, new):
                 use()
     finally:
         file.write_text(text)
+
+
+def test_what_was_changed_is_named(finished, tmp_path):
+    """By the command that starts.jsonl keeps, or by the preset where one key differs from it."""
+    run = saved_run(finished, {})
+    shutil.copytree(finished, tmp_path / "mine")
+    file = tmp_path / "mine" / "config.yaml"
+    file.write_text(file.read_text().replace("weight_decay: 0.0", "weight_decay: 0.5"))
+    with pytest.raises(UserError, match=r"Changed since: train.weight_decay: 0.0 -> 0.5\."):
+        saved_run(tmp_path / "mine", {})
+    file.write_text(file.read_text().replace("guidance: 1.5", "guidance: 2.0"))
+    with pytest.raises(UserError, match=r"Which setting was changed cannot be told\."):
+        saved_run(tmp_path / "mine", {})
+    settings = [f"{key}={value if key in ('method', 'preset') else json.dumps(value)}" for key, value in flatten(to_dict(run)) if "cluster" not in key]
+    damaged = '{"command": 5}\n{"command": "x \\\\"}\n[]\n{"command": "x y"}\n'
+    (tmp_path / "mine" / "starts.jsonl").write_text(damaged + json.dumps({"command": shlex.join(["launch/run.py", *settings])}) + "\n")
+    with pytest.raises(UserError, match=r"Changed since: train.weight_decay: 0.0 -> 0.5; sample.guidance: 1.5 -> 2.0\."):
+        saved_run(tmp_path / "mine", {})
 
 
 def test_settings_on_the_command_line_and_keys_that_change_nothing_are_no_alteration(finished):
