@@ -145,7 +145,7 @@ def test_the_command_says_what_the_budget_allows(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["run.py", "method=jit", *SMALL, "budget.train_macs=1e9", "dry_run=true"])
     assert main() == 0
     printed, expected = capsys.readouterr().out, within_budget(one(*SMALL, "budget.train_macs=1e9")).train.images
-    assert f"steps        {expected // 8} of 8 images" in printed and f"  images: {expected}" in printed and "train_macs: 1000000000.0" in printed
+    assert f"steps        {expected // 8} of 8 images" in printed and f"  train.images={expected}" in printed and "budget.train_macs=1000000000.0" in printed
 
 
 # -- scores during training -----------------------------------------------------------------------------------------------------
