@@ -143,6 +143,9 @@ class Lpips(Frozen):
             pairs = zip(self.heads, self.maps(x.float()), self.maps(y.float()), strict=True)
             return torch.stack([(head * (a - b).square()).sum(dim=1).mean(dim=(1, 2)) for head, a, b in pairs]).sum(dim=0)
 
+    def working_parts(self) -> list[tuple[nn.Module, str]]:
+        return [(self, "maps")]
+
     def maps(self, images: Tensor) -> list[Tensor]:
         """The unit-length features of the five layers."""
         x, found = (images - self.mean) / self.std, []
@@ -200,6 +203,9 @@ class ConvNeXtDistance(Frozen):
         """(B,) for images (B, 3, H, W) of at least 32 pixels a side; 224 is the size that the network was trained for."""
         with without_autocast(x):
             return (self.network(x.float()) - self.network(y.float())).square().sum(dim=1)
+
+    def working_parts(self) -> list[tuple[nn.Module, str]]:
+        return [(self.network, "forward")]
 
 
 def convnext_v2(depths: Sequence[int], widths: Sequence[int]) -> nn.Module:
@@ -269,6 +275,9 @@ class EmbeddedDistance(Frozen):
             places = torch.stack([_unit_distance(a, b) for a, b in pairs]).mean(dim=0)
             a, b = (features.mean(dim=(2, 3), keepdim=True) for features in pairs[-1])
             return places + _unit_distance(a, b)
+
+    def working_parts(self) -> list[tuple[nn.Module, str]]:
+        return [(self.network, "stages")]
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """The features of the compared stages; images are resized as by the evaluator but not clipped, which would stop gradients."""

@@ -70,7 +70,7 @@ class Tokenizer(Frozen):
         """Mean and standard deviation (B, C, S / f, S / f) of the posterior, not normalised, for images (B, 3, S, S) in [-1, 1]."""
         with without_autocast(images):
             mean, std = self.encoder(images.float())
-        return mean, std
+        return mean.contiguous(), std.contiguous()
 
     def normalise(self, z: Tensor) -> Tensor:
         """Raw latents to those that a generator sees."""
@@ -81,7 +81,10 @@ class Tokenizer(Frozen):
         """Normalised latents (B, C, h, h) to images (B, 3, S, S), nominally in [-1, 1] and not clamped."""
         with without_autocast(latents):
             images: Tensor = self.decoder(latents.float() / self.scale + self.shift)
-        return images
+        return images.contiguous()
+
+    def working_parts(self) -> list[tuple[nn.Module, str]]:
+        return [(self.encoder, "forward"), (self.decoder, "forward")]
 
     def fill(self, state: Mapping[str, Tensor], source: object, shift: Tensor, scale: Tensor) -> None:
         """Puts weights into encoder and decoder, all of them and no others, and the normalisation (C,) beside them."""

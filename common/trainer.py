@@ -26,6 +26,7 @@ from common.checkpoint import Checkpoint
 from common.compiled import compile_blocks
 from common.config import TrainConfig
 from common.ema import START_SHARE, Ema, build_emas, shortened_averages
+from common.encoders.frozen import compile_frozen
 from common.errors import UserError
 from common.files import append_row
 from common.memory import recompute_blocks
@@ -165,9 +166,15 @@ def measure_at_the_end(state: TrainState, make_batches: MakeBatches, micro_batch
 
 
 def prepare_blocks(method: Method, settings: TrainConfig) -> None:
-    """Compiles and recomputes blocks as the settings ask. Copies of the method are made before: a changed block stays bound to this one."""
+    """Compiles and recomputes blocks as the settings ask. Copies of the method are made before: a changed block stays bound to this one.
+
+    With compiled blocks its frozen networks are compiled as well, and cuDNN times its convolutions to choose the fastest, whose rounding a restart
+    may not find again; without, it chooses by rule.
+    """
+    torch.backends.cudnn.benchmark = settings.compile
     if settings.compile:
         compile_blocks(method, settings.recompute_blocks)
+        compile_frozen(method)
     elif settings.recompute_blocks:
         recompute_blocks(method)
 

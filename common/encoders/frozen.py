@@ -1,8 +1,8 @@
-"""What all networks share that were trained elsewhere and are only looked through here."""
+"""What all networks share that were trained elsewhere and are only looked through here: no gradients, their layout on GPUs, their compilation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -16,6 +16,7 @@ class Frozen(nn.Module):
     """A network without gradients for its weights and always in evaluation mode.
 
     It is built without weights, so that costs can be counted where no file is, and `load` puts them in place. Subclasses set `sha256` in `load`.
+    On GPUs the weights of its convolutions lie channels-last, which their fastest kernels read; on CPUs, where that is not faster, they stay as loaded.
     """
 
     sha256: str | None = None  # of the weights' file, once loaded
@@ -28,9 +29,41 @@ class Frozen(nn.Module):
         """Stays in evaluation mode, whatever module contains it."""
         return super().train(False)
 
+    def working_parts(self) -> Sequence[tuple[nn.Module, str]]:
+        """(module, name of its function) of what does the work, for `compile_frozen`; tensors go in and out, and nothing is decided there."""
+        return ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `cuda` and the containing module's `to` call."""
+        super()._apply(fn, recurse)
+        if any(p.is_cuda for p in self.parameters()):
+            lay_channels_last(self)
+        return self
+
     def num_parameters(self) -> int:
         """Numbers in its weights."""
         return sum(p.numel() for p in self.parameters())
+
+
+def lay_channels_last(module: nn.Module) -> None:
+    """Lays the weights of all convolutions out channels-last, in place; the numbers, hence digests and results but for rounding, stay the same."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def compile_frozen(method: nn.Module) -> None:
+    """Compiles the frozen networks of a method, in place. Call it after `compile_blocks`, which drops all graphs that were made before.
+
+    Each network is handed to dynamo as a function of its own, so its graphs do not count among those of the blocks. A batch of another size than the
+    first makes the size a symbol, and a part that cannot be compiled runs as it is: neither changes a result, and a frozen network is no inner loop.
+    """
+    from common import compiled  # dynamo takes a second to import, and few runs compile
+
+    for frozen in [module for module in method.modules() if isinstance(module, Frozen)]:
+        for owner, name in frozen.working_parts():
+            if name not in vars(owner):  # else it is compiled already
+                setattr(owner, name, torch.compile(getattr(owner, name), backend=compiled.BACKEND))
 
 
 def skeleton(make: Callable[[], Any]) -> Any:

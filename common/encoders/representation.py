@@ -124,6 +124,9 @@ class EmbeddedEncoder(RepresentationEncoder):
         """The tokens (B, 112, 8, 8), without the stages behind them."""
         return self._normalised(self._stages(images, lite0.TEACHER_STAGE + 1)[-1])
 
+    def working_parts(self) -> list[tuple[nn.Module, str]]:
+        return [(self.network, "stages")]
+
     def _stages(self, images: Tensor, count: int) -> list[Tensor]:
         with without_autocast(images):
             return self.network.stages(lite0.resize((images.float() + 1) * 127.5), count)
@@ -227,6 +230,9 @@ class TransformersEncoder(RepresentationEncoder):
         tokens = self._tokens(pixels, grid**2)
         patches = tokens[:, self.spec.prefix_tokens :]
         return Representation(as_map(patches), (tokens[:, 0] if self.spec.prefix_tokens else patches.mean(dim=1)).float())
+
+    def working_parts(self) -> list[tuple[nn.Module, str]]:
+        return [(self.network, "forward")]
 
     def _tokens(self, pixels: Tensor, count: int) -> Tensor:
         """All tokens (B, prefix + count, C) after the final norm."""
@@ -349,6 +355,9 @@ class TimmEncoder(RepresentationEncoder):
         normalised = ((images + 1) / 2 - self.mean) / self.std
         tokens = self.network.forward_features(resize_bicubic(normalised, self.grid(images.shape[-1]) * self.spec.patch))
         return Representation(as_map(tokens[:, self.network.num_prefix_tokens :]), tokens[:, 0].float())
+
+    def working_parts(self) -> list[tuple[nn.Module, str]]:
+        return [(self.network, "forward_features")]
 
 
 def _grid_of_16(name: str, image_size: int) -> int:
