@@ -9,8 +9,10 @@ import hashlib
 import json
 import re
 import tarfile
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,8 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from common.cache import KEEP_FROM, SETTLED_NS, cache_file, keep_arrays, kept_arrays, one_at_a_time
 from common.crop import check_file_bytes
 from common.errors import UserError
+from common.names import Names
 
 if TYPE_CHECKING:
     import pyarrow
@@ -72,7 +76,7 @@ def open_archive(kind: str, root: Path) -> Archive:
     """All files of a kind (a key of ARCHIVES) at or below a path, in the order of their names."""
     archive = ARCHIVES[kind]
     files = [root] if root.is_file() else sorted(root.rglob(f"*{archive.suffix}")) if root.is_dir() else []
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]
+    files = [file for file in files if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)]
     if not files:
         raise UserError(f"data.path={str(root)!r} holds no {archive.suffix} file. Give the folder of the files, or one file.")
     return archive(root, files)
@@ -101,6 +105,9 @@ def part_of_file(root: Path, file: Path) -> str:
 # -- WebDataset tars ------------------------------------------------------------------------------------------------------------
 
 
+TARS_FORMAT = 1  # of what is kept of tars
+
+
 class Member(NamedTuple):
     """One image of a tar."""
 
@@ -117,20 +124,22 @@ class TarArchive(Archive):
     suffix = ".tar"
 
     def __init__(self, root: Path, files: Sequence[Path]) -> None:
-        members = [(number, member) for number, file in enumerate(files) for member in _members(file, part_of_file(root, file))]
-        if not members:
+        index = list_tars(root, files)
+        if not len(index.where):
             raise UserError(f"{files[0]}{_others(files)} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
-        self.where = np.array([(number, member.offset, member.size) for number, member in members], dtype=np.int64)
-        self.members = [member.name for _, member in members]
-        found = {member.label for _, member in members}
-        if len({type(label) for label in found}) > 1:
+        self.where, self.members = index.where, index.names
+        if index.numbered.any() != index.numbered.all():
             raise UserError(f"{files[0]}{_others(files)}: some images have a class number (.cls) and some only a folder. Repair the tars.")
-        if isinstance(members[0][1].label, int):
-            check_largest(max(map(int, found)), len(members), f"{files[0]}{_others(files)}, .cls")
-        class_names = sorted(found, key=str) if isinstance(members[0][1].label, str) else range(1 + max(map(int, found)))
-        numbers = {name: number for number, name in enumerate(class_names)}
-        labels = np.array([numbers[member.label] for _, member in members], dtype=np.int64)
-        super().__init__(files, labels, tuple(map(str, class_names)), np.array([member.part for _, member in members]))
+        found: list[str] = list(index.classes)
+        if index.numbered.all():
+            largest = max(map(int, found))
+            check_largest(largest, len(index.where), f"{files[0]}{_others(files)}, .cls")
+            class_names, numbers = list(map(str, range(1 + largest))), np.array(list(map(int, found)), dtype=np.int64)
+        else:
+            class_names = sorted(found)
+            places = {name: place for place, name in enumerate(class_names)}
+            numbers = np.array([places[name] for name in found], dtype=np.int64)
+        super().__init__(files, numbers[index.class_of], tuple(class_names), np.array(PARTS_IN_TARS)[index.part_of])
 
     def name(self, index: int) -> str:
         return f"{self.files[self.where[index, 0]].name}/{self.members[index]}"
@@ -147,6 +156,79 @@ class TarArchive(Archive):
                 return file.read(size)
         except OSError as error:
             raise UserError(f"{self.files[number]} cannot be read: {error.strerror}. Was it moved during the run?") from error
+
+
+PARTS_IN_TARS = ("", "train", *HELD_OUT_NAMES)
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """What lies where in some tars."""
+
+    where: NDArray[np.int64]  # (N, 3): number of the tar, offset and size of the image in bytes
+    names: Names  # of the members
+    classes: Names  # distinct labels in the order of their first image
+    numbered: NDArray[np.bool_]  # of each of them: whether it is the number in a .cls
+    class_of: NDArray[np.int32]  # (N,) into `classes`
+    part_of: NDArray[np.int8]  # (N,) into PARTS_IN_TARS
+
+
+def list_tars(root: Path, files: Sequence[Path]) -> TarIndex:
+    """The images of tars. All headers of a tar are read to find them, so what large tars hold is kept while their names, sizes and times of change stay.
+
+    Of several processes of a machine that ask at once, one reads the headers and the others what it kept.
+    """
+    kept = cache_file("tars", root).with_suffix(".npz")
+    with one_at_a_time(kept):
+        state = _state_of(root, files)
+        if (known := _read_kept(kept, state)) is not None:
+            return known
+        start = time.time_ns()
+        index = _walk_tars(root, files)
+        if len(index.where) >= KEEP_FROM and state["changed_ns"].max() < start - SETTLED_NS:
+            _keep(kept, state, index)
+    return index
+
+
+def _state_of(root: Path, files: Sequence[Path]) -> dict[str, NDArray[Any]]:
+    """What tells whether tars have changed."""
+    status = [file.stat() for file in files]
+    places = Names.of(str(file.relative_to(root)) for file in files).arrays("tars")
+    numbers = {"tar_sizes": [each.st_size for each in status], "changed_ns": [each.st_mtime_ns for each in status]}
+    return places | {name: np.array(values, dtype=np.int64) for name, values in numbers.items()}
+
+
+def _walk_tars(root: Path, files: Sequence[Path]) -> TarIndex:
+    where, names, class_of, parts = [], [], [], []
+    classes: dict[str | int, int] = {}
+    for number, file in enumerate(files):
+        members = list(_members(file, part_of_file(root, file)))  # of one tar at a time
+        where += [np.array([(number, member.offset, member.size) for member in members], dtype=np.int64).reshape(-1, 3)]
+        names.append(Names.of(member.name for member in members))
+        class_of.append(np.array([classes.setdefault(member.label, len(classes)) for member in members], dtype=np.int32))
+        parts.append(np.array([PARTS_IN_TARS.index(member.part) for member in members], dtype=np.int8))
+    numbered = np.array([isinstance(label, int) for label in classes], dtype=bool)
+    found = Names.of(map(str, classes))
+    return TarIndex(np.concatenate(where), Names.joined(names), found, numbered, np.concatenate(class_of), np.concatenate(parts))
+
+
+def _keep(kept: Path, state: dict[str, NDArray[Any]], index: TarIndex) -> None:
+    arrays = {name: getattr(index, name) for name in ("where", "numbered", "class_of", "part_of")}
+    keep_arrays(kept, {"format": np.array(TARS_FORMAT), **state, **arrays, **index.names.arrays("names"), **index.classes.arrays("classes")})
+
+
+def _read_kept(kept: Path, state: dict[str, NDArray[Any]]) -> TarIndex | None:
+    """What was kept of tars that are still as they were."""
+    arrays = kept_arrays(kept, TARS_FORMAT)
+    try:
+        if arrays is None or not all(np.array_equal(arrays[name], value) for name, value in state.items()):
+            return None
+        names, classes = Names.from_arrays(arrays, "names"), Names.from_arrays(arrays, "classes")
+        index = TarIndex(arrays["where"], names, classes, arrays["numbered"], arrays["class_of"], arrays["part_of"])
+    except (ValueError, KeyError):  # damaged: the headers are read again
+        return None
+    lengths = {len(index.where), len(index.names), len(index.class_of), len(index.part_of)}
+    return index if len(lengths) == 1 and len(index.classes) == len(index.numbered) else None
 
 
 def _members(file: Path, part: str) -> Iterator[Member]:

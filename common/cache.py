@@ -6,8 +6,15 @@ import contextlib
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+KEEP_FROM = 10_000  # images: smaller data sets are listed in a moment, and each time
+SETTLED_NS = 2 * 10**9  # a folder that changed less than this before it was listed may change again within the same tick of its clock
 
 
 def cache_folder() -> Path:
@@ -38,3 +45,21 @@ def one_at_a_time(file: Path) -> Iterator[None]:
         if not file.exists():
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)
+
+
+def keep_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes arrays beside their place and renames them there; where nothing can be written, nothing is kept."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        with temporary.open("wb") as stream:
+            np.savez(stream, **arrays)
+        temporary.replace(file)
+
+
+def kept_arrays(file: Path, version: int) -> dict[str, Any] | None:
+    """The arrays that were kept with this number as "format"; None where there are none, or where they are damaged."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays) if int(arrays["format"]) == version else None
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+        return None

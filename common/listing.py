@@ -12,81 +12,20 @@ import contextlib
 import hashlib
 import os
 import time
-import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.archives import IMAGE_SUFFIXES
-from common.cache import cache_file, one_at_a_time
+from common.cache import KEEP_FROM, SETTLED_NS, cache_file, keep_arrays, kept_arrays, one_at_a_time
 from common.errors import UserError
+from common.names import Names
 
 FORMAT = 1  # of kept listings
-KEEP_FROM = 10_000  # files: smaller folders are listed in a moment, and each time
-SETTLED_NS = 2 * 10**9  # a folder that changed less than this before it was listed may change again within the same tick of its clock
-
-
-class Names(Sequence[str]):
-    """Texts in one buffer. A Python string each would be copied into every loader process, because counting references writes to it."""
-
-    def __init__(self, buffer: NDArray[np.uint8], starts: NDArray[np.int64], lengths: NDArray[np.int32]) -> None:
-        self.buffer, self.starts, self.lengths = buffer, starts, lengths
-
-    @classmethod
-    def of(cls, texts: Iterable[str]) -> Names:
-        """From strings; names of files need not be UTF-8."""
-        encoded = [os.fsencode(text) for text in texts]
-        lengths = np.array([len(text) for text in encoded], dtype=np.int32)
-        ends = np.cumsum(lengths, dtype=np.int64)
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends - lengths, lengths)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Names]) -> Names:
-        """One after the other."""
-        before = np.cumsum([0, *(len(part.buffer) for part in parts)])
-        starts = [part.starts + shift for part, shift in zip(parts, before[:-1].tolist(), strict=True)]
-        return cls(*(np.concatenate(arrays) for arrays in ([part.buffer for part in parts], starts, [part.lengths for part in parts])))
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> Names: ...
-    def __getitem__(self, index: int | slice) -> str | Names:
-        if isinstance(index, slice):
-            return Names(self.buffer, self.starts[index], self.lengths[index])
-        return os.fsdecode(self.raw(index))
-
-    def __iter__(self) -> Iterator[str]:
-        return map(self.__getitem__, range(len(self)))
-
-    def raw(self, index: int) -> bytes:
-        """The bytes of a text."""
-        start = int(self.starts[index])
-        return self.buffer[start : start + int(self.lengths[index])].tobytes()
-
-    def chosen(self, positions: NDArray[np.int64]) -> Names:
-        """Those at some positions; the buffer is shared."""
-        return Names(self.buffer, self.starts[positions], self.lengths[positions])
-
-    def arrays(self, name: str) -> dict[str, NDArray[Any]]:
-        """As `Names.from_arrays` reads it, to be kept in a file."""
-        return {f"{name}_buffer": self.buffer, f"{name}_lengths": self.lengths}
-
-    @classmethod
-    def from_arrays(cls, arrays: Any, name: str) -> Names:
-        """The inverse of `arrays` for texts that lie one behind the other; ValueError if the parts do not belong together."""
-        buffer, lengths = arrays[f"{name}_buffer"], arrays[f"{name}_lengths"]
-        ends = np.cumsum(lengths, dtype=np.int64)
-        if buffer.dtype != np.uint8 or lengths.dtype != np.int32 or (ends[-1] if len(ends) else 0) != len(buffer):
-            raise ValueError(f"{name} is damaged")
-        return cls(buffer, ends - lengths, lengths)
 
 
 @dataclass(frozen=True)
@@ -194,30 +133,27 @@ def _images_below(folder: Path, prefix: str, folders: dict[str, int]) -> list[tu
 
 
 def _keep(kept: Path, listing: Listing, tree: Tree) -> None:
-    """Writes the listing beside its place and renames it there; where nothing can be written it is made again at the next start."""
     texts = {"class_names": Names.of(listing.class_names), "files": listing.files, "folders": Names.of(tree.folders)}
     arrays: dict[str, Any] = {key: array for name, found in texts.items() for key, array in found.arrays(name).items()}
     arrays |= {"format": np.array(FORMAT), "sizes": listing.sizes, "labels": listing.labels, "changed_ns": np.array(tree.changed_ns, dtype=np.int64)}
-    temporary = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-        temporary.replace(kept)
+    keep_arrays(kept, arrays)
 
 
 def _read_kept(kept: Path, root: Path) -> Listing | None:
     """The kept listing, if the folder is still as it was listed."""
+    arrays = kept_arrays(kept, FORMAT)
+    if arrays is None:
+        return None
     try:
-        with np.load(kept, allow_pickle=False) as arrays:
-            if int(arrays["format"]) != FORMAT or not (tree := _tree_of(arrays)).unchanged(root):
-                return None
-            files, sizes, labels = Names.from_arrays(arrays, "files"), arrays["sizes"], arrays["labels"]
-            class_names = tuple(Names.from_arrays(arrays, "class_names"))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none kept, or damaged: it is made again
+        if not (tree := _tree_of(arrays)).unchanged(root):
+            return None
+        files, sizes, labels = Names.from_arrays(arrays, "files"), arrays["sizes"], arrays["labels"]
+        class_names = tuple(Names.from_arrays(arrays, "class_names"))
+    except (ValueError, KeyError):  # damaged: it is made again
         return None
     whole = len(files) == len(sizes) == len(labels) and sizes.dtype == labels.dtype == np.int64 and tree.folders[:1] == ("",)
     return Listing(root, class_names, files, sizes, labels) if whole else None
 
 
-def _tree_of(arrays: Any) -> Tree:
+def _tree_of(arrays: Mapping[str, Any]) -> Tree:
     return Tree(tuple(Names.from_arrays(arrays, "folders")), tuple(arrays["changed_ns"].tolist()))

@@ -23,7 +23,7 @@ from image_archives import SYNSETS, Entry, entries, photo, webdataset, write_arr
 from PIL import Image
 from shared_data import shared_file, unpacked
 
-from common import mapped
+from common import archives, mapped
 from common.archives import open_archive
 from common.config import DataConfig
 from common.datasets import DataSource, load_data, summarise
@@ -143,6 +143,31 @@ def test_cifars_parts_inside_one_tar_are_told_apart() -> None:
     assert (source.info.num_classes, source.info.num_train + source.info.num_heldout) == (10, 12_000)
     assert source.train.archive.name(int(source.train.positions[0])).split("/")[2] == "train"  # type: ignore[attr-defined]
     assert source.heldout.archive.name(int(source.heldout.positions[0])).split("/")[2] == "test"  # type: ignore[attr-defined]
+
+
+def test_what_tars_hold_is_kept_while_they_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "KEEP_FROM", 1)
+    monkeypatch.setattr(archives, "SETTLED_NS", -(10**12))
+    for form in (wds, folder_tar, synset_tars):
+        settings = form(tmp_path / form.__name__)
+        tars = [path for path in (tmp_path / form.__name__).rglob("*.tar") if not os.utime(path, ns=(10**18, 10**18))]
+        first = load_data(settings)
+        walk = archives._members
+        monkeypatch.setattr(archives, "_members", lambda file, part: pytest.fail(f"{file} was read again"))
+        again = load_data(settings)
+        assert again.info == first.info and all((a == b).all() for a, b in zip(everything(again), everything(first), strict=True))
+        monkeypatch.setattr(archives, "_members", walk)
+        os.utime(tars[0], ns=(10**18, 10**18 + 1))
+        assert load_data(settings).info == first.info
+        if len(tars) > 1:
+            tars[0].unlink()
+            assert load_data(settings).info.digest != first.info.digest
+
+
+def test_pipes_are_no_archives(tmp_path: Path) -> None:
+    settings = wds(tmp_path)
+    os.mkfifo(tmp_path / "train-pipe.tar")
+    assert load_data(settings).info.num_train == 12
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------------------
@@ -540,7 +565,7 @@ def test_what_was_verified_in_a_read_only_folder_is_kept_elsewhere(shards: Path,
 VERIFY_TOO = """
 import sys
 from pathlib import Path
-from common import mapped
+from common import archives, mapped
 from common.config import DataConfig
 from common.datasets import load_data
 
@@ -612,7 +637,7 @@ def test_a_damaged_card_is_a_sentence(shards: Path) -> None:
                 assert "images.json" in str(error) or ".npy" in str(error) or ".bin" in str(error) or "squares" in str(error), str(error)
                 refused += 1
             else:
-                assert place[-1] in ("name", "identity", "skipped", "sha256", "class_names"), (place, value)
+                assert place[-1] in ("name", "identity", "skipped", "sha256", "decoding", "class_names"), (place, value)
                 assert all((a == b).all() for a, b in zip(everything(found), expected, strict=True))
     assert refused > 150
     for text in ("", "[]", "null", "[" * 100_000, "\x00"):

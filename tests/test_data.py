@@ -24,6 +24,7 @@ from common.datasets import DataSummary, FolderImages, load_data
 from common.decoding import decoding_digest, resizing_digest
 from common.emoji32 import concept, load_emoji32
 from common.errors import UserError
+from common.names import Names
 from common.splits import held_out
 from launch.job import run_one
 from methods import get_spec
@@ -497,12 +498,12 @@ def test_small_or_young_folders_are_not_kept(kept_root: Path, tmp_path: Path, mo
 def test_names_are_one_buffer(kept_root: Path) -> None:
     """What a forked loader process shares: arrays, and no string a file."""
     train = load_data(folder_config(kept_root)).train
-    assert isinstance(train, FolderImages) and isinstance(train.files, listing.Names)
+    assert isinstance(train, FolderImages) and isinstance(train.files, Names)
     assert not any(isinstance(value, list | tuple | dict) and len(value) > 3 for value in vars(train).values())
-    names = listing.Names.of(["", "a", "ü/b", os.fsdecode(b"\xff.png")])
+    names = Names.of(["", "a", "ü/b", os.fsdecode(b"\xff.png")])
     assert list(names) == ["", "a", "ü/b", os.fsdecode(b"\xff.png")]
     assert list(names.chosen(np.array([2, 0]))) == ["ü/b", ""] and list(names[1:3]) == ["a", "ü/b"]
-    assert list(listing.Names.joined([names, names[:2]])) == [*names, "", "a"]
+    assert list(Names.joined([names, names[:2]])) == [*names, "", "a"]
 
 
 LIST_TOO = """
