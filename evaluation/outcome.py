@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
+from common.origin import code_state
 from evaluation.protocol import digest, protocol_hash
 from evaluation.record import RESULT, Record, build_record, write_record
 
@@ -36,6 +37,7 @@ def record_of_model(model: Model, evaluation: Evaluation, request: Request, sele
             **kept,
             **sampling_fields(model, model.run.sample),
             "speed": speed_fields(evaluation, request.batch, model.dtype, device_name(request.device)),
+            "scored_by": code_state(),
             "name": model.name,
             "checkpoint": model.checkpoint,
             "seeds": {"train": model.run.seed, "sample": list(request.seeds)},
@@ -84,6 +86,7 @@ def record_of_images(name: str, resolution: int, evaluation: Evaluation, npz_sha
             "name": name,
             "system": {"method": method, **unknown},
             "data": {"name": evaluation.protocol["reference"]["id"], "revision": "unknown", "resolution": resolution, "num_classes": 0, "train_images": 0},
+            "scored_by": code_state(),
             "protocol": evaluation.protocol,
             "selection": dict(UNTRIED),
             "metrics": evaluation.metrics,

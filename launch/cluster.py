@@ -26,10 +26,10 @@ from common.config import ClusterConfig, DataConfig, RunConfig, flatten, run_fol
 from common.datasets import summarise
 from common.errors import UserError
 from common.files import append_row, read_rows
+from common.origin import ROOT
 from common.trainer import split_batch
 from launch.dry_run import describe_run
 from launch.folder import FAILURE, JOBS, RESULT, is_finished, open_folder
-from launch.provenance import ROOT
 from launch.slurm import job_states
 from launch.snapshot import take_snapshot
 from launch.stages import stage_runs

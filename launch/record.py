@@ -14,12 +14,12 @@ from common.datasets import DataSource
 from common.files import read_rows
 from common.hardware import device_name, peak_kind
 from common.loader import TrainingPlan
+from common.origin import code_state
 from common.precision import executed_precision
 from common.trainer import TrainState, split_batch
 from evaluation.evaluate import Evaluation
 from evaluation.outcome import speed_fields
 from evaluation.record import Record, build_record
-from launch.provenance import git_state, package_versions
 from methods import get_class
 from methods.base import DataInfo, Description
 
@@ -66,7 +66,7 @@ def build(
             "ema_decay": next((ema.decay for ema in state.emas if ema.name == evaluated_ema(run)), None),
             "ema_kind": evaluated_ema(run),
         },
-        "code": {**git_state(), "package_versions": package_versions()},
+        "code": code_state(),
         "seeds": {"train": run.seed, "sample": sampling_seeds(run)},
         "train": {
             "epochs": images_seen / max(1, source.info.num_train),

