@@ -110,6 +110,7 @@ class Plan:
     """One configuration on one cluster."""
 
     def __init__(self, keys: Keys, run: RunConfig) -> None:
+        from common.cost import on_meta
         from common.datasets import summarise
         from methods.base import DataInfo
 
@@ -118,6 +119,7 @@ class Plan:
         self.precision = planned_precision(run.train.precision)
         self.tflops = self.hardware.tflops(self.precision)
         self.method_class, self.info = get_class(run.method), DataInfo.of(summarise(run.data))
+        self.shapes = on_meta(self.method_class, run.model, self.info)
         require(run.train.batch % self.world == 0, "train.batch", run.train.batch, f"must be a multiple of the {self.world} GPUs")
         self.share = run.train.batch // self.world  # of each GPU in a step
         self.step = cache(self._step)
@@ -143,9 +145,19 @@ class Plan:
         with_gradients = step.peak if micro_batch < self.share else step.peak_of_others + step.trained // self.world
         return with_gradients - spread + spread // self.world + gathered
 
+    def is_possible(self, micro_batch: int) -> bool:
+        """Whether the method's loss can be computed of so many images; a whole share for which it cannot is a UserError."""
+        try:
+            self.shapes.check_micro_batch(micro_batch)
+        except UserError:
+            if micro_batch == self.share:
+                raise
+            return False
+        return True
+
     def largest_micro_batch(self, sharding: str, recompute: bool) -> tuple[int, int]:
         """(the largest divisor of a GPU's share that fits, its bytes a GPU); (0, bytes of one image) where not even that fits."""
-        sizes = [size for size in range(1, self.share + 1) if self.share % size == 0]
+        sizes = [size for size in range(1, self.share + 1) if self.share % size == 0 and self.is_possible(size)]
         low, high = -1, len(sizes) - 1
         held: dict[int, int] = {}
         while low < high:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,9 +148,20 @@ def test_rates_and_memory_follow_from_what_is_counted() -> None:
 def test_the_largest_micro_batch_is_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = plan.Plan(plan.Keys(gpus=1), resolve(get_spec("jit"), {"train.batch": "48"}))
     bytes_of = {size: planned.step(size, False).peak for size in (6, 8)}
-    planned.hardware = plan.Hardware(bytes_of[6] / plan.USABLE / 1e9 + 1e-6, 989, 67)
+    planned.hardware = plan.Hardware(bytes_of[6] / plan.USABLE / 1e9 + 1e-6, 989, 495, 67)
     assert planned.largest_micro_batch("none", False) == (6, bytes_of[6])
     assert bytes_of[8] > bytes_of[6]
+
+
+def test_a_plan_offers_only_micro_batches_that_the_method_can_train_on() -> None:
+    """pMF's flow-matching half of 3 images is no whole number of samples."""
+    planned = plan.Plan(plan.Keys(gpus=1), resolve(get_spec("pmf"), {"preset": "demo", "train.batch": "12"}))
+    planned.step = lambda micro_batch, recompute: SimpleNamespace(peak=micro_batch)  # type: ignore[assignment, return-value]
+    planned.hardware = plan.Hardware(3 / plan.USABLE / 1e9, 989, 495, 67)
+    assert planned.largest_micro_batch("none", False) == (2, 2)
+    alone = plan.Plan(plan.Keys(gpus=4), resolve(get_spec("pmf"), {"preset": "demo", "train.batch": "4"}))
+    with pytest.raises(plan.UserError, match=r"train\.micro_batch=1"):
+        alone.largest_micro_batch("ddp", False)
 
 
 def test_recomputed_blocks_cost_their_forward_pass_once_more() -> None:

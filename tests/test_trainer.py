@@ -157,6 +157,40 @@ def test_a_stop_signal_saves_and_the_next_start_goes_on(tmp_path, number):
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
+class Watched(TinyGan):
+    """Notes what the trainer tells and asks, in order; its moments are measured when the training is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, object]] = []
+
+    def begin_step(self, images_seen):
+        self.calls.append(("begin", images_seen))
+
+    def forward(self, phase, batch, step):
+        self.calls.append((phase, step))
+        return super().forward(phase, batch, step)
+
+    def after_training(self, batches):
+        self.calls.append(("after", self.training))
+        return {"mean": self.generator.weight.detach().mean() + 0 * next(batches)["image"].mean()}
+
+
+def test_a_step_begins_once_and_the_end_measures_the_evaluated_average(tmp_path):
+    method, config = Watched(), settings(micro_batch=4)
+    accelerator = make_accelerator(config, tmp_path)
+    images = toy_images()
+    plan = TrainingPlan(images.labels, config.batch, 3, balanced=True)
+    batches = partial(batches_until, images, plan, config, 0, 1, None)
+    state = train(method, config, batches, tmp_path, 3, "toy", accelerator, evaluated="0.9")
+    steps = [[("begin", 8 * step), *[("generator", step)] * 2, *[("discriminator", step)] * (2 if 8 * step >= 16 else 0)] for step in range(20)]
+    assert method.calls == [*(call for step in steps for call in step), ("after", False)]
+    saved = checkpoint.load(checkpoint.latest(tmp_path / "checkpoints")).tensors
+    torch.testing.assert_close(saved["model"]["mean"], saved["ema-0.9"]["generator.weight"].mean())
+    assert not torch.equal(saved["model"]["generator.weight"], saved["ema-0.9"]["generator.weight"])
+    assert method.training and state.saved is not None
+
+
 def test_a_non_finite_loss_stops_before_anything_is_saved(tmp_path):
     method = tiny_jit()
     forward = method.forward
