@@ -16,7 +16,7 @@ LENGTH = 200  # of what the system said, at most
 AFTER_DISK = "Make room or mend the permissions there, and run the same command again; it resumes."
 AFTER_MEMORY = (
     "Run the same command again with train.recompute_blocks=true, or with a smaller eval.batch if it was evaluating; it resumes. "
-    "More processes need less memory each. So does a smaller train.micro_batch, which makes it another run."
+    "Several processes with cluster.sharding=fsdp2 need less each. A smaller train.micro_batch makes it another run: random draws depend on it."
 )
 
 
