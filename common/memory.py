@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -42,11 +43,19 @@ class LiveBytes(Fakes):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache_enabled = False  # an operation that is answered from the cache breaks the layout that forward derivatives are checked against
         self.live = self.peak = 0
         self.gradients = self.peak_of_others = 0  # what of `live` is gradients, and the largest sum of the rest
         self.depth = 0  # of operations that are expressed by others: what a real kernel would not make is not counted
         self.seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    @property
+    def cache_enabled(self) -> bool:
+        """Whether an operation may be answered from the cache: not within forward derivatives, whose checked layout that would break."""
+        return forward_ad._current_level < 0
+
+    @cache_enabled.setter
+    def cache_enabled(self, wanted: bool) -> None:
+        """The base class sets it once; what it wants is what is done outside forward derivatives."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:  # some optimizers read their step count, and a fake has no number

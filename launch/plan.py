@@ -91,7 +91,14 @@ def work(arguments: Sequence[str]) -> str:
         require(getattr(keys, key) >= 1, key, getattr(keys, key), "must be at least 1")
     for key in ("efficiency", "sampling_efficiency", "scaling"):
         require(getattr(keys, key) is None or 0 < getattr(keys, key) <= 1, key, getattr(keys, key), "is a share, above 0 and at most 1")
-    return Plan(keys, resolve(get_spec(rest.get("method", RunConfig.method)), rest)).text()
+    run = resolve(get_spec(rest.get("method", RunConfig.method)), rest)
+    tell(f"{run.method} {run.preset} on {keys.nodes} x {keys.gpus} {keys.hardware}, a count of half a minute for a large network; loading PyTorch")
+    return Plan(keys, run).text()
+
+
+def tell(line: str) -> None:
+    """Says on stderr what is being counted; stdout has the plan."""
+    print(f"planning: {line}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,7 @@ class Plan:
         from common.memory import step_memory
 
         train = replace(self.run.train, recompute_blocks=recompute, precision=self.precision)
+        tell(f"memory of a step of {micro_batch} images, blocks {'recomputed' if recompute else 'kept'}")
         return step_memory(self.method_class, self.run.model, train, self.info, micro_batch, accumulated=micro_batch < self.share)
 
     def bytes_a_gpu(self, step: StepMemory, sharding: str, micro_batch: int) -> int:
@@ -178,6 +186,7 @@ class Plan:
 
     def variants(self) -> Iterator[Variant]:
         """With and without recomputed blocks under each sharding, the wanted sharding first."""
+        tell("multiply-accumulates of a training step, blocks kept and recomputed")
         macs = {recompute: training_macs(self.method_class, self.run, self.info, recompute) for recompute in (False, True)}
         for sharding in dict.fromkeys((self.keys.sharding, "ddp", "fsdp2")) if self.world > 1 else ("none",):
             for recompute in (False, True):
@@ -260,6 +269,7 @@ class Plan:
         method = on_meta(self.method_class, self.run.model, self.info)
         if method.task != "generation":
             return []
+        tell("multiply-accumulates of a sample")
         cost = sampling_cost(method, self.run.sample)
         given = self.keys.sampling_efficiency or self.keys.efficiency
         rate = self.rate(cost.macs_per_image, given or self.efficiency)

@@ -16,10 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from toys import INFO, TINY_JIT, settings, tiny_jit
 
 from common.config import published_score, resolve
+from common.datasets import summarise
 from common.memory import LiveBytes, recompute_blocks, step_memory
 from common.seeds import seed_step
 from launch import plan
-from methods import get_spec, registered
+from methods import get_class, get_spec, registered
+from methods.base import DataInfo
 from methods.jit.method import JiTMethod
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,6 +122,26 @@ def test_a_plan_says_memory_speed_days_and_what_is_assumed() -> None:
         assert text in told, text
     given = plan.work([*SMALL, "hardware=a100", "gpus=2", "efficiency=0.5", "train.batch=64"])
     assert "50% [given]" in given and "35%" not in given
+
+
+def test_what_is_counted_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    plan.work([*SMALL, "hardware=a100", "gpus=1", "train.batch=4"])
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("planning: jit demo on 1 x 1 a100") and "loading PyTorch" in told[0]
+    for text in ("multiply-accumulates of a training step", "memory of a step of 4 images, blocks kept", "blocks recomputed", "of a sample"):
+        assert any(text in line for line in told), text
+
+
+@pytest.mark.parametrize(("name", "changes"), [("jit", {}), ("pmf", {"model.jvp": "func"}), ("pmf", {})])
+def test_blocks_that_are_alike_are_looked_up_and_give_the_same_memory(name: str, changes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two thirds of a plan's time went into working out the same shapes for every block; within forward derivatives nothing is looked up."""
+    run = resolve(get_spec(name), {"preset": "demo", **changes})
+    info = DataInfo.of(summarise(run.data))
+    before = FakeTensorMode.cache_info().hits
+    found = step_memory(get_class(name), run.model, run.train, info, 4)
+    assert FakeTensorMode.cache_info().hits > before + 500
+    monkeypatch.setattr(LiveBytes, "cache_enabled", property(lambda self: False, lambda self, wanted: None))
+    assert step_memory(get_class(name), run.model, run.train, info, 4) == found
 
 
 def test_a_plan_counts_the_stages_before_and_names_what_it_does_not_count() -> None:
