@@ -174,7 +174,7 @@ def test_commands_refuse_mistakes(monkeypatch, tmp_path):
         (["verify"], "give protocol="),
         (["verify", "protocol=jit256"], "jit_in256_stats.npz"),
         (["verify", "protocol=jit256", "weigths=x"], "Did you mean 'weights'"),
-        (["build", "protocol=clean", "images=x", "size=big", "id=a", "out=a.safetensors"], "size does not fit"),
+        (["build", "protocol=clean", "images=x", "size=big", "id=a", "out=a.safetensors"], "size=big does not fit"),
         (["build", "protocol=clean", "images=x", "size=8", "id=a"], "build needs out="),
         (["build", "protocol=clean", f"images={tmp_path}", "size=8", "id=a", f"out={tmp_path}/a.safetensors"], "holds 0 image files"),
     ):
