@@ -352,6 +352,7 @@ def train(
     method.to(accelerator.device).train()
     resumed = newest_checkpoint(folder, identity, accelerator)
     micro_batch, micro_batches_a_step = split_batch(settings, accelerator.num_processes, resumed.facts.get("micro_batch") if resumed else None)
+    method.check_micro_batch(micro_batch)
     if resumed:
         load_own_state(method, dict(resumed.tensors("model")))
     else:

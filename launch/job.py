@@ -145,11 +145,10 @@ def run_one(run: RunConfig) -> str:
     if info.latents and not method_class.takes_moments:
         raise UserError(f"data.latents={run.data.latents} is not read by method={run.method}, which has no autoencoder's latents. Leave it out.")
     with torch.device("meta"):
-        shapes = method_class(run.model, info)  # refuses impossible settings before anything is allocated or written
+        method_class(run.model, info)  # refuses impossible settings before anything is allocated or written
     model = with_stages(run, partial(train_stage, waiting=run))
     accelerator = make_accelerator(run.train, run_folder(run), run.cluster.collective_timeout_min)
-    micro_batch, _ = split_batch(run.train, accelerator.num_processes)
-    shapes.check_micro_batch(micro_batch)
+    split_batch(run.train, accelerator.num_processes)
     new = accelerator.is_main_process and not run_folder(run).exists()
     with accelerator.main_process_first():
         folder = open_folder(run) if accelerator.is_main_process else run_folder(run)

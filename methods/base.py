@@ -173,7 +173,7 @@ class Method(nn.Module):
         return {}
 
     def check_micro_batch(self, images: int) -> None:
-        """Called before anything is allocated, with the images that a process takes at once. UserError where the loss needs another number."""
+        """Called before the training, with the images that a process takes at once. UserError where the loss needs another number."""
 
     def after_step(self, step: int) -> None:
         """Called after the optimizers of a step (a teacher that is part of the loss). State goes into buffers or parameters."""

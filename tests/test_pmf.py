@@ -10,7 +10,7 @@ from conftest import ROOT
 from pmf_models import SMALL, TINY, make, mixed_draws, small, wave
 from torch import nn
 
-from common.config import TrainConfig, load_presets, resolve
+from common.config import TrainConfig, load_presets, resolve, run_folder
 from common.cost import on_meta
 from common.errors import UserError
 from common.optim import build_optimizers
@@ -271,10 +271,11 @@ def test_a_micro_batch_has_a_whole_number_of_flow_matching_samples(config, image
         method.check_micro_batch(images)
 
 
-def test_a_run_with_such_a_micro_batch_is_refused_before_it_has_a_folder(tmp_path, capsys):
+def test_a_run_with_such_a_micro_batch_is_refused_and_leaves_no_folder(tmp_path, capsys):
     keys = {"data.name": "synthetic", "train.images": "4", "train.batch": "4", "train.micro_batch": "1", "out": str(tmp_path / "runs")}
-    assert run_all([resolve(SPEC, {"method": "pmf", **keys})]) == 2
-    assert "train.micro_batch=1" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    run = resolve(SPEC, {"method": "pmf", **keys})
+    assert run_all([run]) == 2
+    assert "train.micro_batch=1" in capsys.readouterr().err and not run_folder(run).exists()
 
 
 @pytest.mark.parametrize("preset", load_presets(SPEC.presets))
