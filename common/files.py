@@ -11,7 +11,8 @@ from typing import Any, BinaryIO, NoReturn
 
 from common.errors import UserError
 
-MAX_TEXT_BYTES = 2**28  # of a text file that is read whole: a log of a million lines fits
+MAX_TEXT_BYTES = 2**28  # of a text file that is read whole
+MAX_ROWS_BYTES = 2**32  # of a log: ten million lines
 
 
 def write_whole(path: Path, text: str) -> Path:
@@ -110,7 +111,7 @@ def split_rows(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
     damaged: list[int] = []
     if not file.exists():
         return rows, damaged
-    *lines, _ = read_bytes(file, MAX_TEXT_BYTES).split(b"\n")
+    *lines, _ = read_bytes(file, MAX_ROWS_BYTES).split(b"\n")
     for number, line in enumerate(lines, start=1):
         row = _row(line)
         if row is None:
