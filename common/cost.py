@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.latents import FeatureTable
 from common.seeds import Noise
+from common.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from methods.base import Batch, DataInfo, Method
@@ -89,6 +90,20 @@ def training_cost(method_class: type[Method], config: Any, data: DataInfo) -> Tr
     return TrainingCost(tuple((first, count_macs(partial(step, first)) // TRAINING_BATCH) for first in starts), encoding // TRAINING_BATCH)
 
 
+def tokenizer_macs(method_class: type[Method], config: Any, data: DataInfo) -> int:
+    """MACs an image of frozen autoencoders in a training step with everything on; none where latents are stored or remembered."""
+    method = on_meta(method_class, config, data).train()
+    batch = empty_batch(data, TRAINING_BATCH, "meta", method.needs_images(data))
+    for table in [table for table in vars(method).values() if isinstance(table, FeatureTable) and table.num_images]:
+        take_encoding_out(table, batch)
+    encoders = [module.encoder for module in method.modules() if isinstance(module, Tokenizer)]
+    with recorded({str(number): encoder for number, encoder in enumerate(encoders)}) as found:
+        begin_last_part(method)
+        for phase in method.phases:
+            method(phase, batch, 0)
+    return sum(each.macs for each in found.values()) // TRAINING_BATCH
+
+
 def begin_last_part(method: Method) -> None:
     """Begins a step behind the last turning point of the training, where every phase and every term of the loss is on."""
     method.begin_step(max([0, *method.turning_points()]))
@@ -112,21 +127,26 @@ class SamplingCost:
     macs_decoder: int
     macs_per_image: int  # all networks, guidance and decoder included
     nfe: int  # velocity evaluations; guidance branches do not count
+    numbers: int = 0  # random ones, drawn on the CPU
+    draws: int = 0  # in which they are drawn; only the first can be made ahead
 
 
 def sampling_cost(method: Method, sample_config: Any) -> SamplingCost:
     """Runs the sampler once for a batch, or encoding and decoding where there is none. `method` must be on the meta device (`on_meta`)."""
+    noise = Noise(range(BATCH), "meta")
     with recorded(method.sampling_networks()) as networks, torch.no_grad():
         if method.task == "reconstruction":
             method.eval().decode(method.encode(empty_batch(method.data, BATCH, "meta")["image"]))
         else:
-            method.eval().sample(torch.zeros(BATCH, dtype=torch.int64, device="meta"), Noise(range(BATCH), "meta"), sample_config)
+            method.eval().sample(torch.zeros(BATCH, dtype=torch.int64, device="meta"), noise, sample_config)
     return SamplingCost(
         net_forwards={name: network.images / BATCH for name, network in networks.items()},
         macs_per_forward={name: network.macs // max(network.images, 1) for name, network in networks.items()},
         macs_decoder=networks["decoder"].macs // BATCH if "decoder" in networks else 0,
         macs_per_image=sum(network.macs for network in networks.values()) // BATCH,
         nfe=method.evaluations(sample_config),
+        numbers=noise.numbers,
+        draws=noise.draws,
     )
 
 

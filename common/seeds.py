@@ -8,6 +8,7 @@ Sampling has one generator per image, so an image depends on its own seed and on
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +41,7 @@ class Noise:
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.seeds = list(seeds)
+        self.numbers = self.draws = 0  # numbers for each image so far, in so many draws
         self.seconds = 0.0  # that the sampler waited for draws, without their way to the device
         self.on_first_draw: Callable[[tuple[int, ...]], None] | None = None  # is told the shape of the first draw when that is done
         self._ahead: tuple[tuple[int, ...], Tensor, list[Future[None]]] | None = None
@@ -53,6 +55,7 @@ class Noise:
 
     def normal(self, *shape: int) -> Tensor:
         """(B, *shape) float32 standard normal noise on the device."""
+        self.numbers, self.draws = self.numbers + math.prod(shape), self.draws + 1
         if self.device.type == "meta":
             return torch.empty(len(self), *shape, device="meta")
         start = time.perf_counter()

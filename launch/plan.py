@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -66,6 +66,10 @@ ASSUMED_SCALING = 0.95  # share of its speed that each of several nodes keeps
 SAMPLES = 50_000
 # Measured by `evaluation/speed.py data` (common/README.md): images a second of one core of an AMD EPYC.
 DECODED_PER_CORE = {256: 250, 512: 150}  # by size in pixels, from photographs in folders, tars and tables
+TOKENIZER_SHARE = 0.22  # of the TF32 rate, which convolutions of an autoencoder reach
+NETWORK_GBPS = 400  # of each GPU to other machines
+NUMBERS_PER_CORE = 130e6  # normal ones a second: 1.5 ms for 3 x 256 x 256
+DRAWING_THREADS = 8  # at most, for each GPU (common/seeds.py)
 CACHED_PER_CORE = 80_000  # from the shards of `launch/prepare.py images`
 
 
@@ -216,7 +220,7 @@ class Plan:
             advice = "Take sharding=fsdp2, GPUs with more memory, or more of them."
             raise UserError("\n".join([*lines, "", f"Not even one image fits into a {keys.hardware} with sharding={keys.sharding}. {advice}"]))
         published = published_score(get_spec(run.method), run.preset) or "nothing published"
-        return "\n".join([*lines, "", *self.training(chosen), *self.stages(), *self.sampling(), f"expected   {published}"])
+        return "\n".join([*lines, "", *self.training(chosen), *self.limits(chosen), *self.stages(), *self.sampling(), f"expected   {published}"])
 
     def row(self, variant: Variant, chosen: bool) -> list[object]:
         """A line of the table; what is spread over the GPUs is shown as a GPU's part."""
@@ -235,8 +239,7 @@ class Plan:
         """Work, speed and length of the training, and what reads its images."""
         keys, run = self.keys, self.run
         seconds, a_node = run.train.images / chosen.rate, chosen.rate / keys.nodes
-        size = self.info.image_size
-        decoded = DECODED_PER_CORE[min(DECODED_PER_CORE, key=lambda known: abs(known - size))]
+        size, decoded = self.info.image_size, self.decoded_per_core()
         return [
             f"training   {chosen.macs / GIGA:.4g} GMACs an image [counted], {share(self.efficiency, keys.efficiency)} of the peak rate"
             + ("" if keys.nodes == 1 else f", {share(keys.scaling or ASSUMED_SCALING, keys.scaling)} kept across nodes"),
@@ -244,6 +247,36 @@ class Plan:
             f"data       a node reads {a_node:,.0f} images/s: {cores(a_node / decoded)} that decode a folder or tars ({decoded} images/s each [measured]),",
             f"           or {cores(a_node / CACHED_PER_CORE)} and {a_node * 3 * size**2 / GIGA:.2g} GB/s of shards ({CACHED_PER_CORE:,} each [measured])",
         ]
+
+    def limits(self, chosen: Variant) -> list[str]:
+        """What each resource allows in training, in images/s of all GPUs, and which of them binds."""
+        from common.cost import on_meta, tokenizer_macs
+        from common.datasets import ON_DISK
+
+        tell("multiply-accumulates of frozen autoencoders")
+        encoding = tokenizer_macs(self.method_class, self.run.model, self.info)
+        alone, encoded = self.rate(chosen.macs - encoding, self.efficiency), math.inf
+        if encoding:
+            encoded = self.rate(encoding, TOKENIZER_SHARE * self.hardware.tf32_tflops / self.tflops)
+        found = {"compute": 1 / (1 / alone + 1 / encoded)}
+        told = {"compute": f"{(chosen.macs - encoding) / GIGA:.4g} GMACs at {share(self.efficiency, self.keys.efficiency)} of the peak rate"}
+        if encoding:
+            part = found["compute"] / encoded
+            told["compute"] += f", and {encoding / GIGA:.4g} of the VAE at {TOKENIZER_SHARE:.0%} of TF32's [assumed], which takes {part:.0%} of the time"
+        if self.run.data.name in ON_DISK and on_meta(self.method_class, self.run.model, self.info).needs_images(self.info):
+            readers = self.world * max(1, self.run.data.workers)
+            per_core = CACHED_PER_CORE if self.run.data.name == "shards" else self.decoded_per_core()
+            found["decoding"] = float(readers * per_core)
+            told["decoding"] = f"{readers} loader processes (data.workers), {per_core:,} each [measured], if there are as many cores"
+        if self.keys.nodes > 1:
+            moved = 8 * 2 * self.step(chosen.micro_batch, chosen.recompute).trained  # bits: a ring sends and receives every gradient once each
+            found["network"] = self.run.train.batch / (moved / (NETWORK_GBPS * 1e9))
+            told["network"] = f"gradients over {NETWORK_GBPS} Gbit/s of each GPU [assumed], beside the backward pass"
+        return limit_lines(found, told)
+
+    def decoded_per_core(self) -> int:
+        """Images a second that one core decodes."""
+        return DECODED_PER_CORE[min(DECODED_PER_CORE, key=lambda known: abs(known - self.info.image_size))]
 
     def stages(self) -> list[str]:
         """What the whole training costs with the earlier runs that it is built on, and the networks of others, whose training is not counted."""
@@ -273,11 +306,22 @@ class Plan:
         cost = sampling_cost(method, self.run.sample)
         given = self.keys.sampling_efficiency or self.keys.efficiency
         rate = self.rate(cost.macs_per_image, given or self.efficiency)
+        threads = DRAWING_THREADS if cost.draws <= 1 else 1  # only a first draw is made ahead
+        found = {"compute": rate, "noise": self.world * threads * NUMBERS_PER_CORE / max(1, cost.numbers)}
+        drawn = f"{cost.numbers:,} random numbers an image, {NUMBERS_PER_CORE / 1e6:.0f} million/s a core [measured], {cores(threads)} a GPU [assumed]"
         return [
             f"sampling   {SAMPLES:,} images of {cost.nfe} evaluations, {cost.macs_per_image / GIGA:,.4g} GMACs each [counted], "
             f"{share(given or self.efficiency, given)} of the peak rate",
             f"           {rate:,.3g} images/s, {clock(SAMPLES / rate)}, {self.world * SAMPLES / rate / 3600:,.3g} GPU-hours",
+            *limit_lines(found, {"compute": "as above", "noise": drawn}),
         ]
+
+
+def limit_lines(found: Mapping[str, float], told: Mapping[str, str]) -> list[str]:
+    """A line a limit, the one that binds marked; found: images/s of all GPUs."""
+    binding = min(found, key=found.__getitem__)
+    lines = [f"{name:<9}{rate:>12,.0f} images/s{' < binds' if name == binding else '':<8}  {told[name]}" for name, rate in found.items()]
+    return [f"{'limits' if number == 0 else '':<11}{line}" for number, line in enumerate(lines)]
 
 
 ALIGNED = ("left", "left", "left", *["right"] * 8)

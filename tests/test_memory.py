@@ -124,6 +124,31 @@ def test_a_plan_says_memory_speed_days_and_what_is_assumed() -> None:
     assert "50% [given]" in given and "35%" not in given
 
 
+def limits_of(*arguments: str) -> dict[str, tuple[float, bool]]:
+    """(images/s, whether it binds) by the name of the limit."""
+    found = {}
+    for line in plan.work(arguments).splitlines():
+        words = line.removeprefix("limits").split()
+        if len(words) > 2 and words[2] == "images/s" and words[0] in ("compute", "decoding", "network", "noise"):
+            found.setdefault(words[0], (float(words[1].replace(",", "")), words[3:5] == ["<", "binds"]))
+    return found
+
+
+def test_a_plan_names_the_limit_that_binds() -> None:
+    vae = limits_of("method=sit", "preset=imagenet256-b", "model.depth=1", "gpus=8")
+    assert vae["compute"][1] and vae["compute"][0] < 8 * 0.23 * 495e12 / 2 / 135e9  # SD-VAE's encoder alone takes 136 GMACs an image
+    assert vae["decoding"] == (8 * 12 * 250, False)
+    few = limits_of("method=jit", "preset=imagenet256-b", "model.depth=1", "model.context_start=0", "gpus=8", "data.workers=1")
+    assert few["decoding"] == (8 * 250, True) and not few["compute"][1]
+    assert "network" in limits_of(*SMALL, "gpus=1", "nodes=2", "train.batch=8") and "decoding" not in limits_of(*SMALL, "gpus=1", "train.batch=8")
+
+
+def test_the_noise_of_one_step_sampling_may_bind() -> None:
+    planned = plan.Plan(plan.Keys(gpus=8), resolve(get_spec("pmf"), {"preset": "demo"}))
+    lines = planned.sampling()
+    assert any("noise" in line and "3,072 random numbers" in line for line in lines) and sum("< binds" in line for line in lines) == 1
+
+
 def test_what_is_counted_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     plan.work([*SMALL, "hardware=a100", "gpus=1", "train.batch=4"])
     told = capsys.readouterr().err.splitlines()
