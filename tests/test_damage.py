@@ -393,7 +393,7 @@ def test_a_damaged_line_is_named_where_it_cannot_be_left_out(tmp_path):
 def test_stages_say_what_to_do_about_a_finished_run_without_checkpoints(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "codec")
     shutil.rmtree(tmp_path / "codec" / "checkpoints" / "step-00000007")
-    monkeypatch.setattr(stages, "get_spec", lambda method: SimpleNamespace(stages=[SimpleNamespace(key="codec", method="jit")]))
+    monkeypatch.setattr(stages, "get_spec", lambda method: SimpleNamespace(stages=[SimpleNamespace(key="codec", method="jit", shipped={})]))
     with pytest.raises(UserError, match=r"model.codec=.*The run is finished.*restore them from a copy"):
         stages.earlier_runs(SimpleNamespace(method="toy"), SimpleNamespace(codec=str(tmp_path / "codec")))
 
