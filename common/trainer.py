@@ -351,7 +351,8 @@ def train(
     steps = total_steps(settings)
     method.to(accelerator.device).train()
     resumed = newest_checkpoint(folder, identity, accelerator)
-    micro_batch, micro_batches_a_step = split_batch(settings, accelerator.num_processes, resumed.facts.get("micro_batch") if resumed else None)
+    unfinished = resumed and resumed.facts["step"] < steps  # else nothing more is drawn, and any number of processes may evaluate
+    micro_batch, micro_batches_a_step = split_batch(settings, accelerator.num_processes, resumed.facts.get("micro_batch") if resumed and unfinished else None)
     method.check_micro_batch(micro_batch)
     if resumed:
         load_own_state(method, dict(resumed.tensors("model")))
