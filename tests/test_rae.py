@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 from functools import partial
 
@@ -12,7 +13,7 @@ from rae_models import INFO, NETWORK, batch, stage1, stage2, use_toys
 from torch import nn
 from toys import Killed, fit, settings, state_of
 
-from common.config import resolve
+from common.config import identity_of, resolve
 from common.cost import on_meta, parameter_counts, sampling_cost, training_cost
 from common.errors import UserError
 from common.optim import learning_rate
@@ -328,10 +329,10 @@ def test_the_description_says_what_guides_and_on_what_it_stands(method):
 
 def run_folder(method, folder, name, **config):
     """A finished run of a method in a folder, as the launcher leaves it."""
-    train = settings(images=16, ema_decay=[0.5])
-    fit(method, folder, train)
+    train = settings(images=16, ema_decay=[0.3])  # an average that remembers its start after two steps, and is not too long for them
     model = dataclasses.asdict(method.config)
     saved = {"method": name, "model": model, "train": dataclasses.asdict(train), "eval": {"ema": None}, **config}
+    fit(method, folder, train, identity=identity_of(json.loads(json.dumps(saved))))
     OmegaConf.save(OmegaConf.create(saved), folder / "config.yaml")
     return str(folder)
 

@@ -79,7 +79,7 @@ def settings(**changes: object) -> TrainConfig:
     return TrainConfig(**{**defaults, "checkpoint_images": 40, "preview_images": 0, **changes})  # type: ignore[arg-type]
 
 
-def fit(method: Method, folder: Path, config: TrainConfig | None = None, stop_after: int | None = None, seed: int = 3) -> TrainState:
+def fit(method: Method, folder: Path, config: TrainConfig | None = None, stop_after: int | None = None, seed: int = 3, identity: str = "toy") -> TrainState:
     """Trains on the toy images; `stop_after` raises Killed once that many steps have been fed."""
     config = config or settings()
     images = toy_images()
@@ -87,7 +87,7 @@ def fit(method: Method, folder: Path, config: TrainConfig | None = None, stop_af
     accelerator = make_accelerator(config, folder)
     folder.mkdir(exist_ok=True)
     batches = partial(batches_until, images, plan, config, accelerator.process_index, accelerator.num_processes, stop_after)
-    return train(method, config, batches, folder, seed, "toy", accelerator)
+    return train(method, config, batches, folder, seed, identity, accelerator)
 
 
 class Killed(Exception):
