@@ -80,9 +80,11 @@ def tokenizer(options: dict[str, str]) -> str:
     """Writes the weights of a run's autoencoder and what they do with the held-out images."""
     folder, file = Path(_take(options, "from")), Path(_take(options, "to"))
     _refuse(options)
+    from common.saved_config import read_config
     from common.tokenizer import export_tokenizer
     from evaluation.record import RESULT, read_record
 
+    read_config(folder)  # refuses what is not a run folder
     if not (folder / RESULT).is_file():
         raise UserError(f"from={folder} has no {RESULT}, so what its training cost is not known. Give the folder of a finished run of method=vae.")
     card = export_tokenizer(folder, file, read_record(folder / RESULT))
