@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from common.config import RunConfig, chosen_settings, ema_names, published_score, run_folder
 from common.cost import TrainingCost, activation_bytes, on_meta, parameter_counts, sampling_cost, training_cost
-from common.datasets import summarise
+from common.data_notes import data_notes, epochs_text
+from common.datasets import ON_DISK, summarise
 from common.trainer import split_batch, total_steps
 from methods import get_class, get_spec
 from methods.base import DataInfo
@@ -43,27 +44,27 @@ def describe_run(run: RunConfig) -> str:
         f"sampling     {sampling.macs_per_image / GIGA:.4g} GMACs an image (papers: Gflops): {forwards}; {sampling.nfe} evaluations",
         f"memory       {memory_line(run, method, method_class, info)}",
         f"expected     {published_score(spec, run.preset) or 'nothing published'}",
+        *(f"note         {note}" for note in data_notes(info, run.train.images, run.data.path, run.data.name in ON_DISK)),
         "dry run: nothing was written",
     ]
     return "\n".join(lines)
 
 
 def data_line(run: RunConfig, info: DataInfo) -> str:
-    """What is trained on, and what the configuration does not say yet."""
-    if not info.num_train:
-        place = "is not given" if run.data.path is None else f"={run.data.path} is not on this computer"
-        missing = f"data.path {place}, so the images are not counted; the run needs them"
-        return f"{info.name}: {missing}; {info.num_classes} classes, {info.image_size} px"
-    return f"{info.name}: {info.num_train:,} training images, {info.num_classes} classes, {info.image_size} px"
+    """What is trained on."""
+    elsewhere = f" (data.path={run.data.path} is not on this computer)" if run.data.path is not None and not info.num_train else ""
+    images = f"{info.num_train:,}" if info.num_train else f"unknown number of{elsewhere}"
+    return f"{info.name}: {images} training images, {info.num_classes} classes, {info.image_size} px"
 
 
 def steps_line(run: RunConfig, info: DataInfo) -> str:
-    """Optimizer steps, and how often an image is seen on average."""
+    """Optimizer steps, and how often they go through the data."""
     processes = _processes(run)
     shared = "one process" if processes == 1 else f"each of {processes} processes"
     micro_batch, accumulation = split_batch(run.train, processes)
-    passes = f"; {run.train.images / info.num_train:.3g} passes over the data" if info.num_train else ""
-    return f"{total_steps(run.train)} of {run.train.batch} images ({accumulation} x {micro_batch} on {shared}){passes}"
+    epochs = epochs_text(run.train.images, info.num_train)
+    steps = f"{total_steps(run.train)} of {run.train.batch} images ({accumulation} x {micro_batch} on {shared})"
+    return f"{steps}, {epochs}" if epochs else steps
 
 
 def memory_line(run: RunConfig, method: Method, method_class: type[Method], info: DataInfo) -> str:

@@ -225,6 +225,12 @@ def test_before_training_takes_an_endless_stream(method):
     assert all(value.isfinite().all() for value in method.state_dict().values() if value.is_floating_point())
 
 
+def test_a_dry_run_tells_odd_data():
+    told = describe_run(resolve(get_spec("jit"), {"preset": "imagenet256-b", "data.path": "/not/here"}))
+    assert "unknown number of (data.path=/not/here is not on this computer) training images" in told
+    assert "note         data.path is null" in describe_run(resolve(get_spec("jit"), {"preset": "imagenet256-b"}))
+
+
 def test_a_dry_run_describes_the_demo(run):
     told = describe_run(run)
-    assert "parameters" in told and "memory" in told
+    assert "parameters" in told and "memory" in told and " epochs" in told and "note  " not in told
