@@ -76,6 +76,13 @@ class Parent(Controller):
             time.sleep(SLICE_S)
         return [task.poll() for task in self.tasks]
 
+    def kill_tasks(self) -> None:
+        """Ends the processes, and returns when they have ended: whoever waits for the command may then rely on it."""
+        tasks = self.tasks
+        super().kill_tasks()
+        for task in tasks:
+            task.wait()
+
     def keep_failure(self, rank: int, code: int) -> None:
         """Writes failure.json, unless the process has done so itself. After a SIGKILL only the others can have: they lost their connection to it."""
         file = Path(os.environ[RUN_FOLDER]) / FAILURE

@@ -274,7 +274,7 @@ def test_roles_time_and_class_are_told_apart():
 def test_blocks_are_heard_as_they_denoise():
     pixels = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (6, 3, 8, 8), dtype=np.uint8)
     images, method = ArrayImages(pixels, np.zeros(6, dtype=np.int64), "noise"), make()
-    low, high = (block_features(method, images, 6, time, 3, torch.device("cpu")) for time in (0.1, 0.9))
+    low, high = (block_features(method, images, np.arange(6), time, 3, torch.device("cpu")) for time in (0.1, 0.9))
     assert [f.shape for f in low] == [(6, 32)] * (3 + 2)
     assert not any(torch.equal(a, b) for a, b in zip(low, high, strict=True))
 

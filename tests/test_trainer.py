@@ -221,10 +221,10 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     real = checkpoint.save_file
 
-    def full(tensors, path):
+    def full(tensors, path, metadata=None):
         if "step-00000010" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        real(tensors, path)
+        real(tensors, path, metadata)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match=r"No space left .*last good checkpoint is .*step-00000005"):
@@ -301,7 +301,8 @@ def test_loader_processes_are_those_of_the_training_alone(tmp_path, name, loader
 
 
 def test_features_seen_before_the_training_are_those_of_the_training(tmp_path):
-    """In bf16 a remembered row was a float32 computation if `before_training` asked first, and another one after a resume."""
+    """In bf16 a remembered row was a float32 computation if `before_training` asked first, and another one after a resume. What is remembered is now
+    float32 whoever asks, and what is not is computed under the training's autocast in both places."""
 
     class Remembering(TinyGan):
         phases = ("generator",)
@@ -311,17 +312,19 @@ def test_features_seen_before_the_training_are_those_of_the_training(tmp_path):
             self.features_of = FeatureTable(lambda images: (self.discriminator(images.flatten(1)),), INFO.num_train)
 
         def before_training(self, batches):
-            self.first = [(batch["index"], self.features_of(batch)[0].clone()) for batch in islice(batches, 2)]
+            self.first = [self.features_of(batch)[0].dtype for batch in islice(batches, 2)]
+            self.asked = self.features_of.compute(next(batches)["image"])[0].dtype
 
         def forward(self, phase, batch, step):
             fresh = FeatureTable(self.features_of.compute, INFO.num_train)
-            assert torch.equal(self.features_of(batch)[0], fresh(batch)[0]) and fresh(batch)[0].dtype == torch.bfloat16
+            assert torch.equal(self.features_of(batch)[0], fresh(batch)[0])
+            assert self.features_of.compute(batch["image"])[0].dtype == self.asked
             return super().forward(phase, batch, step)
 
     method = Remembering()
     method.discriminator.requires_grad_(False)
     fit(method, tmp_path, settings(precision="bf16", images=24))
-    assert len(method.first) == 2
+    assert method.first == [torch.float32] * 2 and method.asked == torch.bfloat16
 
 
 def two_processes(script: str, *arguments: object) -> list[str]:
@@ -554,6 +557,7 @@ def test_unknown_optimizer_kind_is_refused():
 
 def test_metrics_lines_after_the_checkpoint_are_dropped(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    rows = [f'{{"step": {step}, "images": {8 * step}}}\n' for step in (1, 2, 3)]
+    file.write_text("".join(rows) + '{"ste')
     truncate_rows(file, 2)
-    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert file.read_text() == "".join(rows[:2])
