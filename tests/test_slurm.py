@@ -27,6 +27,7 @@ from common.errors import UserError
 from common.files import read_rows
 from evaluation.record import read_record
 from launch.cluster import submit_all
+from launch.folder import is_finished
 from launch.run import configurations
 from launch.snapshot import PACKAGES as CODE
 from launch.stages import stage_runs
@@ -118,12 +119,12 @@ def statuses(slurm: Cluster, out: Path) -> dict[str, dict[str, str]]:
 
 
 def finish(slurm: Cluster, folder: Path) -> None:
-    """Waits for the record; a run that fails shows its log."""
+    """Waits for the record and the pictures, which come after it; a run that fails shows its log."""
 
     def over() -> bool:
-        return (folder / "result.json").exists() or (folder / "failure.json").exists()
+        return is_finished(folder) or (folder / "failure.json").exists()
 
-    assert wait_for(over, SECONDS, 0.5) and (folder / "result.json").exists(), "\n".join(map(str, [statuses(slurm, folder.parent), log_of(folder)]))
+    assert wait_for(over, SECONDS, 0.5) and is_finished(folder), "\n".join(map(str, [statuses(slurm, folder.parent), log_of(folder)]))
 
 
 def log_of(folder: Path) -> str:
