@@ -13,7 +13,6 @@ Everything is written into a temporary folder beside it, synced to disk, and ren
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -31,7 +30,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_json, sha256_of
 from common.sharding import placed_like
 
 log = logging.getLogger("pixlat")
@@ -187,12 +186,6 @@ def _tensor_files(path: Path) -> list[Path]:
 def digest(path: Path) -> str:
     """sha256 of a checkpoint: of its manifest, which holds the sha256 of every file."""
     return sha256_of(path / MANIFEST)
-
-
-def sha256_of(file: Path) -> str:
-    """Hex sha256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def optimizer_state(optimizer: Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:

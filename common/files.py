@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -64,6 +65,12 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
         return read_bytes(path, limit).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is damaged: {error}.") from error
+
+
+def sha256_of(file: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_json(path: Path, limit: int = MAX_TEXT_BYTES) -> Any:

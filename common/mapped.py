@@ -5,7 +5,6 @@ A row is read with one `pread`: on a network file system that is one request, wh
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from common.cache import cache_file, one_at_a_time
 from common.errors import UserError
-from common.files import write_whole
+from common.files import sha256_of, write_whole
 from common.progress import progress_bar
 
 OPEN_FILES = 256  # that a process keeps open
@@ -197,12 +196,6 @@ def check_fields(content: Any, rules: Mapping[str, Rule], where: object, advice:
 
 
 # -- digests --------------------------------------------------------------------------------------------------------------------
-
-
-def sha256_of(file: Path) -> str:
-    """SHA-256 of a file's content."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def verify(folder: Path, digests: Mapping[str, str], advice: str) -> None:

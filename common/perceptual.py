@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.blocks import without_autocast
-from common.checkpoint import sha256_of
 from common.encoders.efficientnet_lite0 import WEIGHTS_SHA256, EfficientNetLite0
 from common.encoders.frozen import IMAGENET_MEAN, IMAGENET_STD, Frozen, channel_constants, skeleton
 from common.errors import UserError
 from common.external import hub_checkpoint_file, hub_file, load_strictly, read_tensors
+from common.files import sha256_of
 
 # -- paired random crops ------------------------------------------------------------------------------------------------------------
 

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from common.autoencoder import LOG_VARIANCE, Decoder, Encoder
 from common.blocks import without_autocast
-from common.checkpoint import save_tensors, sha256_of
+from common.checkpoint import save_tensors
 from common.config import DataConfig
 from common.datasets import ImageSet, load_data
 from common.encoders.frozen import Frozen, skeleton
 from common.errors import UserError, close_match
 from common.external import hub_files, load_strictly, read_tensors, run_weights
-from common.files import write_whole
+from common.files import sha256_of, write_whole
 from common.shipped import AUTOENCODERS
 
 CARD = Path(AUTOENCODERS["embedded"])

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from common.decoding import resizing_digest
 from common.errors import UserError
+from common.files import sha256_of
 from evaluation.features import Features, NetworkExtractor
-from evaluation.needed_files import sha256_of
 from evaluation.protocols import CLEAN, DINOV2, HALF_PIXEL, INCEPTION, ExtractorCard
 
 INCEPTION_SIZE = 299  # pixels

@@ -166,8 +166,8 @@ def load_run(folder: Path, overrides: Mapping[str, str], ema: str | None, device
 
 def load_released(file: Path, method_name: str, preset: str, overrides: Mapping[str, str], device: torch.device) -> Model:
     """Weights in their authors' format."""
-    from common.checkpoint import sha256_of
     from common.external import read_tensors
+    from common.files import sha256_of
     from common.precision import executed_precision
     from common.trainer import load_own_state
 

@@ -5,13 +5,13 @@ Nothing here downloads. Imports no torch.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import sha256_of
 
 FOLDER_VARIABLE = "PIXLAT_EVAL_DIR"
 
@@ -71,12 +71,6 @@ def fault_of(file: NeededFile, path: Path) -> str | None:
     if file.sha256 is not None and (found := sha256_of(path)) != file.sha256:
         return f"has sha256 {found} and not {file.sha256}"
     return None
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def fetch_plan(files: Sequence[NeededFile]) -> str:

@@ -147,7 +147,7 @@ def digest_of(folder: Path, files: Sequence[Path], size: int) -> str:
 
 def show(path: Path) -> str:
     """The arrays of an .npz, or the facts of a built reference."""
-    from evaluation.needed_files import sha256_of
+    from common.files import sha256_of
 
     if not path.is_file():
         raise UserError(f"{path} does not exist or is not a file.")

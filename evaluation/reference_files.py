@@ -17,13 +17,12 @@ from torch import Tensor
 from common.checkpoint import save_tensors
 from common.decoding import decoding_digest
 from common.errors import UserError
-from common.files import parse_json
+from common.files import parse_json, sha256_of
 from evaluation.arrays import NpzImages, read_floats
 from evaluation.collect import ImageBatch, collect
 from evaluation.extractors import CardExtractor
 from evaluation.feature_sets import checksum, feature_set, sample_of
 from evaluation.moments import Gaussian
-from evaluation.needed_files import sha256_of
 from evaluation.protocols import ReferenceRule
 
 FORMAT = "pixlat-reference-1"

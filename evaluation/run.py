@@ -169,8 +169,8 @@ def sampling_keys(precision: str | None, uint8: str | None) -> dict[str, str]:
 
 def images_record(keys: Keys, rest: dict[str, str], request: Request) -> Record:
     """Measures finished images."""
+    from common.files import sha256_of
     from evaluation.assess import assess_images
-    from evaluation.needed_files import sha256_of
     from evaluation.samples import open_samples
 
     data, _ = parse(DataConfig, [f"{key.removeprefix('data.')}={value}" for key, value in rest.items()])

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import save_tensors, sha256_of
+from common.checkpoint import save_tensors
 from common.config import RunConfig, TrainConfig, ema_names, identity_of, published_score
 from common.ema import decays_by_name
 from common.errors import UserError
 from common.external import RunWeights, run_weights
-from common.files import write_whole
+from common.files import sha256_of, write_whole
 from evaluation.models import imported_facts, saved_run
 from evaluation.record import RESULT, Record, read_record
 from launch.folder import DATA

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from common.config import RunConfig, differences, run_folder, to_dict, to_yaml
 from common.errors import UserError
-from common.files import write_whole
+from common.files import read_json, write_whole
 from common.saved_config import read_config
 
 if TYPE_CHECKING:
@@ -126,9 +126,9 @@ def read_data(folder: Path) -> dict[str, Any]:
     """The facts of a run's data; empty for a folder that was made before they were kept."""
     file = folder / DATA
     try:
-        facts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}). Remove it; the next start writes it again.") from error
+        facts = read_json(file) if file.exists() else {}
+    except UserError as error:
+        raise UserError(f"{error} Remove {file}; the next start writes it again.") from error
     if not isinstance(facts, dict):
         raise UserError(f"{file} does not hold the facts of a data set. Remove it; the next start writes it again.")
     return facts

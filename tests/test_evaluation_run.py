@@ -15,12 +15,12 @@ from PIL import Image
 from common.config import DataConfig
 from common.datasets import load_data
 from common.errors import UserError
+from common.files import sha256_of
 from evaluation import assess, evaluate, run
 from evaluation.columns import IDENTITY
 from evaluation.evaluate import evaluate_method
 from evaluation.generate import balanced_labels, generate
 from evaluation.models import load_released, load_run, saved_run
-from evaluation.needed_files import sha256_of
 from evaluation.outcome import SPACES
 from evaluation.protocols import PROTOCOLS
 from evaluation.record import SCHEMA_FILE, read_record

@@ -14,9 +14,9 @@ from PIL import Image
 
 from common.encoders import efficientnet_lite0 as lite0
 from common.errors import UserError
+from common.files import sha256_of
 from evaluation.extractors import DinoExtractor, build_extractor, resize_half_pixel, resize_tf1
 from evaluation.features import EmbeddedExtractor
-from evaluation.needed_files import sha256_of
 from evaluation.protocols import CLEAN, DINOV2, INCEPTION
 
 

@@ -13,9 +13,9 @@ from evaluated_run import MODEL, Projections, image_folder, run_folder
 from safetensors.torch import load_file
 from torch import Tensor
 
-from common.checkpoint import sha256_of
 from common.config import load_presets, resolve
 from common.errors import UserError
+from common.files import sha256_of
 from common.trainer import own_state
 from evaluation import assess, evaluate, run
 from evaluation.generate import generate

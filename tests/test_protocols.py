@@ -1,6 +1,7 @@
 """Named protocols: what moves a number is in the hash, the files they need, and statistics read from files that others made."""
 
 import copy
+import hashlib
 import io
 import json
 import subprocess
@@ -20,7 +21,7 @@ from common.config import DataConfig
 from common.datasets import load_data
 from common.errors import UserError
 from common.splits import fixed_draw
-from evaluation import needed_files, reference
+from evaluation import reference
 from evaluation import samples as samples_module
 from evaluation.arrays import NpzImages, describe_arrays, read_floats
 from evaluation.features import EmbeddedExtractor, Features
@@ -128,7 +129,7 @@ def test_protocols_fit_the_schema_and_have_names():
 
 def test_files_are_found_by_name_and_checked(tmp_path, monkeypatch):
     content = b"weights"
-    file = NeededFile("weights", ("a.pth", "b.pth"), "https://example.org/a.pth", len(content), needed_files.hashlib.sha256(content).hexdigest())
+    file = NeededFile("weights", ("a.pth", "b.pth"), "https://example.org/a.pth", len(content), hashlib.sha256(content).hexdigest())
     chosen, cache = tmp_path / "chosen", tmp_path / "torch"
     (cache / "hub" / "checkpoints").mkdir(parents=True)
     chosen.mkdir()

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.blocks import without_autocast
-from common.checkpoint import sha256_of
 from common.encoders import efficientnet_lite0 as lite0
 from common.encoders.frozen import IMAGENET_MEAN, IMAGENET_STD, Frozen, channel_constants, skeleton
 from common.errors import UserError, close_match
 from common.external import hub_file, load_strictly, read_tensors
+from common.files import sha256_of
 
 Triple = tuple[float, float, float]
 NORM_EPS = 1e-6

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.adversarial import FeatureDiscriminator, PatchDiscriminator
-from common.checkpoint import sha256_of
 from common.encoders.frozen import IMAGENET_MEAN, IMAGENET_STD, Frozen, channel_constants, skeleton
 from common.external import hub_file, load_strictly, read_tensors
+from common.files import sha256_of
 
 REPOSITORY, FILE = "nyu-visionx/RAE-collections", "discs/dino_vit_small_patch8_224.pth"
 ARCHITECTURE = "vit_small_patch8_224"  # timm's; its names are the file's

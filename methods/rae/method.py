@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from common import flow
-from common.checkpoint import sha256_of
 from common.encoders.representation import build_encoder
 from common.errors import UserError
 from common.external import RunWeights, load_strictly, run_weights
+from common.files import sha256_of
 from common.guidance import classifier_free
 from common.latents import FeatureTable
 from common.samplers import euler
