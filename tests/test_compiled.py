@@ -74,7 +74,7 @@ def test_compiled_training_never_falls_back_in_silence(graphs, monkeypatch):
     monkeypatch.setattr(compiled, "GRAPHS_AT_MOST", KINDS - 1)
     method = tiny_jit()
     prepare_blocks(method, settings(compile=True))
-    with pytest.raises(UserError, match=r"called in more than 3 ways .* in Block\. Set train\.compile=false"):
+    with pytest.raises(UserError, match=r"called in more than 3 ways .* in AdaLNBlock\. Set train\.compile=false"):
         train_steps(method)
 
 

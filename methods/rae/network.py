@@ -11,22 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.blocks import RMSNorm, SwiGLU, attend, rope_table, rotate, sincos_table, swiglu_hidden
+from common.blocks import rope_table, sincos_table
 from common.cost import count_macs
+from common.layers_adaln import AdaLNBlock, AdaLNFinal
 from methods.rae.config import NetworkShape
 
 TIME_FREQUENCIES = 256
-MLP_RATIO = 4.0
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
-
-
-def per_token(condition: Tensor) -> Tensor:
-    """A condition (B, D) as (B, 1, D), to be broadcast over the tokens; (B, N, D) as it is."""
-    return condition.unsqueeze(1) if condition.ndim == 2 else condition
 
 
 class FourierEmbedding(nn.Module):
@@ -43,54 +33,6 @@ class FourierEmbedding(nn.Module):
         """(B,) to (B, D). The angles stay in float32 under autocast."""
         angles = t[:, None] * self.frequencies * 2 * math.pi
         return self.mlp(torch.cat((angles.sin(), angles.cos()), dim=-1))
-
-
-class Attention(nn.Module):
-    """Multi-head attention with rotated queries and keys and without a norm on them. The rows of `qkv` are q | k | v, each head-major."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, K)
-        out = attend(rotate(q, rope), rotate(k, rope), v)
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    """x += gate Attention(modulated norm(x)), then the same with SwiGLU; shifts, scales and gates come from the condition (adaLN-zero)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1 = RMSNorm(width)
-        self.attn = Attention(width, heads)
-        self.norm2 = RMSNorm(width)
-        self.mlp = SwiGLU(width, swiglu_hidden(width, MLP_RATIO))
-        self.modulation = nn.Linear(width, 6 * width)
-
-    def forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
-        """x (B, N, D); condition (B, D), the same for all tokens, or (B, N, D), one for each."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = per_token(self.modulation(F.silu(condition))).chunk(6, dim=-1)
-        x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), rope))
-        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
-
-
-class FinalLayer(nn.Module):
-    """Modulated norm and a linear map to the latents' channels."""
-
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        self.norm = RMSNorm(width)
-        self.linear = nn.Linear(width, out)
-        self.modulation = nn.Linear(width, 2 * width)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, C)."""
-        shift, scale = per_token(self.modulation(F.silu(condition))).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm(x), shift, scale))
 
 
 class LatentDiT(nn.Module):
@@ -113,15 +55,15 @@ class LatentDiT(nn.Module):
         self.embed = nn.Linear(channels, width)
         self.time_embed = FourierEmbedding(width)
         self.class_embed = nn.Embedding(num_classes + 1, width)
-        self.blocks = nn.ModuleList(Block(width, shape.heads) for _ in range(shape.depth))
+        self.blocks = nn.ModuleList(AdaLNBlock(width, shape.heads, activate=True) for _ in range(shape.depth))
         self.register_buffer("pos_embed", sincos_table(grid, width)[None])
         self.register_buffer("rope", rope_table(grid, width // shape.heads), persistent=False)
         if has_head:
-            self.blocks.extend(Block(out_width, shape.head_heads) for _ in range(shape.head_depth))
+            self.blocks.extend(AdaLNBlock(out_width, shape.head_heads, activate=True) for _ in range(shape.head_depth))
             self.project = nn.Linear(width, out_width) if width != out_width else nn.Identity()
             self.head_embed = nn.Linear(channels, out_width)
             self.register_buffer("head_rope", rope_table(grid, out_width // shape.head_heads), persistent=False)
-        self.final = FinalLayer(out_width, channels)
+        self.final = AdaLNFinal(out_width, channels, activate=True)
         self.initialize(xavier or not has_head)
 
     @torch.no_grad()
