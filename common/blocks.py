@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.errors import UserError
+
 QK_NORM_EPS = 1e-5
 NORM_EPS = 1e-6
+TABLE_TOLERANCE = 1e-5  # between tables of positions: ours are computed in float64, others in float64 or float32, and all are kept in float32
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -246,3 +249,28 @@ def _grid_indices(grid: int) -> tuple[Tensor, Tensor]:
     """Row and column (grid * grid,) float64 of the tokens in row-major order."""
     index = torch.arange(grid, dtype=torch.float64)
     return index.repeat_interleave(grid), index.repeat(grid)
+
+
+# -- labels and released weights --------------------------------------------------------------------------------------------------
+
+
+def drop_labels(labels: Tensor, probability: float, null_label: int) -> Tensor:
+    """The labels (B,) int64 with each replaced by `null_label` with this probability, so that a network learns to do without the class.
+
+    Takes one uniform number for each label from torch's global generator.
+    """
+    dropped = torch.rand(len(labels), device=labels.device) < probability
+    return labels.masked_fill(dropped, null_label)
+
+
+def check_table(name: str, stored: Tensor, expected: Tensor) -> None:
+    """Compares a table of positions or rotations in a released file with ours, of the same shape.
+
+    UserError if they differ by more than rounding: the weights then expect another order of the tokens.
+    """
+    difference = (stored.to(expected) - expected).abs().max().item() if stored.shape == expected.shape else float("inf")
+    if not difference <= TABLE_TOLERANCE:
+        raise UserError(
+            f"{name} {tuple(stored.shape)} differs from the expected table {tuple(expected.shape)} by {difference:.2g}: "
+            "the weights belong to another layout of tokens."
+        )

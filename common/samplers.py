@@ -36,6 +36,11 @@ def heun(velocity: Velocity, z: Tensor, times: Sequence[float], last_euler: bool
     return euler(velocity, z, times[-2:]) if last_euler else z
 
 
+def solver_evaluations(solver: str, steps: int) -> int:
+    """Evaluations of the velocity that `steps` steps take: two a step for "heun", whose last step is Euler's, and one for any other solver."""
+    return 2 * steps - 1 if solver == "heun" else steps
+
+
 def euler_maruyama(drift: Velocity, variance_rate: Callable[[float], float], z: Tensor, times: Sequence[float], noise: Noise) -> Tensor:
     """dz = drift(z, t) dt + sqrt(variance_rate(t) |dt|) N(0, 1), for z (B, ...): len(times) - 1 evaluations.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common import flow
 from common.adversarial import PatchDiscriminator, augment, draw_augmentation, evaluating, hinge_discriminator, hinge_generator, quantise
-from common.blocks import projector
+from common.blocks import drop_labels, projector
 from common.config import require
 from common.encoders.frozen import Frozen
 from common.encoders.representation import RepresentationEncoder, build_encoder
@@ -25,7 +25,7 @@ from common.errors import UserError
 from common.guidance import classifier_free
 from common.latents import FeatureTable
 from common.perceptual import EmbeddedDistance, Lpips
-from common.samplers import euler, euler_maruyama, heun
+from common.samplers import euler, euler_maruyama, heun, solver_evaluations
 from common.seeds import Noise
 from common.spectrum import between_images, effective_rank, latent_health
 from methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
@@ -94,11 +94,11 @@ class DsdMethod(Method):
         """One draw of everything for each image of a batch."""
         config, images = self.config, batch["image"]
         count, device, shape = len(images), images.device, (len(images), self.side**2, self.config.latent_channels)
-        dropped = torch.rand(count, device=device) < config.label_drop
+        labels = drop_labels(batch["label"], config.label_drop, self.data.num_classes)
         tau = config.noise_max * torch.rand(count, device=device)
         return Draws(
             hidden=draw_hidden(config.mask_ratio, count, self.side**2, device) if config.mask else None,
-            labels=batch["label"].masked_fill(dropped, self.data.num_classes),
+            labels=labels,
             t=torch.rand(count, device=device) if config.time == "uniform" else flow.logit_normal(0.0, 1.0, count, device=device),
             noise=torch.randn(shape, device=device),
             tau=tau.masked_fill(torch.rand(count, device=device) < config.clean_share, 0.0),
@@ -273,7 +273,7 @@ class DsdMethod(Method):
         return flow.to_velocity(answer, SPACES["z"], z, t, config.clip)
 
     def evaluations(self, config: DsdSample) -> int:
-        return 2 * config.steps - 1 if config.solver == "heun" else config.steps
+        return solver_evaluations(config.solver, config.steps)
 
     def sampling_networks(self) -> dict[str, nn.Module]:
         return {"network": self.network, "decoder": self.decoder}

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from common import flow
+from common.blocks import drop_labels
 from common.config import require
 from common.guidance import classifier_free
-from common.samplers import euler, heun
+from common.samplers import euler, heun, solver_evaluations
 from common.seeds import Noise
 from methods.base import Batch, DataInfo, Description, Method, ParamGroup
 from methods.jit.config import JiTConfig, JiTSample
@@ -40,9 +41,9 @@ class JiTMethod(Method):
     def draw(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Labels after the drop (B,) int64, times (B,) and noise (B, C, S, S), on the images' device."""
         x, labels = batch["image"], batch["label"]
-        dropped = torch.rand(len(labels), device=x.device) < self.config.label_drop
+        labels = drop_labels(labels, self.config.label_drop, self.data.num_classes)
         t = flow.logit_normal(-self.config.time_mean, self.config.time_std, len(labels), device=x.device)
-        return labels.masked_fill(dropped, self.data.num_classes), t, self.noise_scale * torch.randn_like(x)
+        return labels, t, self.noise_scale * torch.randn_like(x)
 
     def objective(self, x: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """mean || q(output) - q(target) ||^2 where q converts to the loss space with clipped denominators; the scaled noise is given."""
@@ -97,7 +98,7 @@ class JiTMethod(Method):
         return flow.to_velocity(prediction, self.config.prediction, z, t, clip)
 
     def evaluations(self, config: JiTSample) -> int:
-        return 2 * config.steps - 1 if config.solver == "heun" else config.steps
+        return solver_evaluations(config.solver, config.steps)
 
     def sampling_networks(self) -> dict[str, nn.Module]:
         return {"network": self.network}

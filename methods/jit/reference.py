@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.blocks import sincos_table
+from common.blocks import check_table, sincos_table
 from common.errors import UserError, close_match
 from common.external import key_faults
 from methods.base import Released
@@ -32,7 +32,6 @@ RENAMES = (
     (r"\.final\.", ".final_layer."),
 )
 POSITIONS = "net.pos_embed"
-POSITION_TOLERANCE = 1e-5  # their table is float64 sines rounded to float32, and so is ours
 
 
 def read_checkpoint(path: str | Path, weights: str = "model_ema1") -> dict[str, Tensor]:
@@ -125,13 +124,6 @@ def from_released(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> di
     faults = key_faults(state, shapes)
     if faults:
         raise UserError("\n  ".join([f"The released weights do not fit this model, {len(faults)} keys differ:", *faults]))
-    check_positions(state[POSITIONS])
+    _, tokens, width = state[POSITIONS].shape
+    check_table(POSITIONS, state[POSITIONS][0], sincos_table(round(tokens**0.5), width))
     return {name: state[released_name(name)].reshape(tensor.shape) for name, tensor in ours.items()}
-
-
-def check_positions(table: Tensor) -> None:
-    """The stored position table (1, g * g, D) against ours; another one would mean another layout of the tokens."""
-    _, tokens, width = table.shape
-    difference = (table[0].float() - sincos_table(round(tokens**0.5), width)).abs().max().item()
-    if not difference <= POSITION_TOLERANCE:
-        raise UserError(f"{POSITIONS} differs from the 2-D sine-cosine table by {difference:.2g}: the weights belong to another layout of tokens.")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from common.blocks import check_table
 from common.errors import UserError
 from common.external import key_faults, read_tensors
 from methods.base import Released
@@ -44,7 +45,6 @@ RENAMES = (
     (r"((?:_proj|\.mlp\.(?:w\d|\d)|\.linear))\.(weight|bias)$", r"\1._flax_linear.\2"),
 )
 ROPE = "net.rope_freqs"
-ROPE_TOLERANCE = 1e-5  # theirs is computed in float32
 V_HEAD = ("net.v_heads.", "net.v_final_layer.")  # a file for sampling has none of it
 SPATIAL = "patch_embed.up.weight"  # a 1 x 1 convolution there, linear here
 
@@ -165,8 +165,8 @@ def from_released(state: Mapping[str, Tensor], method: PMFMethod) -> dict[str, T
     if faults:
         names = " (PyTorch's names and shapes)" if from_flax else ""
         raise UserError("\n  ".join([f"The released weights do not fit this model, {len(faults)} keys differ{names}:", *faults]))
-    if not from_flax:
-        check_rotation(state[ROPE], rotation_table(method))
+    if not (from_flax or method.network.rope.is_meta):
+        check_table(ROPE, state[ROPE], rotation_table(method))
     return {**method.state_dict(), **{name: state[released_name(name)].reshape(tensor.shape) for name, tensor in ours.items()}}
 
 
@@ -180,10 +180,3 @@ def to_released(method: PMFMethod) -> dict[str, Tensor]:
 def rotation_table(method: PMFMethod) -> Tensor:
     """(image tokens, head dimension / 2) complex64: cos + i sin of the angles."""
     return torch.view_as_complex(method.network.rope[method.config.prefix :].float().contiguous())
-
-
-def check_rotation(theirs: Tensor, ours: Tensor) -> None:
-    """Another table would mean another layout of tokens or channels."""
-    difference = (theirs.cpu() - ours.cpu()).abs().max().item() if ours.device.type != "meta" else 0.0
-    if not difference <= ROPE_TOLERANCE:
-        raise UserError(f"{ROPE} differs from this model's rotation table by {difference:.2g}: the weights belong to another layout of tokens.")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common import flow
+from common.blocks import drop_labels
 from common.encoders.representation import build_encoder
 from common.errors import UserError
 from common.external import RunWeights, load_strictly, run_weights
@@ -118,12 +119,12 @@ class RaeMethod(Method):
 
     def draw(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Labels after the drop (B,) int64, shifted times (B,) and noise like the latents x (B, C, h, h)."""
-        dropped = torch.rand(len(labels), device=x.device) < self.config.label_drop
+        labels = drop_labels(labels, self.config.label_drop, self.data.num_classes)
         if self.config.time == "uniform":
             t = LARGEST_TIME * torch.rand(len(labels), device=x.device)
         else:  # the released code truncates the distribution; what lies beyond has a probability of 2e-12
             t = flow.logit_normal(0.0, 1.0, len(labels), device=x.device).clamp(max=LARGEST_TIME)
-        return labels.masked_fill(dropped, self.data.num_classes), shifted(t, self.shift), torch.randn_like(x)
+        return labels, shifted(t, self.shift), torch.randn_like(x)
 
     def objective(self, x: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """mean (v(z, t) - (n - x))^2."""

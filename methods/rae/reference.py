@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common.blocks import rope_table, sincos_table
+from common.blocks import check_table, rope_table, sincos_table
 from common.errors import UserError
 from common.external import read_tensors
 from methods.base import Released
@@ -51,7 +51,6 @@ PLAIN_RENAMES: Renames = ((r"^embed\.", "x_embedder.proj."), *NETWORK_RENAMES)
 TOKEN_PIXELS = 16  # an image side of a token, in every released network
 EMA_DECAY = 0.9995  # of the released recipe
 ROTATIONS = re.compile(r"(enc_|dec_|)feat_rope\.freqs_(cos|sin)")
-POSITION_TOLERANCE = 1e-5  # their tables are computed in float64 or float32 and kept in float32; ours in float64
 
 
 def rename(name: str, renames: Renames) -> str:
@@ -92,13 +91,6 @@ def squeezed(tensor: Tensor) -> tuple[int, ...]:
     """The shape of a 1 x 1 convolution's kernel as a matrix; other shapes as they are."""
     shape = tuple(tensor.shape)
     return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
-
-
-def check_table(name: str, found: Tensor, expected: Tensor) -> None:
-    """A stored table of positions against ours; another one would mean another layout of the tokens."""
-    difference = (found.float() - expected).abs().max().item() if found.shape == expected.shape else float("inf")
-    if not difference <= POSITION_TOLERANCE:
-        raise UserError(f"{name} {tuple(found.shape)} differs from the expected table {tuple(expected.shape)} by {difference:.2g}: another layout of tokens.")
 
 
 # -- decoders -------------------------------------------------------------------------------------------------------------------

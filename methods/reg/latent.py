@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from common.blocks import drop_labels
 from common.config import require
 from common.latents import FeatureTable, check_encoder
 from common.tokenizer import build_tokenizer
@@ -78,8 +79,7 @@ class LatentMethod(Method):
 
     def drop_labels(self, labels: Tensor) -> Tensor:
         """The labels with some replaced by "no class"."""
-        dropped = torch.rand(len(labels), device=labels.device) < self.config.label_drop
-        return labels.masked_fill(dropped, self.data.num_classes)
+        return drop_labels(labels, self.config.label_drop, self.data.num_classes)
 
     def blocks(self) -> list[nn.Module]:
         return list(self.network.blocks)

@@ -19,7 +19,7 @@ from common.blocks import projector
 from common.config import require
 from common.encoders.representation import build_encoder
 from common.latents import FeatureTable
-from common.samplers import euler, euler_maruyama, heun
+from common.samplers import euler, euler_maruyama, heun, solver_evaluations
 from common.seeds import Noise
 from methods.base import Batch, Component, DataInfo, Description
 from methods.reg.config import RegConfig, RegSample, RepaConfig, SitConfig, SitSample
@@ -130,7 +130,7 @@ class SitMethod(LatentMethod):
         return self.predict(z.float(), torch.full((len(z),), t, device=z.device), labels).image.to(z.dtype)
 
     def evaluations(self, config: SitSample) -> int:
-        return 2 * config.steps - 1 if config.solver == "heun" else config.steps
+        return solver_evaluations(config.solver, config.steps)
 
     # -- records ----------------------------------------------------------------------------------------------------------------
 

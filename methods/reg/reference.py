@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from common.blocks import sincos_table
+from common.blocks import check_table, sincos_table
 from common.errors import UserError
 from common.external import key_faults, read_tensors
 from methods.base import Released
@@ -24,7 +25,6 @@ POSITIONS = "pos_embed"
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width: the shapes do not tell the heads
 FACTOR = 8  # pixels a side of a latent position, in every released model
 EMA_DECAY = 0.9999
-POSITION_TOLERANCE = 1e-5  # their table is float64 sines rounded to float32, and so is ours
 
 
 def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], int, int]:
@@ -94,11 +94,8 @@ def own_head(tensor: Tensor, rows: int, patch: int) -> Tensor:
 
 
 def check_positions(table: Tensor) -> None:
-    """The stored position table (1, [1 +] g * g, D) against ours; another one would mean another layout of the tokens."""
+    """Compares the stored position table (1, [1 +] g * g, D) with ours; REG's class token, the first where there is one, has no position."""
     _, tokens, width = table.shape
     grid = int(tokens**0.5)
-    expected = sincos_table(grid, width)
-    difference = (table[0, tokens - grid * grid :].float() - expected).abs().max().item()
-    prefix = table[0, : tokens - grid * grid].abs().max().item() if tokens > grid * grid else 0.0
-    if not max(difference, prefix) <= POSITION_TOLERANCE:
-        raise UserError(f"{POSITIONS} differs from the 2-D sine-cosine table by {max(difference, prefix):.2g}: the weights belong to another layout of tokens.")
+    prefix = table.new_zeros(tokens - grid * grid, width, dtype=torch.float32)
+    check_table(POSITIONS, table[0], torch.cat((prefix, sincos_table(grid, width))))
