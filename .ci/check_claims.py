@@ -1,12 +1,13 @@
-"""`check_claims.py FOLDER`: every claim left a valid record and a picture, and the leaderboard page has them. Verdicts may be what they are."""
+"""`check_claims.py FOLDER`: every claim left a valid record and a picture, and the leaderboard page has them.
+
+Verdicts may be what they are.
+"""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from evaluation.claims.framework import all_claims
-from evaluation.claims.record import PICTURE_FILE, read_claims
+from pixlat.evaluation.records.claims import PICTURE_FILE, read_claims
+from pixlat.evaluation.studies.claims.framework import all_claims
 
 
 def main(folder: Path) -> None:

@@ -1,1 +1,4 @@
-"""What all methods share: configuration, data, trainer, checkpoints, flow mathematics, samplers, building blocks, frozen encoders, cost counting."""
+"""What all methods share.
+
+Nothing here knows a method; the rooms import each other in one direction (tests/test_layout.py).
+"""

@@ -1,4 +1,7 @@
-"""A place of the user's for what pixlat can make again: listings of data sets, digests that were checked. Losing it costs time alone. Imports no torch."""
+"""A place of the user's for what pixlat can make again: listings of data sets, digests that were checked.
+
+Losing it costs time alone. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from typing import Any
 import numpy as np
 
 KEEP_FROM = 10_000  # images: smaller data sets are listed in a moment, and each time
-SETTLED_NS = 2 * 10**9  # a folder that changed less than this before it was listed may change again within the same tick of its clock
+# a folder that changed less than this before it was listed may change again within the same tick of its clock
+SETTLED_NS = 2 * 10**9
 
 
 def cache_folder() -> Path:
@@ -31,7 +35,9 @@ def cache_file(kind: str, of: Path) -> Path:
 
 @contextlib.contextmanager
 def one_at_a_time(file: Path) -> Iterator[None]:
-    """Within the block no other process of this machine is in the block of the same file. Where no lock can be had, all go on at once.
+    """Within the block no other process of this machine is in the block of the same file.
+
+    Where no lock can be had, all go on at once.
 
     The lock lies beside the file, and is removed where the block has left no file there.
     """

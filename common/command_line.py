@@ -1,4 +1,7 @@
-"""What every command of the project does around its work: a reader that leaves early ends it quietly. Imports no torch."""
+"""What every command of the project does around its work: a reader that leaves early ends it quietly.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,20 @@ import warnings
 from collections.abc import Callable
 from typing import ParamSpec
 
-from common.progress import say_last
+from pixlat.common.progress import say_last
 
 P = ParamSpec("P")
 
-# torch 2.15 warns of its own use of TorchScript, at the first forward-mode derivative. No user can do anything about it.
+# torch 2.15 warns of its own use of TorchScript, at the first forward-mode derivative.
+# No user can do anything about it.
 TORCH_ABOUT_ITSELF = r"`torch\.jit\.script` is deprecated"
 
 
 def as_command(main: Callable[P, int]) -> Callable[P, int]:
-    """A `main` that returns an exit code. When the reader of a pipe leaves (`... | head`), it returns 141 as the shell's own tools do, after Ctrl-C 130."""
+    """A `main` that returns an exit code.
+
+    When the reader of a pipe leaves (`... | head`), it returns 141 as the shell's own tools do, after Ctrl-C 130.
+    """
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> int:

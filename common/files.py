@@ -1,4 +1,7 @@
-"""Files that are never seen half-written, text files read within limits, and files of one JSON object a line. Imports no torch."""
+"""Files that are never seen half-written, text files read within limits, and files of one JSON object a line.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from common.errors import UserError
+from pixlat.common.errors import UserError
 
 MAX_TEXT_BYTES = 2**28  # of a text file that is read whole
 MAX_ROWS_BYTES = 2**32  # of a log: ten million lines
@@ -24,7 +27,9 @@ def write_whole(path: Path, text: str) -> Path:
 
 
 def hold_to(file: Path, facts: Mapping[str, object], otherwise: str) -> None:
-    """Keeps what a folder is for, at the first start; a later start for something else is a UserError that calls the contents `otherwise`."""
+    """Keeps what a folder is for, at the first start; a later start for something else is a UserError
+    that calls the contents `otherwise`.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(facts, indent=1) + "\n"
     if file.exists() and read_text(file) != text:
@@ -32,7 +37,7 @@ def hold_to(file: Path, facts: Mapping[str, object], otherwise: str) -> None:
     write_whole(file, text)
 
 
-# -- reading --------------------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -40,7 +45,8 @@ def open_regular(path: Path) -> BinaryIO:
 
     A pipe, a device or a socket is a UserError, because reading from it could wait or go on for ever.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: opening a pipe must not wait for its writer
+    # O_NONBLOCK: opening a pipe must not wait for its writer
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UserError(f"{path} is not an ordinary file but a folder, a pipe or a device. Replace or remove it.")
@@ -48,12 +54,17 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """The content of an ordinary file of at most `limit` bytes. A file that is larger, of another kind or cannot be read is a UserError that names it."""
+    """The content of an ordinary file of at most `limit` bytes.
+
+    A file that is larger, of another kind or cannot be read is a UserError that names it.
+    """
     try:
         with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             if size > limit:
-                raise UserError(f"{path} has {size:,} bytes, and a file of its kind has at most {limit:,}. Replace or remove it.")
+                raise UserError(
+                    f"{path} has {size:,} bytes, and a file of its kind has at most {limit:,}. Replace or remove it."
+                )
             return stream.read(limit)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
@@ -95,7 +106,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise UserError(f"{name} is not JSON")
 
 
-# -- one JSON object a line -----------------------------------------------------------------------------------------------------
+# -- one JSON object a line --------------------------------------------------------------------------------------------
 
 
 def append_row(file: Path, row: Mapping[str, Any]) -> None:
@@ -105,10 +116,15 @@ def append_row(file: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file, none where there is no file; a last line cut short by a kill is left out. A damaged line is a UserError that names it."""
+    """The whole lines of a file, none where there is no file; a last line cut short by a kill is left out.
+
+    A damaged line is a UserError that names it.
+    """
     rows, damaged = split_rows(file)
     if damaged:
-        raise UserError(f"{file}, line {damaged[0]} is damaged: it is not a JSON object. Restore the file, or remove the line.")
+        raise UserError(
+            f"{file}, line {damaged[0]} is damaged: it is not a JSON object. Restore the file, or remove the line."
+        )
     return rows
 
 

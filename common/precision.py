@@ -2,8 +2,8 @@
 
 bf16   bfloat16 under autocast. What autocast leaves in float32 keeps torch's defaults, as JiT's authors had it:
        matrix products exact, cuDNN's convolutions in TF32
-tf32   float32 whose matrix products and convolutions round their inputs to TF32 (10 bits of mantissa), on GPUs that can;
-       elsewhere it executes as fp32
+tf32   float32 whose matrix products and convolutions round their inputs to TF32 (10 bits of mantissa),
+       on GPUs that can; elsewhere it executes as fp32
 fp32   float32 throughout: no TF32 in cuDNN's convolutions either
 auto   bf16 on a GPU that multiplies it natively, else fp32
 
@@ -18,11 +18,15 @@ from contextlib import contextmanager
 import torch
 
 EXECUTED = {"bf16": "bfloat16", "tf32": "tf32", "fp32": "float32"}  # what records say
-TF32_FLAGS = {"bf16": (False, True), "tf32": (True, True), "fp32": (False, False)}  # of matrix products, of cuDNN's convolutions
+# of matrix products, of cuDNN's convolutions
+TF32_FLAGS = {"bf16": (False, True), "tf32": (True, True), "fp32": (False, False)}
 
 
 def resolve_precision(setting: str, device: torch.device) -> str:
-    """bf16, tf32 or fp32: what a precision key means on a device. The GPUs of the machine do not matter to a run on its CPU."""
+    """bf16, tf32 or fp32: what a precision key means on a device.
+
+    The GPUs of the machine do not matter to a run on its CPU.
+    """
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if setting == "auto":
         return "bf16" if native else "fp32"
@@ -39,15 +43,19 @@ def executed_precision(setting: str, device: torch.device) -> str:
 def set_float32_products(precision: str) -> None:
     """Allows or forbids TF32 in this process for a resolved precision.
 
-    Through the switches of CUDA and cuDNN alone: `torch.set_float32_matmul_precision` would also let CPUs round, and the newer `fp32_precision`
-    attributes make torch's own readers of these switches (inductor's convolutions, `cudnn.flags`) raise an error about mixed interfaces.
+    Through the switches of CUDA and cuDNN alone: `torch.set_float32_matmul_precision` would also let CPUs round,
+    and the newer `fp32_precision` attributes make torch's own readers of these switches (inductor's convolutions,
+    `cudnn.flags`) raise an error about mixed interfaces.
     """
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = TF32_FLAGS[precision]
 
 
 @contextmanager
 def computing_in(setting: str, device: torch.device) -> Iterator[str]:
-    """Within the block, products are computed in this precision whatever the code around it chose. Yields what is executed, as records say it."""
+    """Within the block, products are computed in this precision whatever the code around it chose.
+
+    Yields what is executed, as records say it.
+    """
     precision = resolve_precision(setting, device)
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     set_float32_products(precision)

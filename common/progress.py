@@ -12,8 +12,13 @@ LOG_SECONDS = 30.0  # between two lines where stderr is a file
 _bars: weakref.WeakSet[tqdm[Any]] = weakref.WeakSet()
 
 
-def progress_bar(title: str, total: int, initial: int = 0, unit: str = " images", enabled: bool = True, keep: bool = False) -> tqdm[Any]:
-    """Done, rate and time left, on stderr. In a log file: a new line now and then, none for what is over sooner. keep: leave the full bar standing."""
+def progress_bar(
+    title: str, total: int, initial: int = 0, unit: str = " images", enabled: bool = True, keep: bool = False
+) -> tqdm[Any]:
+    """Done, rate and time left, on stderr.
+
+    In a log file: a new line now and then, none for what is over sooner. keep: leave the full bar standing.
+    """
     terminal = sys.stderr.isatty()
     bar = tqdm(
         total=total,
@@ -32,7 +37,10 @@ def progress_bar(title: str, total: int, initial: int = 0, unit: str = " images"
 
 
 def say_last(line: str) -> None:
-    """Prints to stderr, on a line of its own, why the work is over. Progress bars that an error left open are closed."""
+    """Prints to stderr, on a line of its own, why the work is over.
+
+    Progress bars that an error left open are closed.
+    """
     for bar in list(_bars):
         bar.close()
     print(line, file=sys.stderr)

@@ -1,8 +1,10 @@
 """Where every random number comes from.
 
-Training is reseeded before every micro-batch from (seed, step, number of the micro-batch), so a resumed run needs no saved generator state,
-evaluation cannot disturb training, and two processes with one micro-batch each draw what one process with two would.
-Sampling has one generator per image, so an image depends on its own seed and on nothing else: not on the batch size, not on the number of processes.
+Training is reseeded before every micro-batch from (seed, step, number of the micro-batch),
+so a resumed run needs no saved generator state, evaluation cannot disturb training,
+and two processes with one micro-batch each draw what one process with two would.
+Sampling has one generator per image, so an image depends on its own seed and on nothing else: not on the batch size,
+not on the number of processes.
 """
 
 from __future__ import annotations
@@ -27,14 +29,17 @@ def derive(*parts: int | str) -> int:
 
 
 def seed_step(seed: int, step: int, draw: int) -> None:
-    """Reseeds torch's global generators (CPU and accelerators) for one micro-batch of one phase of a training step, the `draw`-th of the step."""
+    """Reseeds torch's global generators (CPU and accelerators) for one micro-batch of one phase of a training step,
+    the `draw`-th of the step.
+    """
     torch.manual_seed(derive("train", seed, step, draw))
 
 
 class Noise:
     """Standard normal draws for a batch of images, one CPU generator an image.
 
-    A sampler may draw as often as it likes (initial noise, then noise at each step of an SDE): draw k of image i depends on the seeds and on k only.
+    A sampler may draw as often as it likes (initial noise, then noise at each step of an SDE):
+    draw k of image i depends on the seeds and on k only.
     On the meta device (cost counting) nothing is drawn.
     """
 
@@ -43,7 +48,8 @@ class Noise:
         self.seeds = list(seeds)
         self.numbers = self.draws = 0  # numbers for each image so far, in so many draws
         self.seconds = 0.0  # that the sampler waited for draws, without their way to the device
-        self.on_first_draw: Callable[[tuple[int, ...]], None] | None = None  # is told the shape of the first draw when that is done
+        # is told the shape of the first draw when that is done
+        self.on_first_draw: Callable[[tuple[int, ...]], None] | None = None
         self._ahead: tuple[tuple[int, ...], Tensor, list[Future[None]]] | None = None
         self._seed_generators()
 
@@ -69,7 +75,9 @@ class Noise:
         return drawn.to(self.device, non_blocking=drawn.is_pinned())
 
     def draw_ahead(self, shape: tuple[int, ...], pool: Executor) -> None:
-        """Begins the first draw in the threads of a pool, into pinned memory for a GPU: the numbers that `normal(*shape)` would draw."""
+        """Begins the first draw in the threads of a pool, into pinned memory for a GPU:
+        the numbers that `normal(*shape)` would draw.
+        """
         buffer = torch.empty(len(self), *shape, pin_memory=self.device.type == "cuda")
 
         def draw(row: int) -> None:
@@ -78,7 +86,10 @@ class Noise:
         self._ahead = (shape, buffer, [pool.submit(draw, row) for row in range(len(self))])
 
     def _drawn_ahead(self, shape: tuple[int, ...]) -> Tensor | None:
-        """What `draw_ahead` drew, waited for. Numbers of another shape than the sampler wants are drawn again from the seeds."""
+        """What `draw_ahead` drew, waited for.
+
+        Numbers of another shape than the sampler wants are drawn again from the seeds.
+        """
         if self._ahead is None:
             return None
         (expected, buffer, draws), self._ahead = self._ahead, None
@@ -92,7 +103,9 @@ class Noise:
 
 @contextmanager
 def noise_ahead(batches: Iterable[Sequence[int]], device: torch.device | str) -> Iterator[Iterator[Noise]]:
-    """One Noise for each batch of seeds. While a sampler works on one, the first draw of the next is made in other threads, which end with the block.
+    """One Noise for each batch of seeds.
+
+    While a sampler works on one, the first draw of the next is made in other threads, which end with the block.
 
     A CPU draws some 700 images of 3 x 256 x 256 a second and core, and a one-step sampler on a GPU would wait for it.
     """

@@ -8,15 +8,17 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.config import describe, misfit, split_overrides
-from common.errors import UserError, close_match
-from common.progress import say_last
+from pixlat.common.config.explain import describe
+from pixlat.common.config.resolve import misfit, split_overrides
+from pixlat.common.errors import UserError, close_match
+from pixlat.common.progress import say_last
 
 T = TypeVar("T")
 
 
 def parse(keys: type[T], arguments: Sequence[str], passed_on: Sequence[str] = ()) -> tuple[T, dict[str, str]]:
-    """The command, and the keys below the groups in `passed_on` ("sample", "data"), which belong to a run's configuration.
+    """The command, and the keys below the groups in `passed_on` ("sample", "data"),
+    which belong to a run's configuration.
 
     Unknown keys and wrong types are UserErrors with the nearest valid word.
     """

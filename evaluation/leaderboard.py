@@ -1,77 +1,47 @@
 """All records below a folder as tables and as one page.
 
     python evaluation/leaderboard.py [--runs runs] [--out DIR]            leaderboard.html, .md, .csv, .json and .tex
-    python evaluation/leaderboard.py --matched train_macs [--at 0.01]     what the runs reach at equal cost, in the terminal
-    python evaluation/leaderboard.py --update-readme                      the README's table, from the records in evaluation/results
+    python evaluation/leaderboard.py --matched train_macs [--at 0.01]     what the runs reach at equal cost,
+                                                                          in the terminal
+    python evaluation/leaderboard.py --update-readme                      the README's table, from the records
+                                                                          in evaluation/results
     python evaluation/leaderboard.py --check                              fails if that table is stale
 
-One table per protocol hash: numbers of different protocols never meet. Guided and unguided rows stand apart. Imports no torch.
+One table per protocol hash: numbers of different protocols never meet.
+Guided and unguided rows stand apart. Imports no torch.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
-
-from common.command_line import as_command
-from common.errors import UserError
-from common.files import write_whole
-from evaluation.board import Records, read_records, sections
-from evaluation.matched import AXES, common_budget, curves_of, matched_table
-from evaluation.page import to_html
-from evaluation.published import PublishedRow, from_record, read_published
-from evaluation.record import RESULT, Record, to_csv
-from evaluation.tables import pipe_table, printable, to_latex, to_markdown, to_readme, to_terminal, with_table
+from pixlat.common.command_line import as_command
+from pixlat.common.errors import UserError
+from pixlat.common.files import write_whole
+from pixlat.evaluation.board.groups import Records, read_records, sections
+from pixlat.evaluation.board.matched import AXES, common_budget, curves_of, matched_table
+from pixlat.evaluation.board.page import to_html
+from pixlat.evaluation.board.published import from_record
+from pixlat.evaluation.board.render import rendered, say_left_out, summary
+from pixlat.evaluation.board.text import pipe_table, printable, to_latex, to_markdown, to_readme, with_table
+from pixlat.evaluation.records.published import PublishedRow, read_published
+from pixlat.evaluation.records.record import RESULT, to_csv
 
 __all__ = ["main", "read_records", "render", "summary"]
 
-Shown = TypeVar("Shown")
 RESULTS = Path(__file__).resolve().parent / "results"
 README = RESULTS.parent.parent / "README.md"
 
 
-def rendered(records: Records, show: Callable[[Records], Shown]) -> Shown:
-    """`show(records)`; where it fails, without the records at which it fails: one record must not hide the others. They are named on stderr and as left out."""
-    try:
-        return show(records)
-    except Exception:  # whatever a record leads to; what no single record explains is raised again
-        faults = {row["row_id"]: fault for row in records.rows if (fault := _fault(row, records, show))}
-        if not faults:
-            raise
-    left_out = [f"{records.folders.get(row_id, row_id)}: its record cannot be shown: {fault}" for row_id, fault in faults.items()]
-    _say_left_out(left_out)
-    rows = [row for row in records.rows if row["row_id"] not in faults]
-    return show(dataclasses.replace(records, rows=rows, left_out=[*records.left_out, *left_out]))
-
-
-def _fault(row: Record, records: Records, show: Callable[[Records], object]) -> str | None:
-    """What keeps a record from being shown on its own, or None."""
-    try:
-        show(dataclasses.replace(records, rows=[row]))
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _say_left_out(reasons: Sequence[str]) -> None:
-    for reason in reasons:
-        print(f"left out: {printable(reason)}", file=sys.stderr)
-
-
-def summary(records: Records, protocol: str | None) -> str:
-    """The ranking of one protocol among the records of a folder, for a terminal."""
-    return rendered(records, lambda shown: to_terminal(shown, protocol))
-
-
 def render(records: Records, published: Sequence[PublishedRow] = ()) -> dict[str, str]:
-    """The contents of leaderboard.md, .csv, .json, .tex and .html, by suffix. CSV and JSON hold the records, unrounded, and nothing else."""
+    """The contents of leaderboard.md, .csv, .json, .tex and .html, by suffix.
+
+    CSV and JSON hold the records, unrounded, and nothing else.
+    """
     rows = [*published, *(from_record(row) for row in records.rows if row["kind"] == "published")]
     return {
         "html": to_html(records, rows),
@@ -98,13 +68,18 @@ def _read(runs: Path, pattern: str = RESULT) -> Records:
     if not runs.is_dir():
         raise UserError(f"--runs={runs} is not a folder. Give the folder that holds the runs, by default ./runs.")
     records = read_records(runs, pattern)
-    _say_left_out(records.left_out)
+    say_left_out(records.left_out)
     return records
 
 
 def matched(runs: Path, axis: str, at: float | None) -> str:
-    """The runs of each protocol at one cost, for a terminal. `at`: in the unit of the axis; none: where most runs can be compared."""
-    return rendered(_read(runs), lambda records: _matched(records, axis, at)) or f"No run below {runs} has a score and a cost."
+    """The runs of each protocol at one cost, for a terminal. `at`: in the unit of the axis; none:
+    where most runs can be compared.
+    """
+    return (
+        rendered(_read(runs), lambda records: _matched(records, axis, at))
+        or f"No run below {runs} has a score and a cost."
+    )
 
 
 def _matched(records: Records, axis: str, at: float | None) -> str:
@@ -129,7 +104,9 @@ def update_readme(results: Path, readme: Path, check: bool) -> str:
     if new == old:
         return f"{readme}: the table is up to date"
     if check:
-        raise UserError(f"{readme}: the table is stale. Run `python evaluation/leaderboard.py --update-readme` and commit it.")
+        raise UserError(
+            f"{readme}: the table is stale. Run `python evaluation/leaderboard.py --update-readme` and commit it."
+        )
     write_whole(readme, new)
     return f"{readme}: table written"
 
@@ -144,7 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--at", type=positive, help="the cost for --matched, in PMACs, images, or GMACs an image")
     parser.add_argument("--check", action="store_true", help="fail if the README's table is stale; writes nothing")
     parser.add_argument("--update-readme", action="store_true", help="write the README's table")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the records of the README's table (default: evaluation/results)")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="the records of the README's table (default: evaluation/results)"
+    )
     parser.add_argument("--readme", type=Path, default=README, help="the file with that table (default: README.md)")
     try:
         print(_answer(parser.parse_args(arguments)))

@@ -1,12 +1,17 @@
 """Reference statistics of real images, and the files that protocols need.
 
-  python evaluation/reference.py fetch-plan protocol=adm256          what to get, from where, its size and digest; downloads nothing
+  python evaluation/reference.py fetch-plan protocol=adm256          what to get, from where, its size and digest;
+                                                                     downloads nothing
   python evaluation/reference.py verify protocol=adm256              whether those files are there and right
-  python evaluation/reference.py build protocol=clean images=/data/imagenet/train size=256 id=imagenet256-train out=clean-reference.safetensors
-  python evaluation/reference.py show FILE.npz                       what an .npz of ADM, JiT or pMF, or a built reference, holds
+  python evaluation/reference.py build protocol=clean images=/data/imagenet/train size=256 \\
+      id=imagenet256-train out=clean-reference.safetensors
+  python evaluation/reference.py show FILE.npz                       what an .npz of ADM, JiT or pMF,
+                                                                     or a built reference, holds
 
-Files are looked for in $PIXLAT_EVAL_DIR and in torch's cache ($TORCH_HOME/hub/checkpoints), or given as weights= and reference=.
-`build` takes every image below the folder through ADM's centre crop to `size` pixels; with torchrun each process takes its share.
+Files are looked for in $PIXLAT_EVAL_DIR and in torch's cache ($TORCH_HOME/hub/checkpoints),
+or given as weights= and reference=.
+`build` takes every image below the folder through ADM's centre crop to `size` pixels;
+with torchrun each process takes its share.
 """
 
 from __future__ import annotations
@@ -18,16 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
-
-from common.command_line import as_command
-from common.errors import UserError, close_match
-from evaluation.command import help_text, parse, run_command
-from evaluation.needed_files import checked, fetch_plan, verify
-from evaluation.protocols import EMBEDDED, PROTOCOLS, NamedProtocol, get_protocol
+from pixlat.common.command_line import as_command
+from pixlat.common.errors import UserError, close_match
+from pixlat.evaluation.command import help_text, parse, run_command
+from pixlat.evaluation.protocols.named import EMBEDDED, PROTOCOLS, NamedProtocol, get_protocol
+from pixlat.evaluation.protocols.needed_files import checked, fetch_plan, verify
 
 if TYPE_CHECKING:
-    from evaluation.collect import ImageBatch
+    from pixlat.evaluation.features.collect import ImageBatch
 
 
 @dataclass
@@ -56,7 +59,9 @@ def work(arguments: Sequence[str]) -> str:
     if name == "show":
         return "\n\n".join(show(Path(file).expanduser()) for file in rest)
     if name not in commands:
-        raise UserError(f"{name!r} is not a command.{close_match(name, commands)} Commands: {', '.join((*commands, 'show'))}.")
+        raise UserError(
+            f"{name!r} is not a command.{close_match(name, commands)} Commands: {', '.join((*commands, 'show'))}."
+        )
     keys, _ = parse(Keys, rest)
     return commands[name](keys)
 
@@ -70,7 +75,9 @@ def plan_files(keys: Keys) -> str:
 
 
 def verify_files(keys: Keys) -> str:
-    """Whether a protocol's files are right; a UserError where they are not, so that scripts can rely on the exit code."""
+    """Whether a protocol's files are right; a UserError where they are not,
+    so that scripts can rely on the exit code.
+    """
     lines, good = verify(_protocol(keys).files, {"weights": keys.weights, "reference": keys.reference})
     if not good:
         raise UserError("\n".join(lines))
@@ -83,7 +90,7 @@ def _protocol(keys: Keys) -> NamedProtocol:
     return get_protocol(keys.protocol)
 
 
-# -- build ----------------------------------------------------------------------------------------------------------------------
+# -- build -------------------------------------------------------------------------------------------------------------
 
 
 def build(keys: Keys) -> str:
@@ -99,14 +106,19 @@ def build(keys: Keys) -> str:
     folder, size = Path(str(keys.images)).expanduser(), int(keys.size or 0)
     files = image_files(folder)
     weights = checked(protocol.extractor.file, keys.weights)
-    from common.processes import join_processes
-    from evaluation import reference_files
-    from evaluation.evaluate import progress
-    from evaluation.extractors import build_extractor
+    from pixlat.common.processes import join_processes
+    from pixlat.evaluation.features import reference_files
+    from pixlat.evaluation.features.networks import build_extractor
+    from pixlat.evaluation.score.embedded import progress
 
     state = join_processes()
     extractor = build_extractor(protocol.extractor, weights, state.device)
-    entry = {"id": str(keys.id), "digest": digest_of(folder, files, size), "split": keys.split, "crop": "adm_center_crop"}
+    entry = {
+        "id": str(keys.id),
+        "digest": digest_of(folder, files, size),
+        "split": keys.split,
+        "crop": "adm_center_crop",
+    }
     stream = progress(squares(files, size), len(files), "extracting features")
     found = reference_files.build(stream, len(files), extractor, entry)
     if state.is_main_process:
@@ -116,11 +128,13 @@ def build(keys: Keys) -> str:
 
 def image_files(folder: Path) -> list[Path]:
     """Every image file below a folder, by name."""
-    from common.datasets import IMAGE_SUFFIXES
+    from pixlat.common.images.archive import IMAGE_SUFFIXES
 
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if len(files) < 2:
-        raise UserError(f"images={folder} holds {len(files)} image files ({', '.join(IMAGE_SUFFIXES)}). Statistics need at least 2.")
+        raise UserError(
+            f"images={folder} holds {len(files)} image files ({', '.join(IMAGE_SUFFIXES)}). Statistics need at least 2."
+        )
     return files
 
 
@@ -128,8 +142,8 @@ def squares(files: Sequence[Path], size: int) -> Iterator[ImageBatch]:
     """This process's share of the images, centre-cropped."""
     import numpy as np
 
-    from common.crop import read_square
-    from evaluation.collect import batches
+    from pixlat.common.images.crop import read_square
+    from pixlat.evaluation.features.collect import batches
 
     return batches(lambda indices: np.stack([read_square(files[index], size) for index in indices]), len(files))
 
@@ -142,21 +156,21 @@ def digest_of(folder: Path, files: Sequence[Path], size: int) -> str:
     return hasher.hexdigest()
 
 
-# -- show -----------------------------------------------------------------------------------------------------------------------
+# -- show --------------------------------------------------------------------------------------------------------------
 
 
 def show(path: Path) -> str:
     """The arrays of an .npz, or the facts of a built reference."""
-    from common.files import sha256_of
+    from pixlat.common.files import sha256_of
 
     if not path.is_file():
         raise UserError(f"{path} does not exist or is not a file.")
     lines = [f"{path}", f"  {path.stat().st_size:,} bytes, sha256 {sha256_of(path)}"]
     if path.suffix == ".safetensors":
-        from evaluation.reference_files import facts_of
+        from pixlat.evaluation.features.reference_files import facts_of
 
         return "\n".join([*lines, *(f"  {key}: {value}" for key, value in facts_of(path).items())])
-    from evaluation.arrays import describe_arrays
+    from pixlat.evaluation.features.arrays import describe_arrays
 
     return "\n".join([*lines, *(f"  {line}" for line in describe_arrays(path))])
 

@@ -1,15 +1,20 @@
-"""Evaluates a run, a released checkpoint, a folder of images or an .npz of samples under any protocol, and writes a record.
+"""Evaluates a run, a released checkpoint, a folder of images or an .npz of samples under any protocol,
+and writes a record.
 
-  python evaluation/run.py run=runs/my-run                                   the embedded protocol again, as at the end of training
-  python evaluation/run.py run=runs/my-run protocol=adm256 seeds=[0,1,2]     ImageNet 256 as in the papers, mean and spread of three seeds
+  python evaluation/run.py run=runs/my-run                                   the embedded protocol again,
+                                                                             as at the end of training
+  python evaluation/run.py run=runs/my-run protocol=adm256 seeds=[0,1,2]     ImageNet 256 as in the papers,
+                                                                             mean and spread of three seeds
   python evaluation/run.py run=runs/my-run sample.guidance=2 ema=0.9996      other sampling settings, another average
-  python evaluation/run.py checkpoint=weights.pth method=... preset=imagenet256-b data=folder data.num_classes=1000 data.image_size=256 protocol=jit256
+  python evaluation/run.py checkpoint=weights.pth method=... preset=imagenet256-b data=folder \\
+      data.num_classes=1000 data.image_size=256 protocol=jit256
   python evaluation/run.py npz=samples.npz protocol=adm256 labels=balanced uint8=truncate
   python evaluation/run.py images=folder protocol=clean
-  python evaluation/run.py run=runs/a against=runs/b seeds=[0,1,2]           the difference of two models on the same seeds and labels
+  python evaluation/run.py run=runs/a against=runs/b seeds=[0,1,2]           the difference of two models on the same
+                                                                             seeds and labels
 
-`python evaluation/reference.py fetch-plan protocol=adm256` says what files a protocol needs. Nothing is downloaded. With several processes
-(`torchrun --nproc-per-node 8 evaluation/run.py ...`) each makes its share of the images.
+`python evaluation/reference.py fetch-plan protocol=adm256` says what files a protocol needs. Nothing is downloaded.
+With several processes (`torchrun --nproc-per-node 8 evaluation/run.py ...`) each makes its share of the images.
 """
 
 from __future__ import annotations
@@ -20,23 +25,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
-
-from common.command_line import as_command
-from common.config import DataConfig, one_of, require
-from common.errors import UserError
-from evaluation.command import help_text, parse, run_command
-from evaluation.outcome import SPACES, UNKNOWN, keep, record_of_images, record_of_model, table
-from evaluation.protocol import protocol_name
-from evaluation.protocols import EMBEDDED, PROTOCOLS, RECONSTRUCTIONS, check_request
-from evaluation.record import Record
+from pixlat.common.command_line import as_command
+from pixlat.common.config.resolve import one_of, require
+from pixlat.common.config.schema import DataConfig
+from pixlat.common.errors import UserError
+from pixlat.evaluation.command import help_text, parse, run_command
+from pixlat.evaluation.protocols.identity import protocol_name
+from pixlat.evaluation.protocols.named import EMBEDDED, PROTOCOLS, RECONSTRUCTIONS, check_request
+from pixlat.evaluation.records.record import Record
+from pixlat.evaluation.score.outcome import SPACES, UNKNOWN, keep, record_of_images, record_of_model, table
 
 if TYPE_CHECKING:
     import torch
 
-    from evaluation.assess import Request
+    from pixlat.evaluation.score.assess import Request
 
-GROUPS = {"sample": "the method's sampler, as for launch/run.py", "data": "the data set", "model": "the method, for instance where an earlier stage lies"}
+GROUPS = {
+    "sample": "the method's sampler, as for launch/run.py",
+    "data": "the data set",
+    "model": "the method, for instance where an earlier stage lies",
+}
 
 
 @dataclass
@@ -50,14 +58,18 @@ class Keys:
     against: str | None = None  # a second run folder to compare with
     protocol: str = EMBEDDED  # how to measure; see below
     method: str | None = None  # of the released checkpoint, or what made the finished images
-    space: str | None = None  # where the method of finished images denoises: pixel, latent_vae, latent_rae or latent_self; none: unknown
+    #: where the method of finished images denoises: pixel, latent_vae, latent_rae or latent_self; none: unknown
+    space: str | None = None
     preset: str | None = None  # of the released checkpoint
     ema: str | None = None  # which average of the run; none: the one it was evaluated with; raw: the raw weights
     num_images: int | None = None  # none: as the protocol says, or all finished images; fewer of these are a fixed draw
     seeds: list[int] = field(default_factory=lambda: [0])  # sampling seeds; several give mean and spread
     labels: str | None = None  # balanced or random; none: as the protocol says, and unknown for finished images
-    precision: str | None = None  # auto, bf16, tf32 or fp32: what a model samples in; none: its eval.precision. Of finished images: what they were made in
-    uint8: str | None = None  # round or truncate: how samples become uint8; none: the model's eval.uint8, or unknown for finished images
+    #: auto, bf16, tf32 or fp32: what a model samples in; none: its eval.precision.
+    #: Of finished images: what they were made in
+    precision: str | None = None
+    #: round or truncate: how samples become uint8; none: the model's eval.uint8, or unknown for finished images
+    uint8: str | None = None
     batch: int = 50  # images at once
     weights: str | None = None  # the extractor's file; none: looked for by its name
     reference: str | None = None  # the file of reference statistics; none: looked for by its name
@@ -68,7 +80,12 @@ class Keys:
 
 def usage() -> str:
     """Examples, keys and protocols."""
-    lines = [help_text(str(__doc__), Keys, GROUPS), "", "Protocols", f"  {EMBEDDED:<16} the extractor in the package, against the run's own data"]
+    lines = [
+        help_text(str(__doc__), Keys, GROUPS),
+        "",
+        "Protocols",
+        f"  {EMBEDDED:<16} the extractor in the package, against the run's own data",
+    ]
     return "\n".join([*lines, *(f"  {name:<16} {protocol.about}" for name, protocol in PROTOCOLS.items())])
 
 
@@ -76,7 +93,7 @@ def work(arguments: Sequence[str]) -> str:
     """Evaluates, writes the record and returns what to tell."""
     keys, rest = parse(Keys, arguments, tuple(GROUPS))
     check(keys, rest)
-    from common.processes import join_processes
+    from pixlat.common.processes import join_processes
 
     state = join_processes(cpu=keys.device == "cpu")
     request = make_request(keys, state.device)
@@ -95,23 +112,35 @@ def check(keys: Keys, rest: dict[str, str]) -> None:
     """What must be wrong whatever the files hold; said before torch is imported."""
     given = [key for key in ("run", "checkpoint", "images", "npz") if getattr(keys, key) is not None]
     if len(given) != 1:
-        raise UserError(f"give exactly one of run=, checkpoint=, images= and npz=; there is {' and '.join(given) or 'none of them'}.")
+        raise UserError(
+            "give exactly one of run=, checkpoint=, images= and npz=; "
+            f"there is {' and '.join(given) or 'none of them'}."
+        )
     if keys.checkpoint is not None and (keys.method is None or keys.preset is None):
         raise UserError("checkpoint= needs method= and preset=, which say what network the file belongs to.")
     if keys.against is not None and keys.run is None:
         raise UserError("against= compares two runs: give the first as run=.")
     finished = given[0] in ("images", "npz")
     if not finished and keys.labels is not None and keys.protocol == EMBEDDED:
-        raise UserError(f"labels={keys.labels}: the {EMBEDDED} protocol is defined with balanced labels. Leave the key out, or choose another protocol.")
+        raise UserError(
+            f"labels={keys.labels}: the {EMBEDDED} protocol is defined with balanced labels. Leave the key out, "
+            "or choose another protocol."
+        )
     if finished and (odd := [key for key in rest if not key.startswith("data.")]):
         raise UserError(f"{odd[0]} steers a model, and finished images have none.")
     if keys.space is not None:
         require(finished, "space", keys.space, "is known of models; give it with images= or npz= only")
         one_of("space", keys.space, SPACES)
     if finished and keys.precision == "auto":
-        raise UserError("precision=auto: finished images were computed in bf16, tf32 or fp32. Say which, or leave the key out where that is unknown.")
+        raise UserError(
+            "precision=auto: finished images were computed in bf16, tf32 or fp32. Say which, "
+            "or leave the key out where that is unknown."
+        )
     if finished and keys.protocol not in (EMBEDDED, RECONSTRUCTIONS) and rest:
-        raise UserError(f"{next(iter(rest))}: protocol={keys.protocol} compares with its own reference and reads no data set. Leave the key out.")
+        raise UserError(
+            f"{next(iter(rest))}: protocol={keys.protocol} compares with its own reference and reads "
+            "no data set. Leave the key out."
+        )
     refuse_ignored(keys, given[0])
     one_of("device", keys.device, ("auto", "cpu"))
     check_request(keys.protocol, keys.labels, keys.uint8, keys.precision, keys.seeds)
@@ -130,35 +159,44 @@ IGNORED_BY_PROTOCOL = {EMBEDDED: ("weights", "reference"), RECONSTRUCTIONS: ("re
 
 
 def refuse_ignored(keys: Keys, source: str) -> None:
-    """A key that this evaluation would not read is a mistake of the command, not a wish to pass over; source: run, checkpoint, images or npz."""
+    """A key that this evaluation would not read is a mistake of the command, not a wish to pass over; source:
+    run, checkpoint, images or npz.
+    """
     untouched = Keys()
-    for reason, ignored in ((f"{source}=", IGNORED[source]), (f"protocol={keys.protocol}", IGNORED_BY_PROTOCOL.get(keys.protocol, ()))):
+    for reason, ignored in (
+        (f"{source}=", IGNORED[source]),
+        (f"protocol={keys.protocol}", IGNORED_BY_PROTOCOL.get(keys.protocol, ())),
+    ):
         for key in ignored:
             if getattr(keys, key) != getattr(untouched, key):
                 raise UserError(
-                    f"{key}={getattr(keys, key)} is not read with {reason}. Leave it out. `python evaluation/run.py --help` says what each key is for."
+                    f"{key}={getattr(keys, key)} is not read with {reason}. Leave it out. "
+                    "`python evaluation/run.py --help` says what each key is for."
                 )
 
 
 def make_request(keys: Keys, device: torch.device) -> Request:
-    """The command as evaluation/assess.py takes it."""
-    from evaluation.assess import Request
+    """The command as evaluation/score/assess.py takes it."""
+    from pixlat.evaluation.score.assess import Request
 
-    cache = (Path(keys.run).expanduser().parent if keys.run else Path(keys.out)) / ".references"  # a run's is where launch/run.py has it
+    # a run's is where launch/run.py has it
+    cache = (Path(keys.run).expanduser().parent if keys.run else Path(keys.out)) / ".references"
     shared = (keys.labels, keys.uint8, keys.precision, keys.weights, keys.reference)
     return Request(keys.protocol, keys.num_images, tuple(keys.seeds), keys.batch, *shared, cache, device)
 
 
 def model_record(keys: Keys, folder: str | None, rest: dict[str, str], request: Request) -> Record:
     """Samples from a run or a released checkpoint."""
-    from evaluation.assess import assess_model
-    from evaluation.models import load_released, load_run
+    from pixlat.evaluation.score.assess import assess_model
+    from pixlat.evaluation.score.models import load_released, load_run
 
     settings = rest | sampling_keys(keys.precision, keys.uint8)
     if folder is not None:
         model = load_run(Path(folder).expanduser(), settings, keys.ema, request.device)
     else:
-        model = load_released(Path(str(keys.checkpoint)).expanduser(), str(keys.method), str(keys.preset), settings, request.device)
+        model = load_released(
+            Path(str(keys.checkpoint)).expanduser(), str(keys.method), str(keys.preset), settings, request.device
+        )
     return record_of_model(model, assess_model(model, request), request)
 
 
@@ -169,9 +207,9 @@ def sampling_keys(precision: str | None, uint8: str | None) -> dict[str, str]:
 
 def images_record(keys: Keys, rest: dict[str, str], request: Request) -> Record:
     """Measures finished images."""
-    from common.files import sha256_of
-    from evaluation.assess import assess_images
-    from evaluation.samples import open_samples
+    from pixlat.common.files import sha256_of
+    from pixlat.evaluation.features.samples import open_samples
+    from pixlat.evaluation.score.assess import assess_images
 
     data, _ = parse(DataConfig, [f"{key.removeprefix('data.')}={value}" for key, value in rest.items()])
     samples = open_samples(keys.images, keys.npz)
@@ -191,11 +229,17 @@ def save(keys: Keys, rest: dict[str, str], record: Record, folder: str | None) -
 
 def differences(records: Sequence[Record]) -> str:
     """The paired differences of two records."""
-    from evaluation.spread import paired_differences
+    from pixlat.evaluation.metrics.spread import paired_differences
 
     first, second = records
     found = paired_differences(first, second)
-    lines = [f"  {d.metric:<20} {d.value:+.5g} ± {d.se:.2g} (bias-corrected {d.value_bc:+.5g}, {d.deviations:+.1f} standard errors)" for d in found]
+    lines = [
+        (
+            f"  {d.metric:<20} {d.value:+.5g} ± {d.se:.2g} (bias-corrected {d.value_bc:+.5g}, "
+            f"{d.deviations:+.1f} standard errors)"
+        )
+        for d in found
+    ]
     return "\n".join([f"{first['name']} minus {second['name']}, same seeds and labels, paired jackknife", *lines])
 
 

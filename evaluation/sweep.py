@@ -2,8 +2,9 @@
 
   python evaluation/sweep.py run=runs/my-run sample.guidance=1,1.5,2,3 ema=0.999,0.9999 tries=1000 num_images=5000
 
-Comma lists are tried in every combination, each on `tries` images; the lowest distance wins. Its record says how many settings were tried on how
-many samples (`selection`), because the best of many is better than it will be again: the full evaluation uses other seeds than the tries.
+Comma lists are tried in every combination, each on `tries` images; the lowest distance wins. Its record says how many
+settings were tried on how many samples (`selection`), because the best of many is better than it will be again:
+the full evaluation uses other seeds than the tries.
 """
 
 from __future__ import annotations
@@ -15,20 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
-
-from common.command_line import as_command
-from common.config import split_overrides, sweep
-from common.errors import UserError
-from common.files import write_whole
-from evaluation.command import help_text, parse, run_command
-from evaluation.outcome import keep, record_of_model, table
-from evaluation.protocol import protocol_name
-from evaluation.protocols import EMBEDDED, check_request
-from evaluation.run import sampling_keys
+from pixlat.common.command_line import as_command
+from pixlat.common.config.resolve import split_overrides, sweep
+from pixlat.common.errors import UserError
+from pixlat.common.files import write_whole
+from pixlat.evaluation.command import help_text, parse, run_command
+from pixlat.evaluation.protocols.identity import protocol_name
+from pixlat.evaluation.protocols.named import EMBEDDED, check_request
+from pixlat.evaluation.run import sampling_keys
+from pixlat.evaluation.score.outcome import keep, record_of_model, table
 
 if TYPE_CHECKING:
-    from evaluation.assess import Request
+    from pixlat.evaluation.score.assess import Request
 
 RANKING = ("fid", "fd_dinov2", "fd_embedded")  # the first of these that a protocol has decides
 SWEPT_GROUPS = ("sample",)
@@ -55,17 +54,25 @@ class Keys:
 
 def usage() -> str:
     """Example and keys."""
-    return help_text(str(__doc__), Keys, {"sample": "the method's sampler, as for launch/run.py; comma lists are tried", "data": "the data set"})
+    return help_text(
+        str(__doc__),
+        Keys,
+        {"sample": "the method's sampler, as for launch/run.py; comma lists are tried", "data": "the data set"},
+    )
 
 
 def work(arguments: Sequence[str]) -> str:
     """Tries, evaluates, records, and returns what to tell."""
-    lists = {key: values for key, values in split_overrides(arguments).items() if key == "ema" or key.split(".")[0] in SWEPT_GROUPS}
+    lists = {
+        key: values
+        for key, values in split_overrides(arguments).items()
+        if key == "ema" or key.split(".")[0] in SWEPT_GROUPS
+    }
     rest = [argument for argument in arguments if argument.partition("=")[0].strip().lstrip("-") not in lists]
     keys, passed = parse(Keys, rest, ("data", "model"))
     swept = [key for key, values in lists.items() if len(values) > 1]
     check(keys, swept)
-    from common.processes import join_processes
+    from pixlat.common.processes import join_processes
 
     state = join_processes(cpu=keys.device == "cpu")
     folder = Path(str(keys.run)).expanduser()
@@ -79,10 +86,20 @@ def work(arguments: Sequence[str]) -> str:
     record = finish(folder, {**passed, **settings[best]}, final, selection)
     if not state.is_main_process:
         return ""
-    path = keep(record, folder / "evaluations", {**settings[best], "swept": lists, "seeds": keys.seeds, "tries": keys.tries})
+    path = keep(
+        record, folder / "evaluations", {**settings[best], "swept": lists, "seeds": keys.seeds, "tries": keys.tries}
+    )
     tried = [{"setting": setting, "score": score} for setting, score in zip(settings, scores, strict=True)]
     write_whole(path.with_name("sweep.json"), json.dumps({"selection": selection, "tries": tried}, indent=1) + "\n")
-    return "\n".join([*_ranked(settings, scores), "", f"{record['name']}: {protocol_name(record['protocol'])}", table(record), str(path)])
+    return "\n".join(
+        [
+            *_ranked(settings, scores),
+            "",
+            f"{record['name']}: {protocol_name(record['protocol'])}",
+            table(record),
+            str(path),
+        ]
+    )
 
 
 def check(keys: Keys, swept: Sequence[str]) -> None:
@@ -95,17 +112,32 @@ def check(keys: Keys, swept: Sequence[str]) -> None:
         raise UserError("protocol=rfid: reconstructions have no sampling settings to try.")
     check_request(keys.protocol, None, keys.uint8, keys.precision, keys.seeds)
     if keys.try_seed in keys.seeds:
-        raise UserError(f"try_seed={keys.try_seed} is among seeds={keys.seeds}: the chosen setting would be scored on the samples that chose it.")
+        raise UserError(
+            f"try_seed={keys.try_seed} is among seeds={keys.seeds}: "
+            "the chosen setting would be scored on the samples that chose it."
+        )
     if keys.tries < 20:
         raise UserError(f"tries={keys.tries} is too small; it must be at least 20.")
 
 
 def make_request(keys: Keys, folder: Path, device: Any, num_images: int | None, seeds: tuple[int, ...]) -> Request:
-    """The command as evaluation/assess.py takes it."""
-    from evaluation.assess import Request
+    """The command as evaluation/score/assess.py takes it."""
+    from pixlat.evaluation.score.assess import Request
 
     cache = folder.parent / ".references"
-    return Request(keys.protocol, num_images, seeds, keys.batch, None, keys.uint8, keys.precision, keys.weights, keys.reference, cache, device)
+    return Request(
+        keys.protocol,
+        num_images,
+        seeds,
+        keys.batch,
+        None,
+        keys.uint8,
+        keys.precision,
+        keys.weights,
+        keys.reference,
+        cache,
+        device,
+    )
 
 
 def attempt(folder: Path, setting: dict[str, str], request: Request) -> float:
@@ -121,8 +153,8 @@ def finish(folder: Path, setting: dict[str, str], request: Request, selection: d
 
 
 def _evaluate(folder: Path, setting: dict[str, str], request: Request) -> tuple[Any, Any]:
-    from evaluation.assess import assess_model
-    from evaluation.models import load_run
+    from pixlat.evaluation.score.assess import assess_model
+    from pixlat.evaluation.score.models import load_run
 
     overrides = {key: value for key, value in setting.items() if key != "ema"}
     model = load_run(folder, overrides, setting.get("ema"), request.device)
@@ -133,7 +165,9 @@ def _evaluate(folder: Path, setting: dict[str, str], request: Request) -> tuple[
 
 def _ranked(settings: Sequence[dict[str, str]], scores: Sequence[float]) -> list[str]:
     pairs = sorted(zip(scores, settings, strict=True), key=lambda pair: pair[0])
-    return [f"  {score:10.5g}  {' '.join(f'{key}={value}' for key, value in setting.items())}" for score, setting in pairs]
+    return [
+        f"  {score:10.5g}  {' '.join(f'{key}={value}' for key, value in setting.items())}" for score, setting in pairs
+    ]
 
 
 @as_command

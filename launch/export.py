@@ -1,4 +1,6 @@
-"""From a run folder to what can be given away: weights as safetensors, the configuration, and a card that says what they are."""
+"""From a run folder to what can be given away: weights as safetensors, the configuration,
+and a card that says what they are.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +9,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import save_tensors
-from common.config import RunConfig, TrainConfig, ema_names, identity_of, published_score
-from common.ema import decays_by_name
-from common.errors import UserError
-from common.external import RunWeights, run_weights
-from common.files import sha256_of, write_whole
-from evaluation.models import imported_facts, saved_run
-from evaluation.record import RESULT, Record, read_record
-from launch.folder import DATA
-from methods import MethodSpec, get_spec
+from pixlat.common.config.identity import identity_of
+from pixlat.common.config.resolve import ema_names, published_score
+from pixlat.common.config.schema import RunConfig, TrainConfig
+from pixlat.common.errors import UserError
+from pixlat.common.files import sha256_of, write_whole
+from pixlat.common.training.ema import decays_by_name
+from pixlat.common.weights.checkpoint import save_tensors
+from pixlat.common.weights.runs import RunWeights, run_weights
+from pixlat.evaluation.records.record import RESULT, Record, read_record
+from pixlat.evaluation.score.models import imported_facts, saved_run
+from pixlat.launch.job.folder import DATA
+from pixlat.methods import MethodSpec, get_spec
 
 WEIGHTS = "model.safetensors"
 FILES = (WEIGHTS, "config.yaml", DATA, "README.md")
 
 
 def export_run(folder: Path, to: Path, ema: str | None, licence: str) -> str:
-    """Writes the files, with the class names where the run has kept them; `ema` as in evaluation/run.py. Frozen networks stay outside, as in checkpoints."""
+    """Writes the files, with the class names where the run has kept them; `ema` as in evaluation/run.py.
+
+    Frozen networks stay outside, as in checkpoints.
+    """
     run = saved_run(folder, {})
     weights = run_weights(folder, ema)
     if to.exists() and any(to.iterdir()):
@@ -33,8 +40,16 @@ def export_run(folder: Path, to: Path, ema: str | None, licence: str) -> str:
     name = ema or run.eval.ema or next(iter(ema_names(run.train)), "raw")
     decay = decays_by_name(run.train).get(name)
     told = "" if decay is None else str(decay)
-    metadata = {"format": "pt", "method": run.method, "ema": name, "ema_decay": told, "licence": licence, "checkpoint_sha256": weights.sha256}
-    metadata["config_identity"] = identity_of(weights.config)  # `import` compares it with the config.yaml beside the file
+    metadata = {
+        "format": "pt",
+        "method": run.method,
+        "ema": name,
+        "ema_decay": told,
+        "licence": licence,
+        "checkpoint_sha256": weights.sha256,
+    }
+    # `import` compares it with the config.yaml beside the file
+    metadata["config_identity"] = identity_of(weights.config)
     save_tensors({key: tensor.contiguous() for key, tensor in weights.state.items()}, to / WEIGHTS, metadata)
     for file in ("config.yaml", DATA):
         if (folder / file).exists():
@@ -43,47 +58,104 @@ def export_run(folder: Path, to: Path, ema: str | None, licence: str) -> str:
     return "\n".join(str(to / file) for file in FILES if (to / file).exists())
 
 
-def card(folder: Path, run: RunConfig, weights: RunWeights, imported: Mapping[str, Any], ema: str, licence: str, sha256: str) -> str:
+def card(
+    folder: Path, run: RunConfig, weights: RunWeights, imported: Mapping[str, Any], ema: str, licence: str, sha256: str
+) -> str:
     """The model card, with the front matter that Hugging Face reads."""
     spec, preset = get_spec(run.method), run.preset
     record: Record = read_record(folder / RESULT) if (folder / RESULT).exists() else {}
     licence = licence or imported.get("licence", "")
-    front = ["---", f"license: {licence.lower() or 'other'}", "library_name: pixlat", "pipeline_tag: unconditional-image-generation", "---"]
-    return "\n".join([*front, "", f"# {folder.name}", "", f"{spec.title}.", "", f"Method: {spec.paper}; preset `{preset}`.", "",
-        *origin(record, imported, weights, ema), "", *state_of(record, imported, weights, run.train), *scores(record), *expected(spec, preset),
-        "## Use", "", f"    python launch/prepare.py import method={spec.name} file=FOLDER name={folder.name}",
-        f"    python evaluation/run.py run=runs/{folder.name}", "",
-        f"`{WEIGHTS}` (sha256 {sha256}) holds {len(weights.state)} tensors under pixlat's names, `config.yaml` every setting. Frozen networks are not in it.",
-        f"Licence of the weights: {licence or 'not stated'}.", "",
-    ])  # fmt: skip
+    front = [
+        "---",
+        f"license: {licence.lower() or 'other'}",
+        "library_name: pixlat",
+        "pipeline_tag: unconditional-image-generation",
+        "---",
+    ]
+    return "\n".join(
+        [
+            *front,
+            "",
+            f"# {folder.name}",
+            "",
+            f"{spec.title}.",
+            "",
+            f"Method: {spec.paper}; preset `{preset}`.",
+            "",
+            *origin(record, imported, weights, ema),
+            "",
+            *state_of(record, imported, weights, run.train),
+            *scores(record),
+            *expected(spec, preset),
+            "## Use",
+            "",
+            f"    python launch/prepare.py import method={spec.name} file=FOLDER name={folder.name}",
+            f"    python evaluation/run.py run=runs/{folder.name}",
+            "",
+            (
+                f"`{WEIGHTS}` (sha256 {sha256}) holds {len(weights.state)} tensors under pixlat's names, "
+                "`config.yaml` every setting. Frozen networks are not in it."
+            ),
+            f"Licence of the weights: {licence or 'not stated'}.",
+            "",
+        ]
+    )
 
 
 def origin(record: Mapping[str, Any], imported: Mapping[str, Any], weights: RunWeights, ema: str) -> list[str]:
     """Where the weights come from."""
     if imported:
-        return [f"Imported from `{Path(imported['file']).name}` (sha256 {imported['sha256']}, its `{imported['weights']}`), released by the authors."]
+        return [
+            (
+                f"Imported from `{Path(imported['file']).name}` (sha256 {imported['sha256']}, "
+                f"its `{imported['weights']}`), released by the authors."
+            )
+        ]
     data, train = weights.config["data"], record.get("train", {})
-    seen = f" on {train['images_seen']:,} images shown, batch {train['batch']}, {train['optimizer']}, {train['precision']}" if train else ""
+    seen = (
+        f" on {train['images_seen']:,} images shown, batch {train['batch']}, {train['optimizer']}, {train['precision']}"
+        if train
+        else ""
+    )
     commit = f", code {record['code']['git_sha'][:12]}" if record.get("code") else ""
-    return [f"Trained on {record.get('data', {}).get('name', data['name'])}{seen}{commit}. Weights: {ema}, checkpoint sha256 {weights.sha256}."]
+    return [
+        (
+            f"Trained on {record.get('data', {}).get('name', data['name'])}{seen}{commit}. Weights: {ema}, "
+            f"checkpoint sha256 {weights.sha256}."
+        )
+    ]
 
 
-def state_of(record: Mapping[str, Any], imported: Mapping[str, Any], weights: RunWeights, train: TrainConfig) -> list[str]:
+def state_of(
+    record: Mapping[str, Any], imported: Mapping[str, Any], weights: RunWeights, train: TrainConfig
+) -> list[str]:
     """Where a run was cut; nothing for one that is finished or was not trained here."""
     if record or imported or "step" not in weights.facts:
         return []
     step = int(weights.facts["step"])
     seen = step * train.batch
     if seen < train.images:
-        return [f"**This run is not finished**: these weights are of step {step:,}, after {seen:,} of {train.images:,} training images.", ""]
-    return [f"**This run is not finished**: its training is (step {step:,}, {seen:,} images), its evaluation has not been.", ""]
+        return [
+            (
+                f"**This run is not finished**: these weights are of step {step:,}, "
+                f"after {seen:,} of {train.images:,} training images."
+            ),
+            "",
+        ]
+    return [
+        f"**This run is not finished**: its training is (step {step:,}, {seen:,} images), its evaluation has not been.",
+        "",
+    ]
 
 
 def scores(record: Mapping[str, Any]) -> list[str]:
     """The measured numbers under their protocol."""
     if not record.get("metrics"):
         return ["Not evaluated.", ""]
-    rows = [f"| {name} | {entry['value']:.5g} | {'' if entry.get('se') is None else format(entry['se'], '.2g')} |" for name, entry in record["metrics"].items()]
+    rows = [
+        f"| {name} | {entry['value']:.5g} | {'' if entry.get('se') is None else format(entry['se'], '.2g')} |"
+        for name, entry in record["metrics"].items()
+    ]
     return [
         f"Protocol `{record['protocol_hash']}`: compare with rows of the same hash only.",
         "",

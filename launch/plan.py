@@ -1,10 +1,13 @@
-"""What a run will take: memory of each GPU, the largest micro-batch, images a second, days and GPU-hours, for training and for sampling.
+"""What a run will take: memory of each GPU, the largest micro-batch, images a second, days and GPU-hours,
+for training and for sampling.
 
   python launch/plan.py method=jit preset=imagenet256-h hardware=h100 nodes=4 gpus=8
-  python launch/plan.py method=jit preset=imagenet256-h hardware=a100 sharding=fsdp2 train.recompute_blocks=true efficiency=0.4
+  python launch/plan.py method=jit preset=imagenet256-h hardware=a100 sharding=fsdp2
+  train.recompute_blocks=true efficiency=0.4
 
-Takes the keys of launch/run.py and those below. Multiply-accumulates and memory are counted without data or GPU; the share of a GPU's peak
-that is reached is an assumption until you give the one that `python evaluation/speed.py` measures on yours.
+Takes the keys of launch/run.py and those below.
+Multiply-accumulates and memory are counted without data or GPU; the share of a GPU's peak that is reached
+is an assumption until you give the one that `python evaluation/speed.py` measures on yours.
 """
 
 from __future__ import annotations
@@ -14,23 +17,21 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
-
-from common.command_line import as_command
-from common.config import RunConfig, one_of, published_score, require, resolve
-from common.errors import UserError
-from evaluation.board import network_name
-from evaluation.command import help_text, parse, run_command
-from methods import get_class, get_spec
+from pixlat.common.command_line import as_command
+from pixlat.common.config.resolve import one_of, published_score, require, resolve
+from pixlat.common.config.schema import RunConfig
+from pixlat.common.errors import UserError
+from pixlat.evaluation.board.groups import network_name
+from pixlat.evaluation.command import help_text, parse, run_command
+from pixlat.methods import get_class, get_spec
 
 if TYPE_CHECKING:
-    from common.memory import StepMemory
-    from methods.base import DataInfo, Method
+    from pixlat.common.accounting.memory import StepMemory
+    from pixlat.methods.base import DataInfo, Method
 
 GROUPS = dict.fromkeys(("method", "preset", "model", "data", "train", "sample"), "as for launch/run.py")
 GIGA, PETA = 1e9, 1e15
@@ -81,7 +82,9 @@ class Keys:
     nodes: int = 1  # machines
     gpus: int = 8  # of each machine
     sharding: str = "ddp"  # ddp or fsdp2
-    efficiency: float | None = None  # share of the peak rate reached in training; none: 0.35 for bf16, 0.4 for tf32, 0.6 for fp32, which are assumptions
+    #: share of the peak rate reached in training; none: 0.35 for bf16, 0.4 for tf32,
+    #: 0.6 for fp32, which are assumptions
+    efficiency: float | None = None
     sampling_efficiency: float | None = None  # the same in sampling; none: that of training
     scaling: float | None = None  # share of a node's speed that each of several nodes keeps; none: 0.95, an assumption
 
@@ -94,9 +97,17 @@ def work(arguments: Sequence[str]) -> str:
     for key in ("nodes", "gpus"):
         require(getattr(keys, key) >= 1, key, getattr(keys, key), "must be at least 1")
     for key in ("efficiency", "sampling_efficiency", "scaling"):
-        require(getattr(keys, key) is None or 0 < getattr(keys, key) <= 1, key, getattr(keys, key), "is a share, above 0 and at most 1")
+        require(
+            getattr(keys, key) is None or 0 < getattr(keys, key) <= 1,
+            key,
+            getattr(keys, key),
+            "is a share, above 0 and at most 1",
+        )
     run = resolve(get_spec(rest.get("method", RunConfig.method)), rest)
-    tell(f"{run.method} {run.preset} on {keys.nodes} x {keys.gpus} {keys.hardware}, a count of half a minute for a large network; loading PyTorch")
+    tell(
+        f"{run.method} {run.preset} on {keys.nodes} x {keys.gpus} {keys.hardware}, "
+        "a count of half a minute for a large network; loading PyTorch"
+    )
     return Plan(keys, run).text()
 
 
@@ -121,9 +132,9 @@ class Plan:
     """One configuration on one cluster."""
 
     def __init__(self, keys: Keys, run: RunConfig) -> None:
-        from common.cost import on_meta
-        from common.datasets import summarise
-        from methods.base import DataInfo
+        from pixlat.common.accounting.macs import on_meta
+        from pixlat.common.datasets.load import summarise
+        from pixlat.methods.base import DataInfo
 
         self.keys, self.run, self.hardware = keys, run, HARDWARE[keys.hardware]
         self.world = keys.nodes * keys.gpus
@@ -131,20 +142,28 @@ class Plan:
         self.tflops = self.hardware.tflops(self.precision)
         self.method_class, self.info = get_class(run.method), DataInfo.of(summarise(run.data))
         self.shapes = on_meta(self.method_class, run.model, self.info)
-        require(run.train.batch % self.world == 0, "train.batch", run.train.batch, f"must be a multiple of the {self.world} GPUs")
+        require(
+            run.train.batch % self.world == 0,
+            "train.batch",
+            run.train.batch,
+            f"must be a multiple of the {self.world} GPUs",
+        )
         self.share = run.train.batch // self.world  # of each GPU in a step
         self.step = cache(self._step)
 
     def _step(self, micro_batch: int, recompute: bool) -> StepMemory:
         """The memory of a step of this GPU's share, cut into micro-batches."""
-        from common.memory import step_memory
+        from pixlat.common.accounting.memory import step_memory
 
         train = replace(self.run.train, recompute_blocks=recompute, precision=self.precision)
         tell(f"memory of a step of {micro_batch} images, blocks {'recomputed' if recompute else 'kept'}")
-        return step_memory(self.method_class, self.run.model, train, self.info, micro_batch, accumulated=micro_batch < self.share)
+        return step_memory(
+            self.method_class, self.run.model, train, self.info, micro_batch, accumulated=micro_batch < self.share
+        )
 
     def bytes_a_gpu(self, step: StepMemory, sharding: str, micro_batch: int) -> int:
-        """Of one process: DDP holds gradients twice (its buckets); FSDP2 a part of everything trained, two whole blocks and what is in no block.
+        """Of one process: DDP holds gradients twice (its buckets); FSDP2 a part of everything trained,
+        two whole blocks and what is in no block.
 
         FSDP2's gradients stay whole while micro-batches are accumulated.
         """
@@ -158,7 +177,9 @@ class Plan:
         return with_gradients - spread + spread // self.world + gathered
 
     def is_possible(self, micro_batch: int) -> bool:
-        """Whether the method's loss can be computed of so many images; a whole share for which it cannot is a UserError."""
+        """Whether the method's loss can be computed of so many images;
+        a whole share for which it cannot is a UserError.
+        """
         try:
             self.shapes.check_micro_batch(micro_batch)
         except UserError:
@@ -168,7 +189,9 @@ class Plan:
         return True
 
     def largest_micro_batch(self, sharding: str, recompute: bool) -> tuple[int, int]:
-        """(the largest divisor of a GPU's share that fits, its bytes a GPU); (0, bytes of one image) where not even that fits."""
+        """(the largest divisor of a GPU's share that fits, its bytes a GPU); (0, bytes of one image)
+        where not even that fits.
+        """
         sizes = [size for size in range(1, self.share + 1) if self.share % size == 0 and self.is_possible(size)]
         low, high = -1, len(sizes) - 1
         held: dict[int, int] = {}
@@ -191,36 +214,78 @@ class Plan:
     def variants(self) -> Iterator[Variant]:
         """With and without recomputed blocks under each sharding, the wanted sharding first."""
         tell("multiply-accumulates of a training step, blocks kept and recomputed")
-        macs = {recompute: training_macs(self.method_class, self.run, self.info, recompute) for recompute in (False, True)}
+        macs = {
+            recompute: training_macs(self.method_class, self.run, self.info, recompute) for recompute in (False, True)
+        }
         for sharding in dict.fromkeys((self.keys.sharding, "ddp", "fsdp2")) if self.world > 1 else ("none",):
             for recompute in (False, True):
-                yield Variant(sharding, recompute, *self.largest_micro_batch(sharding, recompute), macs[recompute], self.rate(macs[recompute], self.efficiency))
+                yield Variant(
+                    sharding,
+                    recompute,
+                    *self.largest_micro_batch(sharding, recompute),
+                    macs[recompute],
+                    self.rate(macs[recompute], self.efficiency),
+                )
 
     def text(self) -> str:
         """The whole plan."""
         keys, run = self.keys, self.run
         variants = list(self.variants())
-        wanted = [each for each in variants if each.sharding == variants[0].sharding and (each.recompute or not run.train.recompute_blocks)]
+        wanted = [
+            each
+            for each in variants
+            if each.sharding == variants[0].sharding and (each.recompute or not run.train.recompute_blocks)
+        ]
         chosen = next((each for each in wanted if each.micro_batch), None)
         fit = f"fits into {USABLE:.0%} of it" + ("" if chosen else ", or of one image")
         lines = [
-            f"{run.method} {run.preset}: {run.train.images:,} images in steps of {run.train.batch}, {self.precision}, on {keys.nodes} x {keys.gpus} "
-            f"{keys.hardware} ({self.hardware.gigabytes:g} GB, {self.tflops:g} TFLOP/s each)",
+            f"{run.method} {run.preset}: {run.train.images:,} images in steps of {run.train.batch}, "
+            f"{self.precision}, on {keys.nodes} x {keys.gpus} {keys.hardware} ({self.hardware.gigabytes:g} GB, "
+            f"{self.tflops:g} TFLOP/s each)",
             "",
             f"Memory of a GPU in GB at the largest micro-batch that {fit}; > is the plan",
             "",
             tabulate(
-                [self.row(each, each is chosen) for each in variants], HEADERS, tablefmt="github", floatfmt=".2f", disable_numparse=[2, 9, 10], colalign=ALIGNED
+                [self.row(each, each is chosen) for each in variants],
+                HEADERS,
+                tablefmt="github",
+                floatfmt=".2f",
+                disable_numparse=[2, 9, 10],
+                colalign=ALIGNED,
             ),
             "",
-            "[counted] tensor by tensor, as without train.compile, which keeps less. Gradients come while activations go: the peak is below the sum.",
-            f"[assumed] {1 - USABLE:.0%} for workspaces and gaps; DDP's second copy of the gradients; the two blocks and the rest that FSDP2 gathers.",
+            (
+                "[counted] tensor by tensor, as without train.compile, which keeps less. "
+                "Gradients come while activations go: the peak is below the sum."
+            ),
+            (
+                f"[assumed] {1 - USABLE:.0%} for workspaces and gaps; DDP's second copy of the gradients; "
+                "the two blocks and the rest that FSDP2 gathers."
+            ),
         ]
         if chosen is None:
             advice = "Take sharding=fsdp2, GPUs with more memory, or more of them."
-            raise UserError("\n".join([*lines, "", f"Not even one image fits into a {keys.hardware} with sharding={keys.sharding}. {advice}"]))
+            raise UserError(
+                "\n".join(
+                    [
+                        *lines,
+                        "",
+                        f"Not even one image fits into a {keys.hardware} with sharding={keys.sharding}. {advice}",
+                    ]
+                )
+            )
         published = published_score(get_spec(run.method), run.preset) or "nothing published"
-        return "\n".join([*lines, "", *self.training(chosen), *self.limits(chosen), *self.stages(), *self.sampling(), f"expected   {published}"])
+        return "\n".join(
+            [
+                *lines,
+                "",
+                *self.training(chosen),
+                *self.limits(chosen),
+                *self.stages(),
+                *self.sampling(),
+                f"expected   {published}",
+            ]
+        )
 
     def row(self, variant: Variant, chosen: bool) -> list[object]:
         """A line of the table; what is spread over the GPUs is shown as a GPU's part."""
@@ -228,7 +293,14 @@ class Plan:
         step, part = self.step(size, variant.recompute), self.world if variant.sharding == "fsdp2" else 1
         whole_gradients = part == 1 or size < self.share
         gradients = step.trained * (2 if variant.sharding == "ddp" else 1) // (1 if whole_gradients else part)
-        parts = (step.weights - step.trained + step.trained // part, gradients, step.optimizer // part, step.averages // part, step.activations, variant.bytes)
+        parts = (
+            step.weights - step.trained + step.trained // part,
+            gradients,
+            step.optimizer // part,
+            step.averages // part,
+            step.activations,
+            variant.bytes,
+        )
         name = f"{'> ' if chosen else ''}{variant.sharding}"
         fits = f"{size} x {self.share // size}" if variant.micro_batch else "none"
         days = self.run.train.images / variant.rate / 86_400
@@ -241,17 +313,28 @@ class Plan:
         seconds, a_node = run.train.images / chosen.rate, chosen.rate / keys.nodes
         size, decoded = self.info.image_size, self.decoded_per_core()
         return [
-            f"training   {chosen.macs / GIGA:.4g} GMACs an image [counted], {share(self.efficiency, keys.efficiency)} of the peak rate"
-            + ("" if keys.nodes == 1 else f", {share(keys.scaling or ASSUMED_SCALING, keys.scaling)} kept across nodes"),
+            (
+                f"training   {chosen.macs / GIGA:.4g} GMACs an image [counted], "
+                f"{share(self.efficiency, keys.efficiency)} of the peak rate"
+            )
+            + (
+                "" if keys.nodes == 1 else f", {share(keys.scaling or ASSUMED_SCALING, keys.scaling)} kept across nodes"
+            ),
             f"           {chosen.rate:,.0f} images/s, {clock(seconds)}, {self.world * seconds / 3600:,.0f} GPU-hours",
-            f"data       a node reads {a_node:,.0f} images/s: {cores(a_node / decoded)} that decode a folder or tars ({decoded} images/s each [measured]),",
-            f"           or {cores(a_node / CACHED_PER_CORE)} and {a_node * 3 * size**2 / GIGA:.2g} GB/s of shards ({CACHED_PER_CORE:,} each [measured])",
+            (
+                f"data       a node reads {a_node:,.0f} images/s: {cores(a_node / decoded)} that decode a folder "
+                f"or tars ({decoded} images/s each [measured]),"
+            ),
+            (
+                f"           or {cores(a_node / CACHED_PER_CORE)} and {a_node * 3 * size**2 / GIGA:.2g} GB/s of shards "
+                f"({CACHED_PER_CORE:,} each [measured])"
+            ),
         ]
 
     def limits(self, chosen: Variant) -> list[str]:
         """What each resource allows in training, in images/s of all GPUs, and which of them binds."""
-        from common.cost import on_meta, tokenizer_macs
-        from common.datasets import ON_DISK
+        from pixlat.common.accounting.macs import on_meta, tokenizer_macs
+        from pixlat.common.datasets.load import ON_DISK
 
         tell("multiply-accumulates of frozen autoencoders")
         encoding = tokenizer_macs(self.method_class, self.run.model, self.info)
@@ -259,17 +342,30 @@ class Plan:
         if encoding:
             encoded = self.rate(encoding, TOKENIZER_SHARE * self.hardware.tf32_tflops / self.tflops)
         found = {"compute": 1 / (1 / alone + 1 / encoded)}
-        told = {"compute": f"{(chosen.macs - encoding) / GIGA:.4g} GMACs at {share(self.efficiency, self.keys.efficiency)} of the peak rate"}
+        told = {
+            "compute": (
+                f"{(chosen.macs - encoding) / GIGA:.4g} GMACs at {share(self.efficiency, self.keys.efficiency)} "
+                "of the peak rate"
+            )
+        }
         if encoding:
             part = found["compute"] / encoded
-            told["compute"] += f", and {encoding / GIGA:.4g} of the VAE at {TOKENIZER_SHARE:.0%} of TF32's [assumed], which takes {part:.0%} of the time"
-        if self.run.data.name in ON_DISK and on_meta(self.method_class, self.run.model, self.info).needs_images(self.info):
+            told["compute"] += (
+                f", and {encoding / GIGA:.4g} of the VAE at {TOKENIZER_SHARE:.0%} of TF32's [assumed], "
+                f"which takes {part:.0%} of the time"
+            )
+        if self.run.data.name in ON_DISK and on_meta(self.method_class, self.run.model, self.info).needs_images(
+            self.info
+        ):
             readers = self.world * max(1, self.run.data.workers)
             per_core = CACHED_PER_CORE if self.run.data.name == "shards" else self.decoded_per_core()
             found["decoding"] = float(readers * per_core)
-            told["decoding"] = f"{readers} loader processes (data.workers), {per_core:,} each [measured], if there are as many cores"
+            told["decoding"] = (
+                f"{readers} loader processes (data.workers), {per_core:,} each [measured], if there are as many cores"
+            )
         if self.keys.nodes > 1:
-            moved = 8 * 2 * self.step(chosen.micro_batch, chosen.recompute).trained  # bits: a ring sends and receives every gradient once each
+            # bits: a ring sends and receives every gradient once each
+            moved = 8 * 2 * self.step(chosen.micro_batch, chosen.recompute).trained
             found["network"] = self.run.train.batch / (moved / (NETWORK_GBPS * 1e9))
             told["network"] = f"gradients over {NETWORK_GBPS} Gbit/s of each GPU [assumed], beside the backward pass"
         return limit_lines(found, told)
@@ -279,25 +375,36 @@ class Plan:
         return DECODED_PER_CORE[min(DECODED_PER_CORE, key=lambda known: abs(known - self.info.image_size))]
 
     def stages(self) -> list[str]:
-        """What the whole training costs with the earlier runs that it is built on, and the networks of others, whose training is not counted."""
-        from common.cost import on_meta
-        from launch.budget import macs_of, stage_macs
+        """What the whole training costs with the earlier runs that it is built on, and the networks of others,
+        whose training is not counted.
+        """
+        from pixlat.common.accounting.macs import on_meta
+        from pixlat.launch.job.budget import macs_of, stage_macs
 
-        earlier = {stage.key: macs for stage in get_spec(self.run.method).stages if (macs := stage_macs(self.run, stage))}
+        earlier = {
+            stage.key: macs for stage in get_spec(self.run.method).stages if (macs := stage_macs(self.run, stage))
+        }
         pretrained = on_meta(self.method_class, self.run.model, self.info).describe(self.run.sample).pretrained
-        others = [f"{network_name(part.name, part.role)} ({part.role})" for part in pretrained if not {part.name, part.role} & earlier.keys()]
+        others = [
+            f"{network_name(part.name, part.role)} ({part.role})"
+            for part in pretrained
+            if not {part.name, part.role} & earlier.keys()
+        ]
         lines = []
         if earlier:
             own = macs_of(self.run)(self.run.train.images)
             parts = ", ".join(f"{key} {macs / PETA:.4g}" for key, macs in earlier.items())
-            lines.append(f"{(own + sum(earlier.values())) / PETA:.4g} PMACs in all [counted]: this run {own / PETA:.4g}, earlier ones: {parts}")
+            lines.append(
+                f"{(own + sum(earlier.values())) / PETA:.4g} PMACs in all [counted]: "
+                f"this run {own / PETA:.4g}, earlier ones: {parts}"
+            )
         if others:
             lines.append(f"not counted, because others trained them: {', '.join(others)}")
         return [f"{'cost' if line is lines[0] else '':<11}{line}" for line in lines]
 
     def sampling(self) -> list[str]:
         """Work and length of 50,000 samples."""
-        from common.cost import on_meta, sampling_cost
+        from pixlat.common.accounting.macs import on_meta, sampling_cost
 
         method = on_meta(self.method_class, self.run.model, self.info)
         if method.task != "generation":
@@ -308,11 +415,17 @@ class Plan:
         rate = self.rate(cost.macs_per_image, given or self.efficiency)
         threads = DRAWING_THREADS if cost.draws <= 1 else 1  # only a first draw is made ahead
         found = {"compute": rate, "noise": self.world * threads * NUMBERS_PER_CORE / max(1, cost.numbers)}
-        drawn = f"{cost.numbers:,} random numbers an image, {NUMBERS_PER_CORE / 1e6:.0f} million/s a core [measured], {cores(threads)} a GPU [assumed]"
+        drawn = (
+            f"{cost.numbers:,} random numbers an image, {NUMBERS_PER_CORE / 1e6:.0f} million/s a core [measured], "
+            f"{cores(threads)} a GPU [assumed]"
+        )
         return [
-            f"sampling   {SAMPLES:,} images of {cost.nfe} evaluations, {cost.macs_per_image / GIGA:,.4g} GMACs each [counted], "
-            f"{share(given or self.efficiency, given)} of the peak rate",
-            f"           {rate:,.3g} images/s, {clock(SAMPLES / rate)}, {self.world * SAMPLES / rate / 3600:,.3g} GPU-hours",
+            f"sampling   {SAMPLES:,} images of {cost.nfe} evaluations, {cost.macs_per_image / GIGA:,.4g} GMACs "
+            f"each [counted], {share(given or self.efficiency, given)} of the peak rate",
+            (
+                f"           {rate:,.3g} images/s, {clock(SAMPLES / rate)}, "
+                f"{self.world * SAMPLES / rate / 3600:,.3g} GPU-hours"
+            ),
             *limit_lines(found, {"compute": "as above", "noise": drawn}),
         ]
 
@@ -320,25 +433,41 @@ class Plan:
 def limit_lines(found: Mapping[str, float], told: Mapping[str, str]) -> list[str]:
     """A line a limit, the one that binds marked; found: images/s of all GPUs."""
     binding = min(found, key=found.__getitem__)
-    lines = [f"{name:<9}{rate:>12,.0f} images/s{' < binds' if name == binding else '':<8}  {told[name]}" for name, rate in found.items()]
+    lines = [
+        f"{name:<9}{rate:>12,.0f} images/s{' < binds' if name == binding else '':<8}  {told[name]}"
+        for name, rate in found.items()
+    ]
     return [f"{'limits' if number == 0 else '':<11}{line}" for number, line in enumerate(lines)]
 
 
 ALIGNED = ("left", "left", "left", *["right"] * 8)
-HEADERS = ("sharding", "blocks", "micro-batch", "parameters", "gradients", "optimizer", "EMAs", "activations", "peak", "images/s", "days")
+HEADERS = (
+    "sharding",
+    "blocks",
+    "micro-batch",
+    "parameters",
+    "gradients",
+    "optimizer",
+    "EMAs",
+    "activations",
+    "peak",
+    "images/s",
+    "days",
+)
 
 
 def training_macs(method_class: type[Method], run: RunConfig, info: DataInfo, recompute: bool) -> int:
     """MACs of an image in training, with everything on; recomputed blocks count twice in their forward pass."""
-    from common.cost import training_cost
-    from common.memory import recompute_blocks
+    from pixlat.common.accounting.macs import training_cost
+    from pixlat.common.training.recompute import recompute_blocks
 
     def recomputing(config: object, data: DataInfo) -> Method:
         method = method_class(config, data)
         recompute_blocks(method)
         return method
 
-    return training_cost(recomputing if recompute else method_class, run.model, info).per_image  # type: ignore[arg-type]  # both are called alike
+    # both are called alike
+    return training_cost(recomputing if recompute else method_class, run.model, info).per_image  # type: ignore[arg-type]
 
 
 def planned_precision(setting: str) -> str:

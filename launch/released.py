@@ -1,4 +1,6 @@
-"""From a file of a method's authors to a run folder that `evaluation/run.py` samples and evaluates, without training."""
+"""From a file of a method's authors to a run folder that `evaluation/run.py` samples and evaluates,
+without training.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +15,37 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from common import checkpoint
-from common.config import RunConfig, identity, load_presets, resolve, to_yaml
-from common.errors import UserError
-from common.external import key_faults, read_tensors
-from common.files import write_whole
-from common.saved_config import IMPORTED_IDENTITY, check_config, read_config
-from common.trainer import load_own_state, own_state
-from evaluation.models import IMPORTED, build, digest_of, saved_settings
-from methods import MethodSpec, get_spec, load_object, registered
-from methods.base import Method, OpenReleased, Released
+from pixlat.common.config.identity import identity, to_yaml
+from pixlat.common.config.resolve import load_presets, resolve
+from pixlat.common.config.saved import IMPORTED_IDENTITY, check_config, read_config
+from pixlat.common.config.schema import RunConfig
+from pixlat.common.errors import UserError
+from pixlat.common.files import write_whole
+from pixlat.common.training.state import load_own_state, own_state
+from pixlat.common.weights import checkpoint
+from pixlat.common.weights.tensors import key_faults, read_tensors
+from pixlat.evaluation.score.models import IMPORTED, build, digest_of, saved_settings
+from pixlat.methods import MethodSpec, get_spec, load_object, registered
+from pixlat.methods.base import Method, OpenReleased, Released
 
 LICENCE_OF_CODE = "of the authors' code; whether it covers the weights was not verified"
 
 
-def import_released(file: Path, folder: Path, method: str, weights: str | None, preset: str | None, licence: str | None, settings: Mapping[str, str]) -> str:
-    """Makes the folder. The architecture is the file's, what shapes do not tell (sampler, objective) a preset's; `settings` override both.
+def import_released(
+    file: Path,
+    folder: Path,
+    method: str,
+    weights: str | None,
+    preset: str | None,
+    licence: str | None,
+    settings: Mapping[str, str],
+) -> str:
+    """Makes the folder.
 
-    A key of the file that the method does not know, or has and the file has not, is a UserError; so is a folder that is there already.
+    The architecture is the file's, what shapes do not tell (sampler, objective) a preset's; `settings` override both.
+
+    A key of the file that the method does not know, or has and the file has not, is a UserError;
+    so is a folder that is there already.
     """
     spec = get_spec(method)
     if not spec.released:
@@ -60,22 +75,34 @@ def import_released(file: Path, folder: Path, method: str, weights: str | None, 
     }
     write_folder(folder, run, own_state(built), facts)
     shape = ", ".join(f"{key}={value}" for key, value in architecture.items())
-    kept = f"{facts['tensors']} tensors, every one accounted for, sha256 {facts['sha256']}, licence {facts['licence']} ({facts['licence_source']})"
-    return f"{folder}: {spec.title} ({shape}; preset {run.preset})\n  {found.weights}: {kept}\nEvaluate it with: python evaluation/run.py run={folder}"
+    kept = (
+        f"{facts['tensors']} tensors, every one accounted for, sha256 {facts['sha256']}, "
+        f"licence {facts['licence']} ({facts['licence_source']})"
+    )
+    return (
+        f"{folder}: {spec.title} ({shape}; preset {run.preset})\n  {found.weights}: {kept}\nEvaluate it with: "
+        f"python evaluation/run.py run={folder}"
+    )
 
 
 Found = tuple[RunConfig, Method, Released]
 
 
-def from_file(spec: MethodSpec, file: Path, weights: str | None, preset: str | None, settings: Mapping[str, str]) -> Found:
+def from_file(
+    spec: MethodSpec, file: Path, weights: str | None, preset: str | None, settings: Mapping[str, str]
+) -> Found:
     """The configuration of a released file, its method with the weights, and the file."""
     opener: OpenReleased = load_object(spec.released)  # type: ignore[assignment]
     try:
         found = opener(file, weights)
     except UserError:
         raise
-    except Exception as error:  # the architecture is read from a stranger's names and shapes, which may lead to anything
-        raise UserError(f"{file} does not have the layout of a released file of method={spec.name} ({type(error).__name__}: {error}).") from error
+    except Exception as error:
+        # the architecture is read from a stranger's names and shapes, which may lead to anything
+        raise UserError(
+            f"{file} does not have the layout of a released file of method={spec.name} "
+            f"({type(error).__name__}: {error})."
+        ) from error
     found = decided(found, settings)
     run = resolve(spec, {**told(found), "preset": preset or fitting_preset(spec, found), **settings})
     built, _ = build(run)
@@ -84,14 +111,23 @@ def from_file(spec: MethodSpec, file: Path, weights: str | None, preset: str | N
 
 
 def decided(found: Released, settings: Mapping[str, str]) -> Released:
-    """The file with the one of its `choices` that the user's settings name; a UserError asks for it where they leave more than one, or none."""
+    """The file with the one of its `choices` that the user's settings name;
+    a UserError asks for it where they leave more than one, or none.
+    """
     if not found.choices:
         return found
-    left = [choice for choice in found.choices if all(settings.get(f"model.{key}", str(value)) == str(value) for key, value in choice.items())]
+    left = [
+        choice
+        for choice in found.choices
+        if all(settings.get(f"model.{key}", str(value)) == str(value) for key, value in choice.items())
+    ]
     if len(left) == 1:
         return replace(found, model={**found.model, **left[0]})
     listed = ["model." + ", model.".join(f"{key}={value}" for key, value in choice.items()) for choice in found.choices]
-    raise UserError(f"{found.why_choose} Add model.{next(iter(found.choices[0]))}=... to the command, as its authors set it. Possible: {'; '.join(listed)}.")
+    raise UserError(
+        f"{found.why_choose} Add model.{next(iter(found.choices[0]))}=... to the command, as its authors set it. "
+        f"Possible: {'; '.join(listed)}."
+    )
 
 
 def from_export(spec: MethodSpec, folder: Path, settings: Mapping[str, str]) -> Found:
@@ -104,7 +140,9 @@ def from_export(spec: MethodSpec, folder: Path, settings: Mapping[str, str]) -> 
         raise UserError(f"{folder} holds a model of method={run.method}, not of method={spec.name}.")
     built, info = build(run)
     if faults := key_faults(state, {name: tensor.shape for name, tensor in own_state(built).items()}):
-        raise UserError(f"{file} does not fit the config.yaml beside it, {len(faults)} keys differ: {'; '.join(faults[:5])}.")
+        raise UserError(
+            f"{file} does not fit the config.yaml beside it, {len(faults)} keys differ: {'; '.join(faults[:5])}."
+        )
     load_own_state(built, state)
     decay = None if origin["ema_decay"] == "" else float(origin["ema_decay"])
     return run, built, Released(state, {}, info.num_classes, info.image_size, origin["ema"], decay, origin["licence"])
@@ -114,8 +152,13 @@ def metadata_of(file: Path) -> dict[str, str]:
     """What `export` wrote into the head of a file; any other file is a UserError."""
     with safe_open(file, "pt") as opened:
         origin = opened.metadata() or {}
-    if not {"ema", "ema_decay", "licence"} <= set(origin) or not re.fullmatch(r"(\d(\.\d+)?(e-\d+)?)?", origin["ema_decay"]):
-        raise UserError(f"{file} does not say which average it holds, as files of `python launch/prepare.py export` do. Export the run again.")
+    if not {"ema", "ema_decay", "licence"} <= set(origin) or not re.fullmatch(
+        r"(\d(\.\d+)?(e-\d+)?)?", origin["ema_decay"]
+    ):
+        raise UserError(
+            f"{file} does not say which average it holds, as files of `python launch/prepare.py export` do. "
+            "Export the run again."
+        )
     return dict(origin)
 
 
@@ -128,7 +171,9 @@ def weights_file(file: Path) -> Path:
     """The one file in a folder of weights, or the file itself."""
     if not file.is_dir():
         return file
-    inside = [path for path in sorted(file.iterdir()) if path.suffix in (".pth", ".pt", ".safetensors", ".bin", ".ckpt")]
+    inside = [
+        path for path in sorted(file.iterdir()) if path.suffix in (".pth", ".pt", ".safetensors", ".bin", ".ckpt")
+    ]
     if len(inside) != 1:
         raise UserError(f"{file} holds {len(inside)} files of weights. Give one of them as file=.")
     return inside[0]
@@ -152,22 +197,28 @@ def fitting_preset(spec: MethodSpec, found: Released) -> str:
     if not fitting:
         shape = ", ".join(f"{key}={value}" for key, value in found.model.items())
         raise UserError(
-            f"no preset of method={spec.name} has {shape} at {found.image_size} pixels. Give preset=NAME for what the shapes do not tell: {', '.join(runs)}."
+            f"no preset of method={spec.name} has {shape} at {found.image_size} pixels. "
+            f"Give preset=NAME for what the shapes do not tell: {', '.join(runs)}."
         )
     return max(fitting, key=lambda name: runs[name].train.images)
 
 
 def fits(run: RunConfig, found: Released) -> bool:
     """Whether a configuration has the file's numbers."""
-    return run.data.image_size == found.image_size and all(getattr(run.model, key) == value for key, value in found.model.items())
+    return run.data.image_size == found.image_size and all(
+        getattr(run.model, key) == value for key, value in found.model.items()
+    )
 
 
 def write_folder(folder: Path, run: RunConfig, state: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
     """config.yaml, imported.json and one checkpoint of an identity that no training continues."""
     folder.mkdir(parents=True, exist_ok=True)
     origin = json.dumps(facts, indent=1) + "\n"
-    bound = {"config_identity": identity(run), "imported_sha256": digest_of(origin)}  # a later change of either file shows
-    saved = checkpoint.Checkpoint({"model": state}, {"identity": IMPORTED_IDENTITY, "step": 0, "images_seen": 0, **bound})
+    # a later change of either file shows
+    bound = {"config_identity": identity(run), "imported_sha256": digest_of(origin)}
+    saved = checkpoint.Checkpoint(
+        {"model": state}, {"identity": IMPORTED_IDENTITY, "step": 0, "images_seen": 0, **bound}
+    )
     checkpoint.save(folder / "checkpoints", 0, saved, keep=1)
     write_whole(folder / IMPORTED, origin)
     write_whole(folder / "config.yaml", to_yaml(run))  # last: a folder without it is none

@@ -1,4 +1,6 @@
-"""The one command: `python launch/run.py method=jit`. Trains, samples, evaluates, writes a record and shows the leaderboard.
+"""The one command: `python launch/run.py method=jit`.
+
+Trains, samples, evaluates, writes a record and shows the leaderboard.
 
 Nothing here imports torch before the configuration is known to be right: `--help` and a wrong key answer at once.
 """
@@ -7,29 +9,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
-
-from common.command_line import as_command
-from common.config import RunConfig, describe, load_presets, resolve, split_overrides, sweep
-from common.errors import UserError
-from common.progress import say_last
-from launch.budget import within_budget
-from launch.sites import with_site
-from methods import MethodSpec, get_spec, registered
+from pixlat.common.command_line import as_command
+from pixlat.common.config.explain import describe
+from pixlat.common.config.resolve import load_presets, resolve, split_overrides, sweep
+from pixlat.common.config.schema import RunConfig
+from pixlat.common.errors import UserError
+from pixlat.common.progress import say_last
+from pixlat.launch.cluster.sites import with_site
+from pixlat.launch.job.budget import within_budget
+from pixlat.methods import MethodSpec, get_spec, registered
 
 USAGE = """\
 pixlat: pixel space against latent space in image generation
 
-  python launch/run.py method=jit                                  train, sample, evaluate and rank the demo on the embedded data (minutes on a laptop)
+  python launch/run.py method=jit   train, sample, evaluate and rank the demo on the embedded data (minutes on a laptop)
   python launch/run.py method=jit preset=imagenet256-b data.path=/data/imagenet/train
   python launch/run.py method=jit data=folder data.path=~/photos data.image_size=64 name=photos
   python launch/run.py method=jit seed=0,1,2 train.lr=1e-3,2e-3    comma lists sweep: six runs, one after the other
   python launch/run.py method=jit preset=imagenet256-h dry_run=true    what it would do and cost; writes nothing
-  python launch/run.py method=jit preset=imagenet256-b data.path=... cluster=slurm cluster.partition=... cluster.nodes=4 cluster.gpus_per_node=8
-                                                                   cluster.timeout_min=1440    the same as a job; a sweep is one array
-  python launch/run.py method=jit,pmf budget.train_macs=1e13 eval.every_images=6400    runs of equal cost, scored as they train
+  python launch/run.py method=jit preset=imagenet256-b data.path=... cluster=slurm cluster.partition=... \\
+      cluster.nodes=4 cluster.gpus_per_node=8 cluster.timeout_min=1440    the same as a job; a sweep is one array
+  python launch/run.py method=jit,pmf budget.train_macs=1e13 eval.every_images=6400    equal cost, scored as they train
   python launch/status.py                                          how all runs are: state, progress, time left, log
 
 The same command again resumes the run, or says that it is finished. It never overwrites.
@@ -37,15 +38,24 @@ The same command again resumes the run, or says that it is finished. It never ov
 
 
 def help_text(method: str | None = None) -> str:
-    """Examples and methods; with a method, its presets and every key of its runs with type, default and meaning instead."""
+    """Examples and methods; with a method, its presets and every key of its runs with type,
+    default and meaning instead.
+    """
     if method is not None:
         return "\n".join(method_help(get_spec(method)))
-    lines = [USAGE, "Methods; `python launch/run.py method=NAME --help` prints the presets of one and every key", *map(method_line, sorted(registered()))]
+    lines = [
+        USAGE,
+        "Methods; `python launch/run.py method=NAME --help` prints the presets of one and every key",
+        *map(method_line, sorted(registered())),
+    ]
     return "\n".join(lines)
 
 
 def method_line(name: str) -> str:
-    """The method's line of the help. A plug-in that cannot be imported gets a line that says why, and hides no other method."""
+    """The method's line of the help.
+
+    A plug-in that cannot be imported gets a line that says why, and hides no other method.
+    """
     try:
         spec = get_spec(name)
     except UserError as error:
@@ -85,7 +95,10 @@ def configurations(arguments: Sequence[str]) -> list[RunConfig]:
     choices = [with_site(choice) for choice in sweep(split_overrides(arguments))]
     for choice in choices:
         if "train.images" in choice and (budget := next((key for key in choice if key.startswith("budget.")), None)):
-            raise UserError(f"train.images={choice['train.images']} and {budget}={choice[budget]} both say how long the training is. Keep one.")
+            raise UserError(
+                f"train.images={choice['train.images']} and {budget}={choice[budget]} both say how long "
+                "the training is. Keep one."
+            )
     runs = [resolve(get_spec(choice.get("method", RunConfig.method)), choice) for choice in choices]
     if len({(run.cluster.name, run.out, run.dry_run) for run in runs}) > 1:
         raise UserError("cluster, out and dry_run cannot be swept: give the command once for each.")
@@ -94,7 +107,9 @@ def configurations(arguments: Sequence[str]) -> list[RunConfig]:
 
 @as_command
 def main() -> int:
-    """Entry point; returns the exit code: 0 finished, 2 a mistake in the command or its inputs, 128 + signal when stopped."""
+    """Entry point; returns the exit code: 0 finished, 2 a mistake in the command or its inputs,
+    128 + signal when stopped.
+    """
     arguments = sys.argv[1:]
     try:
         if asks_for_help(arguments):
@@ -102,10 +117,10 @@ def main() -> int:
             return 0
         runs = [within_budget(run) for run in configurations(arguments)]
         if runs[0].cluster.name != "here":
-            from launch.cluster import submit_all
+            from pixlat.launch.cluster.submit import submit_all
 
             return submit_all(runs)
-        from launch.job import run_all
+        from pixlat.launch.job.execute import run_all
 
         return run_all(runs)
     except UserError as error:

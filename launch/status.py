@@ -1,4 +1,6 @@
-"""How all runs are: `python launch/status.py [FOLDER]`, by default of `runs`. State, progress, time left, score, job and log.
+"""How all runs are: `python launch/status.py [FOLDER]`, by default of `runs`.
+
+State, progress, time left, score, job and log.
 
 It asks `squeue`, not the accounting.
 
@@ -21,20 +23,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, and not another package called `common`
-
 import yaml
 from tabulate import tabulate
 
-from common.command_line import as_command
-from common.errors import UserError
-from common.files import open_regular, read_json, read_rows, read_text
-from common.saved_config import MAX_CONFIG_BYTES
-from evaluation.record import read_record
-from launch.folder import FAILURE, JOBS, LOCK, RESULT, is_locked
-from launch.slurm import JobState, job_states
+from pixlat.common.command_line import as_command
+from pixlat.common.config.saved import MAX_CONFIG_BYTES
+from pixlat.common.errors import UserError
+from pixlat.common.files import open_regular, read_json, read_rows, read_text
+from pixlat.evaluation.records.record import read_record
+from pixlat.launch.cluster.slurm import JobState, job_states
+from pixlat.launch.job.folder import FAILURE, JOBS, LOCK, RESULT, is_locked
 
-SIGNS = ("error:", "Error", "slurmstepd:", "srun: error", "oom", "Killed")  # of a line of a log that says why a job ended
+# of a line of a log that says why a job ended
+SIGNS = ("error:", "Error", "slurmstepd:", "srun: error", "oom", "Killed")
 
 
 LOG_END = 2**16  # bytes; a line has some hundred
@@ -69,8 +70,16 @@ def main() -> int:
     if arguments.json:
         print("\n".join(json.dumps(vars(row)) for row in rows))
         return 0
-    shown = [(row.name, row.state, row.progress, row.images_per_s, row.left, row.score, row.job, row.log) for row in rows]
-    print(tabulate(shown, headers=("run", "state", "done", "images/s", "time left", "score", "job", "log"), disable_numparse=True))
+    shown = [
+        (row.name, row.state, row.progress, row.images_per_s, row.left, row.score, row.job, row.log) for row in rows
+    ]
+    print(
+        tabulate(
+            shown,
+            headers=("run", "state", "done", "images/s", "time left", "score", "job", "log"),
+            disable_numparse=True,
+        )
+    )
     for row in rows:
         if row.reason:
             print(f"\n{row.name}: {row.reason}")
@@ -85,12 +94,16 @@ def statuses(out: Path) -> list[Row]:
 
 
 def guarded_status(folder: Path, jobs: Mapping[str, JobState] | None) -> Row:
-    """How one run is; whatever its files hold, the other runs must be shown, so that any error becomes this run's row."""
+    """How one run is; whatever its files hold, the other runs must be shown,
+    so that any error becomes this run's row.
+    """
     try:
         return status(folder, jobs)
     except Exception as error:
         said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        return Row(folder.name, "damaged", "", "", "", "", "", f"{said} (in {folder})" if str(folder) not in said else said)
+        return Row(
+            folder.name, "damaged", "", "", "", "", "", f"{said} (in {folder})" if str(folder) not in said else said
+        )
 
 
 def status(folder: Path, jobs: Mapping[str, JobState] | None) -> Row:
@@ -102,7 +115,15 @@ def status(folder: Path, jobs: Mapping[str, JobState] | None) -> Row:
     if jobs is None and submitted.get("cluster") == "slurm" and state == "stopped":
         state, reason = "unknown", "the scheduler does not answer"
     reasons = [each for each in (reason, damaged_checkpoint(folder)) if each]
-    return Row(folder.name, state, *progress(folder, state), job_id, log, " ".join(reasons), score(folder) if state == "finished" else "")
+    return Row(
+        folder.name,
+        state,
+        *progress(folder, state),
+        job_id,
+        log,
+        " ".join(reasons),
+        score(folder) if state == "finished" else "",
+    )
 
 
 def score(folder: Path) -> str:
@@ -113,7 +134,9 @@ def score(folder: Path) -> str:
 
 
 def damaged_checkpoint(folder: Path) -> str:
-    """What is wrong with the newest checkpoint by the sizes of its files, or an empty string; digests are a start's business, since they take long."""
+    """What is wrong with the newest checkpoint by the sizes of its files, or an empty string;
+    digests are a start's business, since they take long.
+    """
     manifests = sorted(folder.glob("checkpoints/step-*/manifest.json"))
     if not manifests:
         return ""
@@ -121,7 +144,9 @@ def damaged_checkpoint(folder: Path) -> str:
     for name, expected in read_json(manifests[-1]).items():
         file = newest / name
         if not file.is_file() or file.stat().st_size != expected["bytes"]:
-            found = f"has {file.stat().st_size} bytes instead of {expected['bytes']}" if file.is_file() else "is missing"
+            found = (
+                f"has {file.stat().st_size} bytes instead of {expected['bytes']}" if file.is_file() else "is missing"
+            )
             return f"The newest checkpoint is damaged: {file} {found}."
     return ""
 
@@ -159,7 +184,9 @@ def last_words(log: str) -> str:
     with Path(log).open("rb") as file:
         file.seek(max(0, Path(log).stat().st_size - 20_000))
         lines = file.read().decode(errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if any(sign in line for sign in SIGNS)), "the log does not say why.")
+    return next(
+        (line.strip() for line in reversed(lines) if any(sign in line for sign in SIGNS)), "the log does not say why."
+    )
 
 
 def progress(folder: Path, state: str) -> tuple[str, str, str]:
@@ -176,16 +203,28 @@ def progress(folder: Path, state: str) -> tuple[str, str, str]:
 
 
 def training_images(folder: Path) -> int:
-    """train.images of a config.yaml, by the fast reader: whoever starts the run checks all of it (common/saved_config.py)."""
+    """train.images of a config.yaml, by the fast reader:
+    whoever starts the run checks all of it (common/config/saved.py).
+    """
     file = folder / "config.yaml"
     try:
-        return int(yaml.load(read_text(file, MAX_CONFIG_BYTES), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["train"]["images"])
+        return int(
+            yaml.load(read_text(file, MAX_CONFIG_BYTES), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["train"][
+                "images"
+            ]
+        )
     except (yaml.YAMLError, RecursionError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is damaged: {str(error).partition(chr(10))[0] or type(error).__name__}. Restore it, or remove the folder.") from error
+        raise UserError(
+            f"{file} is damaged: {str(error).partition(chr(10))[0] or type(error).__name__}. "
+            "Restore it, or remove the folder."
+        ) from error
 
 
 def last_row(file: Path) -> dict[str, Any] | None:
-    """The last whole line of a log, of which only the end is read; None where there is none. A damaged one is a UserError."""
+    """The last whole line of a log, of which only the end is read; None where there is none.
+
+    A damaged one is a UserError.
+    """
     if not file.exists():
         return None
     with open_regular(file) as stream:

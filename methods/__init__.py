@@ -10,34 +10,37 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, cast
 
-from common.errors import UserError, close_match
+from pixlat.common.errors import UserError, close_match
 
 if TYPE_CHECKING:
-    from methods.base import Method
+    from pixlat.common.method import Method
 
 ENTRY_POINT_GROUP = "pixlat.methods"
 log = logging.getLogger("pixlat")
 
-# name -> "module:attribute" of a MethodSpec. Another package registers its method through an entry point of the group above.
+# name -> "module:attribute" of a MethodSpec.
+# Another package registers its method through an entry point of the group above.
 METHODS: dict[str, str] = {
-    "jit": "methods.jit.config:SPEC",
-    "rae": "methods.rae.config:SPEC",
-    "rae_decoder": "methods.rae.config:DECODER_SPEC",
-    "dsd": "methods.dsd.config:SPEC",
-    "dit": "methods.reg.config:DIT",
-    "sit": "methods.reg.config:SIT",
-    "repa": "methods.reg.config:REPA",
-    "reg": "methods.reg.config:REG",
-    "vae": "methods.vae.config:SPEC",
-    "pmf": "methods.pmf.config:SPEC",
+    "jit": "pixlat.methods.jit.config:SPEC",
+    "rae": "pixlat.methods.rae.config:SPEC",
+    "rae_decoder": "pixlat.methods.rae.config:DECODER_SPEC",
+    "dsd": "pixlat.methods.dsd.config:SPEC",
+    "dit": "pixlat.methods.reg.config:DIT",
+    "sit": "pixlat.methods.reg.config:SIT",
+    "repa": "pixlat.methods.reg.config:REPA",
+    "reg": "pixlat.methods.reg.config:REG",
+    "vae": "pixlat.methods.vae.config:SPEC",
+    "pmf": "pixlat.methods.pmf.config:SPEC",
 }
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A run that must come first: `model.<key>` names its run folder (or a released file), and "train" trains it before.
+    """A run that must come first: `model.<key>` names its run folder (or a released file),
+    and "train" trains it before.
 
-    shipped: weights of such a run that are part of the package, by the value of `model.<key>`, with the file of their card, which tells their cost.
+    shipped: weights of such a run that are part of the package, by the value of `model.<key>`,
+    with the file of their card, which tells their cost.
     """
 
     key: str
@@ -47,7 +50,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method as the command line sees it. The module that holds it must not import torch: `--help` answers in under a second."""
+    """A method as the command line sees it.
+
+    The module that holds it must not import torch: `--help` answers in under a second.
+    """
 
     name: str
     title: str  # one line for --help
@@ -61,7 +67,9 @@ class MethodSpec:
 
 
 def registered() -> dict[str, str]:
-    """All methods, built in and from other packages' entry points, name -> "module:attribute"; a built-in name cannot be taken."""
+    """All methods, built in and from other packages' entry points, name -> "module:attribute";
+    a built-in name cannot be taken.
+    """
     return {**plugins(), **METHODS}
 
 
@@ -72,7 +80,12 @@ def plugins() -> dict[str, str]:
     for point in entry_points(group=ENTRY_POINT_GROUP):
         if point.name in METHODS:
             package = point.dist.name if point.dist else point.value
-            log.warning("The package %s registers a method %r, which is the name of a built-in method. It is ignored: rename it.", package, point.name)
+            log.warning(
+                "The package %s registers a method %r, which is the name of a built-in method. "
+                "It is ignored: rename it.",
+                package,
+                point.name,
+            )
         else:
             found[point.name] = point.value
     return found
@@ -88,15 +101,23 @@ def get_spec(name: str) -> MethodSpec:
     """The spec of a registered method. An unknown name, and a plug-in that cannot be imported, are UserErrors."""
     options = registered()
     if name not in options:
-        raise UserError(f"method={name!r} is not registered.{close_match(name, options)} Methods: {', '.join(sorted(options))}.")
+        raise UserError(
+            f"method={name!r} is not registered.{close_match(name, options)} Methods: {', '.join(sorted(options))}."
+        )
     try:
         spec = load_object(options[name])
     except (ImportError, AttributeError) as error:
         if name in METHODS:
             raise
-        raise UserError(f"method={name!r} is a plug-in that cannot be loaded from {options[name]!r} ({error}). Install its package again.") from error
+        raise UserError(
+            f"method={name!r} is a plug-in that cannot be loaded from {options[name]!r} ({error}). "
+            "Install its package again."
+        ) from error
     if not isinstance(spec, MethodSpec):
-        raise UserError(f"method={name!r} is registered as {options[name]!r}, which is a {type(spec).__name__} and not a MethodSpec.")
+        raise UserError(
+            f"method={name!r} is registered as {options[name]!r}, "
+            f"which is a {type(spec).__name__} and not a MethodSpec."
+        )
     return spec
 
 

@@ -1,4 +1,7 @@
-"""What test_claims.py gives to processes of their own in the place of a claim. Imports nothing heavy, as every process imports it anew."""
+"""What test_claims.py gives to processes of their own in the place of a claim.
+
+Imports nothing heavy, as every process imports it anew.
+"""
 
 import os
 import signal

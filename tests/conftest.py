@@ -1,15 +1,16 @@
 """What several test files need: one thread, and the smallest run of a method."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for child processes; two cores are shared by parallel workers
+# For child processes: one thread, as two cores are shared by parallel workers,
+# and the package of this checkout, wherever they work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -7,7 +7,9 @@ import numpy as np
 
 
 def flips(path: Path, sample: int | None = None, seed: int = 0) -> Iterator[str]:
-    """Writes the file with one bit flipped, for every bit or a seeded sample, and yields where; the file is as it was afterwards."""
+    """Writes the file with one bit flipped, for every bit or a seeded sample, and yields where;
+    the file is as it was afterwards.
+    """
     content = path.read_bytes()
     bits = np.arange(8 * len(content))
     if sample is not None and sample < len(bits):

@@ -4,13 +4,22 @@ from typing import Any
 
 import torch
 
-from methods.base import Batch, DataInfo
-from methods.dsd.config import DsdConfig
-from methods.dsd.method import DsdMethod
+from pixlat.methods.base import Batch, DataInfo
+from pixlat.methods.dsd.config import DsdConfig
+from pixlat.methods.dsd.method import DsdMethod
 
 INFO = DataInfo("toy", num_classes=3, image_size=8, num_train=40)  # as tests/toys.py
 BARE: dict[str, Any] = {"perceptual": "none", "gan_weight": 0.0, "align": "none"}
-SMALL: dict[str, Any] = {"depth": 3, "width": 32, "heads": 4, "patch": 2, "latent_channels": 8, "projector_width": 24, "health_every": 2, **BARE}
+SMALL: dict[str, Any] = {
+    "depth": 3,
+    "width": 32,
+    "heads": 4,
+    "patch": 2,
+    "latent_channels": 8,
+    "projector_width": 24,
+    "health_every": 2,
+    **BARE,
+}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "full": {},
     "naive": {"target": "live", "predict": "v", "ema": False, "mask": False},

@@ -27,7 +27,11 @@ Entry = tuple[str, str, bytes]  # synset, name, content
 
 def entries(per_class: int = 4, start: int = 0) -> list[Entry]:
     """Images of three classes."""
-    return [(synset, f"{synset}_{number:04d}.JPEG", photo(start + per_class * c + number)) for c, synset in enumerate(SYNSETS) for number in range(per_class)]
+    return [
+        (synset, f"{synset}_{number:04d}.JPEG", photo(start + per_class * c + number))
+        for c, synset in enumerate(SYNSETS)
+        for number in range(per_class)
+    ]
 
 
 def write_folder(root: Path, images: list[Entry]) -> Path:
@@ -60,10 +64,17 @@ def table(images: list[Entry], names: tuple[str, ...] | None = SYNSETS):
     """As `datasets` writes it: a struct of bytes and path, a class number, class names in the metadata."""
     import pyarrow as pa
 
-    column = pa.array([{"bytes": content, "path": name} for _, name, content in images], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-    found = pa.table({"image": column, "label": pa.array([SYNSETS.index(synset) for synset, _, _ in images], pa.int64())})
+    column = pa.array(
+        [{"bytes": content, "path": name} for _, name, content in images],
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    )
+    found = pa.table(
+        {"image": column, "label": pa.array([SYNSETS.index(synset) for synset, _, _ in images], pa.int64())}
+    )
     features = {"image": {"_type": "Image"}, "label": {"names": list(names or ()), "_type": "ClassLabel"}}
-    return found.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}) if names else found
+    return (
+        found.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}) if names else found
+    )
 
 
 def write_parquet(file: Path, images: list[Entry], rows: int = 3, names: tuple[str, ...] | None = SYNSETS) -> Path:

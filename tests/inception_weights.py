@@ -10,7 +10,10 @@ def random_inception(path: Path) -> Path:
     """A state dict file, scaled so that activations neither die nor explode over the 48 layers."""
     from torch_fidelity import feature_extractor_inceptionv3 as theirs
 
-    with mock.patch.object(theirs, "load_state_dict_from_url"), mock.patch.object(theirs.FeatureExtractorInceptionV3, "load_state_dict"):
+    with (
+        mock.patch.object(theirs, "load_state_dict_from_url"),
+        mock.patch.object(theirs.FeatureExtractorInceptionV3, "load_state_dict"),
+    ):
         network = theirs.FeatureExtractorInceptionV3("random", ["2048"])
     generator = torch.Generator().manual_seed(0)
     for name, tensor in network.state_dict().items():

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from methods.base import DataInfo
-from methods.jit.config import JiTConfig
-from methods.jit.method import JiTMethod
+from pixlat.methods.base import DataInfo
+from pixlat.methods.jit.config import JiTConfig
+from pixlat.methods.jit.method import JiTMethod
 
 TINY = {"depth": 4, "width": 96, "heads": 6, "patch": 8, "bottleneck": 24, "context_tokens": 5, "context_start": 2}
 SMALL = {"depth": 2, "width": 24, "heads": 2, "patch": 4, "bottleneck": 8, "context_tokens": 2, "context_start": 1}

@@ -7,8 +7,9 @@
 
 Debian's packages are enough: apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge
 
-Everything lives in FOLDER; the daemons are plain processes of the caller, without systemd, cgroups or anything under /etc. A node is one more
-slurmd, named after a loopback address (127.0.0.11, ...), because submitit makes node names into MASTER_ADDR and they must resolve inside jobs.
+Everything lives in FOLDER; the daemons are plain processes of the caller, without systemd,
+cgroups or anything under /etc. A node is one more slurmd, named after a loopback address (127.0.0.11, ...),
+because submitit makes node names into MASTER_ADDR and they must resolve inside jobs.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ STOP_ORDER = ("slurmd", "slurmctld", "munged")  # all of them sign with munge
 
 Process = dict[str, Any]  # name, pid, and the kernel's start time, because a pid can be used again
 
-# submitit asks sacct how a job ended. Without an accounting database the controller still knows, and tells it through squeue.
+# submitit asks sacct how a job ended. Without an accounting database the controller still knows,
+# and tells it through squeue.
 SACCT = """\
 #!/bin/sh
 ids=
@@ -48,8 +50,10 @@ echo "JobID|State|NodeList"
 exec squeue --noheader --states=all --format="%i|%T|%N" ${ids:+--jobs="${ids#,}"}
 """
 
-# cred_expire is how long a requeued job has to wait (default 120 s), and sched_interval another part of it (default 60 s).
-# config_overrides lets a node claim more than the machine has, so that the request meant for a large cluster can be submitted here.
+# cred_expire is how long a requeued job has to wait (default 120 s),
+# and sched_interval another part of it (default 60 s).
+# config_overrides lets a node claim more than the machine has, so that the request meant for a large
+# cluster can be submitted here.
 # FirstJobId: a result that an older job of the same number left would be taken for the new job's.
 # "urgent" takes the nodes of jobs in "main", which are signalled and have GraceTime seconds left.
 CONFIG = """\
@@ -108,16 +112,23 @@ class Cluster:
 
     def client(self, *command: str, seconds: float = 20) -> str:
         """The output of a Slurm command; bounded, because without a controller most of them wait for minutes."""
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=seconds, check=True).stdout
+        return subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=seconds, check=True
+        ).stdout
 
     def processes(self) -> list[Process]:
         """The daemons that were started here, also those that have ended."""
         return json.loads(self.state_file.read_text()) if self.state_file.exists() else []
 
-    # -- start ------------------------------------------------------------------------------------------------------------------
+    # -- start ---------------------------------------------------------------------------------------------------------
 
-    def start(self, nodes: int = 2, cpus: int = 8, memory_mb: int = 64_000, gpus: int = 0, seconds: float = 30) -> list[str]:
-        """Starts the daemons and waits until all nodes are idle; returns the nodes' names. After a failure nothing is left running."""
+    def start(
+        self, nodes: int = 2, cpus: int = 8, memory_mb: int = 64_000, gpus: int = 0, seconds: float = 30
+    ) -> list[str]:
+        """Starts the daemons and waits until all nodes are idle; returns the nodes' names.
+
+        After a failure nothing is left running.
+        """
         self.check()
         if any(map(is_alive, self.processes())):
             raise ClusterError(f"a cluster is running in {self.folder}; stop it first")
@@ -143,31 +154,44 @@ class Cluster:
     def check(self) -> None:
         """Refuses a machine without Slurm, and a folder that its sockets or its configuration cannot name."""
         if missing := [name for name in DAEMONS if not shutil.which(name, path=self.environment["PATH"])]:
-            raise ClusterError(f"not found: {', '.join(missing)}. apt-get install -y --no-install-recommends {PACKAGES}")
+            raise ClusterError(
+                f"not found: {', '.join(missing)}. apt-get install -y --no-install-recommends {PACKAGES}"
+            )
         longest = self.folder / "spool/127.0.0.200/127.0.0.200_1234567.4294967290"  # slurmstepd's socket
         if len(str(longest)) > MAX_SOCKET_PATH or any(sign in str(self.folder) for sign in " \t#=,[]%\\\"'"):
-            raise ClusterError(f"the path is too long for sockets or has signs that slurm.conf cannot hold: {self.folder}. Choose a shorter one.")
+            raise ClusterError(
+                "the path is too long for sockets or has signs that slurm.conf cannot hold: "
+                f"{self.folder}. Choose a shorter one."
+            )
 
     def write_config(self, names: list[str], cpus: int, memory_mb: int, gpus: int) -> None:
         """slurm.conf, cgroup.conf, and gres.conf where there are GPUs."""
         port, *ports = free_ports(len(names) + 1)
         host, gres = socket.gethostname().split(".")[0], f"Gres=gpu:{gpus} " if gpus else ""
         lines = [
-            f"NodeName={name} NodeHostname={host} NodeAddr={name} Port={p} CPUs={cpus} RealMemory={memory_mb} {gres}State=UNKNOWN"
+            (
+                f"NodeName={name} NodeHostname={host} NodeAddr={name} Port={p} CPUs={cpus} "
+                f"RealMemory={memory_mb} {gres}State=UNKNOWN"
+            )
             for name, p in zip(names, ports, strict=True)
         ]
         text = CONFIG.format(
-            host=host, port=port, user=pwd.getpwuid(os.geteuid()).pw_name, folder=self.folder, memory_per_cpu=max(1, memory_mb // cpus),
-            first_job=1 + int(time.time()) % 60_000_000, gres_types="GresTypes=gpu" if gpus else "", nodes="\n".join(lines),
+            host=host, port=port, user=pwd.getpwuid(os.geteuid()).pw_name,
+            folder=self.folder, memory_per_cpu=max(1, memory_mb // cpus),
+            first_job=1 + int(time.time()) % 60_000_000,
+            gres_types="GresTypes=gpu" if gpus else "", nodes="\n".join(lines),
         )  # fmt: skip
         (self.folder / "slurm.conf").write_text(text)
-        # slurmd loads a cgroup plugin even if nothing uses it; the one that it detects wants systemd, this one nothing. Slurm 24.05 can do without.
+        # slurmd loads a cgroup plugin even if nothing uses it; the one that it detects wants systemd,
+        # this one nothing. Slurm 24.05 can do without.
         version = tuple(int(part) for part in self.client("slurmd", "-V").split()[-1].split(".")[:2])
         (self.folder / "cgroup.conf").write_text(f"CgroupPlugin={'disabled' if version >= (24, 5) else 'cgroup/v1'}\n")
         for i in range(gpus):  # a GPU must be a character device to be handed out, and a link to /dev/null is one
             (self.folder / f"dev/gpu{i}").symlink_to("/dev/null")
         if gpus:
-            (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/dev/gpu{f'[0-{gpus - 1}]' if gpus > 1 else '0'}\n")
+            (self.folder / "gres.conf").write_text(
+                f"Name=gpu File={self.folder}/dev/gpu{f'[0-{gpus - 1}]' if gpus > 1 else '0'}\n"
+            )
 
     def start_munge(self) -> None:
         """munged with a key and a socket of its own; --force, because it distrusts folders that others cannot enter."""
@@ -178,7 +202,12 @@ class Cluster:
         self.spawn("munged", ["munged", "--foreground", "--force", f"--socket={sock}", f"--key-file={key}", *own_files])
 
         def answers() -> bool:
-            return subprocess.run(["munge", "-n", "-S", str(sock)], env=self.environment, capture_output=True, check=False).returncode == 0
+            return (
+                subprocess.run(
+                    ["munge", "-n", "-S", str(sock)], env=self.environment, capture_output=True, check=False
+                ).returncode
+                == 0
+            )
 
         if not wait_for(answers, 10):
             raise ClusterError(f"munged does not answer\n{self.log_tails(['munged'])}")
@@ -191,8 +220,20 @@ class Cluster:
     def spawn(self, name: str, command: list[str]) -> None:
         """Starts a daemon that outlives this process and keeps it in mind; a signal in between is put off."""
         with (self.folder / f"log/{name}.out").open("ab") as out, signals_held():
-            child = subprocess.Popen(command, env=self.environment, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
-            self.state_file.write_text(json.dumps([*self.processes(), {"name": name, "pid": child.pid, "start": started_at(child.pid)}], indent=1))
+            child = subprocess.Popen(
+                command,
+                env=self.environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+            self.state_file.write_text(
+                json.dumps(
+                    [*self.processes(), {"name": name, "pid": child.pid, "start": started_at(child.pid)}], indent=1
+                )
+            )
 
     def wait_idle(self, names: Iterable[str], seconds: float) -> None:
         """Until every node is idle; a daemon that ends meanwhile is an error with the end of its log."""
@@ -208,14 +249,20 @@ class Cluster:
                 return False
 
         if not wait_for(ready, seconds):
-            raise ClusterError(f"nodes are not idle after {seconds} s\n{self.log_tails([p['name'] for p in self.processes()])}")
+            raise ClusterError(
+                f"nodes are not idle after {seconds} s\n{self.log_tails([p['name'] for p in self.processes()])}"
+            )
 
     def log_tails(self, names: Iterable[str], lines: int = 15) -> str:
         """The ends of the daemons' logs."""
-        found = [path for name in names for path in sorted((self.folder / "log").glob(f"{name}.*")) if path.stat().st_size]
-        return "\n".join(f"--- {path}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) for path in found)
+        found = [
+            path for name in names for path in sorted((self.folder / "log").glob(f"{name}.*")) if path.stat().st_size
+        ]
+        return "\n".join(
+            f"--- {path}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) for path in found
+        )
 
-    # -- stop -------------------------------------------------------------------------------------------------------------------
+    # -- stop ----------------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
         """Cancels all jobs, then ends the daemons, then whatever the jobs left behind."""
@@ -236,18 +283,24 @@ class Cluster:
                 wait_for(lambda: not self.client("squeue", "-h", "-o", "%A").split(), 15, 0.3)
 
     def leftovers(self) -> list[Process]:
-        """Processes of this cluster's jobs and their step daemons, by the SLURM_CONF in their environment; the caller's own family is not meant."""
+        """Processes of this cluster's jobs and their step daemons, by the SLURM_CONF in their environment;
+        the caller's own family is not meant.
+        """
         mark, spared = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode(), ancestors(os.getpid())
         found = []
         for pid in set(pids()) - spared:
             variables = environment_of(pid)
-            in_job = any(variable.startswith(b"SLURM_JOB_ID=") for variable in variables) or b"slurmstepd" in command_of(pid)
+            in_job = any(
+                variable.startswith(b"SLURM_JOB_ID=") for variable in variables
+            ) or b"slurmstepd" in command_of(pid)
             if mark in variables and in_job:
                 found.append({"name": "leftover", "pid": pid, "start": started_at(pid)})
         return found
 
     def kill_node(self, name: str) -> None:
-        """What a power failure does to a node: its daemon, its step daemons and the processes of its jobs end at once, without a word."""
+        """What a power failure does to a node: its daemon, its step daemons and the processes of its jobs
+        end at once, without a word.
+        """
         daemon = next(p["pid"] for p in reversed(self.processes()) if p["name"] == f"slurmd.{name}")
         marks = {f"SLURM_CONF={self.environment['SLURM_CONF']}".encode(), f"SLURMD_NODENAME={name}".encode()}
         of_jobs = [pid for pid in pids() if marks <= environment_of(pid)]
@@ -257,7 +310,7 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
 
 
-# -- processes ------------------------------------------------------------------------------------------------------------------
+# -- processes ---------------------------------------------------------------------------------------------------------
 
 
 def started_at(pid: int) -> int | None:

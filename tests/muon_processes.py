@@ -13,10 +13,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from common.muon import Muon
-from common.sharding import whole
+from pixlat.common.training.muon import Muon
+from pixlat.common.training.sharding import whole
 
-SHAPES = [(24, 16), (16, 40), (24, 16), (5, 3), (1, 9), (24, 16), (36, 20)]  # a process has no row of (1, 9); the last one consists of 3
+# a process has no row of (1, 9); the last one consists of 3
+SHAPES = [(24, 16), (16, 40), (24, 16), (5, 3), (1, 9), (24, 16), (36, 20)]
 CASES = list(product((False, True), (False, True)))  # spread over the processes, bf16
 STEPS = 3
 
@@ -30,7 +31,9 @@ def steps(spread: bool, bf16: bool) -> list[torch.Tensor]:
         return distribute_tensor(tensor, mesh, [Shard(0)]) if mesh else tensor
 
     params = [nn.Parameter(placed(k, shape)) for k, shape in enumerate(SHAPES)]
-    optimizer = Muon([{"params": params[:-1]}, {"params": params[-1:], "split": 3, "weight_decay": 0.1}], lr=0.02, bf16=bf16)
+    optimizer = Muon(
+        [{"params": params[:-1]}, {"params": params[-1:], "split": 3, "weight_decay": 0.1}], lr=0.02, bf16=bf16
+    )
     for step in range(STEPS):
         for k, p in enumerate(params):
             p.grad = placed(100 * step + k + 7, SHAPES[k])
@@ -41,7 +44,10 @@ def steps(spread: bool, bf16: bool) -> list[torch.Tensor]:
 def together(folder: Path, size: int = 2) -> list[dict[str, object]]:
     """What each of several processes has found."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent), "OMP_NUM_THREADS": "1"}
-    children = [subprocess.Popen([sys.executable, __file__, str(folder), str(rank), str(size)], env=environment) for rank in range(size)]
+    children = [
+        subprocess.Popen([sys.executable, __file__, str(folder), str(rank), str(size)], env=environment)
+        for rank in range(size)
+    ]
     assert [child.wait(timeout=120) for child in children] == [0] * size
     return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 

@@ -1,6 +1,8 @@
-"""JiT once more, as a page of plain PyTorch: no fused norm, no fused attention, real-valued rotation, nothing shared or cached.
+"""JiT once more, as a page of plain PyTorch: no fused norm, no fused attention,
+real-valued rotation, nothing shared or cached.
 
-It checks ours (tests/test_jit_plain.py) and is what ours is timed against: `python tests/plain_jit.py` prints seconds of a training step for both.
+It checks ours (tests/test_jit_plain.py) and is what ours is timed against:
+`python tests/plain_jit.py` prints seconds of a training step for both.
 """
 
 import json
@@ -13,9 +15,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from methods.base import DataInfo
-from methods.jit.config import JiTConfig
-from methods.jit.method import JiTMethod
+from pixlat.methods.base import DataInfo
+from pixlat.methods.jit.config import JiTConfig
+from pixlat.methods.jit.method import JiTMethod
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -50,19 +52,29 @@ def plain_forward(method: JiTMethod, z: Tensor, time: Tensor, labels: Tensor) ->
     angles = time[:, None] * 10000.0 ** (-torch.arange(128) / 128)
     classes = net.class_embed.weight[labels]
     condition = nn.functional.silu(net.time_embed.mlp(torch.cat((angles.cos(), angles.sin()), 1)) + classes)
-    patches = z.unflatten(3, (side, patch)).unflatten(2, (side, patch)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    patches = (
+        z.unflatten(3, (side, patch)).unflatten(2, (side, patch)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    )
     x = net.patch_embed.up(patches @ net.patch_embed.down.weight.flatten(1).T) + net.pos_embed
     for i, block in enumerate(net.blocks):
         if i == config.context_start:
             x = torch.cat((classes[:, None] + net.context, x), 1)
         prefix = config.context_tokens if i >= config.context_start else 0
         shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(condition)[:, None].chunk(6, -1)
-        x = x + gate1 * attention(block.attn, norm(x, block.norm1.weight) * (1 + scale1) + shift1, config.heads, prefix, side)
+        x = x + gate1 * attention(
+            block.attn, norm(x, block.norm1.weight) * (1 + scale1) + shift1, config.heads, prefix, side
+        )
         a, b = block.mlp.w12(norm(x, block.norm2.weight) * (1 + scale2) + shift2).chunk(2, -1)
         x = x + gate2 * block.mlp.w3(a * torch.sigmoid(a) * b)
     shift, scale = net.final.modulation(condition)[:, None].chunk(2, -1)
     out = net.final.linear(norm(x[:, config.context_tokens :], net.final.norm.weight) * (1 + scale) + shift)
-    return out.unflatten(1, (side, side)).unflatten(-1, (patch, patch, 3)).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+    return (
+        out.unflatten(1, (side, side))
+        .unflatten(-1, (patch, patch, 3))
+        .permute(0, 5, 1, 3, 2, 4)
+        .flatten(4)
+        .flatten(2, 3)
+    )
 
 
 def benchmark(config: JiTConfig, size: int, batch: int, repeats: int) -> dict[str, float]:
@@ -85,6 +97,11 @@ if __name__ == "__main__":
     demo = JiTConfig(depth=6, width=128, heads=4, patch=4, bottleneck=48, context_tokens=4, context_start=2)
     print(
         json.dumps(
-            {"threads": torch.get_num_threads(), "B/16, batch 2": benchmark(JiTConfig(), 256, 2, 5), "32 px, batch 16": benchmark(demo, 32, 16, 20)}, indent=1
+            {
+                "threads": torch.get_num_threads(),
+                "B/16, batch 2": benchmark(JiTConfig(), 256, 2, 5),
+                "32 px, batch 16": benchmark(demo, 32, 16, 20),
+            },
+            indent=1,
         )
     )

@@ -1,4 +1,6 @@
-"""A second, plain writing of the latent transformer as functions of a state dict, with explicit loops over heads; slow and obvious."""
+"""A second, plain writing of the latent transformer as functions of a state dict,
+with explicit loops over heads; slow and obvious.
+"""
 
 import math
 

@@ -3,14 +3,24 @@
 import numpy as np
 import torch
 
-from methods.base import DataInfo
-from methods.pmf.config import PMFConfig
-from methods.pmf.method import PMFMethod
-from methods.pmf.objective import Draws
-from methods.pmf.reference import released_name
+from pixlat.methods.base import DataInfo
+from pixlat.methods.pmf.config import PMFConfig
+from pixlat.methods.pmf.method import PMFMethod
+from pixlat.methods.pmf.objective import Draws
+from pixlat.methods.pmf.reference import released_name
 
 TINY = {"depth": 4, "head_depth": 2, "width": 96, "heads": 6, "patch": 8}  # the specification's fixture
-SMALL = {"depth": 2, "head_depth": 1, "width": 24, "heads": 2, "patch": 4, "bottleneck": 8, "class_tokens": 2, "guidance_tokens": 1, "time_tokens": 2}
+SMALL = {
+    "depth": 2,
+    "head_depth": 1,
+    "width": 24,
+    "heads": 2,
+    "patch": 4,
+    "bottleneck": 8,
+    "class_tokens": 2,
+    "guidance_tokens": 1,
+    "time_tokens": 2,
+}
 
 
 def make(size=32, classes=1000, **config):
@@ -29,7 +39,9 @@ def small(**config):
 
 
 def wave(frequency, count):
-    return torch.from_numpy(np.sin(frequency * np.arange(count * 3 * 32 * 32)).astype(np.float32)).reshape(count, 3, 32, 32)
+    return torch.from_numpy(np.sin(frequency * np.arange(count * 3 * 32 * 32)).astype(np.float32)).reshape(
+        count, 3, 32, 32
+    )
 
 
 def fixture_method(**config):
@@ -48,12 +60,17 @@ def draws_of(flow_matching, noise, **given):
     """Draws from lists; the first samples match flows, and nothing is dropped unless said."""
     count = len(noise)
     lists = {"dropped": [False] * count, **given}
-    tensors = {name: torch.tensor(values, dtype=torch.bool if name == "dropped" else noise.dtype) for name, values in lists.items()}
+    tensors = {
+        name: torch.tensor(values, dtype=torch.bool if name == "dropped" else noise.dtype)
+        for name, values in lists.items()
+    }
     return Draws(**tensors, noise=noise, flow_matching=flow_matching)
 
 
 def mixed_draws(size=8, dtype=torch.float64):
-    """Six samples: two that match flows (one of them without its class, one below the clip), and four that do not (one of them without its class)."""
+    """Six samples: two that match flows (one of them without its class, one below the clip),
+    and four that do not (one of them without its class).
+    """
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(6, 3, size, size, generator=generator, dtype=dtype)
     return draws_of(

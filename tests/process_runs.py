@@ -1,4 +1,6 @@
-"""Short training runs of every registered method, in one process or as one of several: `python tests/process_runs.py FOLDER METHOD...`"""
+"""Short training runs of every registered method,
+in one process or as one of several: `python tests/process_runs.py FOLDER METHOD...`
+"""
 
 import os
 import subprocess
@@ -13,16 +15,19 @@ from torch._dynamo.utils import counters
 from torch.nn.utils.spectral_norm import SpectralNorm
 from toys import TinyGan
 
-from common import compiled
-from common.config import TrainConfig, resolve
-from common.datasets import ArrayImages
-from common.loader import TrainingPlan, training_batches
-from common.seeds import Noise
-from common.trainer import TrainState, make_accelerator, train
-from methods import get_class, get_spec
-from methods.base import DataInfo, Method
-from methods.jit.config import JiTSample
-from methods.jit.method import JiTMethod
+from pixlat.common.config.resolve import resolve
+from pixlat.common.config.schema import TrainConfig
+from pixlat.common.datasets.batches import TrainingPlan, training_batches
+from pixlat.common.images.image_set import ArrayImages
+from pixlat.common.seeds import Noise
+from pixlat.common.training import compiled
+from pixlat.common.training.loop import train
+from pixlat.common.training.setup import make_accelerator
+from pixlat.common.training.state import TrainState
+from pixlat.methods import get_class, get_spec
+from pixlat.methods.base import DataInfo, Method
+from pixlat.methods.jit.config import JiTSample
+from pixlat.methods.jit.method import JiTMethod
 
 STEPS, BATCH, MICRO_BATCH, PROCESSES = 2, 8, 2, 2  # two micro-batches a process and step
 EMA = 0.3  # of few steps: with a longer memory the run would take a shorter one
@@ -32,7 +37,10 @@ RECOMPUTED = "jit with recomputed blocks"  # by several processes; the one besid
 COMPILED = "jit with compiled blocks"  # likewise
 GRAPHS_OF_JIT = 2  # its blocks with and without context tokens
 VARIANTS = {
-    "dsd with a discriminator": ("dsd", {"model.gan_weight": "0.1", "model.gan_start": str(BATCH), "model.discriminator_widths": "[8,8]"}),
+    "dsd with a discriminator": (
+        "dsd",
+        {"model.gan_weight": "0.1", "model.gan_start": str(BATCH), "model.discriminator_widths": "[8,8]"},
+    ),
     RECOMPUTED: ("jit", {}),
     COMPILED: ("jit", {}),
 }  # name -> method, settings
@@ -47,7 +55,9 @@ class Gan(TinyGan):
 
 
 def build(name: str) -> Method:
-    """The demo's network, the same each time: frozen networks without their files' weights, and nothing hidden behind layers of zeros."""
+    """The demo's network, the same each time: frozen networks without their files' weights,
+    and nothing hidden behind layers of zeros.
+    """
     if name == GAN:
         return Gan()
     method_name, changes = VARIANTS.get(name, (name, {}))
@@ -58,7 +68,9 @@ def build(name: str) -> Method:
     method = get_class(method_name)(run.model, INFO)
     for module in method.modules():
         for tensors in (module._parameters, module._buffers):
-            tensors.update({key: made_up(key, tensor) for key, tensor in tensors.items() if tensor is not None and tensor.is_meta})
+            tensors.update(
+                {key: made_up(key, tensor) for key, tensor in tensors.items() if tensor is not None and tensor.is_meta}
+            )
     for module in method.modules():
         settle(module)
     with torch.no_grad():
@@ -69,14 +81,18 @@ def build(name: str) -> Method:
 
 
 def settle(module: torch.nn.Module) -> None:
-    """Ends the power iterations of a spectral norm: they go on with every forward, of which one process has more than each of several."""
+    """Ends the power iterations of a spectral norm: they go on with every forward,
+    of which one process has more than each of several.
+    """
     for hook in module._forward_pre_hooks.values():
         for _ in range(1000 if isinstance(hook, SpectralNorm) else 0):
             hook.compute_weight(module, do_power_iteration=True)
 
 
 def made_up(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Numbers in the place of weights that come from a file; matrices and kernels keep the scale of what passes, so that outputs differ between images."""
+    """Numbers in the place of weights that come from a file; matrices and kernels keep the scale of what passes,
+    so that outputs differ between images.
+    """
     if not tensor.is_floating_point() or name == "running_var":
         return torch.ones_like(tensor, device="cpu")
     values = torch.randn(tensor.shape) * ((2 / tensor[0].numel()) ** 0.5 if tensor.ndim > 1 else 0.05)
@@ -85,15 +101,23 @@ def made_up(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def fit(name: str, folder: Path, sharding: str = "ddp") -> TrainState:
     """STEPS steps of a method, a checkpoint after each; goes on if there are checkpoints."""
-    settings = TrainConfig(images=STEPS * BATCH, batch=BATCH, micro_batch=MICRO_BATCH, lr=1e-3, clip_grad=1.0, ema_decay=[EMA])
-    settings.eps = 1e-3  # far above rounding: Adam divides by the size of a gradient and would magnify the rounding of one that is nearly zero
+    settings = TrainConfig(
+        images=STEPS * BATCH, batch=BATCH, micro_batch=MICRO_BATCH, lr=1e-3, clip_grad=1.0, ema_decay=[EMA]
+    )
+    # far above rounding: Adam divides by the size of a gradient and would magnify the rounding
+    # of one that is nearly zero
+    settings.eps = 1e-3
     settings.log_images, settings.checkpoint_images, settings.keep_checkpoints = BATCH, BATCH, STEPS
     settings.recompute_blocks = name == RECOMPUTED and "RANK" in os.environ
     settings.compile = name == COMPILED and "RANK" in os.environ
     method = build(name)
     size, classes = method.data.image_size, method.data.num_classes
     rng = np.random.Generator(np.random.PCG64(0))
-    images = ArrayImages(rng.integers(0, 256, (INFO.num_train, 3, size, size), dtype=np.uint8), rng.integers(0, classes, INFO.num_train), "noise")
+    images = ArrayImages(
+        rng.integers(0, 256, (INFO.num_train, 3, size, size), dtype=np.uint8),
+        rng.integers(0, classes, INFO.num_train),
+        "noise",
+    )
     accelerator = make_accelerator(settings, folder)
     folder.mkdir(parents=True, exist_ok=True)
     plan = TrainingPlan(images.labels, BATCH, seed=0, balanced=True)
@@ -101,7 +125,9 @@ def fit(name: str, folder: Path, sharding: str = "ddp") -> TrainState:
     return train(method, settings, batches, folder, 0, name, accelerator, sharding=sharding)
 
 
-def feed(images: ArrayImages, plan: TrainingPlan, rank: int, world: int, start_step: int, accumulation: int) -> Iterator[list]:
+def feed(
+    images: ArrayImages, plan: TrainingPlan, rank: int, world: int, start_step: int, accumulation: int
+) -> Iterator[list]:
     """This process's training batches."""
     return training_batches(images, plan, start_step, MICRO_BATCH, accumulation, rank, world)
 
@@ -113,18 +139,40 @@ def draw(state: TrainState) -> torch.Tensor:
 
 
 def together(folder: Path, names: Sequence[str]) -> None:
-    """Two processes that train each method with DDP and with FSDP2, and go on with FSDP2 where a folder `<method>-start` has checkpoints."""
+    """Two processes that train each method with DDP and with FSDP2, and go on with FSDP2 where a folder
+    `<method>-start` has checkpoints.
+    """
     port = str(20_000 + os.getpid() % 10_000)
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": str(PROCESSES), "LOCAL_WORLD_SIZE": str(PROCESSES)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "WORLD_SIZE": str(PROCESSES),
+        "LOCAL_WORLD_SIZE": str(PROCESSES),
+    }
+    environment |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+    }
     command = [sys.executable, str(Path(__file__).resolve()), str(folder), *names]
     children = [
-        subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for rank in range(PROCESSES)
     ]
     printed = [child.communicate(timeout=900)[0] for child in children]
-    if any(child.returncode for child in children):  # a negative code is the signal that a process died of, which prints nothing
-        raise AssertionError("\n".join(f"exit code {child.returncode} after\n{text}" for child, text in zip(children, printed, strict=True)))
+    # a negative code is the signal that a process died of, which prints nothing
+    if any(child.returncode for child in children):
+        raise AssertionError(
+            "\n".join(
+                f"exit code {child.returncode} after\n{text}" for child, text in zip(children, printed, strict=True)
+            )
+        )
 
 
 def check_graphs(name: str) -> None:

@@ -3,13 +3,13 @@
 import torch
 import torch.nn.functional as F
 
-import methods.rae.decoder
-import methods.rae.method
-from common.encoders.frozen import Frozen
-from methods.base import DataInfo
-from methods.rae.config import DECODERS, DecoderConfig, DecoderShape, RaeConfig
-from methods.rae.decoder import DecoderMethod
-from methods.rae.method import RaeMethod
+import pixlat.methods.rae.decoder
+import pixlat.methods.rae.method
+from pixlat.common.frozen.base import Frozen
+from pixlat.methods.base import DataInfo
+from pixlat.methods.rae.config import DECODERS, DecoderConfig, DecoderShape, RaeConfig
+from pixlat.methods.rae.decoder import DecoderMethod
+from pixlat.methods.rae.method import RaeMethod
 
 INFO = DataInfo("toy", num_classes=3, image_size=8, num_train=40)
 NETWORK = {"width": 16, "depth": 1, "heads": 2, "head_width": 24, "head_depth": 1, "head_heads": 2}
@@ -42,7 +42,7 @@ class ToyEncoder(Frozen):
 
 def use_toys(monkeypatch):
     """Puts the toy encoder and a tiny decoder in the place of the real ones."""
-    for module in (methods.rae.decoder, methods.rae.method):
+    for module in (pixlat.methods.rae.decoder, pixlat.methods.rae.method):
         monkeypatch.setattr(module, "build_encoder", lambda name, weights: ToyEncoder())
     monkeypatch.setitem(DECODERS, "demo", DecoderShape(16, 1, 2, 32))
 
@@ -50,7 +50,9 @@ def use_toys(monkeypatch):
 def stage1(**changes):
     """The same untrained decoder each time; light discriminator, no perceptual distance."""
     torch.manual_seed(0)
-    config = DecoderConfig(**{"encoder": "toy", "size": "demo", "perceptual": "none", "discriminator": "light", **changes})
+    config = DecoderConfig(
+        **{"encoder": "toy", "size": "demo", "perceptual": "none", "discriminator": "light", **changes}
+    )
     method = DecoderMethod(config, INFO)
     method.load_external()
     return method

@@ -2,10 +2,12 @@
 
 from types import SimpleNamespace
 
-from evaluation.protocol import embedded_protocol
-from evaluation.record import build_record
+from pixlat.evaluation.protocols.identity import embedded_protocol
+from pixlat.evaluation.records.record import build_record
 
-EXTRACTOR = SimpleNamespace(id="embedded-v1", sha256="ab" * 32, layer="pooled", resize="128", scaling="(x-127)/128", dims=320)
+EXTRACTOR = SimpleNamespace(
+    id="embedded-v1", sha256="ab" * 32, layer="pooled", resize="128", scaling="(x-127)/128", dims=320
+)
 
 
 def protocol(num_images=1000):
@@ -21,27 +23,41 @@ def fields(name="run", fd=100.0, guidance="none", num_images=1000, **changes):
     return {
         "name": name,
         "created_utc": "2026-11-22T00:00:00+00:00",
-        "system": {"method": "jit", "variant": None, "size": "demo", "space": "pixel", "prediction": "x", "loss_space": "v", "sampler": "heun"},
+        "system": {
+            "method": "jit", "variant": None, "size": "demo", "space": "pixel", "prediction": "x",
+            "loss_space": "v", "sampler": "heun",
+},
         "data": {"name": "toy", "revision": "d", "resolution": 32, "num_classes": 10, "train_images": 4599},
         "checkpoint": {"sha256": "cd" * 32, "step": 1000, "ema_decay": 0.999, "ema_kind": "0.999"},
         "code": {"git_sha": "1234567", "dirty": True, "package_versions": {"torch": "2.14.1", "ruamel.yaml": "0.18"}},
         "seeds": {"train": 3, "sample": [0]},
         "train": {
-            "epochs": 1.5, "images_seen": 6900, "batch": 64, "precision": "float32", "optimizer": "AdamW", "macs_total": 2 * 10**18,
+            "epochs": 1.5, "images_seen": 6900, "batch": 64, "precision": "float32",
+            "optimizer": "AdamW", "macs_total": 2 * 10**18,
             "device_seconds": 12.25, "device": "cpu", "images_per_s": 563.2,
         },
         "pretrained_components": [{"name": "teacher", "role": "loss", "params": 5, "sha256": None, "used_at": "train"}],
-        "sampling": {"steps": 50, "nfe_evals": 99, "net_forwards": 187, "guidance": guidance, "guidance_scale": 2.9, "interval": [0.1, 1.0], "dtype": "f32"},
+        "sampling": {
+            "steps": 50, "nfe_evals": 99, "net_forwards": 187, "guidance": guidance, "guidance_scale": 2.9,
+            "interval": [0.1, 1.0], "dtype": "f32",
+},
         "params": {"gen_trainable": 1_900_000, "gen_total": 1_950_000, "decoder": 0, "aux_train_only": 0},
-        "compute": {"macs_per_forward": 10**9, "macs_decoder": 0, "macs_per_image": 187 * 10**9, "attention_counted": True, "counter": "meta"},
-        "speed": {"images_per_s": 20.5, "latency_s_b1": None, "batch": 50, "dtype": "float32", "device": "cpu", "compiled": False},
+        "compute": {
+            "macs_per_forward": 10**9, "macs_decoder": 0, "macs_per_image": 187 * 10**9,
+            "attention_counted": True, "counter": "meta",
+},
+        "speed": {
+            "images_per_s": 20.5, "latency_s_b1": None, "batch": 50, "dtype": "float32",
+            "device": "cpu", "compiled": False,
+},
         "memory": {"peak_bytes_sample": 1, "peak_bytes_train": 2, "kind": "ru_maxrss"},
         "protocol": protocol(num_images),
         "selection": {"n_configs": 1, "n_samples": 0, "swept": []},
         "metrics": {
             "fd_embedded": metric(fd, value_bc=fd - 40, se=2.5, regularised=False),
             "fd_floor": metric(200.0, value_bc=100.0, se=5.0, n=500, regularised=False),
-            "kid": metric(0.012), "is": metric(14.25), "precision": metric(0.5), "recall": metric(0.25), "density": metric(0.75),
+            "kid": metric(0.012), "is": metric(14.25), "precision": metric(0.5),
+            "recall": metric(0.25), "density": metric(0.75),
             "coverage": metric(0.125), "class_accuracy": metric(0.625), "class_accuracy_real": metric(0.738),
         },
         "artifacts": {"grid_png": "samples.png", "log": None},

@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
-from methods.base import DataInfo
-from methods.reg import latent, method
-from methods.reg.config import DitConfig, RegConfig, RepaConfig, SitConfig
-from methods.reg.diffusion import DitMethod
-from methods.reg.method import RegMethod, RepaMethod, SitMethod
+from pixlat.methods.base import DataInfo
+from pixlat.methods.reg import latent, method
+from pixlat.methods.reg.config import DitConfig, RegConfig, RepaConfig, SitConfig
+from pixlat.methods.reg.diffusion import DitMethod
+from pixlat.methods.reg.method import RegMethod, RepaMethod, SitMethod
 
 INFO = DataInfo("toy", num_classes=3, image_size=16, num_train=40)
 SMALL = {"depth": 3, "width": 24, "heads": 2, "patch": 2}
@@ -16,7 +16,10 @@ CHANNELS, SIDE = 4, 8
 
 
 class PoolTokenizer(nn.Module):
-    """2 x 2 means of the colours and of their mean as latents, with a spread of 0.1; decoding repeats. Latents are doubled and shifted by 0.25."""
+    """2 x 2 means of the colours and of their mean as latents, with a spread of 0.1; decoding repeats.
+
+    Latents are doubled and shifted by 0.25.
+    """
 
     name, channels, factor, sha256 = "pool", CHANNELS, 2, "0" * 64
 
@@ -44,7 +47,9 @@ class PoolTokenizer(nn.Module):
 
 
 class PatchTeacher(nn.Module):
-    """Means over 4 x 4 pixels of fixed mixtures of the colours as patch tokens; their maxima (or some of them) as class token."""
+    """Means over 4 x 4 pixels of fixed mixtures of the colours as patch tokens;
+    their maxima (or some of them) as class token.
+    """
 
     channels = 6
 
@@ -71,11 +76,18 @@ class PatchTeacher(nn.Module):
         return "patches", 294, None
 
 
-CLASSES = {"sit": (SitMethod, SitConfig, {}), "repa": (RepaMethod, RepaConfig, ALIGN), "reg": (RegMethod, RegConfig, ALIGN), "dit": (DitMethod, DitConfig, {})}
+CLASSES = {
+    "sit": (SitMethod, SitConfig, {}),
+    "repa": (RepaMethod, RepaConfig, ALIGN),
+    "reg": (RegMethod, RegConfig, ALIGN),
+    "dit": (DitMethod, DitConfig, {}),
+}
 
 
 def make(name, monkeypatch, pooled_channels=6, **config):
-    """A method whose frozen networks are the stand-ins, in evaluation mode, with every zero-initialised weight filled."""
+    """A method whose frozen networks are the stand-ins, in evaluation mode,
+    with every zero-initialised weight filled.
+    """
     monkeypatch.setattr(latent, "build_tokenizer", lambda name, path: PoolTokenizer())
     monkeypatch.setattr(method, "build_encoder", lambda name, path: PatchTeacher(pooled_channels))
     method_class, config_class, defaults = CLASSES[name]
@@ -102,7 +114,8 @@ def batch(size=4):
 
 
 class Impulses:
-    """Stands in for `Noise` of count + 1 images: draw k is 1 in image k and 0 in the others, so the last image shows what no noise would do.
+    """Stands in for `Noise` of count + 1 images: draw k is 1 in image k and 0 in the others,
+    so the last image shows what no noise would do.
 
     The sampler is affine in its draws, so its images give the mean and variance of its results exactly.
     """

@@ -21,5 +21,6 @@ def shared_file(name: str) -> Path:
 def unpacked(name: str, folder: Path) -> Path:
     """A shared tar, unpacked below `folder`; returns the one folder that it holds."""
     with tarfile.open(shared_file(name)) as tar:
-        tar.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # Python 3.11.0 to 3.11.3 have none
+        # Python 3.11.0 to 3.11.3 have none
+        tar.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return folder / Path(name).stem

@@ -1,4 +1,6 @@
-"""One of two processes of a run whose pictures last until the other process has left: `python tests/slow_pictures.py FOLDER DATA`."""
+"""One of two processes of a run whose pictures last until the other process
+has left: `python tests/slow_pictures.py FOLDER DATA`.
+"""
 
 import os
 import sys
@@ -8,14 +10,17 @@ from pathlib import Path
 import torch
 from evaluated_run import MODEL, Projections
 
-from common.config import resolve
-from launch import job as jobs
-from methods import get_spec
+from pixlat.common.config.resolve import resolve
+from pixlat.launch.job import execute as jobs
+from pixlat.methods import get_spec
 
-LIMIT_S = 20.0  # that a process waits for another; far above what the tiny run needs, far below what a slow picture may take
+# that a process waits for another; far above what the tiny run needs, far below what a slow picture may take
+LIMIT_S = 20.0
 KEYS = {
-    "data.name": "folder", "data.image_size": "8", "data.flip": "true", "train.images": "32", "train.batch": "16", "train.micro_batch": "8",
-    "train.preview_images": "0", "train.warmup_images": "0", "train.ema_decay": "[0.9]", "eval.num_images": "24", "eval.batch": "7",
+    "data.name": "folder", "data.image_size": "8", "data.flip": "true", "train.images": "32",
+    "train.batch": "16", "train.micro_batch": "8",
+    "train.preview_images": "0", "train.warmup_images": "0", "train.ema_decay": "[0.9]",
+    "eval.num_images": "24", "eval.batch": "7",
     "eval.grid_columns": "2", "sample.steps": "2", "cluster.collective_timeout_min": str(LIMIT_S / 60),
 }  # fmt: skip
 
@@ -35,8 +40,14 @@ def main(folder: Path, data: Path) -> None:
         draw(*arguments)
 
     jobs.save_png = slow
-    sys.modules["evaluation.evaluate"].EmbeddedExtractor = Projections
-    settings = {**KEYS, "data.path": str(data), "out": str(folder), "name": "run", **{f"model.{key}": str(value) for key, value in MODEL.items()}}
+    sys.modules["pixlat.evaluation.score.embedded"].EmbeddedExtractor = Projections
+    settings = {
+        **KEYS,
+        "data.path": str(data),
+        "out": str(folder),
+        "name": "run",
+        **{f"model.{key}": str(value) for key, value in MODEL.items()},
+    }
     jobs.run_one(resolve(get_spec("jit"), settings))
     (folder / f"left-{rank}").touch()
 

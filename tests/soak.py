@@ -1,8 +1,10 @@
-"""A run under fire: `python tests/soak.py`. One run is killed again and again, and must end as the undisturbed one: same weights, losses, pictures, record.
+"""A run under fire: `python tests/soak.py`.
 
-Each start is hit once, by SIGKILL, SIGTERM or SIGUSR2, at a random moment of a random part: while the process starts, trains (and is scored while it
-trains), writes a checkpoint, draws samples, or evaluates. Seven minutes on one core with the defaults; `key=value` arguments change the run, which is
-the demo cut short, `--kills` and `--seed` the fire.
+One run is killed again and again, and must end as the undisturbed one: same weights, losses, pictures, record.
+
+Each start is hit once, by SIGKILL, SIGTERM or SIGUSR2, at a random moment of a random part: while the process starts,
+trains (and is scored while it trains), writes a checkpoint, draws samples, or evaluates. Seven minutes on one core
+with the defaults; `key=value` arguments change the run, which is the demo cut short, `--kills` and `--seed` the fire.
 """
 
 from __future__ import annotations
@@ -26,14 +28,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from common.checkpoint import latest
-from common.files import read_rows
+from pixlat.common.files import read_rows
+from pixlat.common.weights.checkpoint import latest
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN = ("train.images=4800", "train.warmup_images=800", "train.log_images=160", "train.checkpoint_images=800", "train.preview_images=0")
+TRAIN = (
+    "train.images=4800",
+    "train.warmup_images=800",
+    "train.log_images=160",
+    "train.checkpoint_images=800",
+    "train.preview_images=0",
+)
 RUN = ("method=jit", *TRAIN, "eval.num_images=100", "eval.every_images=1600", "eval.grid_columns=4")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2)
-UNTIMED = ("metrics", "params", "compute", "sampling", "protocol_hash", "system", "data", "seeds")  # of the record: what no clock can change
+# of the record: what no clock can change
+UNTIMED = ("metrics", "params", "compute", "sampling", "protocol_hash", "system", "data", "seeds")
 PATIENCE_S = 1800
 
 
@@ -45,7 +54,9 @@ def start(out: Path, name: str, settings: list[str]) -> subprocess.Popen[bytes]:
 
 
 def moments(folder: Path) -> dict[str, Callable[[], bool]]:
-    """When each part of a run has begun, as seen from outside; compared with what was there when the process started."""
+    """When each part of a run has begun, as seen from outside;
+    compared with what was there when the process started.
+    """
     lines = len(read_rows(folder / "metrics.jsonl"))
     starts = len(read_rows(folder / "starts.jsonl"))
     return {
@@ -60,14 +71,22 @@ def moments(folder: Path) -> dict[str, Callable[[], bool]]:
 def trained(folder: Path) -> bool:
     """Whether the last checkpoint is there."""
     rows = read_rows(folder / "metrics.jsonl")
-    total = next(float(line.split(":")[1]) for line in (folder / "config.yaml").read_text().splitlines() if line.startswith("  images:"))
+    total = next(
+        float(line.split(":")[1])
+        for line in (folder / "config.yaml").read_text().splitlines()
+        if line.startswith("  images:")
+    )
     return bool(rows) and rows[-1]["images"] >= total and not any((folder / "checkpoints").glob(".writing-*"))
 
 
 def hit(child: subprocess.Popen[bytes], folder: Path, rng: random.Random) -> str:
     """Waits for a part of the run to begin and kills within it; says what happened."""
     parts = moments(folder)
-    over = ["drawing", "evaluation", "evaluation"] if folder.exists() and trained(folder) else ["training", "training", "checkpoint"]
+    over = (
+        ["drawing", "evaluation", "evaluation"]
+        if folder.exists() and trained(folder)
+        else ["training", "training", "checkpoint"]
+    )
     part = rng.choice(["start", *over])
     number = rng.choice(SIGNALS)
     deadline = time.monotonic() + PATIENCE_S
@@ -92,8 +111,15 @@ def outcome(folder: Path) -> dict[str, object]:
     assert newest is not None
     record = json.loads((folder / "result.json").read_text())
     return {
-        **{f"{file.name}/{key}": value for file in sorted(newest.glob("*.safetensors")) for key, value in load_file(file).items()},
-        "rows": [{key: value for key, value in row.items() if key not in ("images_per_s", "seconds")} for row in read_rows(folder / "metrics.jsonl")],
+        **{
+            f"{file.name}/{key}": value
+            for file in sorted(newest.glob("*.safetensors"))
+            for key, value in load_file(file).items()
+        },
+        "rows": [
+            {key: value for key, value in row.items() if key not in ("images_per_s", "seconds")}
+            for row in read_rows(folder / "metrics.jsonl")
+        ],
         "curve": read_rows(folder / "curve.jsonl"),
         **{name: np.asarray(Image.open(folder / name)).tobytes() for name in ("samples.png", "neighbours.png")},
         **{key: record[key] for key in UNTIMED},
@@ -137,7 +163,11 @@ def main() -> int:
         print((out / "disturbed.log").read_text()[-2000:])
         return 1
     wrong = differences(outcome(out / "undisturbed"), outcome(out / "disturbed"))
-    print(f"after {kills} kills: {'the same weights, losses, pictures and record' if not wrong else 'other ' + ', '.join(wrong[:8])}; {out} may be removed")
+    print(
+        f"after {kills} kills: "
+        f"{'the same weights, losses, pictures and record' if not wrong else 'other ' + ', '.join(wrong[:8])}; "
+        f"{out} may be removed"
+    )
     return int(bool(wrong) or kills < options.kills)
 
 

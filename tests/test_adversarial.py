@@ -1,4 +1,6 @@
-"""Adversarial losses: the numbers by hand, the augmentation pixel by pixel, and what a discriminator keeps and changes."""
+"""Adversarial losses: the numbers by hand, the augmentation pixel by pixel,
+and what a discriminator keeps and changes.
+"""
 
 import copy
 
@@ -6,16 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from common.adversarial import (
-    Augmentation,
+from pixlat.common.layers.discriminators import (
     FeatureDiscriminator,
     FeatureHead,
     PatchDiscriminator,
     TokenNorm,
+    evaluating,
+)
+from pixlat.common.maths.adversarial import (
+    Augmentation,
     adaptive_weight,
     augment,
     draw_augmentation,
-    evaluating,
     hinge_discriminator,
     hinge_generator,
     quantise,

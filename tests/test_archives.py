@@ -1,4 +1,6 @@
-"""ImageNet's forms: class folders, WebDataset tars, Hugging Face's tables and cropped shards give the same images; broken ones have a name."""
+"""ImageNet's forms: class folders, WebDataset tars, Hugging Face's tables and cropped shards give the same images;
+broken ones have a name.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +21,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_archives import SYNSETS, Entry, entries, photo, webdataset, write_arrow, write_folder, write_parquet, write_tar
+from image_archives import (
+    SYNSETS,
+    Entry,
+    entries,
+    photo,
+    webdataset,
+    write_arrow,
+    write_folder,
+    write_parquet,
+    write_tar,
+)
 from PIL import Image
 from shared_data import shared_file, unpacked
 
-from common import archives, mapped
-from common.archives import open_archive
-from common.config import DataConfig
-from common.datasets import DataSource, load_data, summarise
-from common.decoding import decoding_digest
-from common.errors import UserError
-from common.loader import TrainingPlan, training_batches
-from launch import prepare
+from pixlat.common.config.schema import DataConfig
+from pixlat.common.datasets import npy_shards as mapped
+from pixlat.common.datasets.batches import TrainingPlan, training_batches
+from pixlat.common.datasets.load import DataSource, load_data, summarise
+from pixlat.common.errors import UserError
+from pixlat.common.images import tar as archives
+from pixlat.common.images.decoding import decoding_digest
+from pixlat.common.images.open_archive import open_archive
+from pixlat.launch import prepare
 
 TRAIN, VAL = entries(), entries(per_class=2, start=50)
 
@@ -53,7 +66,13 @@ def wds(root: Path, train: list[Entry] = TRAIN, val: list[Entry] = VAL) -> DataC
 
 def folder_tar(root: Path, train: list[Entry] = TRAIN, val: list[Entry] = VAL) -> DataConfig:
     parts = (("train", train), ("val", val))
-    return config("tar", write_tar(root / "sample.tar", {f"sample/{part}/{s}/{name}": content for part, found in parts for s, name, content in found}))
+    return config(
+        "tar",
+        write_tar(
+            root / "sample.tar",
+            {f"sample/{part}/{s}/{name}": content for part, found in parts for s, name, content in found},
+        ),
+    )
 
 
 def synset_tars(root: Path, train: list[Entry] = TRAIN, val: list[Entry] = VAL) -> DataConfig:
@@ -85,7 +104,7 @@ def everything(source: DataSource) -> list[np.ndarray]:
     return [array for part in (source.train, source.heldout) for array in (part.labels, part.fetch(range(len(part))))]
 
 
-# -- the same images in every form -------------------------------------------------------------------------------------------------
+# -- the same images in every form -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -155,7 +174,9 @@ def test_what_tars_hold_is_kept_while_they_stay_as_they_are(tmp_path: Path, monk
         walk = archives._members
         monkeypatch.setattr(archives, "_members", lambda file, part: pytest.fail(f"{file} was read again"))
         again = load_data(settings)
-        assert again.info == first.info and all((a == b).all() for a, b in zip(everything(again), everything(first), strict=True))
+        assert again.info == first.info and all(
+            (a == b).all() for a, b in zip(everything(again), everything(first), strict=True)
+        )
         monkeypatch.setattr(archives, "_members", walk)
         os.utime(tars[0], ns=(10**18, 10**18 + 1))
         assert load_data(settings).info == first.info
@@ -170,7 +191,7 @@ def test_pipes_are_no_archives(tmp_path: Path) -> None:
     assert load_data(settings).info.num_train == 12
 
 
-# -- mistakes ----------------------------------------------------------------------------------------------------------------------
+# -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
 def compressed(root: Path) -> DataConfig:
@@ -183,7 +204,8 @@ def cut(root: Path) -> DataConfig:
     settings = folder_tar(root)
     with tarfile.open(root / "sample.tar") as tar:
         second = tar.getmembers()[1]
-    (root / "sample.tar").write_bytes((root / "sample.tar").read_bytes()[: second.offset])  # where a member ends, which tarfile does not mind
+    # where a member ends, which tarfile does not mind
+    (root / "sample.tar").write_bytes((root / "sample.tar").read_bytes()[: second.offset])
     return settings
 
 
@@ -207,7 +229,12 @@ def other_columns(root: Path) -> DataConfig:
         (compressed, r"train\.tar cannot be read as an uncompressed tar"),
         (cut, r"sample\.tar is cut short"),
         (lambda root: config("tar", write_tar(root / "x.tar", {"a.jpg": photo(0)})), "the class of a is unknown"),
-        (lambda root: config("tar", write_tar(root / "x.tar", {"k/a.jpg": photo(0), "k/b.jpg": photo(1), "k/b.cls": b"3"})), "only a folder"),
+        (
+            lambda root: config(
+                "tar", write_tar(root / "x.tar", {"k/a.jpg": photo(0), "k/b.jpg": photo(1), "k/b.cls": b"3"})
+            ),
+            "only a folder",
+        ),
         (lambda root: config("tar", write_tar(root / "x.tar", {"k/a.txt": b"words"})), "holds no image"),
         (paths_only, r"x\.parquet, row 0 holds a path instead of an image"),
         (other_columns, "has the columns text, label"),
@@ -233,12 +260,15 @@ def cls(content: bytes, **more: bytes) -> dict[str, bytes]:
         (b"9" * 5000, r"x\.tar: 1\.cls has 5,000 bytes, and a class number or name at most 255"),
     ],
 )
-def test_class_numbers_of_tars_are_bounded_before_classes_are_made(tmp_path: Path, content: bytes, message: str) -> None:
+def test_class_numbers_of_tars_are_bounded_before_classes_are_made(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     start = time.perf_counter()
     with pytest.raises(UserError, match=message):
         load_data(config("tar", write_tar(tmp_path / "x.tar", cls(content))))
     assert time.perf_counter() - start < 5
-    assert load_data(config("tar", write_tar(tmp_path / "y.tar", cls(b"999")))).info.num_classes == 1000  # a piece of a larger set
+    # a piece of a larger set
+    assert load_data(config("tar", write_tar(tmp_path / "y.tar", cls(b"999")))).info.num_classes == 1000
 
 
 def test_a_sparse_label_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
@@ -262,7 +292,10 @@ def labelled(file: Path, labels: object, metadata: dict[str, str] | None = None)
     import pyarrow.parquet
 
     labels = labels if isinstance(labels, pa.Array) else pa.array(labels)
-    images = pa.array([{"bytes": photo(i), "path": "x"} for i in range(len(labels))], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    images = pa.array(
+        [{"bytes": photo(i), "path": "x"} for i in range(len(labels))],
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    )
     pa.parquet.write_table(pa.table({"image": images, "label": labels}).replace_schema_metadata(metadata), file)
     return file
 
@@ -291,7 +324,9 @@ def names_of(value: object) -> dict[str, str]:
         ([0, 1], names_of({"a": 1}), r"which is no list of names"),
     ],
 )
-def test_labels_of_tables_that_are_no_class_numbers_are_a_sentence(tmp_path: Path, labels: object, metadata: dict[str, str] | None, message: str) -> None:
+def test_labels_of_tables_that_are_no_class_numbers_are_a_sentence(
+    tmp_path: Path, labels: object, metadata: dict[str, str] | None, message: str
+) -> None:
     start = time.perf_counter()
     with pytest.raises(UserError, match=message):
         load_data(config("parquet", labelled(tmp_path / "x.parquet", labels, metadata)))
@@ -339,7 +374,7 @@ def test_a_missing_pyarrow_is_explained(tmp_path: Path, monkeypatch: pytest.Monk
         load_data(settings)
 
 
-# -- broken images -----------------------------------------------------------------------------------------------------------------
+# -- broken images -----------------------------------------------------------------------------------------------------
 
 
 def encoded(mode: str, kind: str) -> bytes:
@@ -352,7 +387,12 @@ def encoded(mode: str, kind: str) -> bytes:
 
 
 BROKEN = {"truncated": photo(4)[:400], "zero-byte": b"", "text": b"<html>", "damaged": photo(4)[:300] + bytes(200)}
-ODD = {"CMYK": encoded("CMYK", "jpeg"), "P": encoded("P", "png"), "I;16": encoded("I;16", "png"), "RGBA": encoded("RGBA", "png")}
+ODD = {
+    "CMYK": encoded("CMYK", "jpeg"),
+    "P": encoded("P", "png"),
+    "I;16": encoded("I;16", "png"),
+    "RGBA": encoded("RGBA", "png"),
+}
 BAD = 4  # position of the broken image: the first of the second class
 
 
@@ -370,7 +410,9 @@ def test_a_broken_image_is_named_or_the_next_of_its_class_stands_in(tmp_path: Pa
     images = load_data(replace(settings, broken="skip")).train
     found = images.fetch(range(12))
     np.testing.assert_array_equal(found[BAD], found[BAD + 1])
-    np.testing.assert_array_equal(np.delete(found, BAD, 0), np.delete(load_data(form(tmp_path / "whole")).train.fetch(range(12)), BAD, 0))
+    np.testing.assert_array_equal(
+        np.delete(found, BAD, 0), np.delete(load_data(form(tmp_path / "whole")).train.fetch(range(12)), BAD, 0)
+    )
     assert list(images.broken) == [BAD]
 
 
@@ -404,7 +446,9 @@ def test_a_damaged_image_is_either_read_or_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_skipped_images_are_told_once_and_counted_in_the_process_that_trains(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_images_are_told_once_and_counted_in_the_process_that_trains(
+    tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
     images = load_data(replace(folder(tmp_path, with_bad(b"")), broken="skip")).train
     plan = TrainingPlan(images.labels, 6, 0, balanced=False)
     with caplog.at_level(logging.WARNING, "pixlat"):
@@ -421,11 +465,13 @@ def test_a_class_without_a_readable_image_is_an_error(tmp_path: Path) -> None:
         load_data(replace(folder(tmp_path, train), broken="skip")).train.fetch([7])
 
 
-# -- shards ------------------------------------------------------------------------------------------------------------------------
+# -- shards ------------------------------------------------------------------------------------------------------------
 
 
 def prepared(settings: DataConfig, to: Path, *more: str) -> int:
-    return prepare.main(["images", f"data={settings.name}", f"data.path={settings.path}", "data.image_size=16", f"to={to}", *more])
+    return prepare.main(
+        ["images", f"data={settings.name}", f"data.path={settings.path}", "data.image_size=16", f"to={to}", *more]
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -442,7 +488,9 @@ def test_shards_hold_the_images_labels_split_and_digests_of_the_data(tmp_path: P
     pickle.loads(pickle.dumps(found.train)).fetch([11])
 
 
-def test_preparing_again_keeps_whole_shards_and_refuses_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preparing_again_keeps_whole_shards_and_refuses_other_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings, shards = folder(tmp_path / "data", with_bad(b"")), tmp_path / "shards"
     assert prepared(settings, shards, "workers=0") == 2
     assert "n01530575_0000.JPEG (0 bytes)" in capsys.readouterr().err
@@ -473,11 +521,16 @@ def test_shards_hold_whole_images_for_random_crops(tmp_path: Path, workers: int)
     random = DataConfig(name="shards", path=str(to), crop="random")
     expected, found = load_data(settings), load_data(random)
     plan = TrainingPlan(expected.train.labels, 6, 0, balanced=False, flip=True, crop=True)
-    ours, theirs = (list(islice(training_batches(images, plan, 0, 6, 1, workers=workers), 4)) for images in (found.train, expected.train))
+    ours, theirs = (
+        list(islice(training_batches(images, plan, 0, 6, 1, workers=workers), 4))
+        for images in (found.train, expected.train)
+    )
     for (a,), (b,) in zip(ours, theirs, strict=True):
         assert (a["image"] == b["image"]).all()
     centred = load_data(replace(random, crop="center"))
-    for a, b in zip(everything(centred), everything(load_data(replace(settings, crop="center", resize=None))), strict=True):
+    for a, b in zip(
+        everything(centred), everything(load_data(replace(settings, crop="center", resize=None))), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
     assert found.info == centred.info == expected.info
     with pytest.raises(UserError, match="images whose shorter side has 20 pixels"):
@@ -487,7 +540,9 @@ def test_shards_hold_whole_images_for_random_crops(tmp_path: Path, workers: int)
 
 def test_random_crops_of_shards_of_squares_are_refused(tmp_path: Path) -> None:
     assert prepared(wds(tmp_path / "data"), tmp_path / "shards", "workers=0") == 0
-    with pytest.raises(UserError, match=r"holds squares alone. Prepare shards with .*data\.crop=random data\.resize=20"):
+    with pytest.raises(
+        UserError, match=r"holds squares alone. Prepare shards with .*data\.crop=random data\.resize=20"
+    ):
         load_data(DataConfig(name="shards", path=str(tmp_path / "shards"), crop="random", resize=20))
 
 
@@ -495,7 +550,10 @@ def test_preparing_whole_images_goes_on_where_it_was_stopped(tmp_path: Path) -> 
     settings, to = wds(tmp_path / "data"), tmp_path / "shards"
     keys = ("data.crop=random", "data.resize=20", "workers=0", "shard_images=5")
     assert prepared(settings, to, *keys) == 0
-    card, before = (to / "images.json").read_text(), {file: file.stat().st_mtime_ns for file in to.glob("train-resized-0*.bin")}
+    card, before = (
+        (to / "images.json").read_text(),
+        {file: file.stat().st_mtime_ns for file in to.glob("train-resized-0*.bin")},
+    )
     (to / "images.json").unlink()
     removed = to / "train-resized-00001.bin"
     removed.unlink()
@@ -504,7 +562,7 @@ def test_preparing_whole_images_goes_on_where_it_was_stopped(tmp_path: Path) -> 
     assert {file for file, time in before.items() if file.stat().st_mtime_ns != time} == {removed}
 
 
-# -- damaged shards ----------------------------------------------------------------------------------------------------------------
+# -- damaged shards ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -527,7 +585,10 @@ def damage(file: Path, place: int) -> None:
     os.utime(file, ns=(1, 1))
 
 
-@pytest.mark.parametrize("name", ["train-00001.npy", "train-labels.npy", "heldout-00000.npy", "train-resized-00002.bin", "train-resized-sizes.npy"])
+@pytest.mark.parametrize(
+    "name",
+    ["train-00001.npy", "train-labels.npy", "heldout-00000.npy", "train-resized-00002.bin", "train-resized-sizes.npy"],
+)
 def test_a_changed_byte_of_a_shard_is_found_when_it_is_opened(shards: Path, name: str) -> None:
     opened(shards)
     damage(shards / name, -24)  # the low byte of a label or of a size, or a pixel
@@ -553,9 +614,11 @@ def test_shards_are_verified_once_for_each_size_and_time(shards: Path, monkeypat
     assert len(read) == 23
 
 
-def test_what_was_verified_in_a_read_only_folder_is_kept_elsewhere(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_verified_in_a_read_only_folder_is_kept_elsewhere(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (shards / mapped.VERIFIED).unlink()
-    monkeypatch.setattr("common.mapped.os.access", lambda path, mode: False)
+    monkeypatch.setattr("pixlat.common.datasets.npy_shards.os.access", lambda path, mode: False)
     opened(shards)
     assert not (shards / mapped.VERIFIED).exists()
     monkeypatch.setattr(mapped, "sha256_of", lambda file: pytest.fail(f"{file} was read again"))
@@ -565,12 +628,13 @@ def test_what_was_verified_in_a_read_only_folder_is_kept_elsewhere(shards: Path,
 VERIFY_TOO = """
 import sys
 from pathlib import Path
-from common import archives, mapped
-from common.config import DataConfig
-from common.datasets import load_data
+from pixlat.common.images import tar as archives
+from pixlat.common.datasets import npy_shards as mapped
+from pixlat.common.config.schema import DataConfig
+from pixlat.common.datasets.load import load_data
 
 sha256_of = mapped.sha256_of
-mapped.sha256_of = lambda file: sys.stdout.write(file.name + "\\n") and sha256_of(file)  # one call, because threads share the stream
+mapped.sha256_of = lambda file: sys.stdout.write(file.name + "\\n") and sha256_of(file)
 load_data(DataConfig(name="shards", path=sys.argv[1], crop="random"))
 """
 
@@ -578,7 +642,9 @@ load_data(DataConfig(name="shards", path=sys.argv[1], crop="random"))
 def test_one_process_of_a_machine_verifies_for_all(shards: Path) -> None:
     (shards / mapped.VERIFIED).unlink()
     command = [sys.executable, "-c", VERIFY_TOO, str(shards)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) for _ in range(3)]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) for _ in range(3)
+    ]
     read = [process.communicate(timeout=120)[0].split() for process in processes]
     assert sorted(map(len, read)) == [0, 0, 11] and all(process.returncode == 0 for process in processes)
 
@@ -619,11 +685,17 @@ ODD_VALUES = [None, -1, 0, 10**15, 2**70, 1.5, True, "x", [], {}, [[]], {"a": 1}
 
 
 def test_a_damaged_card_is_a_sentence(shards: Path) -> None:
-    """Every field in turn is missing or holds something else; a folder opens as it was or is refused, and nothing large is allocated."""
+    """Every field in turn is missing or holds something else; a folder opens as it was or is refused,
+    and nothing large is allocated.
+    """
     whole = json.loads((shards / "images.json").read_text())
     expected = everything(opened(shards))
     refused = 0
-    for place in [(key,) for key in whole] + [("parts", part, key) for part in ("train", "heldout") for key in whole["parts"]["train"]] + [("parts", "train")]:
+    for place in (
+        [(key,) for key in whole]
+        + [("parts", part, key) for part in ("train", "heldout") for key in whole["parts"]["train"]]
+        + [("parts", "train")]
+    ):
         for value in ODD_VALUES:
             changed = json.loads(json.dumps(whole))
             target = changed
@@ -634,7 +706,12 @@ def test_a_damaged_card_is_a_sentence(shards: Path) -> None:
             try:
                 found = opened(shards)
             except UserError as error:
-                assert "images.json" in str(error) or ".npy" in str(error) or ".bin" in str(error) or "squares" in str(error), str(error)
+                assert (
+                    "images.json" in str(error)
+                    or ".npy" in str(error)
+                    or ".bin" in str(error)
+                    or "squares" in str(error)
+                ), str(error)
                 refused += 1
             else:
                 assert place[-1] in ("name", "identity", "skipped", "sha256", "decoding", "class_names"), (place, value)

@@ -1,4 +1,6 @@
-"""Runs of a given cost, scores during training, and several sampling seeds: by function, and once through the command."""
+"""Runs of a given cost, scores during training, and several sampling seeds: by function,
+and once through the command.
+"""
 
 import dataclasses
 import json
@@ -8,27 +10,35 @@ import pytest
 import torch
 from evaluated_run import Projections, image_folder
 
-from common.checkpoint import latest
-from common.config import identity, run_folder
-from common.cost import training_cost
-from common.datasets import summarise
-from common.errors import UserError
-from common.optim import learning_rate
-from common.tokenizer import read_card
-from common.trainer import total_steps
-from evaluation.board import group, read_records, training_macs
-from evaluation.curve import CURVE, read_curve
-from evaluation.matched import curves_of, matched_table
-from evaluation.record import read_record
-from launch import job as jobs
-from launch.budget import within_budget
-from launch.job import run_one
-from launch.run import configurations, main
-from launch.stages import earlier_runs
-from methods import get_class
-from methods.base import DataInfo
+from pixlat.common.accounting.macs import training_cost
+from pixlat.common.config.identity import identity, run_folder
+from pixlat.common.datasets.load import summarise
+from pixlat.common.errors import UserError
+from pixlat.common.frozen.tokenizer import read_card
+from pixlat.common.training.optim import learning_rate
+from pixlat.common.training.steps import total_steps
+from pixlat.common.weights.checkpoint import latest
+from pixlat.evaluation.board.groups import group, read_records, training_macs
+from pixlat.evaluation.board.matched import curves_of, matched_table
+from pixlat.evaluation.records.curve import CURVE, read_curve
+from pixlat.evaluation.records.record import read_record
+from pixlat.launch.job import execute as jobs
+from pixlat.launch.job.budget import within_budget
+from pixlat.launch.job.execute import run_one
+from pixlat.launch.job.stages import earlier_runs
+from pixlat.launch.run import configurations, main
+from pixlat.methods import get_class
+from pixlat.methods.base import DataInfo
 
-MODEL = ("model.depth=1", "model.width=16", "model.heads=2", "model.patch=4", "model.bottleneck=8", "model.context_tokens=0", "model.context_start=0")
+MODEL = (
+    "model.depth=1",
+    "model.width=16",
+    "model.heads=2",
+    "model.patch=4",
+    "model.bottleneck=8",
+    "model.context_tokens=0",
+    "model.context_start=0",
+)
 TRAIN = ("train.batch=8", "train.warmup_images=0", "train.schedule=constant", "train.ema_decay=[0.9]")
 KEPT = ("train.log_images=16", "train.checkpoint_images=48", "train.preview_images=0")
 EVAL = ("eval.num_images=24", "eval.batch=12", "eval.grid_columns=2", "sample.steps=2")
@@ -53,7 +63,7 @@ def macs_of(run):
     return training_cost(get_class(run.method), run.model, info).total(run.train.images, encoded, run.train.batch)
 
 
-# -- budgets --------------------------------------------------------------------------------------------------------------------
+# -- budgets -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_budget_of_macs_gives_as_many_whole_steps_as_fit():
@@ -79,12 +89,22 @@ def test_a_budget_of_images_is_not_exceeded_and_the_smaller_budget_counts():
 
 
 def test_the_schedule_ends_where_the_budget_does():
-    run = within_budget(one("budget.images=16000", "train.schedule=cosine", "train.lr=1", "train.min_lr=0.1", "train.warmup_images=1600"))
-    assert learning_rate(run.train, 16000) == pytest.approx(0.1) and learning_rate(run.train, 8800) == pytest.approx(0.55) and total_steps(run.train) == 1000
+    run = within_budget(
+        one(
+            "budget.images=16000", "train.schedule=cosine", "train.lr=1", "train.min_lr=0.1", "train.warmup_images=1600"
+        )
+    )
+    assert (
+        learning_rate(run.train, 16000) == pytest.approx(0.1)
+        and learning_rate(run.train, 8800) == pytest.approx(0.55)
+        and total_steps(run.train) == 1000
+    )
 
 
 def test_a_budget_is_only_another_way_to_say_how_long():
-    """It is the run of that many images, with the same folder; and what it means is in its configuration and its record."""
+    """It is the run of that many images, with the same folder;
+    and what it means is in its configuration and its record.
+    """
     budgeted, plain = within_budget(one("budget.images=1600")), one("train.images=1600")
     assert identity(budgeted) == identity(plain) and run_folder(budgeted) == run_folder(plain)
 
@@ -145,10 +165,14 @@ def test_the_command_says_what_the_budget_allows(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["run.py", "method=jit", *SMALL, "budget.train_macs=1e9", "dry_run=true"])
     assert main() == 0
     printed, expected = capsys.readouterr().out, within_budget(one(*SMALL, "budget.train_macs=1e9")).train.images
-    assert f"steps        {expected // 8} of 8 images" in printed and f"  train.images={expected}" in printed and "budget.train_macs=1000000000.0" in printed
+    assert (
+        f"steps        {expected // 8} of 8 images" in printed
+        and f"  train.images={expected}" in printed
+        and "budget.train_macs=1000000000.0" in printed
+    )
 
 
-# -- scores during training -----------------------------------------------------------------------------------------------------
+# -- scores during training --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -159,13 +183,24 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
     """Features in a moment; pictures have tests of their own."""
-    monkeypatch.setattr("evaluation.evaluate.EmbeddedExtractor", Projections)
+    monkeypatch.setattr("pixlat.evaluation.score.embedded.EmbeddedExtractor", Projections)
     monkeypatch.setattr(jobs, "draw_pictures", lambda *_: None)
 
 
 def start(out, data, *changes, name="run"):
     """A run of 12 steps of 8 images, as launch/run.py starts it."""
-    arguments = (f"out={out}", f"name={name}", "data=folder", f"data.path={data}", "data.image_size=8", *MODEL, *TRAIN, *KEPT, *EVAL, "train.images=96")
+    arguments = (
+        f"out={out}",
+        f"name={name}",
+        "data=folder",
+        f"data.path={data}",
+        "data.image_size=8",
+        *MODEL,
+        *TRAIN,
+        *KEPT,
+        *EVAL,
+        "train.images=96",
+    )
     settings = dict(argument.split("=", 1) for argument in (*arguments, *changes))
     if "budget.images" in settings:
         del settings["train.images"]
@@ -174,7 +209,7 @@ def start(out, data, *changes, name="run"):
 
 
 def weights(folder):
-    from common.checkpoint import load
+    from pixlat.common.weights.checkpoint import load
 
     return load(latest(folder / "checkpoints")).tensors
 
@@ -192,7 +227,9 @@ def test_scores_during_training_do_not_change_it_and_the_record_is_their_last_po
     assert not (plain / CURVE).exists()
     points = read_curve(scored / CURVE)
     record = read_record(scored / "result.json")
-    assert [point["images"] for point in points] == [32, 64] and {point["protocol_hash"] for point in points} == {record["protocol_hash"]}
+    assert [point["images"] for point in points] == [32, 64] and {point["protocol_hash"] for point in points} == {
+        record["protocol_hash"]
+    }
     assert [point["macs_train"] / point["images"] for point in points] == [record["train"]["macs_total"] / 96] * 2
     assert all(point["metrics"].keys() == record["metrics"].keys() for point in points)
     values = [point["metrics"]["fd_embedded"]["value"] for point in (*points, record)]
@@ -200,8 +237,10 @@ def test_scores_during_training_do_not_change_it_and_the_record_is_their_last_po
 
 
 def test_a_point_is_the_score_of_a_run_that_ends_there(tmp_path, data):
-    """The same noise and labels whenever it is asked. The schedule is constant, and the average is one for which neither run is too short, so the
-    weights are the same."""
+    """The same noise and labels whenever it is asked.
+
+    The schedule is constant, and the average is one for which neither run is too short, so the weights are the same.
+    """
     scored = start(tmp_path / "a", data, "eval.every_images=64", "train.ema_decay=[0.3]")
     short = start(tmp_path / "b", data, "budget.images=64", "train.ema_decay=[0.3]")
     assert read_curve(scored / CURVE)[0]["metrics"] == read_record(short / "result.json")["metrics"]
@@ -235,7 +274,11 @@ def test_a_run_stopped_anywhere_ends_with_the_same_curve(tmp_path, data, monkeyp
         patch.setattr(jobs, "write_whole", stop_after_writing)
         if moment == "at a step between":
             forward = get_class("jit").forward
-            patch.setattr(get_class("jit"), "forward", lambda self, phase, batch, step: _raise() if step == 10 else forward(self, phase, batch, step))
+            patch.setattr(
+                get_class("jit"),
+                "forward",
+                lambda self, phase, batch, step: _raise() if step == 10 else forward(self, phase, batch, step),
+            )
         with pytest.raises(Broken):
             start(tmp_path / "b", data, "eval.every_images=32")
     resumed = start(tmp_path / "b", data, "eval.every_images=32")
@@ -268,7 +311,8 @@ def test_a_signal_during_a_score_ends_the_run_at_once_and_nothing_is_lost(tmp_pa
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("went on")
 
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs deaf to it
+    # a shell starts its background jobs deaf to it
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with monkeypatch.context() as patch:
             patch.setattr(jobs, "evaluate_method", interrupted)
@@ -293,7 +337,7 @@ def test_runs_are_compared_at_equal_training_from_their_curves(tmp_path, data):
     assert sorted((row[1], row[3]) for row in table.cells) == [("long", "measured"), ("short", "measured")]
 
 
-# -- several sampling seeds -----------------------------------------------------------------------------------------------------
+# -- several sampling seeds --------------------------------------------------------------------------------------------
 
 
 def test_several_sampling_seeds_are_recorded_with_mean_and_spread(tmp_path, data):
@@ -303,5 +347,7 @@ def test_several_sampling_seeds_are_recorded_with_mean_and_spread(tmp_path, data
     assert record["seeds"]["sample"] == [0, 1, 2] and len(fd["values"]) == 3 and fd["sd_seeds"] > 0
     assert fd["value"] == pytest.approx(sum(fd["values"]) / 3) and fd["n"] == 24
     single = read_record(start(tmp_path, data, "eval.seed=1", name="single") / "result.json")
-    assert single["metrics"]["fd_embedded"]["value"] == pytest.approx(fd["values"][1], rel=1e-12) and single["seeds"]["sample"] == [1]
+    assert single["metrics"]["fd_embedded"]["value"] == pytest.approx(fd["values"][1], rel=1e-12) and single["seeds"][
+        "sample"
+    ] == [1]
     assert record["protocol_hash"] == single["protocol_hash"]

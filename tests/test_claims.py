@@ -1,4 +1,6 @@
-"""The claims framework: verdicts follow from intervals, records validate and reach the leaderboard as data, and the claims measure what they say."""
+"""The claims framework: verdicts follow from intervals, records validate and reach the leaderboard as data,
+and the claims measure what they say.
+"""
 
 import json
 import math
@@ -14,10 +16,13 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from common.config import resolve
-from common.errors import UserError
-from evaluation import collapse, leaderboard, page
-from evaluation.claims import (
+from pixlat.common.config.resolve import resolve
+from pixlat.common.errors import UserError
+from pixlat.evaluation import leaderboard
+from pixlat.evaluation.board import page
+from pixlat.evaluation.records.claims import read_claim, read_claims, write_claim
+from pixlat.evaluation.studies import collapse
+from pixlat.evaluation.studies.claims import (
     command,
     cost,
     dsd_collapse,
@@ -31,14 +36,25 @@ from evaluation.claims import (
     rae_width,
     reg_gain,
 )
-from evaluation.claims.framework import Budget, Claim, Criterion, Estimate, Evidence, Verdict, all_claims, claim_modules, find, judge
-from evaluation.claims.record import build, read_claim, read_claims, write_claim
-from evaluation.claims.swiss_roll import lifted, off_plane, plane, roll, sliced_distance
-from methods import get_class, get_spec
-from methods.base import DataInfo
+from pixlat.evaluation.studies.claims.framework import (
+    Budget,
+    Claim,
+    Criterion,
+    Estimate,
+    Evidence,
+    Verdict,
+    all_claims,
+    build_record,
+    claim_modules,
+    find,
+    judge,
+)
+from pixlat.evaluation.studies.claims.swiss_roll import lifted, off_plane, plane, roll, sliced_distance
+from pixlat.methods import get_class, get_spec
+from pixlat.methods.base import DataInfo
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "evaluation" / "claims" / "results"
+RESULTS = ROOT / "evaluation" / "studies" / "claims" / "results"
 HOSTILE = "</script><script>alert(1)</script>"
 PAIR = (Criterion("a", "a number", "at most", 1.0), Criterion("b", "another one", "at least", 10.0))
 
@@ -50,17 +66,29 @@ def evidence(a, b, text="cell"):
 
 
 def claim(name="toy", measure=lambda budget: evidence(Estimate(0.5, 0.01, 3), Estimate(20.0, 0.1, 3)), **changes):
-    return Claim(**{"name": name, "paper": "paper", "statement": "s", "setting": "how", "criteria": PAIR, "measure": measure, "minutes": (0.1, 0.2), **changes})
+    return Claim(
+        **{
+            "name": name,
+            "paper": "paper",
+            "statement": "s",
+            "setting": "how",
+            "criteria": PAIR,
+            "measure": measure,
+            "minutes": (0.1, 0.2),
+            **changes,
+        }
+    )
 
 
-# -- verdicts ---------------------------------------------------------------------------------------------------------------------
+# -- verdicts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("a", "b", "verdict"),
     [
         (Estimate(0.5, 0.1, 3), Estimate(12.0, 0.1, 3), Verdict.HOLDS),
-        (Estimate(0.5, 0.1, 3), Estimate(10.1, 0.1, 3), Verdict.OPEN),  # 4.3 standard errors of three seeds reach the bound
+        # 4.3 standard errors of three seeds reach the bound
+        (Estimate(0.5, 0.1, 3), Estimate(10.1, 0.1, 3), Verdict.OPEN),
         (Estimate(0.5, 0.1, 3), Estimate(9.0, 0.1, 3), Verdict.FAILS),
         (Estimate(0.9, 0.1, 3), Estimate(9.0, 0.1, 3), Verdict.FAILS),  # one missed criterion is enough
         (Estimate.exact(1.0), Estimate.exact(10.0), Verdict.HOLDS),
@@ -80,18 +108,24 @@ def test_a_claim_stays_open_where_what_it_needs_is_not_met(needed, verdict):
 
 def test_error_bars_are_those_of_the_mean_over_seeds():
     found = Estimate.over([1.0, 2.0, 3.0])
-    assert (found.value, found.se, found.n) == (2.0, pytest.approx(3**-0.5), 3) and found.margin == pytest.approx(4.303 * 3**-0.5)
+    assert (found.value, found.se, found.n) == (2.0, pytest.approx(3**-0.5), 3) and found.margin == pytest.approx(
+        4.303 * 3**-0.5
+    )
     with pytest.raises(ValueError, match="two seeds"):
         Estimate.over([1.0])
 
 
-# -- records ----------------------------------------------------------------------------------------------------------------------
+# -- records -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_record_round_trips_and_faults_are_named(tmp_path):
-    record = build(claim(), evidence(Estimate(0.5, 0.01, 3), Estimate(20.0, 0.1, 3)), quick=True, seconds=1.5, device="cpu")
+    record = build_record(
+        claim(), evidence(Estimate(0.5, 0.01, 3), Estimate(20.0, 0.1, 3)), quick=True, seconds=1.5, device="cpu"
+    )
     write_claim(record, tmp_path)
-    assert read_claim(tmp_path / "claim.json") == record and record["verdict"] == "holds" and record["seeds"] == [0, 1, 2]
+    assert (
+        read_claim(tmp_path / "claim.json") == record and record["verdict"] == "holds" and record["seeds"] == [0, 1, 2]
+    )
     assert record["criteria"][1]["text"] == "another one is at least 10"
     for change, message in ((("verdict", "true"), "verdict"), (("extra", 1), "extra"), (("criteria", []), "criteria")):
         (tmp_path / "claim.json").write_text(json.dumps({**record, change[0]: change[1]}))
@@ -102,7 +136,7 @@ def test_a_record_round_trips_and_faults_are_named(tmp_path):
 def test_the_newest_record_of_a_claim_counts_and_broken_ones_are_named(tmp_path):
     for name, quick, created in (("one", True, "2026-01-01"), ("two", False, "2026-01-02"), ("broken", False, "")):
         (tmp_path / name).mkdir()
-        record = build(claim(), claim().measure(None), quick, 1.0, "cpu") | {"created_utc": created}
+        record = build_record(claim(), claim().measure(None), quick, 1.0, "cpu") | {"created_utc": created}
         write_claim(record, tmp_path / name)
     (tmp_path / "broken" / "claim.json").write_text("{")
     left_out = []
@@ -111,10 +145,14 @@ def test_the_newest_record_of_a_claim_counts_and_broken_ones_are_named(tmp_path)
 
 
 def test_a_run_leaves_record_picture_and_report_and_reaches_the_leaderboard_as_data(tmp_path, monkeypatch, capsys):
-    hostile = claim("toy", lambda budget: evidence(Estimate(0.5, 0.01, 3), Estimate(20.0, 0.1, 3), HOSTILE), statement=HOSTILE)
+    hostile = claim(
+        "toy", lambda budget: evidence(Estimate(0.5, 0.01, 3), Estimate(20.0, 0.1, 3), HOSTILE), statement=HOSTILE
+    )
     monkeypatch.setattr(command, "find", lambda names: [hostile])
     assert command.main(["run", "--quick", "--out", str(tmp_path / "claims")]) == 0
-    assert "holds" in capsys.readouterr().out and (tmp_path / "claims" / "toy-quick" / "claim.png").stat().st_size > 1000
+    assert (
+        "holds" in capsys.readouterr().out and (tmp_path / "claims" / "toy-quick" / "claim.png").stat().st_size > 1000
+    )
     report = (tmp_path / "claims" / "claims.md").read_text()
     assert "toy-quick/claim.png" in report and "<script>" not in report
     assert leaderboard.main(["--runs", str(tmp_path)]) == 0
@@ -127,12 +165,17 @@ def test_the_command_lists_and_refuses(tmp_path, capsys):
     assert command.main([]) == 0
     listed = capsys.readouterr().out
     assert all(each.name in listed and str(each.criteria[0]) in listed for each in all_claims().values())
-    assert command.main(["run", "jit-manifol", "--out", str(tmp_path)]) == 2 and "jit-manifold" in capsys.readouterr().err
+    assert (
+        command.main(["run", "jit-manifol", "--out", str(tmp_path)]) == 2 and "jit-manifold" in capsys.readouterr().err
+    )
     assert command.main(["report", "--out", str(tmp_path)]) == 2 and "run --quick" in capsys.readouterr().err
 
 
 def test_an_unknown_name_is_refused_before_torch_is_imported():
-    code = "import sys; from evaluation.claims.command import main; assert main(['run', 'nosuch']) == 2; print('torch' in sys.modules)"
+    code = (
+        "import sys; from pixlat.evaluation.studies.claims.command import main; assert main(['run', 'nosuch']) == 2; "
+        "print('torch' in sys.modules)"
+    )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert answer.stdout == "False\n" and "'nosuch' is not a claim" in answer.stderr and "dsd-collapse" in answer.stderr
 
@@ -143,26 +186,45 @@ def test_every_claim_is_found_under_the_name_of_its_file():
 
 
 def test_what_was_amended_after_numbers_had_been_seen_is_told_everywhere(tmp_path):
-    record = build(claim(amended=f"turned round {HOSTILE}"), claim().measure(None), quick=False, seconds=1.0, device="cpu")
-    untouched = build(claim(name="other"), claim().measure(None), quick=False, seconds=1.0, device="cpu")
+    record = build_record(
+        claim(amended=f"turned round {HOSTILE}"), claim().measure(None), quick=False, seconds=1.0, device="cpu"
+    )
+    untouched = build_record(claim(name="other"), claim().measure(None), quick=False, seconds=1.0, device="cpu")
     for each in (record, {key: value for key, value in untouched.items() if key != "amended"}):  # as older records are
         (tmp_path / each["name"]).mkdir()
         write_claim(each, tmp_path / each["name"])
     text = command.to_markdown(read_claims(tmp_path, []), tmp_path)
     assert text.count(command.AMENDED) == 1 and "turned round &lt;/script&gt;" in text
-    told = {name: page.claim_data(each, tmp_path, [])["amended"] for name, each in ((each["name"], each) for each, _ in read_claims(tmp_path, []))}
+    told = {
+        name: page.claim_data(each, tmp_path, [])["amended"]
+        for name, each in ((each["name"], each) for each, _ in read_claims(tmp_path, []))
+    }
     assert told == {record["name"]: f"turned round {HOSTILE}", "other": ""}
     changed = {name for name, each in all_claims().items() if each.amended}
-    assert {"rae-shift", "reg-gain", "jit-noise", "jit-resolution", "jit-bottleneck", "jit-combinations", "pmf-manifold", "pmf-times"} <= changed
+    assert {
+        "rae-shift",
+        "reg-gain",
+        "jit-noise",
+        "jit-resolution",
+        "jit-bottleneck",
+        "jit-combinations",
+        "pmf-manifold",
+        "pmf-times",
+    } <= changed
     for each in all_claims().values():
-        assert each.amended or not any(criterion.needed for criterion in each.criteria), each.name  # all `needed` ones were added after a run
+        # all `needed` ones were added after a run
+        assert each.amended or not any(criterion.needed for criterion in each.criteria), each.name
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_claim_that_fails_does_not_stop_the_others(tmp_path, jobs):
     names = ["fails", "first", "second"] if jobs == 1 else ["fails", "dies", "first", "second"]
     outcomes = command.run_all([(name, True, tmp_path / name) for name in names], jobs, claim_checks.done_or_not)
-    assert outcomes == [name in ("first", "second") for name in names] and (tmp_path / "first").is_dir() and (tmp_path / "second").is_dir()
+    assert (
+        outcomes == [name in ("first", "second") for name in names]
+        and (tmp_path / "first").is_dir()
+        and (tmp_path / "second").is_dir()
+    )
 
 
 def test_what_failed_is_named_and_the_exit_code_says_so(tmp_path, monkeypatch, capsys):
@@ -171,33 +233,45 @@ def test_what_failed_is_named_and_the_exit_code_says_so(tmp_path, monkeypatch, c
     monkeypatch.setattr(command, "find", lambda names: [every[name] for name in names or every])
     assert command.main(["--quick", "--jobs", "1", "--out", str(tmp_path)]) == 1  # without a command, --quick runs
     told = capsys.readouterr()
-    assert "ZeroDivisionError" in told.err and "not measured, for the reasons above: broken" in told.err and "toy" in told.out and "broken" not in told.out
+    assert (
+        "ZeroDivisionError" in told.err
+        and "not measured, for the reasons above: broken" in told.err
+        and "toy" in told.out
+        and "broken" not in told.out
+    )
 
 
 def test_every_claim_is_complete():
     for each in all_claims().values():
         assert find([each.name]) == [each] and each.criteria and each.paper and each.setting
-        assert all(0 < quick <= full for quick, full in [each.minutes]) and (each.num_seeds == (0, 0) or min(each.num_seeds) >= 3)
+        assert all(0 < quick <= full for quick, full in [each.minutes]) and (
+            each.num_seeds == (0, 0) or min(each.num_seeds) >= 3
+        )
     quick, full = (sum(each.minutes[i] for each in all_claims().values()) for i in (0, 1))
     assert quick <= 2 * 15 and full <= 2 * 120  # minutes of one core; what is promised is for two
 
 
-# -- the claims themselves, cut short ---------------------------------------------------------------------------------------------
+# -- the claims themselves, cut short ----------------------------------------------------------------------------------
 
 
 def test_the_toy_lies_on_its_plane_and_distances_are_metres():
     torch.manual_seed(0)
     points, projection = roll(500), plane(16, 0)
     x = lifted(points, projection).flatten(1)
-    assert torch.allclose(projection.T @ projection, torch.eye(2), atol=1e-6) and torch.allclose(x @ projection, points, atol=1e-5)
+    assert torch.allclose(projection.T @ projection, torch.eye(2), atol=1e-6) and torch.allclose(
+        x @ projection, points, atol=1e-5
+    )
     assert off_plane(x, projection) < 1e-6 and points.std(dim=0).tolist() == pytest.approx([1.05, 1.09], abs=0.1)
     noise = torch.randn(500, 16)
     assert off_plane(x + 0.3 * (noise - noise @ projection @ projection.T), projection) == pytest.approx(0.3, rel=0.05)
     shifted = points + torch.tensor([0.5, 0.0])
-    assert sliced_distance(points, shifted) == pytest.approx(0.5 * 2 / math.pi, rel=1e-3)  # the mean of |cos| over directions
+    # the mean of |cos| over directions
+    assert sliced_distance(points, shifted) == pytest.approx(0.5 * 2 / math.pi, rel=1e-3)
 
 
-@pytest.mark.parametrize("samples", [lambda: jit_manifold.samples("x", 4, 60, 0), lambda: pmf_manifold.trained("x", 4, 60, 0).points])
+@pytest.mark.parametrize(
+    "samples", [lambda: jit_manifold.samples("x", 4, 60, 0), lambda: pmf_manifold.trained("x", 4, 60, 0).points]
+)
 def test_toys_learn_by_the_methods_own_objective_and_sampler(samples):
     drawn, projection = samples(), plane(4, 0)
     assert drawn.shape == (3000, 4) and off_plane(drawn, projection) < 0.5
@@ -207,7 +281,8 @@ def test_toys_learn_by_the_methods_own_objective_and_sampler(samples):
 
 def test_a_width_rules_bound_is_the_covariances_tail():
     latent = rae_width.latent_of(0)
-    assert rae_width.bound(rae_width.plain(16), latent) == pytest.approx(0.5, abs=1e-4)  # 16 tokens have 15 directions, all among the 16
+    # 16 tokens have 15 directions, all among the 16
+    assert rae_width.bound(rae_width.plain(16), latent) == pytest.approx(0.5, abs=1e-4)
     assert rae_width.bound(rae_width.plain(8), latent) > 0.75 and rae_width.bound(rae_width.plain(32), latent) == 0
     assert rae_width.bound(rae_width.NETWORKS["width 16 + head of width 48"], latent) == 0
     losses = [rae_width.final_loss(rae_width.plain(48), steps, 0) for steps in (14, 84)]
@@ -217,18 +292,26 @@ def test_a_width_rules_bound_is_the_covariances_tail():
 def test_counted_costs_are_the_published_ones():
     rows = {row.name: row for row in cost.PUBLISHED}
     decoder, pmf, head = (cost.count(rows[name]) for name in ("RAE decoder ViT-B", "pMF-B/16", "RAE DiT-DH-XL"))
-    assert decoder.executed / 1e9 == pytest.approx(23.35, abs=0.005) and decoder.explained / 1e9 == pytest.approx(22.13, abs=0.005)
+    assert decoder.executed / 1e9 == pytest.approx(23.35, abs=0.005) and decoder.explained / 1e9 == pytest.approx(
+        22.13, abs=0.005
+    )
     assert head.forwards == "49 network + 1 decoder + 49 guide" and head.image == pytest.approx(10.40e12, rel=1e-3)
     assert pmf.executed == pmf.explained == pmf.image and pmf.executed / 1e9 == pytest.approx(33.33, abs=0.005)
-    assert head.executed / 1e9 == pytest.approx(161.58, abs=0.01) and head.explained / 1e9 == pytest.approx(146.6, abs=0.1)
+    assert head.executed / 1e9 == pytest.approx(161.58, abs=0.01) and head.explained / 1e9 == pytest.approx(
+        146.6, abs=0.1
+    )
     assert cost.rounding(23.01) == pytest.approx(0.005) and cost.rounding(146) == 0.5
 
 
 def test_budgets_differ_in_what_they_choose():
-    assert [Budget(quick, (0,)).choose(1, 2) for quick in (True, False)] == [1, 2] and claim().budget(True).seeds == (0, 1, 2)
+    assert [Budget(quick, (0,)).choose(1, 2) for quick in (True, False)] == [1, 2] and claim().budget(True).seeds == (
+        0,
+        1,
+        2,
+    )
 
 
-# -- claims about images ------------------------------------------------------------------------------------------------------------
+# -- claims about images -----------------------------------------------------------------------------------------------
 
 
 def test_emoji_of_other_sizes_are_the_same_pictures():
@@ -241,7 +324,9 @@ def test_emoji_of_other_sizes_are_the_same_pictures():
     assert np.abs(large.fetch(first).astype(float).reshape(20, 3, 32, 2, 32, 2).mean(axis=(3, 5)) - whole).mean() < 6
     assert len({images.digest for images in (small, large, original)}) == 3
     part = emoji_runs.few(emoji_runs.emoji(), 7)
-    assert len(part.train) == part.info.num_train == 7 and part.train.labels.tolist() == sorted(part.train.labels.tolist())
+    assert len(part.train) == part.info.num_train == 7 and part.train.labels.tolist() == sorted(
+        part.train.labels.tolist()
+    )
 
 
 def test_jit_trains_on_the_runs_images_and_is_looked_at_between_steps():
@@ -305,7 +390,9 @@ def held_out(monkeypatch):
 
 
 def even(counts):
-    """Every class is there, and none has more than one and a half of its share; of the first 200 images six classes are missing, of the first 300 three."""
+    """Every class is there, and none has more than one and a half of its share;
+    of the first 200 images six classes are missing, of the first 300 three.
+    """
     return counts.min() > 0.25 and counts.max() < 1.5
 
 
@@ -347,7 +434,15 @@ def test_shifts_are_those_that_the_claim_names(monkeypatch):
 
 
 def test_the_collapse_claim_judges_what_the_study_measures():
-    row = {"step": 0, "erank": 6.0, "erank_share": 0.75, "std_between": 0.5, "edof": 2.0, "unexplained": 0.5, "erank_predicted": 5.0}
+    row = {
+        "step": 0,
+        "erank": 6.0,
+        "erank_share": 0.75,
+        "std_between": 0.5,
+        "edof": 2.0,
+        "unexplained": 0.5,
+        "erank_predicted": 5.0,
+    }
     runs = {preset: {0: [row, row], 1: [row, row]} for preset in collapse.PRESETS}
     texts = {each.text: each for each in collapse.claims(runs, collapse.PRESETS)}
     for criterion in dsd_collapse.CRITERIA:
@@ -356,7 +451,9 @@ def test_the_collapse_claim_judges_what_the_study_measures():
 
 
 def test_a_class_token_agrees_with_its_own_image(monkeypatch):
-    """Where the generated token is the teacher's of the generated image, the agreement is one less what images of a class share."""
+    """Where the generated token is the teacher's of the generated image,
+    the agreement is one less what images of a class share.
+    """
     method, run = emoji_runs.untrained("reg", reg_gain.SETTINGS, 0, emoji_runs.few(emoji_runs.emoji(), 20))
     monkeypatch.setattr(reg_gain, "SAMPLES", 20)
     random = reg_gain.token_agreement(method, run.sample, 0)
@@ -371,21 +468,30 @@ def test_a_class_token_agrees_with_its_own_image(monkeypatch):
     assert reg_gain.token_agreement(method, run.sample, 0) > 0.01 > abs(random)
 
 
-# -- the full run in the repository -------------------------------------------------------------------------------------------------
+# -- the full run in the repository ------------------------------------------------------------------------------------
 
 
 def test_results_in_the_repository_are_full_runs_of_the_claims_as_they_stand():
-    """Whoever changes a setting or a criterion runs the claim again: `python evaluation/claims.py run NAME --out evaluation/claims/results`."""
+    """Whoever changes a setting or a criterion runs the claim again:
+    `python evaluation/claims.py run NAME --out evaluation/studies/claims/results`.
+    """
     left_out = []
     found = read_claims(RESULTS, left_out)
     records = {record["name"]: record for record, _ in found}
     assert not left_out and set(records) == set(all_claims())
     for name, each in all_claims().items():
         record = records[name]
-        estimates = {c.estimate: Estimate(item["value"], item["se"], item["n"]) for c, item in zip(each.criteria, record["criteria"], strict=True)}
+        estimates = {
+            c.estimate: Estimate(item["value"], item["se"], item["n"])
+            for c, item in zip(each.criteria, record["criteria"], strict=True)
+        }
         assert judge(each, Evidence(estimates, [], [], Figure()))[0] == record["verdict"], name
         assert [item["text"] for item in record["criteria"]] == [str(criterion) for criterion in each.criteria], name
-        assert (record["paper"], record["statement"], record["setting"]) == (each.paper, each.statement, each.setting), name
+        assert (record["paper"], record["statement"], record["setting"]) == (
+            each.paper,
+            each.statement,
+            each.setting,
+        ), name
         assert record["amended"] == each.amended, name
         assert not record["quick"] and record["seeds"] == list(each.budget(quick=False).seeds), name
     assert (RESULTS / "claims.md").read_text(encoding="utf-8") == command.to_markdown(found, RESULTS)

@@ -1,4 +1,6 @@
-"""From runs to jobs, without a scheduler: what would be submitted, what a process of a job does at a signal, and how runs are reported."""
+"""From runs to jobs, without a scheduler: what would be submitted, what a process of a job does at a signal,
+and how runs are reported.
+"""
 
 import dataclasses
 import fcntl
@@ -17,21 +19,28 @@ from types import SimpleNamespace
 import pytest
 from records import record
 
-from common.config import ClusterConfig, describe, identity, resolve, run_folder
-from common.errors import UserError
-from common.files import append_row
-from common.signals import StopRequest
-from common.trainer import Stopped
-from evaluation.record import write_record
-from launch import cluster, slurm, status, worker
-from launch import local_job as local
-from launch.cluster import Planned, as_overrides, batch_options, check, groups, plan, sbatch_text
-from launch.folder import FAILURE, JOBS, LOCK, locked, open_folder
-from launch.run import configurations
-from launch.slurm import JobState
-from launch.snapshot import code_files, take_snapshot
-from launch.worker import Notice, Worker, export_processes, meeting_port
-from methods import get_spec, registered
+from pixlat.common.config.explain import describe
+from pixlat.common.config.identity import identity, run_folder
+from pixlat.common.config.resolve import resolve
+from pixlat.common.config.schema import ClusterConfig
+from pixlat.common.errors import UserError
+from pixlat.common.files import append_row
+from pixlat.common.training.loop import Stopped
+from pixlat.common.training.signals import StopRequest
+from pixlat.evaluation.records.record import write_record
+from pixlat.launch import status
+from pixlat.launch.cluster import local as gpus_here
+from pixlat.launch.cluster import local_job as local
+from pixlat.launch.cluster import request, slurm, submit, worker
+from pixlat.launch.cluster.planned import Planned, as_overrides
+from pixlat.launch.cluster.request import batch_options, sbatch_text
+from pixlat.launch.cluster.slurm import JobState
+from pixlat.launch.cluster.snapshot import code_files, take_snapshot
+from pixlat.launch.cluster.submit import check, groups, plan
+from pixlat.launch.cluster.worker import Notice, Worker, export_processes, meeting_port
+from pixlat.launch.job.folder import FAILURE, JOBS, LOCK, locked, open_folder
+from pixlat.launch.run import configurations
+from pixlat.methods import get_spec, registered
 
 ROOT = Path(__file__).resolve().parent.parent
 SLURM = ("cluster=slurm", "cluster.partition=p", "cluster.timeout_min=60", "cluster.gpus_per_node=8")
@@ -46,11 +55,13 @@ def text(*arguments: str) -> str:
     return sbatch_text([Planned(one(*SLURM, *arguments))], Path("/code"))
 
 
-# -- configuration --------------------------------------------------------------------------------------------------------------
+# -- configuration -----------------------------------------------------------------------------------------------------
 
 
 def test_where_a_run_works_does_not_change_which_run_it_is():
-    assert identity(one()) == identity(one(*SLURM, "cluster.sharding=fsdp2")) and run_folder(one()) == run_folder(one(*SLURM))
+    assert identity(one()) == identity(one(*SLURM, "cluster.sharding=fsdp2")) and run_folder(one()) == run_folder(
+        one(*SLURM)
+    )
 
 
 @pytest.mark.parametrize("missing", ["partition", "timeout_min", "gpus_per_node"])
@@ -65,7 +76,10 @@ def test_a_site_s_values_are_required_and_never_somebody_s(missing):
     [
         (("cluster=local", "cluster.nodes=2"), "cluster.nodes=2"),
         (("cluster=slurmm",), "Did you mean 'slurm'"),
-        (("cluster=example",), "partition has no value yet. Write yours into a copy of the file and give cluster=path/to/example.yaml"),
+        (
+            ("cluster=example",),
+            "partition has no value yet. Write yours into a copy of the file and give cluster=path/to/example.yaml",
+        ),
         (("cluster=slurm,here",), "cannot be swept"),
         (("cluster=local", "cluster.tasks_per_node=3"), "multiple of train.micro_batch=5 times 3 processes"),
         (("cluster.sharding=zero",), "ddp, fsdp2"),
@@ -82,7 +96,13 @@ def test_a_site_s_file_is_under_the_command_line(tmp_path):
     site = tmp_path / "mine.yaml"
     site.write_text("partition: gpu\naccount: ???\ngpus_per_node: 4\nsetup: ['module load a, b']\n")
     run = one(f"cluster={site}", "cluster.account=me", "cluster.gpus_per_node=2").cluster
-    assert (run.name, run.partition, run.account, run.gpus_per_node, run.setup) == ("slurm", "gpu", "me", 2, ["module load a, b"])
+    assert (run.name, run.partition, run.account, run.gpus_per_node, run.setup) == (
+        "slurm",
+        "gpu",
+        "me",
+        2,
+        ["module load a, b"],
+    )
     site.write_text("partitionn: gpu\n")
     with pytest.raises(UserError, match=r"mine\.yaml: unknown key 'partitionn'\. Did you mean 'partition'"):
         one(f"cluster={site}")
@@ -99,14 +119,35 @@ def test_a_run_survives_the_way_into_the_job(name):
     assert resolve(get_spec(name), as_overrides(run)) == run
 
 
-# -- what is submitted ----------------------------------------------------------------------------------------------------------
+# -- what is submitted -------------------------------------------------------------------------------------------------
 
 
 def test_only_what_was_asked_for_is_passed_on():
     plain = text()
-    for line in ("--partition=p", "--time=60", "--gpus-per-node=8", "--ntasks-per-node=8", "--signal=USR2@120", "--requeue", "--nodes=1"):
+    for line in (
+        "--partition=p",
+        "--time=60",
+        "--gpus-per-node=8",
+        "--ntasks-per-node=8",
+        "--signal=USR2@120",
+        "--requeue",
+        "--nodes=1",
+    ):
         assert f"#SBATCH {line}\n" in plain
-    for option in ("account", "qos", "constraint", "exclude", "exclusive", "mail", "mem", "comment", "dependency", "wckey", "cpus-per-task", "array"):
+    for option in (
+        "account",
+        "qos",
+        "constraint",
+        "exclude",
+        "exclusive",
+        "mail",
+        "mem",
+        "comment",
+        "dependency",
+        "wckey",
+        "cpus-per-task",
+        "array",
+    ):
         assert f"#SBATCH --{option}" not in plain, option
 
 
@@ -134,7 +175,10 @@ def test_only_what_was_asked_for_is_passed_on():
         ("cluster.tasks_per_node=2", "#SBATCH --ntasks-per-node=2"),
         ("cluster.signal_delay_s=300", "#SBATCH --signal=USR2@300"),
         ("cluster.setup=[module load cuda]", "\nmodule load cuda\n"),
-        ("cluster.python='singularity exec i.sif python'", """sh -c 'trap "" USR2; exec "$0" "$@"' singularity exec i.sif python -u"""),
+        (
+            "cluster.python='singularity exec i.sif python'",
+            """sh -c 'trap "" USR2; exec "$0" "$@"' singularity exec i.sif python -u""",
+        ),
         ("cluster.sbatch=[gres=gpu:a100:8]", "#SBATCH --gres=gpu:a100:8"),
         ("cluster.gpu_type=a100", "#SBATCH --gpus-per-node=a100:8\n"),
         ("cluster.sbatch=[--hold]", "#SBATCH --hold\n"),
@@ -144,24 +188,38 @@ def test_each_option_reaches_the_batch_file(argument, line):
     assert line in text(argument)
 
 
-@pytest.mark.parametrize("option", ["gres=gpu:a100:8", "--gres=tmpfs:20G,gpu:8", "gpus-per-node=a100:8", "gpus=16", "gpus-per-task=1"])
+@pytest.mark.parametrize(
+    "option", ["gres=gpu:a100:8", "--gres=tmpfs:20G,gpu:8", "gpus-per-node=a100:8", "gpus=16", "gpus-per-task=1"]
+)
 def test_a_request_for_gpus_among_the_other_options_stands_alone_and_a_process_is_started_for_each(option):
     run = one(*SLURM, f'cluster.sbatch=["{option}"]')
     check(run)
     lines = [line for line in sbatch_text([Planned(run)], Path("/code")).splitlines() if line.startswith("#SBATCH --g")]
     assert len(lines) == 1 and lines[0].startswith(f"#SBATCH --{option.removeprefix('--')}")
-    assert cluster.gpus_of("gres=gpu:a100:8(S:0-1)") == cluster.gpus_of("gpus-per-node=8") == 8 and cluster.gpus_of("gpus=16") is None
+    assert (
+        request.gpus_of("gres=gpu:a100:8(S:0-1)") == request.gpus_of("gpus-per-node=8") == 8
+        and request.gpus_of("gpus=16") is None
+    )
     assert "#SBATCH --ntasks-per-node=8\n" in text(f'cluster.sbatch=["{option}"]')
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("cluster.gpus_per_node=0", "cluster.sbatch=[gres=gpu:a100:8]"), "gpus_per_node=0 computes on CPUs, but cluster.sbatch asks for gres=gpu:a100:8"),
-        (("cluster.gpus_per_node=4", "cluster.sbatch=[gres=gpu:a100:8]"), "asks for 8 GPUs a machine with gres=gpu:a100:8, but cluster.gpus_per_node=4"),
+        (
+            ("cluster.gpus_per_node=0", "cluster.sbatch=[gres=gpu:a100:8]"),
+            "gpus_per_node=0 computes on CPUs, but cluster.sbatch asks for gres=gpu:a100:8",
+        ),
+        (
+            ("cluster.gpus_per_node=4", "cluster.sbatch=[gres=gpu:a100:8]"),
+            "asks for 8 GPUs a machine with gres=gpu:a100:8, but cluster.gpus_per_node=4",
+        ),
         (("cluster.gpus_per_node=4", "cluster.sbatch=[gres=gpu]"), "asks for 1 GPUs"),
         (("cluster.gpus_per_node=0", "cluster.gpu_type=a100"), "gpu_type=a100 .*gpus_per_node=0 asks for no GPU"),
-        (("cluster.gpus_per_node=8", "cluster.gpu_type=a100", "cluster.sbatch=[gres=gpu:8]"), "gpu_type=a100 .*asks with gres=gpu:8 as well"),
+        (
+            ("cluster.gpus_per_node=8", "cluster.gpu_type=a100", "cluster.sbatch=[gres=gpu:8]"),
+            "gpu_type=a100 .*asks with gres=gpu:8 as well",
+        ),
     ],
 )
 def test_gpus_and_processes_that_do_not_match_are_refused(arguments, message):
@@ -169,23 +227,39 @@ def test_gpus_and_processes_that_do_not_match_are_refused(arguments, message):
         check(one(*SLURM[:3], *arguments))
 
 
-# -- several processes of this machine ------------------------------------------------------------------------------------------
+# -- several processes of this machine ---------------------------------------------------------------------------------
 
 
 def local_job(folder: Path, command: str, tasks: int = 2, seconds: int = 60) -> subprocess.Popen:
     """Runs the parent of a local job, whose processes are the shell command."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), local.RUN_FOLDER: str(folder), "SUBMITIT_STDERR_TO_STDOUT": "1", "SUBMITIT_LOCAL_WITH_SHELL": ""}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        local.RUN_FOLDER: str(folder),
+        "SUBMITIT_STDERR_TO_STDOUT": "1",
+        "SUBMITIT_LOCAL_WITH_SHELL": "",
+    }
     environment |= {"SUBMITIT_LOCAL_NTASKS": str(tasks), "SUBMITIT_LOCAL_COMMAND": shlex.join(["sh", "-c", command])}
     environment |= {"SUBMITIT_LOCAL_TIMEOUT_S": str(seconds), "SUBMITIT_LOCAL_SIGNAL_DELAY_S": "59"}
-    return subprocess.Popen([sys.executable, "-m", "launch.local_job", str(folder / "job")], env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-m", "pixlat.launch.cluster.local_job", str(folder / "job")], env=environment
+    )
 
 
 @pytest.mark.parametrize(
     ("dies", "reason"),
     [
-        ("kill -KILL $$", "SIGKILL, which the system sends when memory runs out, ended process 1 of 2, and the other processes were ended."),
+        (
+            "kill -KILL $$",
+            (
+                "SIGKILL, which the system sends when memory runs out, ended process 1 of 2, "
+                "and the other processes were ended."
+            ),
+        ),
         ("kill -TERM $$", "SIGTERM ended process 1 of 2, and the other processes were ended."),
-        ("exit 3", "The exit code 3, whose reason is in the log, ended process 1 of 2, and the other processes were ended."),
+        (
+            "exit 3",
+            "The exit code 3, whose reason is in the log, ended process 1 of 2, and the other processes were ended.",
+        ),
     ],
 )
 def test_a_process_that_dies_at_the_start_ends_its_peers_and_is_named(tmp_path, dies, reason):
@@ -193,7 +267,11 @@ def test_a_process_that_dies_at_the_start_ends_its_peers_and_is_named(tmp_path, 
     command = f'test "$SUBMITIT_LOCAL_GLOBALID" = 1 && {dies}; echo $$ > {tmp_path}/waits; exec sleep 600'
     assert local_job(tmp_path, command).wait(timeout=30) == 0
     facts = json.loads((tmp_path / FAILURE).read_text())
-    assert (facts["reason"], facts["process"]) == (reason, 1) and facts["log"].endswith("_1_log.out") and Path(facts["log"]).exists()
+    assert (
+        (facts["reason"], facts["process"]) == (reason, 1)
+        and facts["log"].endswith("_1_log.out")
+        and Path(facts["log"]).exists()
+    )
     if (tmp_path / "waits").exists():  # else it was ended before it could say so
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / "waits").read_text()), 0)
@@ -210,19 +288,28 @@ def test_the_reason_that_a_process_gives_itself_stays(tmp_path):
 
 def test_after_a_kill_the_lost_connection_of_the_others_is_not_the_reason(tmp_path):
     (tmp_path / FAILURE).write_text(json.dumps({"reason": "RuntimeError: Connection closed by peer", "log": "/l"}))
-    assert local_job(tmp_path, 'test "$SUBMITIT_LOCAL_GLOBALID" = 1 && kill -KILL $$; exec sleep 600').wait(timeout=30) == 0
+    assert (
+        local_job(tmp_path, 'test "$SUBMITIT_LOCAL_GLOBALID" = 1 && kill -KILL $$; exec sleep 600').wait(timeout=30)
+        == 0
+    )
     assert failure(SimpleNamespace(folder=tmp_path)).startswith("SIGKILL")
 
 
 def test_processes_that_end_well_or_are_queued_again_end_nobody(tmp_path):
-    """The first process asks to be started again (144) while the other one still works; both end well the second time."""
+    """The first process asks to be started again (144) while the other one still works;
+    both end well the second time.
+    """
     command = f"""
         mkdir -p {tmp_path}/starts; touch {tmp_path}/starts/$SUBMITIT_LOCAL_GLOBALID-$$
         if [ "$(ls {tmp_path}/starts | grep -c "^$SUBMITIT_LOCAL_GLOBALID-")" = 1 ]; then
             if [ "$SUBMITIT_LOCAL_GLOBALID" = 0 ]; then exit 144; else sleep 0.3; touch {tmp_path}/saved; fi
         fi"""
     assert local_job(tmp_path, command).wait(timeout=30) == 0
-    assert len(list((tmp_path / "starts").iterdir())) == 4 and (tmp_path / "saved").exists() and not (tmp_path / FAILURE).exists()
+    assert (
+        len(list((tmp_path / "starts").iterdir())) == 4
+        and (tmp_path / "saved").exists()
+        and not (tmp_path / FAILURE).exists()
+    )
 
 
 def test_processes_are_warned_before_the_time_limit(tmp_path):
@@ -234,7 +321,8 @@ def test_processes_are_warned_before_the_time_limit(tmp_path):
 @pytest.mark.parametrize(
     ("codes", "found"),
     [
-        ([None, 0], None), ([None, -9], (1, -9)), ([1, None], (0, 1)), ([1, -9], (1, -9)), ([143, None], None), ([130, 143], None), ([144, -6], None),
+        ([None, 0], None), ([None, -9], (1, -9)), ([1, None], (0, 1)), ([1, -9], (1, -9)), ([143, None], None),
+        ([130, 143], None), ([144, -6], None),
         ([None, 137], (1, 137)), ([0, 0], None),
     ],
 )  # fmt: skip
@@ -244,21 +332,40 @@ def test_what_counts_as_a_failure_of_a_process(codes, found):
 
 def test_a_local_job_takes_the_gpus_that_its_user_has_chosen(tmp_path, monkeypatch, capsys):
     started = []
-    monkeypatch.setattr(local.subprocess, "Popen", lambda command, shell, env: started.append((command, env)) or SimpleNamespace(pid=7, poll=lambda: 0))
-    monkeypatch.setattr(cluster, "outcome", lambda each, job: 0)
-    monkeypatch.setattr(cluster.torch.cuda, "device_count", lambda: 2)
-    arguments = ("data.name=synthetic", "data.image_size=8", f"out={tmp_path}", "cluster=local", "cluster.snapshot=false", "train.batch=8")
+    monkeypatch.setattr(
+        local.subprocess,
+        "Popen",
+        lambda command, shell, env: started.append((command, env)) or SimpleNamespace(pid=7, poll=lambda: 0),
+    )
+    monkeypatch.setattr(gpus_here, "outcome", lambda each, job: 0)
+    monkeypatch.setattr(gpus_here.torch.cuda, "device_count", lambda: 2)
+    arguments = (
+        "data.name=synthetic",
+        "data.image_size=8",
+        f"out={tmp_path}",
+        "cluster=local",
+        "cluster.snapshot=false",
+        "train.batch=8",
+    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5a, 3")
-    for gpus, given in ((["cluster.gpus_per_node=2"], "GPU-5a,3"), (["cluster.gpus_per_node=1"], "GPU-5a"), (["cluster.tasks_per_node=2"], "")):
-        assert cluster.submit_all([one(*arguments, *gpus, f"name=run-{len(started)}")]) == 0
+    for gpus, given in (
+        (["cluster.gpus_per_node=2"], "GPU-5a,3"),
+        (["cluster.gpus_per_node=1"], "GPU-5a"),
+        (["cluster.tasks_per_node=2"], ""),
+    ):
+        assert submit.submit_all([one(*arguments, *gpus, f"name=run-{len(started)}")]) == 0
         assert started[-1][1]["CUDA_VISIBLE_DEVICES"] == given
-    assert "export PYTHONPATH=" in started[-1][0] and "-m launch.local_job" in started[-1][0]
-    assert capsys.readouterr().err == "computing on CPUs, 2 GPUs are here: set cluster.gpus_per_node=2\n"  # of the third run alone
+    assert "export PYTHONPATH=" in started[-1][0] and "-m pixlat.launch.cluster.local_job" in started[-1][0]
+    # of the third run alone
+    assert capsys.readouterr().err == "computing on CPUs, 2 GPUs are here: set cluster.gpus_per_node=2\n"
     with pytest.raises(UserError, match=r"gpus_per_node=4, but CUDA_VISIBLE_DEVICES='GPU-5a, 3' shows 2"):
-        cluster.submit_all([one(*arguments, "cluster.gpus_per_node=4", "name=more")])
-    assert cluster.submit_all([one(*arguments, "cluster.gpus_per_node=0", "name=cpus")]) == 0 and not capsys.readouterr().err
+        submit.submit_all([one(*arguments, "cluster.gpus_per_node=4", "name=more")])
+    assert (
+        submit.submit_all([one(*arguments, "cluster.gpus_per_node=0", "name=cpus")]) == 0
+        and not capsys.readouterr().err
+    )
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert cluster.visible_gpus(3) == ["0", "1", "2"]
+    assert gpus_here.visible_gpus(3) == ["0", "1", "2"]
 
 
 def test_the_job_takes_its_code_from_the_copy_whatever_the_working_directory_holds():
@@ -268,16 +375,26 @@ def test_the_job_takes_its_code_from_the_copy_whatever_the_working_directory_hol
 def test_a_sweep_is_one_array_with_a_limit():
     runs = configurations(("method=jit", "seed=0,1,2", *SLURM, "cluster.array_parallelism=2"))
     (group,) = groups(plan(runs))
-    assert len(group) == 3 and "#SBATCH --array=0-2%2" in sbatch_text(group, Path("/code")) and "_%A_%a" not in sbatch_text(group, Path("/code"))
+    assert (
+        len(group) == 3
+        and "#SBATCH --array=0-2%2" in sbatch_text(group, Path("/code"))
+        and "_%A_%a" not in sbatch_text(group, Path("/code"))
+    )
 
 
 def test_earlier_stages_come_once_and_their_job_is_a_dependency(monkeypatch):
     """Runs with seeds 0 and 1 wait for the run with train.lr=1 and their seed."""
 
     def stages(run):
-        return {} if run.train.lr == 1 else {"codec": dataclasses.replace(run, train=dataclasses.replace(run.train, lr=1.0), cluster=ClusterConfig())}
+        return (
+            {}
+            if run.train.lr == 1
+            else {
+                "codec": dataclasses.replace(run, train=dataclasses.replace(run.train, lr=1.0), cluster=ClusterConfig())
+            }
+        )
 
-    monkeypatch.setattr(cluster, "stage_runs", stages)
+    monkeypatch.setattr(submit, "stage_runs", stages)
     runs = configurations(("method=jit", "seed=0,1", "train.lr=0.1,0.2", *SLURM))
     first, second, third = groups(plan(runs))
     assert [each.run.seed for each in first] == [0, 1] and {each.run.cluster.name for each in first} == {"slurm"}
@@ -289,29 +406,38 @@ def test_earlier_stages_come_once_and_their_job_is_a_dependency(monkeypatch):
 
 def test_a_dry_run_prints_the_batch_file_and_writes_nothing(tmp_path, capsys):
     arguments = ("data.name=synthetic", "data.image_size=16", f"out={tmp_path / 'runs'}", "dry_run=true")
-    assert cluster.submit_all([one(*SLURM, *arguments)]) == 0
+    assert submit.submit_all([one(*SLURM, *arguments)]) == 0
     printed = capsys.readouterr().out
     assert "each of 8 processes" in printed and "#SBATCH --partition=p" in printed and not list(tmp_path.iterdir())
 
 
 def test_a_submission_from_within_a_job_hides_that_job_and_not_the_cluster(monkeypatch):
-    """The scheduler would hand the outer request down; without SLURM_CONF it would not be found (submitit's clean_env hides it too)."""
+    """The scheduler would hand the outer request down; without SLURM_CONF it would not be found (submitit's
+    clean_env hides it too).
+    """
     monkeypatch.setenv("SLURM_CONF", "/etc/here")
     monkeypatch.setenv("SLURM_GPUS_PER_NODE", "8")
-    with cluster.clean_environment():
+    with request.clean_environment():
         assert os.environ.get("SLURM_CONF") == "/etc/here" and "SLURM_GPUS_PER_NODE" not in os.environ
     assert os.environ["SLURM_GPUS_PER_NODE"] == "8"
 
 
-# -- the copy of the code -------------------------------------------------------------------------------------------------------
+# -- the copy of the code ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Path:
     """A git checkout with a committed, a changed, a new and an ignored file."""
     root = tmp_path / "checkout"
-    (root / "launch").mkdir(parents=True)
-    for name, content in {"launch/a.py": "A = 1", "launch/b.py": "B = 1", ".gitignore": "*.log", "elsewhere.py": ""}.items():
+    for folder in ("launch", "pixlat"):
+        (root / folder).mkdir(parents=True)
+    for name, content in {
+        "pixlat/__init__.py": "",
+        "launch/a.py": "A = 1",
+        "launch/b.py": "B = 1",
+        ".gitignore": "*.log",
+        "elsewhere.py": "",
+    }.items():
         (root / name).write_text(content)
     git = ["git", "-C", str(root), "-c", "user.name=x", "-c", "user.email=x@example.com"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
@@ -319,38 +445,45 @@ def checkout(tmp_path, monkeypatch) -> Path:
     (root / "launch/b.py").write_text("B = 2")
     (root / "launch/new.py").write_text("")
     (root / "launch/some.log").write_text("")
-    for module in ("launch.snapshot", "common.origin"):
+    for module in ("pixlat.launch.cluster.snapshot", "pixlat.common.origin"):
         monkeypatch.setattr(f"{module}.ROOT", root)
     return root
 
 
 def test_the_copy_has_changes_and_new_files_and_knows_its_commit(checkout, tmp_path):
     copy = take_snapshot(tmp_path)
-    assert sorted(path.name for path in (copy / "launch").iterdir()) == ["a.py", "b.py", "new.py"] and not (copy / "elsewhere.py").exists()
-    assert (copy / "launch/b.py").read_text() == "B = 2"
-    note = json.loads((copy / "snapshot.json").read_text())
+    assert sorted(path.relative_to(copy).as_posix() for path in copy.rglob("*.py")) == [
+        "pixlat/__init__.py", "pixlat/launch/a.py", "pixlat/launch/b.py", "pixlat/launch/new.py",
+    ]  # fmt: skip
+    assert (copy / "pixlat/launch/b.py").read_text() == "B = 2"
+    note = json.loads((copy / "pixlat/snapshot.json").read_text())
     assert len(note["git_sha"]) == 40 and note["dirty"] and "+B = 2" in note["diff"]
     assert take_snapshot(tmp_path) == copy
     (checkout / "launch/a.py").write_text("A = 2")
-    assert take_snapshot(tmp_path) != copy and (copy / "launch/a.py").read_text() == "A = 1"
+    assert take_snapshot(tmp_path) != copy and (copy / "pixlat/launch/a.py").read_text() == "A = 1"
 
 
 def test_without_git_everything_but_caches_is_copied(checkout):
     shutil.rmtree(checkout / ".git")
     (checkout / "launch/__pycache__").mkdir()
     (checkout / "launch/__pycache__/a.pyc").write_text("")
-    assert {file.name for file in code_files(checkout)} == {"a.py", "b.py", "new.py", "some.log"}
+    assert {file.name for file in code_files(checkout)} == {"__init__.py", "a.py", "b.py", "new.py", "some.log"}
 
 
 def test_a_job_runs_the_copy_and_tells_its_origin(tmp_path):
     copy = take_snapshot(tmp_path)
-    code = "import launch.provenance as p; print(p.__file__); print(p.git_state()['git_sha'])"
+    code = "import pixlat.launch.job.provenance as p; print(p.__file__); print(p.git_state()['git_sha'])"
     environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONSAFEPATH": "1"}
-    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout.split()
-    assert printed == [str(copy / "launch/provenance.py"), json.loads((copy / "snapshot.json").read_text())["git_sha"]]
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert printed == [
+        str(copy / "pixlat/launch/job/provenance.py"),
+        json.loads((copy / "pixlat/snapshot.json").read_text())["git_sha"],
+    ]
 
 
-# -- a process of a job ---------------------------------------------------------------------------------------------------------
+# -- a process of a job ------------------------------------------------------------------------------------------------
 
 
 class Left(BaseException):
@@ -362,7 +495,15 @@ class Environment(SimpleNamespace):
 
     def __init__(self, folder: Path, rank: int = 0, **changes) -> None:
         paths = SimpleNamespace(result_pickle=folder / "result.pkl", stdout=folder / "log.out")
-        facts = {"cluster": "slurm", "job_id": "7_1", "raw_job_id": "8", "global_rank": rank, "local_rank": rank % 2, "num_tasks": 4, "num_nodes": 2}
+        facts = {
+            "cluster": "slurm",
+            "job_id": "7_1",
+            "raw_job_id": "8",
+            "global_rank": rank,
+            "local_rank": rank % 2,
+            "num_tasks": 4,
+            "num_nodes": 2,
+        }
         super().__init__(**facts | {"hostnames": ["n1", "n2"], "paths": paths} | changes)
 
 
@@ -388,14 +529,21 @@ def job(tmp_path, monkeypatch):
 
 
 def test_the_submitted_module_is_light():
-    """submitit loads it before it listens to signals; a second of torch would be a second in which preemption ends the job for good."""
-    code = "import sys, launch.worker; sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'accelerate', 'submitit')))"
+    """submitit loads it before it listens to signals;
+    a second of torch would be a second in which preemption ends the job for good.
+    """
+    code = (
+        "import sys, pixlat.launch.cluster.worker; sys.exit(any(name in sys.modules for name in ('torch', "
+        "'numpy', 'accelerate', 'submitit')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_a_signal_before_submitit_listens_is_ignored():
-    command = cluster.python_command(ClusterConfig())
-    code = "from signal import *; raise_signal(SIGUSR2); signal(SIGUSR2, lambda *_: print('heard')); raise_signal(SIGUSR2)"
+    command = request.python_command(ClusterConfig())
+    code = (
+        "from signal import *; raise_signal(SIGUSR2); signal(SIGUSR2, lambda *_: print('heard')); raise_signal(SIGUSR2)"
+    )
     result = subprocess.run(f'{command} -c "{code}"', shell=True, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, "heard\n"), result.stderr
 
@@ -429,9 +577,13 @@ def test_after_the_training_has_stopped_and_saved_the_first_process_requeues(job
     assert job.requeued == [signal.SIGUSR2]
 
 
-@pytest.mark.parametrize(("state", "requeued"), [("RUNNING", True), ("COMPLETING", False), ("CANCELLED", False), (None, False)])
+@pytest.mark.parametrize(
+    ("state", "requeued"), [("RUNNING", True), ("COMPLETING", False), ("CANCELLED", False), (None, False)]
+)
 def test_a_cancelled_job_is_not_queued_again(job, state, requeued):
-    """`scontrol requeue` would bring it back; a SIGTERM alone does not tell cancellation from preemption, the controller does."""
+    """`scontrol requeue` would bring it back; a SIGTERM alone does not tell cancellation from preemption,
+    the controller does.
+    """
     job.monkeypatch.setattr(worker, "job_state", lambda job_id: state and JobState(state, "", "", ""))
     with pytest.raises(Left, match="0" if requeued else "143"), Notice(Environment(job.folder)).heeded():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -470,7 +622,10 @@ def test_too_many_time_outs_are_named(job):
 
 @pytest.mark.parametrize(
     ("error", "reason"),
-    [(UserError("data.path=/x is gone."), "data.path=/x is gone."), (RuntimeError("\nfirst\nsecond"), "RuntimeError: first")],
+    [
+        (UserError("data.path=/x is gone."), "data.path=/x is gone."),
+        (RuntimeError("\nfirst\nsecond"), "RuntimeError: first"),
+    ],
 )
 def test_the_first_failure_is_kept_with_its_place_and_log(job, error, reason):
     def work(self, environment):
@@ -481,7 +636,9 @@ def test_the_first_failure_is_kept_with_its_place_and_log(job, error, reason):
     with fake_submitit(job, Environment(job.folder, rank=1)), pytest.raises(Left, match="1"):
         Worker({}, job.folder)()
     facts = json.loads((job.folder / FAILURE).read_text())
-    assert (facts["reason"], facts["process"], facts["node"], facts["job"]) == (reason, 1, "n9", "7_1") and facts["log"].endswith("log.out")
+    assert (facts["reason"], facts["process"], facts["node"], facts["job"]) == (reason, 1, "n9", "7_1") and facts[
+        "log"
+    ].endswith("log.out")
     error = ValueError("later")
     with fake_submitit(job, Environment(job.folder, rank=2)), pytest.raises(Left, match="1"):
         Worker({}, job.folder)()
@@ -489,7 +646,10 @@ def test_the_first_failure_is_kept_with_its_place_and_log(job, error, reason):
 
 
 def test_a_full_disk_or_memory_is_told_without_a_traceback(job, capsys):
-    for error, what in ((OSError(28, "No space left on device"), "the disk is full"), (MemoryError(), "there is not enough memory")):
+    for error, what in (
+        (OSError(28, "No space left on device"), "the disk is full"),
+        (MemoryError(), "there is not enough memory"),
+    ):
         job.monkeypatch.setattr(Worker, "work", lambda self, environment, error=error: (_ for _ in ()).throw(error))
         (job.folder / FAILURE).unlink(missing_ok=True)
         with fake_submitit(job, Environment(job.folder)), pytest.raises(Left, match="1"):
@@ -557,18 +717,18 @@ def test_a_signal_that_training_did_not_answer_is_passed_on():
 
 
 def test_a_requeued_job_waits_for_the_lock_of_its_earlier_start(tmp_path, monkeypatch):
-    monkeypatch.setattr("launch.folder.PATIENCE_S", 0.0)
+    monkeypatch.setattr("pixlat.launch.job.folder.PATIENCE_S", 0.0)
     with (tmp_path / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is working in"), locked(tmp_path):
             pass
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        monkeypatch.setattr("launch.folder.time.sleep", lambda seconds: fcntl.flock(lock, fcntl.LOCK_UN))
+        monkeypatch.setattr("pixlat.launch.job.folder.time.sleep", lambda seconds: fcntl.flock(lock, fcntl.LOCK_UN))
         with locked(tmp_path):
             pass
 
 
-# -- how runs are ---------------------------------------------------------------------------------------------------------------
+# -- how runs are ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -606,7 +766,9 @@ def test_a_failed_job_shows_its_reason_and_log(folder, tmp_path):
 def test_a_job_that_could_say_nothing_shows_the_scheduler_s_word_and_the_log_s(folder, tmp_path):
     (tmp_path / "log.out").write_text("train\nslurmstepd: error: Detected 1 oom-kill event(s)\nsome more\n")
     row = status.status(folder, job_now("OUT_OF_MEMORY"))
-    assert row.state == "failed" and row.reason.startswith("OUT_OF_MEMORY: slurmstepd: error: Detected 1 oom-kill event(s) Log: ")
+    assert row.state == "failed" and row.reason.startswith(
+        "OUT_OF_MEMORY: slurmstepd: error: Detected 1 oom-kill event(s) Log: "
+    )
     assert status.status(folder, job_now("CANCELLED")).state == "stopped"
 
 
@@ -655,14 +817,19 @@ def test_a_truncated_checkpoint_is_told_also_of_a_finished_run(folder):
     assert status.status(folder, {}).reason == ""
     (made / "model.safetensors").write_bytes(b"123")
     row = status.status(folder, {})
-    assert row.state == "finished" and row.reason == f"The newest checkpoint is damaged: {made / 'model.safetensors'} has 3 bytes instead of 5."
+    assert (
+        row.state == "finished"
+        and row.reason == f"The newest checkpoint is damaged: {made / 'model.safetensors'} has 3 bytes instead of 5."
+    )
     (made / "model.safetensors").unlink()
     assert "is missing" in status.status(folder, {}).reason
 
 
 def test_only_the_end_of_a_log_is_read(folder, monkeypatch):
     with (folder / "metrics.jsonl").open("w") as file:
-        file.writelines(json.dumps({"images": 16 * step, "images_per_s": 4.0, "loss": 1.0}) + "\n" for step in range(4000))
+        file.writelines(
+            json.dumps({"images": 16 * step, "images_per_s": 4.0, "loss": 1.0}) + "\n" for step in range(4000)
+        )
         file.write('{"images": 99')  # cut short by a kill
     assert (folder / "metrics.jsonl").stat().st_size > 3 * status.LOG_END
     assert status.last_row(folder / "metrics.jsonl")["images"] == 16 * 3999
@@ -693,7 +860,10 @@ def test_what_squeue_says_is_read_and_a_silent_controller_does_not_hang(tmp_path
     script.write_text("#!/bin/sh\necho '7_1|RUNNING|n[1-2]|59:00|None'\necho '8|PENDING||1:00:00|Resources'\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert slurm.job_states() == {"7_1": JobState("RUNNING", "n[1-2]", "59:00", "None"), "8": JobState("PENDING", "", "1:00:00", "Resources")}
+    assert slurm.job_states() == {
+        "7_1": JobState("RUNNING", "n[1-2]", "59:00", "None"),
+        "8": JobState("PENDING", "", "1:00:00", "Resources"),
+    }
     script.write_text("#!/bin/sh\nexec sleep 60\n")
     monkeypatch.setattr(slurm, "SECONDS", 0.2)
     assert slurm.job_states() is None and slurm.job_state("7_1") is None

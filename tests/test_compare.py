@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from records import fields, metric
 
-from common.errors import UserError
-from evaluation.compare import entries, gains, main, notes, over_training_seeds
-from evaluation.record import build_record, write_record
-from evaluation.spread import paired_differences
+from pixlat.common.errors import UserError
+from pixlat.evaluation.board.gains import entries, gains, notes, over_training_seeds
+from pixlat.evaluation.compare import main
+from pixlat.evaluation.metrics.spread import paired_differences
+from pixlat.evaluation.records.record import build_record, write_record
 
 GROUPS = 10
 
@@ -18,7 +19,10 @@ def run(method, seed, fd, noise, images=6900, **changes):
     more["system"] |= {"method": method}
     more["seeds"] = {"train": seed, "sample": [0]}
     more["train"] |= {"images_seen": images}
-    more["metrics"] = {"fd_embedded": metric(fd, value_bc=fd, se=9.0, regularised=False, left_out=[float(fd + x) for x in noise]), "is": metric(14.0)}
+    more["metrics"] = {
+        "fd_embedded": metric(fd, value_bc=fd, se=9.0, regularised=False, left_out=[float(fd + x) for x in noise]),
+        "is": metric(14.0),
+    }
     return build_record(more)
 
 
@@ -39,7 +43,8 @@ def test_several_training_seeds_are_paired_and_their_spread_is_the_error():
     sit = {seed: run("sit", seed, 100.0 + 20 * seed, noise()) for seed in (0, 1, 2, 3)}
     repa = {seed: run("repa", seed, 100.0 + 20 * seed + shift[seed], noise()) for seed in shift}
     (gain,) = gains(repa, sit)
-    assert (gain.value, gain.se, gain.seeds) == (pytest.approx(-12), pytest.approx(2 / 3**0.5), 3)  # what differs between seeds, 20, cancels
+    # what differs between seeds, 20, cancels
+    assert (gain.value, gain.se, gain.seeds) == (pytest.approx(-12), pytest.approx(2 / 3**0.5), 3)
     with pytest.raises(UserError, match="none is common"):
         gains({7: repa[0]}, sit)
 
@@ -63,7 +68,12 @@ def told(arguments, capsys, monkeypatch):
 
 
 def test_one_command_tells_the_gains_of_two_methods(tmp_path, capsys, monkeypatch):
-    runs = folders(tmp_path, run("sit", 0, 100.0, noise()), run("repa", 0, 90.0, noise()), run("reg", 0, 85.0, noise() + noise(2, 0.05)))
+    runs = folders(
+        tmp_path,
+        run("sit", 0, 100.0, noise()),
+        run("repa", 0, 90.0, noise()),
+        run("reg", 0, 85.0, noise() + noise(2, 0.05)),
+    )
     code, text = told(runs, capsys, monkeypatch)
     rows = {line.split()[0]: line for line in text.splitlines() if line.startswith(("sit", "repa", "reg"))}
     assert code == 0 and "fd_embedded ↓" in text and "minus sit demo" in text
@@ -73,11 +83,26 @@ def test_one_command_tells_the_gains_of_two_methods(tmp_path, capsys, monkeypatc
 
 def test_earlier_stages_and_batches_keep_a_comparison_from_being_of_one_budget(tmp_path, capsys, monkeypatch):
     """As many images and MACs of its own, and a stage before: the sentence is about the whole cost."""
-    parent = {"key": "t", "name": "t", "method": "m", "row_id": None, "checkpoint_sha256": None, "images_seen": 5, "device_seconds": 1.0, "macs_total": 10**18}
+    parent = {
+        "key": "t",
+        "name": "t",
+        "method": "m",
+        "row_id": None,
+        "checkpoint_sha256": None,
+        "images_seen": 5,
+        "device_seconds": 1.0,
+        "macs_total": 10**18,
+    }
     sit, repa = run("sit", 0, 100.0, noise()), run("repa", 0, 90.0, noise(), parents=[parent])
     text = told(folders(tmp_path, sit, repa), capsys, monkeypatch)[1]
-    assert "Not one cost: training took from 2000 to 3000 PMACs, earlier stages included." in text and "Not one budget" not in text and "batch" not in text
-    changed = build_record({**{key: value for key, value in sit.items() if key != "row_id"}, "train": sit["train"] | {"batch": 8}})
+    assert (
+        "Not one cost: training took from 2000 to 3000 PMACs, earlier stages included." in text
+        and "Not one budget" not in text
+        and "batch" not in text
+    )
+    changed = build_record(
+        {**{key: value for key, value in sit.items() if key != "row_id"}, "train": sit["train"] | {"batch": 8}}
+    )
     assert "Not one batch: 8, 64 images a step." in notes({"sit": {0: sit}, "other": {0: changed}})
 
 

@@ -1,29 +1,36 @@
-"""Compiled blocks: how many graphs they take, that training and sampling do not share them, and that nothing falls back to slow code in silence."""
+"""Compiled blocks: how many graphs they take, that training and sampling do not share them,
+and that nothing falls back to slow code in silence.
+"""
 
 import pytest
 import torch
 from toys import settings, tiny_jit
 
-from common import compiled
-from common.errors import UserError
-from common.seeds import Noise
-from common.trainer import prepare_blocks
-from methods.base import DataInfo
-from methods.jit.config import JiTConfig, JiTSample
-from methods.jit.method import JiTMethod
+from pixlat.common.errors import UserError
+from pixlat.common.seeds import Noise
+from pixlat.common.training import compiled
+from pixlat.common.training.setup import prepare_blocks
+from pixlat.methods.base import DataInfo
+from pixlat.methods.jit.config import JiTConfig, JiTSample
+from pixlat.methods.jit.method import JiTMethod
 
-# The token counts and the dropout of JiT-H at 256 px: blocks 0 and 1 plain with 256 tokens, 2 with dropout, 3 to 5 with dropout and 288 tokens, 6 and 7 plain
+# The token counts and the dropout of JiT-H at 256 px: blocks 0 and 1 plain with 256 tokens, 2 with dropout,
+# 3 to 5 with dropout and 288 tokens, 6 and 7 plain
 JIT = JiTConfig(depth=8, width=16, heads=2, patch=16, bottleneck=8, context_tokens=32, context_start=3, dropout=0.1)
 KINDS = 4
 
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """What dynamo compiles: for training and for sampling, the number of symbolic sizes of each graph, which then runs as plain torch."""
+    """What dynamo compiles: for training and for sampling, the number of symbolic sizes of each graph,
+    which then runs as plain torch.
+    """
     found: dict[str, list[int]] = {"train": [], "sample": []}
 
     def backend(module, inputs):
-        found["train" if torch.is_grad_enabled() else "sample"].append(sum(isinstance(each, torch.SymInt) for each in inputs))
+        found["train" if torch.is_grad_enabled() else "sample"].append(
+            sum(isinstance(each, torch.SymInt) for each in inputs)
+        )
         return module.forward
 
     monkeypatch.setattr(compiled, "BACKEND", backend)
@@ -37,7 +44,11 @@ def train_steps(method: JiTMethod, count: int = 2) -> None:
     method.train()
     for step in range(count):
         torch.manual_seed(step)
-        batch = {"image": torch.rand(2, 3, size, size) * 2 - 1, "label": torch.tensor([0, 1]), "index": torch.tensor([0, 1])}
+        batch = {
+            "image": torch.rand(2, 3, size, size) * 2 - 1,
+            "label": torch.tensor([0, 1]),
+            "index": torch.tensor([0, 1]),
+        }
         with torch.autocast("cpu", torch.bfloat16):
             loss = method("main", batch, step)["loss"]
         loss.backward()
@@ -49,12 +60,16 @@ def sample(method: JiTMethod, *sizes: int) -> None:
     method.eval()
     for size in sizes:
         with torch.autocast("cpu", torch.bfloat16):
-            method.sample(torch.zeros(size, dtype=torch.int64), Noise(list(range(size))), JiTSample(steps=2, interval=[0.5, 1.0]))
+            method.sample(
+                torch.zeros(size, dtype=torch.int64), Noise(list(range(size))), JiTSample(steps=2, interval=[0.5, 1.0])
+            )
 
 
 @pytest.mark.parametrize(("first", "recompute"), [("sampling", False), ("training", True)])
 def test_training_has_a_graph_for_each_kind_of_block_whatever_was_sampled_before(graphs, first, recompute):
-    """One cache of eight graphs for everything was full after a preview, and the rest of the run was not compiled; shapes became symbols."""
+    """One cache of eight graphs for everything was full after a preview, and the rest of the run was not compiled;
+    shapes became symbols.
+    """
     torch.manual_seed(0)
     method = JiTMethod(JIT, DataInfo("toy", num_classes=3, image_size=256, num_train=8))
     prepare_blocks(method, settings(compile=True, recompute_blocks=recompute))

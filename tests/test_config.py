@@ -1,4 +1,6 @@
-"""Configuration: strict keys, presets, sweeps, run folders, and a command line that answers before torch is imported."""
+"""Configuration: strict keys, presets, sweeps, run folders,
+and a command line that answers before torch is imported.
+"""
 
 import subprocess
 import sys
@@ -6,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
-import methods
-from common.config import LATER_KEYS, RunConfig, chosen_settings, describe, differences, identity, resolve, run_folder, split_overrides, sweep, to_dict
-from common.errors import UserError
-from launch.run import configurations, help_text
-from methods import get_spec, registered
+from pixlat import methods
+from pixlat.common.config.explain import describe
+from pixlat.common.config.identity import LATER_KEYS, chosen_settings, differences, identity, run_folder
+from pixlat.common.config.resolve import resolve, split_overrides, sweep
+from pixlat.common.config.schema import RunConfig, to_dict
+from pixlat.common.errors import UserError
+from pixlat.launch.run import configurations, help_text
+from pixlat.methods import get_spec, registered
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,12 +70,14 @@ def test_the_folder_depends_on_what_matters_and_on_nothing_else():
     assert run_folder(base) != run_folder(one("train.lr=0.123"))
     assert identity(base) != identity(one("seed=1"))
     assert run_folder(one("name=mine", "out=there")) == Path("there/mine")
-    assert differences(to_dict(base), to_dict(one("train.lr=0.123", "out=x"))) == [f"train.lr: {base.train.lr} -> 0.123"]
+    assert differences(to_dict(base), to_dict(one("train.lr=0.123", "out=x"))) == [
+        f"train.lr: {base.train.lr} -> 0.123"
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(registered()))
 def test_every_preset_of_every_method_resolves(name):
-    from common.config import load_presets
+    from pixlat.common.config.resolve import load_presets
 
     for preset, settings in load_presets(get_spec(name).presets).items():
         run = resolve(get_spec(name), {"method": name, "preset": preset, "data.path": "/images"})
@@ -92,12 +99,17 @@ def test_every_key_has_a_meaning(name):
 
 
 def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "launch/run.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "launch/run.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
 
 
 def help_of(*arguments: str) -> str:
     """The help, from a process that must not import torch for it."""
-    code = f"import sys, launch.run as r; t = r.help_for({arguments!r}); assert 'torch' not in sys.modules, 'torch imported'; print(t)"
+    code = (
+        f"import sys, launch.run as r; t = r.help_for({arguments!r}); assert 'torch' not in sys.modules, "
+        "'torch imported'; print(t)"
+    )
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
@@ -141,12 +153,17 @@ def test_a_broken_plugin_is_named_and_hides_nothing(plugins_of_others) -> None:
 
 
 def test_a_plugin_with_a_built_in_name_is_ignored_with_a_warning(plugins_of_others, caplog) -> None:
-    assert get_spec("jit").config.__module__ == "methods.jit.config"
+    assert get_spec("jit").config.__module__ == "pixlat.methods.jit.config"
     assert "impostor" in caplog.text and "'jit'" in caplog.text
 
 
 def test_a_reader_that_leaves_early_ends_the_command_quietly() -> None:
-    child = subprocess.Popen([sys.executable, "launch/run.py", "method=jit", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, "launch/run.py", "method=jit", "--help"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     child.stdout.close()
     assert child.wait(timeout=60) == 141 and child.stderr.read() == b""
 
@@ -188,14 +205,32 @@ def test_keys_that_came_later_leave_earlier_runs_what_they_were() -> None:
 @pytest.mark.parametrize(
     ("argument", "told"),
     [
-        ("train.lr=fast", "the command line: train.lr=fast does not fit: it must be a number, for example 0.5 or 1e-4."),
-        ("train.batch=1.5", "the command line: train.batch=1.5 does not fit: it must be a whole number, for example 2."),
-        ("train.batch=null", "the command line: train.batch=null does not fit: it must be a whole number, for example 2."),
+        (
+            "train.lr=fast",
+            "the command line: train.lr=fast does not fit: it must be a number, for example 0.5 or 1e-4.",
+        ),
+        (
+            "train.batch=1.5",
+            "the command line: train.batch=1.5 does not fit: it must be a whole number, for example 2.",
+        ),
+        (
+            "train.batch=null",
+            "the command line: train.batch=null does not fit: it must be a whole number, for example 2.",
+        ),
         ("data.flip=maybe", "the command line: data.flip=maybe does not fit: it must be true or false."),
         ("data.name=[1]", "the command line: data.name=[1] does not fit: it must be a word."),
-        ("eval.seeds=3", "the command line: eval.seeds=3 does not fit: it must be a list in brackets, for example [0,1]."),
-        ("train.ema_decay=[x]", "the command line: train.ema_decay=[x] does not fit: it must be a list in brackets, for example [0.1,0.9]."),
-        ("sample.interval=0.1", "the command line: sample.interval=0.1 does not fit: it must be a list in brackets, for example [a,b]."),
+        (
+            "eval.seeds=3",
+            "the command line: eval.seeds=3 does not fit: it must be a list in brackets, for example [0,1].",
+        ),
+        (
+            "train.ema_decay=[x]",
+            "the command line: train.ema_decay=[x] does not fit: it must be a list in brackets, for example [0.1,0.9].",
+        ),
+        (
+            "sample.interval=0.1",
+            "the command line: sample.interval=0.1 does not fit: it must be a list in brackets, for example [a,b].",
+        ),
     ],
 )
 def test_values_of_a_wrong_type_are_told_in_our_words(argument: str, told: str) -> None:

@@ -6,21 +6,31 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.config import load_presets, resolve
-from common.cost import TrainingCost, activation_bytes, count_macs, on_meta, parameter_counts, recorded, sampling_cost, training_cost
-from common.datasets import load_data
-from common.latents import FeatureTable, LatentFacts
-from common.loader import TrainingPlan
-from common.seeds import Noise
-from evaluation.leaderboard import RESULTS
-from evaluation.record import read_record
-from launch.record import training_macs
-from methods import get_class, get_spec
-from methods.base import DataInfo, Method
-from methods.jit.config import SPEC, JiTConfig, JiTSample
-from methods.jit.method import JiTMethod
-from methods.reg.config import SIT
-from methods.reg.method import SitMethod
+from pixlat.common.accounting.macs import (
+    TrainingCost,
+    activation_bytes,
+    count_macs,
+    on_meta,
+    parameter_counts,
+    recorded,
+    sampling_cost,
+    training_cost,
+)
+from pixlat.common.config.resolve import load_presets, resolve
+from pixlat.common.datasets.batches import TrainingPlan
+from pixlat.common.datasets.load import load_data
+from pixlat.common.frozen.remember import FeatureTable
+from pixlat.common.images.image_set import LatentFacts
+from pixlat.common.seeds import Noise
+from pixlat.evaluation.leaderboard import RESULTS
+from pixlat.evaluation.records.record import read_record
+from pixlat.launch.job.record import training_macs
+from pixlat.methods import get_class, get_spec
+from pixlat.methods.base import DataInfo, Method
+from pixlat.methods.jit.config import SPEC, JiTConfig, JiTSample
+from pixlat.methods.jit.method import JiTMethod
+from pixlat.methods.reg.config import SIT
+from pixlat.methods.reg.method import SitMethod
 
 PRESETS = load_presets(SPEC.presets)
 SMALL = {"depth": 3, "width": 24, "heads": 2, "patch": 4, "bottleneck": 8, "context_tokens": 2, "context_start": 1}
@@ -31,13 +41,16 @@ def empty(*shape):
     return torch.empty(*shape, device="meta")
 
 
-# -- the counter ------------------------------------------------------------------------------------------------------------------
+# -- the counter -------------------------------------------------------------------------------------------------------
 
 
 def test_products_convolutions_and_attention_by_hand():
     assert count_macs(lambda: empty(5, 7) @ empty(7, 11)) == 5 * 7 * 11
     assert count_macs(lambda: F.linear(empty(2, 3, 7), empty(11, 7), empty(11))) == 2 * 3 * 7 * 11
-    assert count_macs(lambda: F.conv2d(empty(2, 6, 9, 9), empty(8, 3, 3, 3), padding=1, groups=2)) == 2 * 8 * 9 * 9 * 3 * 3 * 3
+    assert (
+        count_macs(lambda: F.conv2d(empty(2, 6, 9, 9), empty(8, 3, 3, 3), padding=1, groups=2))
+        == 2 * 8 * 9 * 9 * 3 * 3 * 3
+    )
     q = empty(2, 3, 5, 7)
     assert count_macs(lambda: F.scaled_dot_product_attention(q, q, q)) == 2 * (2 * 3 * 5 * 5 * 7)
     assert count_macs(lambda: F.silu(q) * q + 1) == 0
@@ -48,13 +61,17 @@ def test_backward_is_counted():
     assert count_macs(lambda: (x @ weight).sum().backward()) == 3 * 5 * 7 * 11
 
 
-# -- JiT's table ------------------------------------------------------------------------------------------------------------------
+# -- JiT's table -------------------------------------------------------------------------------------------------------
 
 TABLE = [
-    ("b", 4, 130_477_872, 130_674_480, 25.06), ("b", 16, 131_123_712, 131_320_320, 25.22), ("b", 32, 133_190_400, 133_387_008, 25.75),
-    ("b", 64, 141_457_152, 141_653_760, 27.87), ("l", 16, 458_877_664, 459_139_808, 87.94), ("l", 32, 461_534_176, 461_796_320, 88.62),
-    ("l", 64, 472_160_224, 472_422_368, 91.34), ("h", 16, 952_514_368, 952_842_048, 181.95), ("h", 32, 956_055_616, 956_383_296, 182.85),
-    ("h", 64, 970_220_608, 970_548_288, 186.48), ("g", 16, 2_007_130_000, 2_007_555_984, 383.74), ("g", 32, 2_011_555_984, 2_011_981_968, 384.87),
+    ("b", 4, 130_477_872, 130_674_480, 25.06),
+    ("b", 16, 131_123_712, 131_320_320, 25.22), ("b", 32, 133_190_400, 133_387_008, 25.75),
+    ("b", 64, 141_457_152, 141_653_760, 27.87),
+    ("l", 16, 458_877_664, 459_139_808, 87.94), ("l", 32, 461_534_176, 461_796_320, 88.62),
+    ("l", 64, 472_160_224, 472_422_368, 91.34),
+    ("h", 16, 952_514_368, 952_842_048, 181.95), ("h", 32, 956_055_616, 956_383_296, 182.85),
+    ("h", 64, 970_220_608, 970_548_288, 186.48),
+    ("g", 16, 2_007_130_000, 2_007_555_984, 383.74), ("g", 32, 2_011_555_984, 2_011_981_968, 384.87),
 ]  # fmt: skip
 
 
@@ -91,7 +108,7 @@ def test_training_is_three_forwards_less_the_gradients_of_inputs():
     assert cost == TrainingCost(((0, 3 * closed_form(config) - inputs),), 0) and cost.total(7, 0) == 7 * cost.per_image
 
 
-# -- sampling ---------------------------------------------------------------------------------------------------------------------
+# -- sampling ----------------------------------------------------------------------------------------------------------
 
 
 def test_sampling_cost_of_the_released_setting():
@@ -103,7 +120,13 @@ def test_sampling_cost_of_the_released_setting():
 
 
 @pytest.mark.parametrize(
-    "sample", [JiTSample(steps=4), JiTSample(steps=4, guidance=1.0), JiTSample(steps=6, solver="euler", interval=(0.4, 0.9)), JiTSample(steps=1)]
+    "sample",
+    [
+        JiTSample(steps=4),
+        JiTSample(steps=4, guidance=1.0),
+        JiTSample(steps=6, solver="euler", interval=(0.4, 0.9)),
+        JiTSample(steps=1),
+    ],
 )
 def test_counted_forwards_are_those_that_really_run(sample):
     torch.manual_seed(0)
@@ -118,7 +141,9 @@ def test_counted_forwards_are_those_that_really_run(sample):
 
 
 class TwoStage(Method):
-    """A latent method in small: a generator that runs three times, a decoder, a discriminator for training, a frozen teacher."""
+    """A latent method in small: a generator that runs three times, a decoder,
+    a discriminator for training, a frozen teacher.
+    """
 
     phases = ("generator", "discriminator")
 
@@ -169,7 +194,9 @@ def test_training_cost_covers_every_phase():
 
 
 class LateAndRemembering(TwoStage):
-    """The same, whose discriminator is trained from image 10 on and heard from image 20 on, and whose teacher is remembered."""
+    """The same, whose discriminator is trained from image 10 on and heard from image 20 on,
+    and whose teacher is remembered.
+    """
 
     def __init__(self, config, data):
         super().__init__(config, data)
@@ -196,7 +223,9 @@ class LateAndRemembering(TwoStage):
 
 
 def test_counted_training_is_what_a_training_executes():
-    """A real run under the counter, step by step: late phases and remembered outputs cost when they run, and no earlier or oftener."""
+    """A real run under the counter, step by step: late phases and remembered outputs cost when they run,
+    and no earlier or oftener.
+    """
     data, steps, size = DataInfo("test", 5, 2, 7), 9, 4
     plan = TrainingPlan(np.arange(7) % 5, size, seed=0, balanced=True, flip=True)
     torch.manual_seed(0)
@@ -205,7 +234,11 @@ def test_counted_training_is_what_a_training_executes():
     assert [first for first, _ in cost.parts] == [0, 10, 20] and cost.encoding == 24
     for step in range(steps):
         indices, flips = plan.indices(step)
-        batch = {"image": torch.randn(size, 3, 2, 2), "index": torch.from_numpy(indices), "mirrored": torch.from_numpy(flips)}
+        batch = {
+            "image": torch.randn(size, 3, 2, 2),
+            "index": torch.from_numpy(indices),
+            "mirrored": torch.from_numpy(flips),
+        }
         method.begin_step(step * size)
         for phase in method.phases:
             if method.phase_active(phase, step * size):
@@ -219,7 +252,11 @@ def test_stored_latents_are_not_encoded():
     encoded, stored = (DataInfo("test", 5, 32, 100, latents=facts) for facts in (None, LatentFacts((16, 8, 8), None)))
     method = on_meta(SitMethod, config, encoded)
     encoder = count_macs(lambda: method.tokenizer.encode_moments(empty(1, 3, 32, 32)))
-    assert training_cost(SitMethod, config, encoded).per_image - training_cost(SitMethod, config, stored).per_image == encoder > 0
+    assert (
+        training_cost(SitMethod, config, encoded).per_image - training_cost(SitMethod, config, stored).per_image
+        == encoder
+        > 0
+    )
 
 
 def test_recording_runs_a_network_once_for_a_shape_and_leaves_it_as_it_was():
@@ -236,7 +273,7 @@ def test_recording_runs_a_network_once_for_a_shape_and_leaves_it_as_it_was():
     assert network.forward == original and "forward" not in vars(network)
 
 
-# -- memory -----------------------------------------------------------------------------------------------------------------------
+# -- memory ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", ["fused", "reference"])
@@ -256,7 +293,9 @@ def test_activation_bytes_are_those_of_a_real_step(attention):
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         loss = method("main", batch, 0)["loss"]
     assert loss.requires_grad
-    assert activation_bytes(JiTMethod, config, SMALL_DATA, batch=4) == sum(storage.nbytes() for storage in kept.values())
+    assert activation_bytes(JiTMethod, config, SMALL_DATA, batch=4) == sum(
+        storage.nbytes() for storage in kept.values()
+    )
 
 
 def test_activation_bytes_grow_with_the_batch():
@@ -265,17 +304,29 @@ def test_activation_bytes_grow_with_the_batch():
     assert three - two == two - one > 0
 
 
-# -- the records of the README ----------------------------------------------------------------------------------------------------
+# -- the records of the README -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", [path for path in sorted(RESULTS.glob("*.json")) if read_record(path)["train"]["images_seen"]], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "file",
+    [path for path in sorted(RESULTS.glob("*.json")) if read_record(path)["train"]["images_seen"]],
+    ids=lambda path: path.stem,
+)
 def test_the_readme_tells_the_costs_that_the_code_counts(file):
-    """Training and sampling of each row's preset. Where a change moves a count, the record is restated, with a sentence in its notes, or made anew."""
+    """Training and sampling of each row's preset.
+
+    Where a change moves a count, the record is restated, with a sentence in its notes, or made anew.
+    """
     record = read_record(file)
     run = resolve(get_spec(record["system"]["method"]), {"preset": record["system"]["size"]})
     source, implementation = load_data(run.data), get_class(run.method)
     info = DataInfo.of(source.info)
     assert (run.train.images, run.train.batch) == (record["train"]["images_seen"], record["train"]["batch"])
-    trained = training_macs(run, training_cost(implementation, run.model, info), source, record["checkpoint"]["step"], 1)
+    trained = training_macs(
+        run, training_cost(implementation, run.model, info), source, record["checkpoint"]["step"], 1
+    )
     assert trained == record["train"]["macs_total"]
-    assert sampling_cost(on_meta(implementation, run.model, info), run.sample).macs_per_image == record["compute"]["macs_per_image"]
+    assert (
+        sampling_cost(on_meta(implementation, run.model, info), run.sample).macs_per_image
+        == record["compute"]["macs_per_image"]
+    )

@@ -1,4 +1,6 @@
-"""Damaged and altered checkpoints, run folders, logs and imports: each is passed over by name or refused in a sentence, and none is used silently."""
+"""Damaged and altered checkpoints, run folders, logs and imports: each is passed over by name or refused in a sentence,
+and none is used silently.
+"""
 
 import dataclasses
 import json
@@ -16,29 +18,33 @@ from damage import flips
 from evaluated_run import image_folder, run_folder
 from safetensors.torch import save_file
 
-from common import checkpoint
-from common.checkpoint import Checkpoint
-from common.config import flatten, inert, resolve, to_dict
-from common.errors import UserError
-from common.external import run_weights
-from common.meters import read_rows, truncate_rows
-from common.saved_config import check_config, read_config
-from common.trainer import own_state
-from evaluation.models import imported_facts, load_run, saved_run
-from launch import stages
-from launch.export import export_run
-from launch.folder import check_same
-from launch.released import import_released, write_folder
-from methods import get_spec
+from pixlat.common.config.identity import inert
+from pixlat.common.config.resolve import resolve
+from pixlat.common.config.saved import check_config, read_config
+from pixlat.common.config.schema import flatten, to_dict
+from pixlat.common.errors import UserError
+from pixlat.common.training.meters import read_rows, truncate_rows
+from pixlat.common.training.state import own_state
+from pixlat.common.weights import checkpoint
+from pixlat.common.weights.checkpoint import Checkpoint
+from pixlat.common.weights.runs import run_weights
+from pixlat.evaluation.score.models import imported_facts, load_run, saved_run
+from pixlat.launch.export import export_run
+from pixlat.launch.job import stages
+from pixlat.launch.job.folder import check_same
+from pixlat.launch.released import import_released, write_folder
+from pixlat.methods import get_spec
 
 CPU = torch.device("cpu")
 
-# -- checkpoints -----------------------------------------------------------------------------------------------------------------
+# -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    """Two checkpoints of one small tensor and an optimizer with two parts each, whose files' names differ in one bit."""
+    """Two checkpoints of one small tensor and an optimizer with two parts each,
+    whose files' names differ in one bit.
+    """
     weights = {"w": torch.arange(2.0)}
     tensors = {"model": weights, "optimizer-a-0": weights, "optimizer-a-1": weights}
     for step in (1, 2):
@@ -60,7 +66,21 @@ def test_every_flipped_bit_of_a_manifest_is_found(saved):
     assert checkpoint.latest(saved) == older
 
 
-MANIFESTS = ["", "[]", "null", "5", '"x"', "{}", '{"f":{}}', '{"f":"x"}', "[" * 10**5, '{"model.safetensors":' * 10**4, "NaN", "\x00", "{" + "1" * 5000 + "}"]
+MANIFESTS = [
+    "",
+    "[]",
+    "null",
+    "5",
+    '"x"',
+    "{}",
+    '{"f":{}}',
+    '{"f":"x"}',
+    "[" * 10**5,
+    '{"model.safetensors":' * 10**4,
+    "NaN",
+    "\x00",
+    "{" + "1" * 5000 + "}",
+]
 
 
 @pytest.mark.parametrize("content", MANIFESTS, ids=lambda text: text[:24])
@@ -112,12 +132,20 @@ def test_only_the_weights_that_are_asked_for_are_opened_and_verified(tmp_path, m
     model = checkpoint.load(folder).tensors["model"]
     others = {f"optimizer-loss-{number}": model for number in range(2)} | {"ema-0.99": model}
     facts = checkpoint.load_facts(folder)
-    checkpoint.save(tmp_path / "run" / "checkpoints", 8, Checkpoint(checkpoint.load(folder).tensors | others, facts), keep=1)
+    checkpoint.save(
+        tmp_path / "run" / "checkpoints", 8, Checkpoint(checkpoint.load(folder).tensors | others, facts), keep=1
+    )
     opened: list[str] = []
     for name in ("load_file", "safe_open", "sha256_of"):
         whole = getattr(checkpoint, name)
-        monkeypatch.setattr(checkpoint, name, lambda path, *a, whole=whole, **k: (opened.append(Path(path).name), whole(path, *a, **k))[1])
-    assert run.eval.ema is None and torch.equal(run_weights(tmp_path / "run").state["network.final.linear.bias"], 0.5 * model["network.final.linear.bias"])
+        monkeypatch.setattr(
+            checkpoint,
+            name,
+            lambda path, *a, whole=whole, **k: (opened.append(Path(path).name), whole(path, *a, **k))[1],
+        )
+    assert run.eval.ema is None and torch.equal(
+        run_weights(tmp_path / "run").state["network.final.linear.bias"], 0.5 * model["network.final.linear.bias"]
+    )
     assert set(opened) == {"manifest.json", "trainer.json", "model.safetensors", "ema-0.9.safetensors"}
     opened.clear()
     run_weights(tmp_path / "run", "raw")
@@ -128,7 +156,7 @@ def test_only_the_weights_that_are_asked_for_are_opened_and_verified(tmp_path, m
         run_weights(tmp_path / "run")
 
 
-# -- run folders -----------------------------------------------------------------------------------------------------------------
+# -- run folders -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +168,13 @@ def finished(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("width: 16", "width: 32"), ("guidance: 1.5", "guidance: 2.0"), ("seed: 0", "seed: 1"), ("prediction: x", "prediction: v")]
+    ("old", "new"),
+    [
+        ("width: 16", "width: 32"),
+        ("guidance: 1.5", "guidance: 2.0"),
+        ("seed: 0", "seed: 1"),
+        ("prediction: x", "prediction: v"),
+    ],
 )
 def test_an_altered_configuration_is_not_used(finished, old, new):
     file = finished / "config.yaml"
@@ -148,8 +182,18 @@ def test_an_altered_configuration_is_not_used(finished, old, new):
     assert text.count(old) >= 1
     file.write_text(text.replace(old, new, 1))
     try:
-        for use in (lambda: load_run(finished, {}, None, CPU), lambda: run_weights(finished), lambda: saved_run(finished, {})):
-            with pytest.raises(UserError, match=r"config.yaml is not the configuration of .*step-00000007.*Restore the file.*give them on the command line"):
+        for use in (
+            lambda: load_run(finished, {}, None, CPU),
+            lambda: run_weights(finished),
+            lambda: saved_run(finished, {}),
+        ):
+            with pytest.raises(
+                UserError,
+                match=(
+                    r"config.yaml is not the configuration of .*step-00000007.*Restore the file.*give "
+                    r"them on the command line"
+                ),
+            ):
                 use()
     finally:
         file.write_text(text)
@@ -166,10 +210,18 @@ def test_what_was_changed_is_named(finished, tmp_path):
     file.write_text(file.read_text().replace("guidance: 1.5", "guidance: 2.0"))
     with pytest.raises(UserError, match=r"Which setting was changed cannot be told\."):
         saved_run(tmp_path / "mine", {})
-    settings = [f"{key}={value if key in ('method', 'preset') else json.dumps(value)}" for key, value in flatten(to_dict(run)) if "cluster" not in key]
+    settings = [
+        f"{key}={value if key in ('method', 'preset') else json.dumps(value)}"
+        for key, value in flatten(to_dict(run))
+        if "cluster" not in key
+    ]
     damaged = '{"command": 5}\n{"command": "x \\\\"}\n[]\n{"command": "x y"}\n'
-    (tmp_path / "mine" / "starts.jsonl").write_text(damaged + json.dumps({"command": shlex.join(["launch/run.py", *settings])}) + "\n")
-    with pytest.raises(UserError, match=r"Changed since: train.weight_decay: 0.0 -> 0.5; sample.guidance: 1.5 -> 2.0\."):
+    (tmp_path / "mine" / "starts.jsonl").write_text(
+        damaged + json.dumps({"command": shlex.join(["launch/run.py", *settings])}) + "\n"
+    )
+    with pytest.raises(
+        UserError, match=r"Changed since: train.weight_decay: 0.0 -> 0.5; sample.guidance: 1.5 -> 2.0\."
+    ):
         saved_run(tmp_path / "mine", {})
 
 
@@ -209,7 +261,11 @@ def test_a_malformed_configuration_is_refused_in_a_sentence(finished, content):
     text = file.read_text()
     file.write_text(content)
     try:
-        for use in (lambda: load_run(finished, {}, None, CPU), lambda: run_weights(finished), lambda: check_same(finished, run)):
+        for use in (
+            lambda: load_run(finished, {}, None, CPU),
+            lambda: run_weights(finished),
+            lambda: check_same(finished, run),
+        ):
             with pytest.raises(UserError, match=r"config.yaml is damaged: .*Restore the file"):
                 use()
     finally:
@@ -217,7 +273,9 @@ def test_a_malformed_configuration_is_refused_in_a_sentence(finished, content):
 
 
 def test_flipped_bits_of_a_configuration_are_found_or_change_nothing(finished):
-    """What a flip leaves readable and of the same identity has the same settings, but for those that change neither a weight nor a score."""
+    """What a flip leaves readable and of the same identity has the same settings,
+    but for those that change neither a weight nor a score.
+    """
     saved = finished / "checkpoints" / "step-00000007"
     facts, found = checkpoint.load_facts(saved), 0
 
@@ -236,7 +294,10 @@ def test_flipped_bits_of_a_configuration_are_found_or_change_nothing(finished):
 
 
 def test_a_finished_run_without_checkpoints_is_not_told_to_finish(finished, tmp_path):
-    for name, advice in (("mine", "restore them from a copy, or remove the folder and run it again"), ("cut", "Finish that run")):
+    for name, advice in (
+        ("mine", "restore them from a copy, or remove the folder and run it again"),
+        ("cut", "Finish that run"),
+    ):
         folder = tmp_path / name
         run = run_folder(folder, finished.parent / "data", record=name == "mine")
         weights = folder / "checkpoints" / "step-00000007" / "model.safetensors"
@@ -248,7 +309,14 @@ def test_a_finished_run_without_checkpoints_is_not_told_to_finish(finished, tmp_
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("train.ema_decay", "["), ("train.lr", "${nope}"), ("name", "a: b: c"), ("name", "\x00"), ("name", "${"), ("train.lr", "!!python/name:os.x x")],
+    [
+        ("train.ema_decay", "["),
+        ("train.lr", "${nope}"),
+        ("name", "a: b: c"),
+        ("name", "\x00"),
+        ("name", "${"),
+        ("train.lr", "!!python/name:os.x x"),
+    ],
 )
 def test_values_that_are_no_yaml_are_named(key, value):
     with pytest.raises(UserError, match=rf"{key}.*(cannot be read|does not fit)"):
@@ -262,14 +330,21 @@ def test_damaged_digests_of_earlier_stages_are_refused_in_a_sentence(tmp_path, c
         stages.hold_to_stages(tmp_path, [{"key": "codec", "checkpoint_sha256": "ab"}])
 
 
-# -- imported and exported weights -----------------------------------------------------------------------------------------------
+# -- imported and exported weights -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def imported(finished) -> Path:
     """A run folder as `prepare.py import` makes it."""
     model = load_run(finished, {}, None, CPU)
-    facts = {"file": "/x/w.pth", "sha256": "ab" * 32, "ema_decay": 0.9999, "weights": "ema", "licence": "MIT", "tensors": 3}
+    facts = {
+        "file": "/x/w.pth",
+        "sha256": "ab" * 32,
+        "ema_decay": 0.9999,
+        "weights": "ema",
+        "licence": "MIT",
+        "tensors": 3,
+    }
     run = dataclasses.replace(model.run, train=dataclasses.replace(model.run.train, ema_decay=[]))
     write_folder(finished.parent / "imported", run, own_state(model.method), facts)
     return finished.parent / "imported"
@@ -305,7 +380,9 @@ def test_an_early_import_still_loads(imported, tmp_path):
     folder = tmp_path / "early" / "checkpoints"
     weights = checkpoint.load(folder / "step-00000000")
     shutil.rmtree(folder)
-    checkpoint.save(folder, 0, Checkpoint(weights.tensors, {"identity": "imported", "step": 0, "images_seen": 0}), keep=1)
+    checkpoint.save(
+        folder, 0, Checkpoint(weights.tensors, {"identity": "imported", "step": 0, "images_seen": 0}), keep=1
+    )
     assert load_run(tmp_path / "early", {}, None, CPU).checkpoint["sha256"] == "ab" * 32
 
 
@@ -325,7 +402,15 @@ def test_a_damaged_export_is_refused_in_a_sentence(finished, tmp_path):
     import_of(tmp_path / "out", tmp_path / "back")
     file, config = tmp_path / "out" / "model.safetensors", tmp_path / "out" / "config.yaml"
     content, text = file.read_bytes(), config.read_text()
-    for damaged in (b"", b"junk", content[:-4], content[:200], b"\xff" * 100, content.replace(b"ema_decay", b"ema_delay"), content.replace(b'"0.9"', b'"x.9"')):
+    for damaged in (
+        b"",
+        b"junk",
+        content[:-4],
+        content[:200],
+        b"\xff" * 100,
+        content.replace(b"ema_decay", b"ema_delay"),
+        content.replace(b'"0.9"', b'"x.9"'),
+    ):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=r"model.safetensors"):
             import_of(tmp_path / "out", tmp_path / "never")
@@ -344,24 +429,27 @@ def test_a_card_says_where_a_run_was_cut(finished, tmp_path):
     export_run(tmp_path / "cut", tmp_path / "out", None, "MIT")
     card = (tmp_path / "out" / "README.md").read_text()
     assert (
-        f"**This run is not finished**: these weights are of step 7, after {7 * run.train.batch:,} of {run.train.images:,} training images." in card
-        and "Not evaluated." in card
-    )
+        f"**This run is not finished**: these weights are of step 7, after {7 * run.train.batch:,} "
+        f"of {run.train.images:,} training images."
+    ) in card and "Not evaluated." in card
     export_run(finished, tmp_path / "whole", None, "MIT")
     assert "not finished" not in (tmp_path / "whole" / "README.md").read_text()
 
 
-# -- logs ------------------------------------------------------------------------------------------------------------------------
+# -- logs --------------------------------------------------------------------------------------------------------------
 
 
 def metrics(path: Path) -> Path:
-    rows = [{"step": s, "images": 64 * s, "loss": 0.5 / s, "lr": 1e-3, "images_per_s": 10.25, "seconds": float(s)} for s in range(1, 5)]
+    rows = [
+        {"step": s, "images": 64 * s, "loss": 0.5 / s, "lr": 1e-3, "images_per_s": 10.25, "seconds": float(s)}
+        for s in range(1, 5)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def test_a_damaged_log_loses_its_damaged_lines_and_no_more(tmp_path, caplog):
-    from common.pictures import training_curves
+    from pixlat.common.pictures.curves import training_curves
 
     file = metrics(tmp_path / "metrics.jsonl")
     whole, last = read_rows(file), file.stat().st_size - 1
@@ -371,10 +459,19 @@ def test_a_damaged_log_loses_its_damaged_lines_and_no_more(tmp_path, caplog):
         rows = read_rows(file)
         assert sum(row in whole for row in rows) >= 2, where  # a lost line end costs two lines
         named = "damaged lines are left out" in caplog.text
-        assert named or len(rows) == 4 or where.endswith(f"byte {last}"), where  # without its line end the last line counts as cut by a kill
+        # without its line end the last line counts as cut by a kill
+        assert named or len(rows) == 4 or where.endswith(f"byte {last}"), where
         if number % 40 == 0:
             training_curves(rows, tmp_path / "training.png")
-    for content in ("[]\n", "null\n", "5\n", '{"step": 1}\n', '{"step": "1", "images": 2}\n', "[" * 10**5 + "\n", '{"step": 1, "images": 1e999}\n'):
+    for content in (
+        "[]\n",
+        "null\n",
+        "5\n",
+        '{"step": 1}\n',
+        '{"step": "1", "images": 2}\n',
+        "[" * 10**5 + "\n",
+        '{"step": 1, "images": 1e999}\n',
+    ):
         file.write_text(content)
         truncate_rows(file, 9)
         assert read_rows(file) == []
@@ -393,12 +490,16 @@ def test_a_damaged_line_is_named_where_it_cannot_be_left_out(tmp_path):
 def test_stages_say_what_to_do_about_a_finished_run_without_checkpoints(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "codec")
     shutil.rmtree(tmp_path / "codec" / "checkpoints" / "step-00000007")
-    monkeypatch.setattr(stages, "get_spec", lambda method: SimpleNamespace(stages=[SimpleNamespace(key="codec", method="jit", shipped={})]))
+    monkeypatch.setattr(
+        stages,
+        "get_spec",
+        lambda method: SimpleNamespace(stages=[SimpleNamespace(key="codec", method="jit", shipped={})]),
+    )
     with pytest.raises(UserError, match=r"model.codec=.*The run is finished.*restore them from a copy"):
         stages.earlier_runs(SimpleNamespace(method="toy"), SimpleNamespace(codec=str(tmp_path / "codec")))
 
 
-# -- who may read what is written ------------------------------------------------------------------------------------------------
+# -- who may read what is written --------------------------------------------------------------------------------------
 
 WRITER = """
 import os, sys
@@ -408,15 +509,16 @@ import numpy as np, torch
 from PIL import Image
 from evaluated_run import image_folder, run_folder
 from test_damaged_files import SimpleNamespace, Reference, features, feature_sets, write_built
-from common.files import append_row, hold_to, write_whole
-from common.pictures import save_png
-from launch.export import export_run
+from pixlat.common.files import append_row, hold_to, write_whole
+from pixlat.common.pictures.grids import save_png
+from pixlat.launch.export import export_run
 place = Path(sys.argv[2])
 run_folder(place / "mine", image_folder(place / "data"))
 export_run(place / "mine", place / "given" / "away", None, "MIT")
 feature_sets._write(features(), place / "cache" / "x.safetensors")
 extractor = SimpleNamespace(id="x", sha256="0" * 64, layer="p", resize="n", scaling="s", dims=2)
-write_built(Reference(features().moments.total(), None, features().features, {"n_images": 4}), place / "own.safetensors", extractor, 8)
+reference = Reference(features().moments.total(), None, features().features, {"n_images": 4})
+write_built(reference, place / "own.safetensors", extractor, 8)
 hold_to(place / "held" / "facts.json", {"a": 1}, "something")
 write_whole(place / "text.md", "text")
 append_row(place / "rows.jsonl", {"a": 1})
@@ -432,6 +534,9 @@ def test_modes_follow_the_umask(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here)))}
     subprocess.run([sys.executable, "-c", WRITER, "027", str(place)], check=True, env=environment, cwd=tmp_path)
     written = [path for path in place.rglob("*") if "data" not in path.relative_to(place).parts]
-    modes = {str(path.relative_to(place)): (path.stat().st_mode & 0o777, 0o750 if path.is_dir() else 0o640) for path in written}
+    modes = {
+        str(path.relative_to(place)): (path.stat().st_mode & 0o777, 0o750 if path.is_dir() else 0o640)
+        for path in written
+    }
     assert {name: oct(found) for name, (found, wanted) in modes.items() if found != wanted} == {}
     assert sum(path.suffix == ".safetensors" for path in written) == 5

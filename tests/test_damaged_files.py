@@ -1,4 +1,6 @@
-"""Damaged and hostile records, curves, arrays, images, references and weights: each is left out by name or refused in a sentence; none crashes or hangs."""
+"""Damaged and hostile records, curves, arrays, images, references and weights:
+each is left out by name or refused in a sentence; none crashes or hangs.
+"""
 
 import contextlib
 import dataclasses
@@ -16,21 +18,23 @@ from PIL import Image
 from records import record
 from safetensors.torch import save_file
 
-from common.errors import UserError
-from common.external import read_tensors
-from evaluation import columns, feature_sets, leaderboard, reference, run
-from evaluation.arrays import NpzImages, read_floats
-from evaluation.attachments import grid_of, losses_of
-from evaluation.curve import curve_lines, read_curve
-from evaluation.feature_sets import FeatureSet
-from evaluation.moments import Moments
-from evaluation.protocol import protocol_hash
-from evaluation.record import SCHEMA_FILE, row_id
-from evaluation.reference_files import Reference, read_built, write_built
-from evaluation.samples import FolderSamples
-from launch import prepare
+from pixlat.common.errors import UserError
+from pixlat.common.weights.tensors import read_tensors
+from pixlat.evaluation import leaderboard, reference, run
+from pixlat.evaluation.board import columns
+from pixlat.evaluation.board.attachments import grid_of, losses_of
+from pixlat.evaluation.features import feature_sets
+from pixlat.evaluation.features.arrays import NpzImages, read_floats
+from pixlat.evaluation.features.feature_sets import FeatureSet
+from pixlat.evaluation.features.moments import Moments
+from pixlat.evaluation.features.reference_files import Reference, read_built, write_built
+from pixlat.evaluation.features.samples import FolderSamples
+from pixlat.evaluation.protocols.identity import protocol_hash
+from pixlat.evaluation.records.curve import curve_lines, read_curve
+from pixlat.evaluation.records.record import SCHEMA_FILE, row_id
+from pixlat.launch import prepare
 
-# -- records ---------------------------------------------------------------------------------------------------------------------
+# -- records -----------------------------------------------------------------------------------------------------------
 
 
 def rows_in(folder: Path, *rows: dict) -> Path:
@@ -66,7 +70,9 @@ def unbounded(schema, path=()):
     """The places in a JSON schema that allow numbers of any size."""
     items = schema.items() if isinstance(schema, dict) else enumerate(schema) if isinstance(schema, list) else ()
     kinds = schema.get("type", ()) if isinstance(schema, dict) else ()
-    numeric = {"integer", "number"} & {*([kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else ())}
+    numeric = {"integer", "number"} & {
+        *([kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else ())
+    }
     if numeric and not ({"minimum", "exclusiveMinimum"} & set(schema) and "maximum" in schema):
         yield path
     for key, item in items:
@@ -78,14 +84,20 @@ def test_every_number_in_a_record_is_bounded():
     assert list(unbounded(json.loads(SCHEMA_FILE.read_text()))) == []
 
 
-@pytest.mark.parametrize("number", [10**310, 10**400, -(10**400), 10**31, 1e308, -1e308, 5e-324, 2**63, 0, -1], ids=lambda number: str(number)[:6])
+@pytest.mark.parametrize(
+    "number",
+    [10**310, 10**400, -(10**400), 10**31, 1e308, -1e308, 5e-324, 2**63, 0, -1],
+    ids=lambda number: str(number)[:6],
+)
 def test_no_number_in_a_record_hides_the_others(tmp_path, capsys, number):
     good = record(name="sound")
     paths = list(numbers_of(good))
     assert len(paths) > 70
     rows_in(tmp_path, good, *(changed(good, path, number) | {"name": f"odd{i}"} for i, path in enumerate(paths)))
     assert leaderboard.main(["--runs", str(tmp_path)]) == 0
-    assert "sound" in (tmp_path / "leaderboard.md").read_text() and "sound" in (tmp_path / "leaderboard.html").read_text()
+    assert (
+        "sound" in (tmp_path / "leaderboard.md").read_text() and "sound" in (tmp_path / "leaderboard.html").read_text()
+    )
     told = capsys.readouterr().err
     assert "Traceback" not in told
     if abs(number) > 1e30:
@@ -96,7 +108,21 @@ def test_no_number_in_a_record_hides_the_others(tmp_path, capsys, number):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "null", "5", "{}", "NaN", "[" * 10**5, '{"a":' * 10**5, '"\\ud800"', '{"name": "\\ud800"}', "\x00", "1" * 5000, '{"schema": "result.v1"}'],
+    [
+        "",
+        "[]",
+        "null",
+        "5",
+        "{}",
+        "NaN",
+        "[" * 10**5,
+        '{"a":' * 10**5,
+        '"\\ud800"',
+        '{"name": "\\ud800"}',
+        "\x00",
+        "1" * 5000,
+        '{"schema": "result.v1"}',
+    ],
     ids=lambda text: text[:20],
 )
 def test_what_is_no_record_is_left_out_by_name(tmp_path, capsys, content):
@@ -129,7 +155,14 @@ def test_pipes_and_huge_files_are_left_out_at_once(tmp_path, capsys):
         os.mkfifo(tmp_path / name)
     assert leaderboard.main(["--runs", str(tmp_path)]) == 0
     told = capsys.readouterr().err
-    for name in ("1-pipe/curve.jsonl", "2-huge/curve.jsonl", "other/result.json", "second/result.json", "claim/claim.json", "third/claim.json"):
+    for name in (
+        "1-pipe/curve.jsonl",
+        "2-huge/curve.jsonl",
+        "other/result.json",
+        "second/result.json",
+        "claim/claim.json",
+        "third/claim.json",
+    ):
         assert str(tmp_path / name) in told
     assert all(name in (tmp_path / "leaderboard.md").read_text() for name in ("sound", "pipe", "huge"))
 
@@ -156,18 +189,25 @@ def test_damaged_pictures_and_logs_cost_no_record(tmp_path):
     Image.new("1", (1, 30_000)).save(tmp_path / "samples.png")  # higher than WebP allows
     with pytest.raises(UserError, match=r"samples.png: cannot be read as a PNG"):
         grid_of(row, tmp_path)
-    for line in ('{"images": 1, "loss": 1%s}' % ("0" * 400), '{"images": 1, "loss": 1e308}\n{"images": 2, "loss": 1e308}' * 300, '{"images": [], "loss": 1}'):
+    for line in (
+        '{"images": 1, "loss": 1%s}' % ("0" * 400),
+        '{"images": 1, "loss": 1e308}\n{"images": 2, "loss": 1e308}' * 300,
+        '{"images": [], "loss": 1}',
+    ):
         (tmp_path / "metrics.jsonl").write_text(line + "\n")
         with contextlib.suppress(UserError):
             losses_of(row, tmp_path)
 
 
-# -- curves ----------------------------------------------------------------------------------------------------------------------
+# -- curves ------------------------------------------------------------------------------------------------------------
 
 
 def points(count: int = 2) -> list[dict]:
     metrics = {"fd_embedded": {"value": 812.25, "se": 10.5, "n": 1000, "unit": "feature^2"}}
-    return [{"images": 640 * n, "macs_train": 10**12 * n, "protocol_hash": "7d8e681bae88", "metrics": metrics} for n in range(1, count + 1)]
+    return [
+        {"images": 640 * n, "macs_train": 10**12 * n, "protocol_hash": "7d8e681bae88", "metrics": metrics}
+        for n in range(1, count + 1)
+    ]
 
 
 def test_every_flipped_bit_of_a_curve_is_found(tmp_path):
@@ -194,7 +234,7 @@ def test_curves_without_digests_are_still_read(tmp_path):
         read_curve(file)
 
 
-# -- arrays and images of other people -------------------------------------------------------------------------------------------
+# -- arrays and images of other people ---------------------------------------------------------------------------------
 
 PIXELS = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (4, 2, 2, 3)).astype(np.uint8)
 
@@ -204,11 +244,15 @@ def npz(path: Path, compressed: bool = False, **arrays) -> Path:
     return path
 
 
-def npy(shape: str, dtype: str = "|u1", version: bytes = b"\x01\x00", length: int | None = None, data: bytes = b"") -> bytes:
+def npy(
+    shape: str, dtype: str = "|u1", version: bytes = b"\x01\x00", length: int | None = None, data: bytes = b""
+) -> bytes:
     """A NumPy array as a file, with any header."""
     header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
     width = 2 if version[0] == 1 else 4
-    return b"\x93NUMPY" + version + (len(header) if length is None else length).to_bytes(width, "little") + header + data
+    return (
+        b"\x93NUMPY" + version + (len(header) if length is None else length).to_bytes(width, "little") + header + data
+    )
 
 
 def archived(path: Path, name: str, content: bytes, **how) -> Path:
@@ -230,16 +274,34 @@ def patched(path: Path, offset: int, value: bytes) -> Path:
 HOSTILE = {
     "encrypted": (lambda path: patched(path, 6, b"\x01\x00"), "encrypted"),
     "method 99": (lambda path: patched(path, 8, b"\x63\x00"), "compression method"),
-    "negative shape": (lambda path: archived(path, "arr_0.npy", npy("(-4, 2, 2, 3)", data=bytes(48))), "which no array has"),
-    "boolean shape": (lambda path: archived(path, "arr_0.npy", npy("(True, 2, 2, 3)", data=bytes(12))), "which no array has|cannot be read"),
+    "negative shape": (
+        lambda path: archived(path, "arr_0.npy", npy("(-4, 2, 2, 3)", data=bytes(48))),
+        "which no array has",
+    ),
+    "boolean shape": (
+        lambda path: archived(path, "arr_0.npy", npy("(True, 2, 2, 3)", data=bytes(12))),
+        "which no array has|cannot be read",
+    ),
     "broken header": (lambda path: archived(path, "arr_0.npy", npy("(4, 2, 2")), "cannot be read as .npz"),
     "nested header": (lambda path: archived(path, "arr_0.npy", npy("(" * 3000)), "cannot be read as .npz"),
-    "header of 4 GB": (lambda path: archived(path, "arr_0.npy", npy("(1,)", version=b"\x02\x00", length=2**32 - 1)), "not a NumPy array"),
+    "header of 4 GB": (
+        lambda path: archived(path, "arr_0.npy", npy("(1,)", version=b"\x02\x00", length=2**32 - 1)),
+        "not a NumPy array",
+    ),
     "no array": (lambda path: archived(path, "arr_0.npy", b"text"), "not a NumPy array"),
     "no type": (lambda path: archived(path, "arr_0.npy", npy("(4, 2, 2, 3)", dtype="zz")), "cannot be read as .npz"),
-    "huge": (lambda path: archived(path, "arr_0.npy", npy("(1000000000, 256, 256, 3)", data=bytes(1000))), "ends early: 196,607,999,999,000 bytes are missing"),
-    "wide": (lambda path: archived(path, "arr_0.npy", npy("(1, 10000, 10000, 3)", data=bytes(3 * 10**8)), compression=8), "at most .* 8,192 px"),
-    "too short a shape": (lambda path: archived(path, "arr_0.npy", npy("(3, 2, 2, 3)", data=bytes(48))), "12 bytes more than its shape"),
+    "huge": (
+        lambda path: archived(path, "arr_0.npy", npy("(1000000000, 256, 256, 3)", data=bytes(1000))),
+        "ends early: 196,607,999,999,000 bytes are missing",
+    ),
+    "wide": (
+        lambda path: archived(path, "arr_0.npy", npy("(1, 10000, 10000, 3)", data=bytes(3 * 10**8)), compression=8),
+        "at most .* 8,192 px",
+    ),
+    "too short a shape": (
+        lambda path: archived(path, "arr_0.npy", npy("(3, 2, 2, 3)", data=bytes(48))),
+        "12 bytes more than its shape",
+    ),
     "outside": (lambda path: archived(path, "../arr_0.npy", npy("(4, 2, 2, 3)", data=bytes(48))), "no array 'arr_0'"),
     "not zip": (lambda path: path.write_bytes(b"PK\x03\x04 cut short") and path, "cannot be read as .npz"),
     "pipe": (lambda path: os.mkfifo(path) or path, "not an ordinary file"),
@@ -269,7 +331,12 @@ def test_show_names_members_that_are_no_arrays(tmp_path):
         archive.writestr("../evil", b"x")
         archive.writestr("../\x1b[2Jevil.npy", npy("(1,)", data=b"x"))
     told = reference.show(path)
-    assert "../evil: not an array" in told and r"../\x1b[2Jevil" in told and "\x1b" not in told and "looks like samples" in told
+    assert (
+        "../evil: not an array" in told
+        and r"../\x1b[2Jevil" in told
+        and "\x1b" not in told
+        and "looks like samples" in told
+    )
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -324,7 +391,7 @@ def test_samples_open_only_ordinary_files_of_known_formats(tmp_path, monkeypatch
     assert not (tmp_path / "started").exists()
 
 
-# -- references and caches -------------------------------------------------------------------------------------------------------
+# -- references and caches ---------------------------------------------------------------------------------------------
 
 
 def features(n: int = 4) -> FeatureSet:
@@ -349,14 +416,21 @@ def test_flipped_bits_of_the_feature_cache_are_found_or_change_nothing(tmp_path)
 
 
 def test_flipped_bits_of_a_built_reference_are_found_or_change_nothing(tmp_path):
-    file, extractor = tmp_path / "own.safetensors", SimpleNamespace(id="x", sha256="0" * 64, layer="p", resize="n", scaling="s", dims=2)
+    file, extractor = (
+        tmp_path / "own.safetensors",
+        SimpleNamespace(id="x", sha256="0" * 64, layer="p", resize="n", scaling="s", dims=2),
+    )
     pooled = features().moments.total()
     entry = {"id": "own", "digest": "d", "split": "train", "crop": "c", "n_images": 4, "pillow": "12"}
     write_built(Reference(pooled, None, features().features, entry), file, extractor, 8)
     for where in flips(file):
         with contextlib.suppress(UserError):
             read = read_built(file, extractor, 8)
-            assert read.entry == entry and torch.equal(read.pooled.cov, pooled.cov) and torch.equal(read.features, features().features), where
+            assert (
+                read.entry == entry
+                and torch.equal(read.pooled.cov, pooled.cov)
+                and torch.equal(read.features, features().features)
+            ), where
             assert read.pooled.n == 4 and read.spatial is None, where
 
 
@@ -371,7 +445,9 @@ def test_flipped_bits_of_released_weights_never_crash(tmp_path, name):
             assert all(isinstance(value, torch.Tensor) for value in read_tensors(file).values()), where
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", b"\xff" * 64, b"\x08" + bytes(7) + b"[1, 2]  ", b"\x02" + bytes(7) + b"{}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"junk", b"\xff" * 64, b"\x08" + bytes(7) + b"[1, 2]  ", b"\x02" + bytes(7) + b"{}"]
+)
 @pytest.mark.parametrize("method", ["jit", "pmf", "rae", "sit", "dit"])
 def test_import_refuses_a_bad_file_in_a_sentence(tmp_path, capsys, method, content):
     (tmp_path / "w.safetensors").write_bytes(content)

@@ -16,18 +16,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import crop, listing, synthetic
-from common.config import DataConfig, identity, resolve
-from common.crop import center_crop, decode_square, read_rgb, read_square, to_rgb
-from common.data_notes import data_notes, epochs_text
-from common.datasets import DataSummary, FolderImages, load_data
-from common.decoding import decoding_digest, resizing_digest
-from common.emoji32 import concept, load_emoji32
-from common.errors import UserError
-from common.names import Names
-from common.splits import held_out
-from launch.job import run_one
-from methods import get_spec
+from pixlat.common.config.identity import identity
+from pixlat.common.config.resolve import resolve
+from pixlat.common.config.schema import DataConfig
+from pixlat.common.datasets.load import load_data
+from pixlat.common.datasets.notes import data_notes, epochs_text
+from pixlat.common.datasets.summary import DataSummary
+from pixlat.common.errors import UserError
+from pixlat.common.images import crop, listing, synthetic
+from pixlat.common.images.crop import center_crop, decode_square, read_rgb, read_square, to_rgb
+from pixlat.common.images.decoding import decoding_digest, resizing_digest
+from pixlat.common.images.emoji32 import concept, load_emoji32
+from pixlat.common.images.files import FolderImages
+from pixlat.common.images.names import Names
+from pixlat.common.images.splits import held_out
+from pixlat.launch.job.execute import run_one
+from pixlat.methods import get_spec
 
 TRAIN_COUNTS = [456, 816, 164, 347, 427, 195, 396, 938, 618, 242]
 HELD_OUT_COUNTS = [48, 91, 18, 42, 47, 21, 42, 104, 67, 27]
@@ -51,7 +55,7 @@ def folder_config(root: Path, **changes: object) -> DataConfig:
     return replace(DataConfig(name="folder", path=str(root), image_size=8, holdout=0.25), **changes)  # type: ignore[arg-type]
 
 
-# -- emoji32 --------------------------------------------------------------------------------------------------------------------
+# -- emoji32 -----------------------------------------------------------------------------------------------------------
 
 
 def test_emoji32_counts_per_class() -> None:
@@ -59,13 +63,21 @@ def test_emoji32_counts_per_class() -> None:
     assert np.bincount(data.train.labels).tolist() == TRAIN_COUNTS
     assert np.bincount(data.heldout.labels).tolist() == HELD_OUT_COUNTS
     assert data.balanced
-    assert (data.info.num_classes, data.info.image_size, data.info.num_train, data.info.num_heldout) == (10, 32, 4599, 507)
+    assert (data.info.num_classes, data.info.image_size, data.info.num_train, data.info.num_heldout) == (
+        10,
+        32,
+        4599,
+        507,
+    )
 
 
 def test_emoji32_pixels_and_digest_are_frozen() -> None:
     emoji = load_emoji32()
     assert emoji.images.shape == (5106, 3, 32, 32)
-    assert hashlib.sha256(emoji.images.tobytes()).hexdigest() == "785e05f0858aa21c4cd656b89baae3eab6dd77606cfa332fa8f6e470f73b982f"
+    assert (
+        hashlib.sha256(emoji.images.tobytes()).hexdigest()
+        == "785e05f0858aa21c4cd656b89baae3eab6dd77606cfa332fa8f6e470f73b982f"
+    )
     assert load_data(DataConfig()).info.digest == "11f8250c7ee051440a60012c986aad24610a349fac4bff6331751b32644d6745"
 
 
@@ -79,7 +91,10 @@ def test_emoji32_concepts_never_straddle_the_split() -> None:
 
 def test_emoji32_has_no_near_copies_across_the_split() -> None:
     data = load_data(DataConfig())
-    train, heldout = (part.fetch(np.arange(len(part))).reshape(len(part), -1).astype(np.float32) / 255 for part in (data.train, data.heldout))
+    train, heldout = (
+        part.fetch(np.arange(len(part))).reshape(len(part), -1).astype(np.float32) / 255
+        for part in (data.train, data.heldout)
+    )
     squared = np.square(heldout).sum(1)[:, None] - 2 * heldout @ train.T + np.square(train).sum(1)
     assert np.sqrt(squared.min() / train.shape[1]) > 0.035
 
@@ -99,7 +114,9 @@ def test_concept(code: str, expected: str) -> None:
 
 
 def test_a_damaged_sheet_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("common.emoji32", fromlist=["SHA256"]).SHA256, "emoji32.json", "0" * 64)
+    monkeypatch.setitem(
+        __import__("pixlat.common.images.emoji32", fromlist=["SHA256"]).SHA256, "emoji32.json", "0" * 64
+    )
     with pytest.raises(UserError, match=r"emoji32\.json is damaged"):
         load_emoji32()
 
@@ -113,7 +130,7 @@ def test_fetch_mirrors_only_the_chosen_images_and_never_the_set() -> None:
     np.testing.assert_array_equal(train.fetch([5, 6]), before)
 
 
-# -- the split ------------------------------------------------------------------------------------------------------------------
+# -- the split ---------------------------------------------------------------------------------------------------------
 
 
 def test_held_out_respects_quota_and_keeps_singles() -> None:
@@ -132,9 +149,10 @@ def test_held_out_does_not_depend_on_the_order_of_the_images() -> None:
     np.testing.assert_array_equal(shuffled, mask[order])
 
 
-# -- the crop -------------------------------------------------------------------------------------------------------------------
+# -- the crop ----------------------------------------------------------------------------------------------------------
 
-# SHA-256 of the (size, size, 3) pixels that the ADM code's whole-image resizes give under Pillow 12.3.0. Pillow 13.0.0 alone differs on the tall ones.
+# SHA-256 of the (size, size, 3) pixels that the ADM code's whole-image resizes give under Pillow 12.3.0.
+# Pillow 13.0.0 alone differs on the tall ones.
 PILLOW_12 = {
     (50, 173, 32): "8f9916d9f479",
     (173, 50, 32): "c343e83e1c36",
@@ -170,8 +188,12 @@ def resize_rows(pixels: np.ndarray, length: int) -> np.ndarray:
     return np.clip(np.floor(np.tensordot(weights, pixels, 1) + 0.5), 0, 255)
 
 
-def test_the_decoding_of_images_is_known_by_what_it_gives_not_by_a_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Data that Pillow decodes carry the digest; the same pixels have the same one, a grey level elsewhere another one."""
+def test_the_decoding_of_images_is_known_by_what_it_gives_not_by_a_version(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Data that Pillow decodes carry the digest; the same pixels have the same one,
+    a grey level elsewhere another one.
+    """
     make_folder(tmp_path / "images", {"a": 3, "b": 3})
     assert load_data(folder_config(tmp_path / "images")).train.decoding == decoding_digest()
     assert load_data(DataConfig()).train.decoding is None  # stored losslessly and never scaled
@@ -225,7 +247,7 @@ def test_transparency_is_dropped_as_in_adm() -> None:
     assert to_rgb(image).getpixel((0, 0)) == (10, 20, 30)
 
 
-# -- hostile files ----------------------------------------------------------------------------------------------------------------
+# -- hostile files -----------------------------------------------------------------------------------------------------
 
 
 def png_of(width: int, height: int) -> bytes:
@@ -268,13 +290,21 @@ def test_a_link_to_a_regular_image_is_read(tmp_path: Path) -> None:
 def test_a_file_beyond_the_limit_is_never_read(tmp_path: Path) -> None:
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(10**12)  # sparse: takes no room
-    with pytest.raises(UserError, match=r"huge\.png has 1,000,000,000,000 bytes, .* raise MAX_FILE_BYTES in common/crop\.py"):
+    with pytest.raises(
+        UserError, match=r"huge\.png has 1,000,000,000,000 bytes, .* raise MAX_FILE_BYTES in common/images/crop\.py"
+    ):
         read_square(tmp_path / "huge.png", 8)
 
 
 @pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1), (1, 20_000_000)])
 def test_an_image_that_scaling_would_blow_up_is_refused(size: tuple[int, int]) -> None:
-    with pytest.raises(UserError, match=r"x\.png .* which would become [\d,]+ with a shorter side of 256; .*raise MAX_PIXELS in common/crop\.py"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"x\.png .* which would become [\d,]+ with a shorter side of 256; .*raise MAX_PIXELS "
+            r"in common/images/crop\.py"
+        ),
+    ):
         decode_square(png_of(*size), 256, "x.png")
     assert crop.centre_square(crop.decode_resized(png_of(4, 4000), 8, "x.png"), 8).shape == (3, 8, 8)
 
@@ -284,13 +314,13 @@ def test_a_huge_image_names_our_limit_and_how_to_raise_it(monkeypatch: pytest.Mo
     with pytest.raises(UserError) as caught:
         decode_square(content, 8, "x.png")
     assert "has 196,000,000 pixels, and at most 178,956,970 are decoded" in str(caught.value)
-    assert "raise MAX_PIXELS in common/crop.py" in str(caught.value) and ".." not in str(caught.value)
+    assert "raise MAX_PIXELS in common/images/crop.py" in str(caught.value) and ".." not in str(caught.value)
     monkeypatch.setattr(crop, "MAX_PIXELS", 200_000_000)
     assert decode_square(content, 8, "x.png").shape == (3, 8, 8)
     assert pillows is not None and pillows == Image.MAX_IMAGE_PIXELS
 
 
-# -- folders --------------------------------------------------------------------------------------------------------------------
+# -- folders -----------------------------------------------------------------------------------------------------------
 
 
 def test_folder_classes_are_sorted_and_images_cropped(tmp_path: Path) -> None:
@@ -340,7 +370,10 @@ def test_folder_digest_follows_names_sizes_split_and_image_size(tmp_path: Path) 
 
 
 def test_folder_digest_is_the_same_elsewhere(tmp_path: Path) -> None:
-    here, there = (load_data(folder_config(make_folder(tmp_path / name, {"a": 4, "b": 4}))).train.digest for name in ("here", "there"))
+    here, there = (
+        load_data(folder_config(make_folder(tmp_path / name, {"a": 4, "b": 4}))).train.digest
+        for name in ("here", "there")
+    )
     assert here == there
 
 
@@ -406,7 +439,7 @@ def test_configuration_mistakes_are_explained(config: DataConfig, message: str) 
         load_data(config)
 
 
-# -- the kept listing -------------------------------------------------------------------------------------------------------------
+# -- the kept listing --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -434,7 +467,9 @@ def test_a_kept_listing_is_the_listing_and_asks_for_no_file(kept_root: Path, mon
     monkeypatch.setattr(listing, "_images_below", lambda *_: pytest.fail("the folder was listed again"))
     assert listed(kept_root) == first
     assert load_data(folder_config(kept_root)).info.digest == digest
-    assert first[0][:2] == ["a/000.png", "a/001.png"] and first[0][6] == "b/inner/000.png" and first[0][-1] == "ü/003.png"
+    assert (
+        first[0][:2] == ["a/000.png", "a/001.png"] and first[0][6] == "b/inner/000.png" and first[0][-1] == "ü/003.png"
+    )
 
 
 @pytest.mark.parametrize("change", ["add", "remove", "rename", "add deep", "remove class", "add class", "add folder"])
@@ -463,7 +498,9 @@ def test_a_file_that_was_overwritten_in_place_is_noticed_when_it_is_read(kept_ro
     load_data(folder_config(kept_root))
     noise_image(50, 50).save(kept_root / "a" / "003.png")
     train = load_data(folder_config(kept_root, holdout=0.0)).train
-    with pytest.raises(UserError, match=r"a/003\.png has [\d,]+ bytes, and had [\d,]+ when its folder was listed.*Run `touch "):
+    with pytest.raises(
+        UserError, match=r"a/003\.png has [\d,]+ bytes, and had [\d,]+ when its folder was listed.*Run `touch "
+    ):
         train.fetch([3])
     os.utime(kept_root / "a", ns=(10**18, 10**18))
     load_data(folder_config(kept_root, holdout=0.0)).train.fetch([3])
@@ -480,7 +517,9 @@ def test_a_damaged_listing_is_made_again(kept_root: Path, tmp_path: Path) -> Non
     assert listed(kept_root) == first
 
 
-def test_where_nothing_can_be_kept_the_folder_is_listed_each_time(kept_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_can_be_kept_the_folder_is_listed_each_time(
+    kept_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PIXLAT_CACHE_DIR", str(tmp_path / "file" / "cache"))
     assert listed(kept_root) == listed(kept_root)
@@ -509,7 +548,7 @@ def test_names_are_one_buffer(kept_root: Path) -> None:
 LIST_TOO = """
 import sys
 from pathlib import Path
-from common import listing
+from pixlat.common.images import listing
 
 listing.KEEP_FROM, listing.SETTLED_NS = 1, -(10**12)
 walk = listing._walk
@@ -520,11 +559,13 @@ listing.list_folder(Path(sys.argv[1]))
 
 def test_one_process_of_a_machine_lists_for_all(kept_root: Path) -> None:
     command = [sys.executable, "-c", LIST_TOO, str(kept_root)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) for _ in range(3)]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) for _ in range(3)
+    ]
     assert sorted(process.communicate(timeout=120)[0] for process in processes) == ["", "", "walked\n"]
 
 
-# -- random crops -----------------------------------------------------------------------------------------------------------------
+# -- random crops ------------------------------------------------------------------------------------------------------
 
 
 def test_random_crops_are_cut_of_the_resized_original_and_the_rest_stays_a_centre_crop(tmp_path: Path) -> None:
@@ -553,9 +594,15 @@ def test_data_without_larger_originals_are_scaled_up_before_they_are_cut() -> No
     [
         ({"data.resize": "40"}, r"data\.resize=40: only random crops are cut of a resized image"),
         ({"data.crop": "randon"}, r"Did you mean 'random'"),
-        ({"data.crop": "random", "data.image_size": "32", "data.resize": "20"}, r"data\.resize=20 is smaller than the squares"),
+        (
+            {"data.crop": "random", "data.image_size": "32", "data.resize": "20"},
+            r"data\.resize=20 is smaller than the squares",
+        ),
         ({"data.crop": "random", "data.latents": "x"}, r"data\.latents=x holds latents of the centres"),
-        ({"data.crop": "random", "model.remember": "true"}, r"model\.remember=true keeps the encoding of the first one"),
+        (
+            {"data.crop": "random", "model.remember": "true"},
+            r"model\.remember=true keeps the encoding of the first one",
+        ),
     ],
 )
 def test_what_random_crops_do_not_go_with_is_refused(keys: dict[str, str], message: str) -> None:
@@ -574,7 +621,7 @@ def test_stage_1_of_rae_is_trained_on_the_crops_of_the_released_code_and_other_r
     assert identity(run) != before
 
 
-# -- what is told -----------------------------------------------------------------------------------------------------------------
+# -- what is told ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -600,16 +647,19 @@ def test_epochs_are_told_for_people() -> None:
 def test_a_start_tells_what_is_odd_of_the_data_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     make_folder(tmp_path / "set", {"all": 24})
     keys = {
-        "data.name": "folder", "data.path": str(tmp_path / "set"), "data.image_size": "8", "train.images": "8", "train.batch": "4", "eval.num_images": "0",
-        "train.preview_images": "0", "train.warmup_images": "0", "eval.grid_columns": "1", "out": str(tmp_path / "runs"), "sample.steps": "2",
-        "model.depth": "1", "model.width": "16", "model.heads": "2", "model.patch": "4", "model.bottleneck": "8", "model.context_tokens": "0",
+        "data.name": "folder", "data.path": str(tmp_path / "set"), "data.image_size": "8", "train.images": "8",
+        "train.batch": "4", "eval.num_images": "0",
+        "train.preview_images": "0", "train.warmup_images": "0", "eval.grid_columns": "1",
+        "out": str(tmp_path / "runs"), "sample.steps": "2",
+        "model.depth": "1", "model.width": "16", "model.heads": "2", "model.patch": "4",
+        "model.bottleneck": "8", "model.context_tokens": "0",
         "model.context_start": "0",
     }  # fmt: skip
     run_one(resolve(get_spec("jit"), keys))
     assert capfd.readouterr().err.count("has one class") == 1
 
 
-# -- synthetic ------------------------------------------------------------------------------------------------------------------
+# -- synthetic ---------------------------------------------------------------------------------------------------------
 
 
 def test_synthetic_images_depend_on_their_index_alone() -> None:

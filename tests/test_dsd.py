@@ -1,4 +1,6 @@
-"""DSD: the theory in closed form through the method's own loss, where gradients flow and stop, the two averages, the terms, and the sampler."""
+"""DSD: the theory in closed form through the method's own loss, where gradients flow and stop, the two averages,
+the terms, and the sampler.
+"""
 
 import math
 
@@ -9,32 +11,36 @@ import torch.nn.functional as F
 from dsd_models import ABLATIONS, INFO, SMALL, batch, make
 from toys import fit, settings
 
-from common import checkpoint, compiled
-from common.blocks import DitBlock
-from common.config import TrainConfig, load_presets, resolve
-from common.cost import on_meta, parameter_counts, sampling_cost
-from common.datasets import ArrayImages
-from common.errors import UserError
-from common.files import read_rows
-from common.seeds import Noise, seed_step
-from common.spectrum import covariance, effective_rank, latent_health
-from common.trainer import prepare_blocks
-from evaluation.hidden_states import block_features
-from methods import get_spec
-from methods.base import DataInfo
-from methods.dsd.config import DsdConfig, DsdSample
-from methods.dsd.method import DsdMethod, momentum
-from methods.dsd.network import Block
-from methods.dsd.objective import diffusion_loss, draw_hidden, noised, velocity_loss
+from pixlat.common.accounting.macs import on_meta, parameter_counts, sampling_cost
+from pixlat.common.config.resolve import load_presets, resolve
+from pixlat.common.config.schema import TrainConfig
+from pixlat.common.errors import UserError
+from pixlat.common.files import read_rows
+from pixlat.common.images.image_set import ArrayImages
+from pixlat.common.layers.dit import DitBlock
+from pixlat.common.maths.spectrum import covariance, effective_rank, latent_health
+from pixlat.common.seeds import Noise, seed_step
+from pixlat.common.training import compiled
+from pixlat.common.training.setup import prepare_blocks
+from pixlat.common.weights import checkpoint
+from pixlat.evaluation.studies.hidden_states import block_features
+from pixlat.methods import get_spec
+from pixlat.methods.base import DataInfo
+from pixlat.methods.dsd.config import DsdConfig, DsdSample
+from pixlat.methods.dsd.method import DsdMethod, momentum
+from pixlat.methods.dsd.network import Block
+from pixlat.methods.dsd.objective import diffusion_loss, draw_hidden, noised, velocity_loss
 
 PRESETS = load_presets(get_spec("dsd").presets)
 
 
-# -- the theory, section 2 of the specification: independent Gaussian channels and the best linear predictor -----------------------
+# -- the theory, section 2 of the specification: independent Gaussian channels and the best linear predictor -----------
 
 
 def gaussian_channel(std, a=1.0, points=4000):
-    """Latents a z, noise and times whose sample moments are exact: z = +-std and n = +-1 in all combinations, t on midpoints of [0, 1]."""
+    """Latents a z, noise and times whose sample moments are exact: z = +-std and n = +-1 in all combinations,
+    t on midpoints of [0, 1].
+    """
     t = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     signs = torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1]], dtype=torch.float64)
     z = a * std * signs[:, 0].repeat_interleave(points).view(-1, 1, 1)
@@ -49,7 +55,10 @@ def best_linear(predict, std, t):
 
 
 def drift(std, **switches):
-    """dL / d log a at a = 1: how the loss pulls on the scale of a channel, the predictor being held. Positive: gradient descent shrinks it."""
+    """dL / d log a at a = 1: how the loss pulls on the scale of a channel, the predictor being held.
+
+    Positive: gradient descent shrinks it.
+    """
     config = DsdConfig(**{**SMALL, "ema": False, "mask": False, **switches})
     a = torch.ones((), dtype=torch.float64, requires_grad=True)
     z, n, t = gaussian_channel(std, a)
@@ -62,7 +71,8 @@ def drift(std, **switches):
 def test_the_least_velocity_loss_is_pi_half_times_the_standard_deviation(std):
     loss, gradient = drift(std, predict="v", target="live")
     assert loss == pytest.approx(math.pi / 2 * std, rel=1e-5)
-    assert gradient == pytest.approx(math.pi / 2 * std, rel=1e-5)  # with live gradients every direction is shrunk, in proportion to its scale
+    # with live gradients every direction is shrunk, in proportion to its scale
+    assert gradient == pytest.approx(math.pi / 2 * std, rel=1e-5)
 
 
 STDS = (0.1, 0.3, 0.5, 0.8, 1.0, 1.25, 2.0)
@@ -103,7 +113,11 @@ def test_a_velocity_made_of_a_live_noisy_latent_pulls_on_the_target_again():
         return loss.item(), torch.autograd.grad(loss, a)[0].item()
 
     for std in (0.1, 0.5, 1.0):
-        (value, right), (same_value, also_right), (third_value, wrong) = pull(std, True, method=True), pull(std, False), pull(std, True)
+        (value, right), (same_value, also_right), (third_value, wrong) = (
+            pull(std, True, method=True),
+            pull(std, False),
+            pull(std, True),
+        )
         assert value == pytest.approx(same_value, rel=1e-12) == pytest.approx(third_value, rel=1e-12)
         assert also_right == pytest.approx(right, rel=1e-9) and right < 0
         assert wrong > 0  # shrinks what the comparison of the output does not
@@ -132,7 +146,7 @@ def test_the_methods_gradient_is_that_of_the_detached_form_and_not_of_the_trap()
     assert (live - ours).norm() > 0.25 * ours.norm()
 
 
-# -- where gradients flow -----------------------------------------------------------------------------------------------------------
+# -- where gradients flow ----------------------------------------------------------------------------------------------
 
 
 def sides(**switches):
@@ -140,7 +154,9 @@ def sides(**switches):
     config = DsdConfig(**{**SMALL, "ema": False, **switches})
     z1, z2 = (torch.randn(2, 4, 8, requires_grad=True) for _ in range(2))
     noise, t = torch.randn(2, 4, 8), torch.rand(2)
-    diffusion_loss(config, 0.5 * noised(config, z1, noise, t) + torch.zeros(8, requires_grad=True), z2, noise).backward()
+    diffusion_loss(
+        config, 0.5 * noised(config, z1, noise, t) + torch.zeros(8, requires_grad=True), z2, noise
+    ).backward()
     return z1.grad is not None, z2.grad is not None
 
 
@@ -160,7 +176,11 @@ def test_the_velocity_heads_loss_stops_before_the_trunk():
         noise, t, labels = torch.randn(2, 16, 8), torch.rand(2), torch.tensor([0, 3])
         velocity_loss(method.denoise(torch.randn(2, 16, 8), t, labels).velocity, noise, noise).backward()
         reached = {name.partition(".")[0] for name, p in method.network.named_parameters() if p.grad is not None}
-        assert reached == {"velocity_head"} if detach else {"velocity_head", "encoder", "latent_embed", "class_embed"} <= reached
+        assert (
+            reached == {"velocity_head"}
+            if detach
+            else {"velocity_head", "encoder", "latent_embed", "class_embed"} <= reached
+        )
 
 
 def test_a_velocity_head_that_sees_the_noisy_latent_sends_nothing_back_through_it():
@@ -178,7 +198,9 @@ def test_every_ablation_trains_all_its_parameters(name):
     method = make(**ABLATIONS[name])
     seed_step(0, 0, 0)
     out = method("generator", batch(), 0)
-    assert out["loss"].isfinite() and out["loss"].item() == pytest.approx(sum(method.weight_of(k) * v.item() for k, v in out.items() if k in TERMS), rel=1e-5)
+    assert out["loss"].isfinite() and out["loss"].item() == pytest.approx(
+        sum(method.weight_of(k) * v.item() for k, v in out.items() if k in TERMS), rel=1e-5
+    )
     out["loss"].backward()
     assert all(p.grad is not None for p in method.parameters_of("generator")[0].params)
     assert method.phases == ("generator",)
@@ -207,7 +229,7 @@ def test_the_target_is_what_its_branch_says():
     assert make(ema=False, mask=False).target_of(images, online) is online
 
 
-# -- one trunk ----------------------------------------------------------------------------------------------------------------------
+# -- one trunk ---------------------------------------------------------------------------------------------------------
 
 
 def test_all_three_passes_go_through_the_same_blocks():
@@ -223,10 +245,16 @@ def test_all_three_passes_go_through_the_same_blocks():
     assert calls == 3 * once  # two evaluations and the decoding
     names = [name for name, _ in method.named_parameters() if "blocks.0.attn.qkv.weight" in name]
     heads = ["network.diffusion_head.blocks.0.attn.qkv.weight", "network.velocity_head.blocks.0.attn.qkv.weight"]
-    assert names == ["network.encoder.trunk.blocks.0.attn.qkv.weight", *heads, "target_encoder.trunk.blocks.0.attn.qkv.weight"]
+    assert names == [
+        "network.encoder.trunk.blocks.0.attn.qkv.weight",
+        *heads,
+        "target_encoder.trunk.blocks.0.attn.qkv.weight",
+    ]
 
 
-@pytest.mark.parametrize(("preset", "millions"), [("imagenet256-s", 42), ("imagenet256-m", 118), ("imagenet256-b", 205)])
+@pytest.mark.parametrize(
+    ("preset", "millions"), [("imagenet256-s", 42), ("imagenet256-m", 118), ("imagenet256-b", 205)]
+)
 def test_sizes_have_the_published_counts(preset, millions):
     run = resolve(get_spec("dsd"), {"preset": preset})
     run.sample.steps = 2
@@ -239,7 +267,10 @@ def test_sizes_have_the_published_counts(preset, millions):
     trunk = run.model.depth * (12 * 256 * run.model.width**2 + 2 * 256**2 * run.model.width)
     ends = 256 * run.model.width * (32 + 768)  # from the latent, to the pixels
     assert cost.macs_decoder == trunk + ends  # the same trunk again, counted once more
-    assert cost.macs_per_image == 2 * cost.macs_per_forward["network"] + cost.macs_decoder and cost.net_forwards == {"network": 2.0, "decoder": 1.0}
+    assert cost.macs_per_image == 2 * cost.macs_per_forward["network"] + cost.macs_decoder and cost.net_forwards == {
+        "network": 2.0,
+        "decoder": 1.0,
+    }
     assert trunk < cost.macs_per_forward["network"] < 1.1 * trunk + 2 * ends
 
 
@@ -264,11 +295,14 @@ def test_roles_time_and_class_are_told_apart():
     at = [method.network(z, torch.full((2,), time), labels, "latent") for time in (0.1, 0.9)]
     assert not torch.allclose(at[0], at[1])
     assert not torch.allclose(at[0], method.network(z, torch.full((2,), 0.1), labels + 1, "latent"))
-    denoised = method.denoise(z, torch.full((2,), 0.9), labels)  # our time 0.9 is the paper's 0.1, and our velocity goes towards the noise
+    # our time 0.9 is the paper's 0.1, and our velocity goes towards the noise
+    denoised = method.denoise(z, torch.full((2,), 0.9), labels)
     torch.testing.assert_close(denoised.output, at[0])
     torch.testing.assert_close(denoised.velocity, -method.network(z, torch.full((2,), 0.1), labels, "velocity"))
     by_v = make(predict="v")
-    torch.testing.assert_close(by_v.denoise(z, torch.full((2,), 0.9), labels).output, -by_v.network(z, torch.full((2,), 0.1), labels, "latent"))
+    torch.testing.assert_close(
+        by_v.denoise(z, torch.full((2,), 0.9), labels).output, -by_v.network(z, torch.full((2,), 0.1), labels, "latent")
+    )
 
 
 def test_blocks_are_heard_as_they_denoise():
@@ -279,13 +313,14 @@ def test_blocks_are_heard_as_they_denoise():
     assert not any(torch.equal(a, b) for a, b in zip(low, high, strict=True))
 
 
-# -- masking and draws --------------------------------------------------------------------------------------------------------------
+# -- masking and draws -------------------------------------------------------------------------------------------------
 
 
 def test_hidden_shares_are_uniform_and_negative_ones_hide_nothing():
     torch.manual_seed(0)
     share = draw_hidden((-0.1, 0.7), 4000, 100, torch.device("cpu")).float().mean(dim=1)
-    assert share.max() <= 0.7 and (share == 0).float().mean() == pytest.approx(0.105 / 0.8, abs=0.02)  # below half a patch is none
+    # below half a patch is none
+    assert share.max() <= 0.7 and (share == 0).float().mean() == pytest.approx(0.105 / 0.8, abs=0.02)
     assert share.mean() == pytest.approx(0.35 * 0.7 / 0.8, abs=0.01)
     places = draw_hidden((0.5, 0.5), 4000, 10, torch.device("cpu")).float()
     assert (places.sum(dim=1) == 5).all() and (places.mean(dim=0) - 0.5).abs().max() < 0.04
@@ -313,7 +348,7 @@ def test_decoded_latents_are_noised_as_configured():
     torch.testing.assert_close(found, expected)
 
 
-# -- terms --------------------------------------------------------------------------------------------------------------------------
+# -- terms -------------------------------------------------------------------------------------------------------------
 
 
 def test_feature_terms_are_cosines_and_cross_entropy():
@@ -336,22 +371,33 @@ def test_feature_terms_are_cosines_and_cross_entropy():
     shallow[0].register_forward_hook(lambda module, args, output: seen.append(output))
     method.network.encoder(data["image"], draws.hidden)
     method.denoise(online.z, draws.t, draws.labels)
-    torch.testing.assert_close(terms["align"], -sum(cosines(method.projector(features), taught) for features in seen) / 2)
+    torch.testing.assert_close(
+        terms["align"], -sum(cosines(method.projector(features), taught) for features in seen) / 2
+    )
     target = method.target_encoder(data["image"]).features.last
     last = (online.features.last, denoised.features.last)
-    torch.testing.assert_close(terms["self"], -sum(cosines(method.predictor(features), target) for features in last) / 2)
+    torch.testing.assert_close(
+        terms["self"], -sum(cosines(method.predictor(features), target) for features in last) / 2
+    )
     logits = method.classifier(online.features.last.mean(dim=1)).log_softmax(dim=1)
     smooth = 0.9 * F.one_hot(data["label"], 3) + 0.1 / 3
     torch.testing.assert_close(terms["cls"], -(smooth * logits).sum(dim=1).mean())
     method("generator", data, 1)["loss"].backward()
     assert all(p.grad is None for p in method.teacher.parameters()) and method.projector[0].weight.grad is not None
-    assert method.components()[0].role == "teacher" and method.components()[0].used_at == "train" and method.components()[0].sha256
+    assert (
+        method.components()[0].role == "teacher"
+        and method.components()[0].used_at == "train"
+        and method.components()[0].sha256
+    )
 
 
 def test_the_discriminator_starts_late_and_hears_only_its_own_loss():
     method, data = make(gan_weight=0.1, gan_start=16, discriminator_widths=[8, 8], perceptual="embedded"), batch()
     method.load_external()
-    assert method.phases == ("generator", "discriminator") and method.parameters_of("discriminator")[0].betas == (0.5, 0.9)
+    assert method.phases == ("generator", "discriminator") and method.parameters_of("discriminator")[0].betas == (
+        0.5,
+        0.9,
+    )
     assert method.phase_active("generator", 0) and not method.phase_active("discriminator", 0)
     assert "gan" not in method("generator", data, 1) and "perceptual" in method("generator", data, 1)
     assert method.phase_active("discriminator", 16) and method.schedule_images("discriminator", 20) == 4
@@ -386,11 +432,13 @@ def test_the_targets_blocks_are_compiled_and_neither_recomputed_nor_listened_to(
     losses[0].backward()
     assert all(p.grad is None for p in method.target_encoder.parameters())
     prepare_blocks(plain, TrainConfig(recompute_blocks=True))
-    assert all("forward" in vars(block) for block in plain.blocks()) and not any("forward" in vars(block) for block in plain.frozen_blocks())
+    assert all("forward" in vars(block) for block in plain.blocks()) and not any(
+        "forward" in vars(block) for block in plain.frozen_blocks()
+    )
     assert make(ema=False).frozen_blocks() == []
 
 
-# -- two averages -------------------------------------------------------------------------------------------------------------------
+# -- two averages ------------------------------------------------------------------------------------------------------
 
 
 def test_momentum_rises_along_half_a_cosine():
@@ -415,7 +463,9 @@ def test_the_targets_average_moves_by_its_own_momentum_and_only_after_a_step():
 
 
 def test_the_average_of_the_loss_and_that_of_the_trainer_are_two(tmp_path):
-    """Momentum 0.9 in the method, decay 0.5 in the trainer: after each step of a run both follow their own rule, in their own place."""
+    """Momentum 0.9 in the method, decay 0.5 in the trainer: after each step of a run both follow their own rule,
+    in their own place.
+    """
     method = make(ema_momentum=0.9)
     teacher = {name: p.clone() for name, p in method.target_encoder.named_parameters()}
     evaluated = {name: p.detach().clone() for name, p in method.averaged_parameters().items()}
@@ -431,15 +481,22 @@ def test_the_average_of_the_loss_and_that_of_the_trainer_are_two(tmp_path):
     method.after_step = follow
     state = fit(method, tmp_path, settings(images=40, ema_decay=[0.5]))
     saved = checkpoint.load(checkpoint.latest(tmp_path / "checkpoints")).tensors
-    assert {name for name in saved["ema-0.5"] if "target_encoder" in name} == set() and saved["ema-0.5"].keys() == evaluated.keys()
+    assert {name for name in saved["ema-0.5"] if "target_encoder" in name} == set() and saved[
+        "ema-0.5"
+    ].keys() == evaluated.keys()
     for name, value in teacher.items():
         torch.testing.assert_close(saved["model"][f"target_encoder.{name}"], value)
     for name, value in evaluated.items():
         torch.testing.assert_close(saved["ema-0.5"][name], value)
     weight = "out.weight"
-    averages = saved["model"][f"target_encoder.{weight}"], saved["ema-0.5"][f"network.encoder.{weight}"], saved["model"][f"network.encoder.{weight}"]
+    averages = (
+        saved["model"][f"target_encoder.{weight}"],
+        saved["ema-0.5"][f"network.encoder.{weight}"],
+        saved["model"][f"network.encoder.{weight}"],
+    )
     assert all(not torch.allclose(averages[i], averages[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
-    with state.weights("0.5") as sampled:  # what is sampled is the trainer's average; the target's encoder stays what it is
+    # what is sampled is the trainer's average; the target's encoder stays what it is
+    with state.weights("0.5") as sampled:
         torch.testing.assert_close(sampled.network.encoder.out.weight, evaluated[f"network.encoder.{weight}"])
         torch.testing.assert_close(sampled.target_encoder.out.weight, teacher[weight])
 
@@ -450,10 +507,12 @@ def test_a_stopped_run_goes_on_with_the_same_target(tmp_path):
     newest = checkpoint.latest(tmp_path / "cut/checkpoints")
     newest.rename(tmp_path / "away")
     again = fit(make(), tmp_path / "cut", settings(images=32, checkpoint_images=16)).method.state_dict()
-    assert all(torch.equal(first[name], again[name]) for name in first) and any("target_encoder" in name for name in first)
+    assert all(torch.equal(first[name], again[name]) for name in first) and any(
+        "target_encoder" in name for name in first
+    )
 
 
-# -- latent health ------------------------------------------------------------------------------------------------------------------
+# -- latent health -----------------------------------------------------------------------------------------------------
 
 
 def test_effective_rank():
@@ -462,7 +521,9 @@ def test_effective_rank():
     assert effective_rank(3.7 * full).item() == pytest.approx(8, rel=1e-9)
     assert effective_rank(torch.ones(5, 3, 8)).item() == pytest.approx(1, abs=1e-5)
     two = torch.diag(torch.tensor([3.0, 1.0, 0.0])).view(1, 3, 3)
-    assert effective_rank(two).item() == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)), rel=1e-5)
+    assert effective_rank(two).item() == pytest.approx(
+        math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)), rel=1e-5
+    )
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(10, 4, 6, generator=generator)
     values = torch.linalg.svdvals(z.flatten(0, 1).double())
@@ -475,16 +536,21 @@ def test_health_tells_a_constant_code_with_residue_from_a_full_one():
     z = torch.randn(200, 4, 8, generator=generator)
     full, collapsed = latent_health(z), latent_health(1 + 0.01 * z)
     assert full["erank"] > 7.9 and collapsed["erank"] < 1.5  # centred, both would be full
-    assert full["std_between"] == pytest.approx(1, abs=0.05) and collapsed["std_between"] == pytest.approx(0.01, abs=0.001)
+    assert full["std_between"] == pytest.approx(1, abs=0.05) and collapsed["std_between"] == pytest.approx(
+        0.01, abs=0.001
+    )
     assert full["edof"] == pytest.approx(4, abs=0.1) and collapsed["edof"] < 1e-2
     assert collapsed["latent_rms"] == pytest.approx(1, abs=0.01)
     scaled = latent_health(z * torch.tensor([3.0, *[1.0] * 6, 0.5]))
-    assert scaled["channel_std_max"] == pytest.approx(3, rel=0.1) and scaled["channel_std_min"] == pytest.approx(0.5, rel=0.1)
+    assert scaled["channel_std_max"] == pytest.approx(3, rel=0.1) and scaled["channel_std_min"] == pytest.approx(
+        0.5, rel=0.1
+    )
     assert scaled["edof"] == pytest.approx(9 / 10 + 6 / 2 + 0.25 / 1.25, abs=0.1)
 
 
 def test_the_covariance_is_that_between_images():
-    positions = 10 * torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(1))  # a fixed code of each position is not spread between images
+    # a fixed code of each position is not spread between images
+    positions = 10 * torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(1))
     z = torch.randn(50, 4, 3, generator=torch.Generator().manual_seed(2))
     each = torch.stack([torch.cov(z[:, n].T.double()) for n in range(4)]).mean(dim=0)
     torch.testing.assert_close(covariance(z + positions), each, rtol=1e-4, atol=1e-5)
@@ -492,7 +558,16 @@ def test_the_covariance_is_that_between_images():
 
 def test_health_is_measured_now_and_then():
     method = make(health_every=3)
-    keys = {"erank", "erank_share", "latent_rms", "std_between", "channel_std_min", "channel_std_max", "edof", "erank_predicted"}
+    keys = {
+        "erank",
+        "erank_share",
+        "latent_rms",
+        "std_between",
+        "channel_std_min",
+        "channel_std_max",
+        "edof",
+        "erank_predicted",
+    }
     assert [keys <= method("generator", batch(), step).keys() for step in range(4)] == [True, False, False, True]
     assert not keys & method("generator", batch(1), 0).keys()  # one image does not differ from others
 
@@ -520,11 +595,14 @@ def test_alarms_read_the_means_of_any_phase():
     method = make()
     sound = {"erank": 4.0, "erank_share": 0.5, "std_between": 0.7, "latent_rms": 1.0}
     assert method.alarms({}) == {} and method.alarms(sound) == {}
-    assert "0.100 of 1.000" in method.alarms({f"generator/{k}": v for k, v in (sound | {"std_between": 0.1}).items()})["collapse"]
+    assert (
+        "0.100 of 1.000"
+        in method.alarms({f"generator/{k}": v for k, v in (sound | {"std_between": 0.1}).items()})["collapse"]
+    )
     assert "rank 1.20 of 8" in method.alarms(sound | {"erank": 1.2, "erank_share": 0.15})["collapse"]
 
 
-# -- sampling -----------------------------------------------------------------------------------------------------------------------
+# -- sampling ----------------------------------------------------------------------------------------------------------
 
 
 class PointMass:
@@ -549,7 +627,9 @@ def test_every_sampler_lands_on_the_data(monkeypatch, solver, head):
     monkeypatch.setattr(method.decoder, "forward", lambda z: z)
     config = DsdSample(steps=10, solver=solver, head=head)
     labels = torch.tensor([0, 2])
-    torch.testing.assert_close(method.sample(labels, Noise([1, 2]), config), network.means[labels], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        method.sample(labels, Noise([1, 2]), config), network.means[labels], rtol=1e-4, atol=1e-4
+    )
     assert len(network.calls) == method.evaluations(config) == (19 if solver == "heun" else 10)
     assert network.calls[0] == (2, 0.0, head) and network.calls[-1][1] == 0.9
 
@@ -563,9 +643,13 @@ def gaussian_velocity(z, time, mean, std):
 @pytest.mark.parametrize("solver", ["euler", "heun", "sde"])
 def test_samplers_give_a_gaussian_its_moments(monkeypatch, solver):
     method = make()
-    monkeypatch.setattr(method.network, "forward", lambda z, time, labels, head: gaussian_velocity(z, time.view(-1, 1, 1), 0.5, 0.3))
+    monkeypatch.setattr(
+        method.network, "forward", lambda z, time, labels, head: gaussian_velocity(z, time.view(-1, 1, 1), 0.5, 0.3)
+    )
     monkeypatch.setattr(method.decoder, "forward", lambda z: z)
-    z = method.sample(torch.zeros(300, dtype=torch.int64), Noise(range(300)), DsdSample(steps=100, solver=solver, diffusion=2.0))
+    z = method.sample(
+        torch.zeros(300, dtype=torch.int64), Noise(range(300)), DsdSample(steps=100, solver=solver, diffusion=2.0)
+    )
     assert z.mean() == pytest.approx(0.5, abs=0.01) and z.std() == pytest.approx(0.3, abs=0.012)
 
 
@@ -581,7 +665,11 @@ def test_guidance_moves_away_from_no_class_inside_its_interval(monkeypatch):
     method.velocity(z, 0.4, labels, config)
     assert network.calls[-1][0] == 2
     told = method.describe(config)
-    assert (told.guidance, told.guidance_scale, told.interval) == ("cfg", 3.0, (0.2, 0.5)) and told.sampler == "euler, velocity head"
+    assert (told.guidance, told.guidance_scale, told.interval) == (
+        "cfg",
+        3.0,
+        (0.2, 0.5),
+    ) and told.sampler == "euler, velocity head"
 
 
 def test_the_diffusion_head_is_not_run_for_the_velocity(monkeypatch):
@@ -601,7 +689,7 @@ def test_batch_norm_uses_running_moments_in_evaluation():
     torch.testing.assert_close(method.encode(images)[:2], method.encode(images[:2]), rtol=1e-4, atol=1e-5)
 
 
-# -- settings -----------------------------------------------------------------------------------------------------------------------
+# -- settings ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -633,6 +721,8 @@ def test_what_does_not_fit_the_data_is_refused():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_resolves_and_off_is_off(preset):
-    run = resolve(get_spec("dsd"), {"preset": preset, "model.ema": "on"} if preset.startswith("imagenet") else {"preset": preset})
+    run = resolve(
+        get_spec("dsd"), {"preset": preset, "model.ema": "on"} if preset.startswith("imagenet") else {"preset": preset}
+    )
     assert run.model.velocity_head_detach and run.model.input_grad
     assert ("expected" in PRESETS[preset]) == preset.startswith("imagenet")

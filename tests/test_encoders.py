@@ -1,4 +1,6 @@
-"""Frozen encoders: exact procedures at small size through the real code path, strict weights, and errors that say what to get."""
+"""Frozen encoders: exact procedures at small size through the real code path, strict weights,
+and errors that say what to get.
+"""
 
 import dataclasses
 import subprocess
@@ -11,12 +13,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from common.cost import count_macs
-from common.encoders import efficientnet_lite0 as lite0
-from common.encoders.frozen import IMAGENET_MEAN, IMAGENET_STD, channel_constants
-from common.encoders.representation import HUB_ENCODERS, TIMM_ENCODERS, TimmEncoder, TransformersEncoder, build_encoder, encoder_names
-from common.errors import UserError
-from common.perceptual import EmbeddedDistance
+from pixlat.common.accounting.macs import count_macs
+from pixlat.common.errors import UserError
+from pixlat.common.frozen import efficientnet_lite0 as lite0
+from pixlat.common.frozen.base import IMAGENET_MEAN, IMAGENET_STD, channel_constants
+from pixlat.common.frozen.encoders import build_encoder, encoder_names
+from pixlat.common.frozen.encoders_timm import TIMM_ENCODERS, TimmEncoder
+from pixlat.common.frozen.encoders_transformers import HUB_ENCODERS, TransformersEncoder
+from pixlat.common.frozen.perceptual import EmbeddedDistance
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -61,7 +65,9 @@ def library():
 
 
 def expected_tokens(name, network, x, size):
-    """The written-out procedure of spec/rae.md section 1, with the library's network as it is, up to the tokens (B, prefix + N, C)."""
+    """The written-out procedure of spec/rae.md section 1, with the library's network as it is,
+    up to the tokens (B, prefix + N, C).
+    """
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if name != "siglip2-b" else ((0.5,) * 3, (0.5,) * 3)
     pixels = (x + 1) / 2
     if size != x.shape[-1]:
@@ -99,20 +105,33 @@ def test_transformers_encoders_follow_raes_procedure(library, tmp_path, name, si
 
 def old_dinov2(name):
     """The names in files written by transformers 4."""
-    for new, old in (("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value"), ("o_proj", "output.dense")):
+    for new, old in (
+        ("q_proj", "attention.query"),
+        ("k_proj", "attention.key"),
+        ("v_proj", "attention.value"),
+        ("o_proj", "output.dense"),
+    ):
         name = name.replace(f"attention.{new}", f"attention.{old}")
     return name
 
 
 def old_mae(name):
     """As released: inside the pre-training network, with the names of transformers 4."""
-    name = old_dinov2(name).replace("layers.", "encoder.layer.").replace("mlp.fc1", "intermediate.dense").replace("mlp.fc2", "output.dense")
+    name = (
+        old_dinov2(name)
+        .replace("layers.", "encoder.layer.")
+        .replace("mlp.fc1", "intermediate.dense")
+        .replace("mlp.fc2", "output.dense")
+    )
     return f"vit.{name}"
 
 
 RELEASED = {
     "dinov2-reg-b": (old_dinov2, {}),
-    "siglip2-b": (lambda name: f"vision_model.{name}", {"text_model.head.bias": (3,), "logit_scale": (1,), "vision_model.head.probe": (1, 1, 16)}),
+    "siglip2-b": (
+        lambda name: f"vision_model.{name}",
+        {"text_model.head.bias": (3,), "logit_scale": (1,), "vision_model.head.probe": (1, 1, 16)},
+    ),
     "mae-b": (old_mae, {"decoder.mask_token": (1, 1, 8), "decoder.decoder_pred.weight": (4, 8)}),
 }
 
@@ -123,7 +142,9 @@ def test_released_files_load(library, tmp_path, capfd, name):
     state = {rename(key): value for key, value in library[name].state_dict().items() if not key.startswith("head.")}
     (tmp_path / "new").mkdir()
     expected = TransformersEncoder(name, small_spec(name), save(library[name].state_dict(), tmp_path / "new"))
-    found = TransformersEncoder(name, small_spec(name), save(state | {key: torch.zeros(shape) for key, shape in more.items()}, tmp_path))
+    found = TransformersEncoder(
+        name, small_spec(name), save(state | {key: torch.zeros(shape) for key, shape in more.items()}, tmp_path)
+    )
     for encoder in (expected, found):
         encoder.load()
     assert torch.equal(found(images()), expected(images()))
@@ -133,15 +154,22 @@ def test_released_files_load(library, tmp_path, capfd, name):
 
 def test_weights_that_do_not_fit_are_refused(library, tmp_path):
     state = dict(library["dinov2-reg-b"].state_dict())
-    faults = {"missing": state.pop("embeddings.cls_token"), "unexpected": state.setdefault("more.weight", torch.zeros(2))}
+    faults = {
+        "missing": state.pop("embeddings.cls_token"),
+        "unexpected": state.setdefault("more.weight", torch.zeros(2)),
+    }
     state["embeddings.register_tokens"] = torch.zeros(1, 2, 16)
     encoder = TransformersEncoder("dinov2-reg-b", small_spec("dinov2-reg-b"), save(state, tmp_path))
-    with pytest.raises(UserError, match=r"model.safetensors does not fit Dinov2WithRegistersModel, 3 keys differ") as caught:
+    with pytest.raises(
+        UserError, match=r"model.safetensors does not fit Dinov2WithRegistersModel, 3 keys differ"
+    ) as caught:
         encoder.load()
-    assert all(kind in str(caught.value) for kind in (*faults, "mismatched")) and "embeddings.cls_token" in str(caught.value)
+    assert all(kind in str(caught.value) for kind in (*faults, "mismatched")) and "embeddings.cls_token" in str(
+        caught.value
+    )
 
 
-# -- timm ---------------------------------------------------------------------------------------------------------------------------
+# -- timm --------------------------------------------------------------------------------------------------------------
 
 
 def small_timm(name):
@@ -149,7 +177,9 @@ def small_timm(name):
 
 
 def test_timm_dinov2_follows_repas_procedure(tmp_path):
-    """Spec/sit_repa_reg.md section 6: positions resampled once to the input's grid, normalise, then resize, affine final norm."""
+    """Spec/sit_repa_reg.md section 6: positions resampled once to the input's grid, normalise,
+    then resize, affine final norm.
+    """
     import timm
     from timm.layers import resample_abs_pos_embed
 
@@ -159,7 +189,9 @@ def test_timm_dinov2_follows_repas_procedure(tmp_path):
     encoder.load()
     fixed = timm.create_model(spec.architecture, num_classes=0, img_size=56, **SMALL_TIMM).eval()
     state = trained.state_dict()
-    fixed.load_state_dict(state | {"pos_embed": resample_abs_pos_embed(state["pos_embed"], (4, 4), num_prefix_tokens=1)})
+    fixed.load_state_dict(
+        state | {"pos_embed": resample_abs_pos_embed(state["pos_embed"], (4, 4), num_prefix_tokens=1)}
+    )
     pixels = ((images() + 1) / 2 - channel_constants(IMAGENET_MEAN)) / channel_constants(IMAGENET_STD)
     with torch.no_grad():
         tokens = fixed.forward_features(F.interpolate(pixels, size=(56, 56), mode="bicubic", align_corners=False))
@@ -192,10 +224,12 @@ def test_timm_dinov3_has_its_rotary_table(tmp_path):
     with torch.no_grad():
         tokens = trained.forward_features(pixels)
     found = encoder.represent(images())
-    assert torch.equal(found.pooled, tokens[:, 0]) and torch.equal(found.tokens.flatten(2).transpose(1, 2), tokens[:, 5:])
+    assert torch.equal(found.pooled, tokens[:, 0]) and torch.equal(
+        found.tokens.flatten(2).transpose(1, 2), tokens[:, 5:]
+    )
 
 
-# -- embedded -----------------------------------------------------------------------------------------------------------------------
+# -- embedded ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +259,12 @@ def test_embedded_networks_stop_behind_what_is_asked_for():
     with torch.device("meta"):
         encoder, distance, x = build_encoder("embedded"), EmbeddedDistance(size=128), torch.empty(1, 3, 128, 128)
         by_stages = [count_macs(lambda n=n: encoder.network.stages(x, n)) for n in range(1, 8)]
-        assert count_macs(lambda: encoder(x)) == by_stages[4] < 0.7 * by_stages[6] == 0.7 * count_macs(lambda: encoder.represent(x))
+        assert (
+            count_macs(lambda: encoder(x))
+            == by_stages[4]
+            < 0.7 * by_stages[6]
+            == 0.7 * count_macs(lambda: encoder.represent(x))
+        )
         assert count_macs(lambda: distance(x, x)) == 2 * by_stages[4]
 
 
@@ -238,7 +277,7 @@ def test_embedded_encoder_passes_no_gradient_and_ignores_autocast(embedded):
     assert not any(module.training for module in embedded.train().modules())
 
 
-# -- all of them --------------------------------------------------------------------------------------------------------------------
+# -- all of them -------------------------------------------------------------------------------------------------------
 
 REAL = {  # of the released networks: parameters, channels
     "dinov2-reg-s": (22_057_344, 384),
@@ -258,7 +297,10 @@ def test_real_sizes_on_the_meta_device(name):
         encoder = build_encoder(name)
         for size in (256, 512):
             found = encoder.represent(torch.empty(2, 3, size, size))
-            assert found.tokens.shape == (2, channels, size // 16, size // 16) and found.pooled.shape == (2, encoder.pooled_channels)
+            assert found.tokens.shape == (2, channels, size // 16, size // 16) and found.pooled.shape == (
+                2,
+                encoder.pooled_channels,
+            )
     assert encoder.component("train") == (name, params, None) and encoder.channels == channels
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -277,22 +319,34 @@ def test_a_missing_file_names_its_repository(name, tmp_path, monkeypatch):
     spec = HUB_ENCODERS.get(name) or TIMM_ENCODERS[name]
     if name.endswith(("-l", "-g")):  # building 300 million parameters tells nothing new
         small = {"options": SMALL_TIMM} if name in TIMM_ENCODERS else {"config": spec.config | SMALL}
-        encoder = (TimmEncoder if name in TIMM_ENCODERS else TransformersEncoder)(name, dataclasses.replace(spec, **small))
+        encoder = (TimmEncoder if name in TIMM_ENCODERS else TransformersEncoder)(
+            name, dataclasses.replace(spec, **small)
+        )
     else:
         encoder = build_encoder(name)
     with pytest.raises(UserError) as caught:
         encoder.load()
-    for part in ("model.safetensors or pytorch_model.bin", f"hf download {spec.repository} model.safetensors", str(tmp_path), spec.licence):
+    for part in (
+        "model.safetensors or pytorch_model.bin",
+        f"hf download {spec.repository} model.safetensors",
+        str(tmp_path),
+        spec.licence,
+    ):
         assert part in str(caught.value)
 
 
 def test_unknown_names_and_sizes():
-    with pytest.raises(UserError, match=r"'dinov2-b' is not known. Did you mean 'dinov2-reg-b'.*Encoders: embedded, dinov2-reg-s"):
+    with pytest.raises(
+        UserError, match=r"'dinov2-b' is not known. Did you mean 'dinov2-reg-b'.*Encoders: embedded, dinov2-reg-s"
+    ):
         build_encoder("dinov2-b")
     with pytest.raises(UserError, match=r"data.image_size=40 is not a multiple of 16"):
         build_encoder("timm-dinov2-s").grid(40)
 
 
 def test_heavy_libraries_are_imported_late():
-    code = "import sys, common.encoders.representation, common.perceptual; sys.exit(bool({'transformers', 'diffusers', 'lpips'} & set(sys.modules)))"
+    code = (
+        "import sys, pixlat.common.frozen.encoders, pixlat.common.frozen.perceptual; sys.exit(bool({'transformers', 'diffusers', "
+        "'lpips'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

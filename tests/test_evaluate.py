@@ -11,23 +11,25 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
-from common.datasets import ArrayImages, DataSource, DataSummary
-from common.errors import UserError
-from common.seeds import Noise, image_seeds
-from evaluation import feature_sets
-from evaluation import generate as generation
-from evaluation.board import floor_at
-from evaluation.class_accuracy import fit_discriminant
-from evaluation.collect import batches, collect
-from evaluation.evaluate import Clock, Evaluation, Reference, evaluate, evaluate_method, floor_metric
-from evaluation.feature_sets import class_weights, feature_set
-from evaluation.features import EmbeddedExtractor, Features
-from evaluation.frechet import factorise, frechet_distance
-from evaluation.generate import Drawing, balanced_labels, generate, quantise
-from evaluation.moments import Moments
-from evaluation.outcome import speed_fields
-from evaluation.protocol import EVALUATOR_VERSION, protocol_name
-from methods.base import Method
+from pixlat.common.datasets.load import DataSource
+from pixlat.common.datasets.summary import DataSummary
+from pixlat.common.errors import UserError
+from pixlat.common.images.image_set import ArrayImages
+from pixlat.common.seeds import Noise, image_seeds
+from pixlat.evaluation.board.groups import floor_at
+from pixlat.evaluation.features import feature_sets
+from pixlat.evaluation.features.collect import batches, collect
+from pixlat.evaluation.features.extractor import EmbeddedExtractor, Features
+from pixlat.evaluation.features.feature_sets import class_weights, feature_set
+from pixlat.evaluation.features.moments import Moments
+from pixlat.evaluation.metrics.class_accuracy import fit_discriminant
+from pixlat.evaluation.metrics.frechet import factorise, frechet_distance
+from pixlat.evaluation.protocols.identity import EVALUATOR_VERSION, protocol_name
+from pixlat.evaluation.score import generate as generation
+from pixlat.evaluation.score.embedded import Clock, Evaluation, Reference, evaluate, evaluate_method, floor_metric
+from pixlat.evaluation.score.generate import Drawing, balanced_labels, generate, quantise
+from pixlat.evaluation.score.outcome import speed_fields
+from pixlat.methods.base import Method
 
 
 class NoisyLabels(Method):
@@ -70,7 +72,7 @@ def all_images(stream, n):
     return images
 
 
-# -- generation -----------------------------------------------------------------------------------------------------------------
+# -- generation --------------------------------------------------------------------------------------------------------
 
 
 def test_labels_are_balanced_and_shuffled():
@@ -102,7 +104,9 @@ def test_images_depend_neither_on_batch_size_nor_on_processes(monkeypatch):
 
 
 class TwoDraws(Method):
-    """Draws twice an image, as a stochastic sampler, the first time in another shape for each batch if it is asked to."""
+    """Draws twice an image, as a stochastic sampler, the first time in another shape
+    for each batch if it is asked to.
+    """
 
     def __init__(self, restless=False):
         super().__init__(None, None)
@@ -121,10 +125,13 @@ def noise_threads():
 
 @pytest.mark.parametrize("restless", [False, True])
 def test_drawing_ahead_changes_no_image(restless):
-    """Bit for bit those of generators that are asked when the sampler asks, also where the next batch wants another shape."""
+    """Bit for bit those of generators that are asked when the sampler asks,
+    also where the next batch wants another shape.
+    """
     labels, method, drawing = balanced_labels(20, 4, 0), TwoDraws(restless), Drawing()
     found = all_images(generate(method, None, labels, 3, 6, "cpu", drawing=drawing), 20)
-    assert method.waiting == [False, True, True, True]  # all batches but the first had been begun while another was sampled
+    # all batches but the first had been begun while another was sampled
+    assert method.waiting == [False, True, True, True]
     assert drawing.seconds > 0 and not noise_threads()
     alone = TwoDraws(restless)
     for start in range(0, 20, 6):
@@ -172,7 +179,10 @@ class Ambient(Method):
         return torch.zeros(len(labels), 3, 8, 8)
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16), ("auto", torch.float32)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("fp32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16), ("auto", torch.float32)],
+)
 def test_sampling_has_its_own_precision_and_rounding_whatever_the_training_chose(precision, dtype):
     method, tf32 = Ambient(), torch.backends.cuda.matmul.allow_tf32
     with torch.autocast("cpu", torch.bfloat16):
@@ -200,7 +210,10 @@ def test_quantise():
     assert quantise(values).dtype == quantise(values, "truncate").dtype == torch.uint8
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(quantise(levels.float() / 127.5 - 1), levels)
-    assert torch.equal(quantise((levels.float() / 127.5 - 1).bfloat16()).int(), ((levels.float() / 127.5 - 1).bfloat16().float() * 127.5 + 127.5).round().int())
+    assert torch.equal(
+        quantise((levels.float() / 127.5 - 1).bfloat16()).int(),
+        ((levels.float() / 127.5 - 1).bfloat16().float() * 127.5 + 127.5).round().int(),
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -218,13 +231,16 @@ def test_quantised_images_survive_a_png():
     assert np.array_equal(np.array(Image.open(buffer)), image)
 
 
-# -- streams --------------------------------------------------------------------------------------------------------------------
+# -- streams -----------------------------------------------------------------------------------------------------------
 
 
 def test_collect_orders_keeps_and_weighs():
     images, weights = torch.from_numpy(noise_images(60, seed=0)), torch.linspace(0.5, 1.5, 60, dtype=torch.float64)
     keep = torch.arange(60) % 3 == 0
-    shuffled = [(images[indices], indices) for indices in torch.randperm(60, generator=torch.Generator().manual_seed(0)).split(7)]
+    shuffled = [
+        (images[indices], indices)
+        for indices in torch.randperm(60, generator=torch.Generator().manual_seed(0)).split(7)
+    ]
     collected = collect(shuffled, 60, LinearExtractor(), weights, keep, groups=4)
     features = LinearExtractor()(images).pooled
     assert torch.allclose(collected.features, features[keep], rtol=1e-5)
@@ -276,12 +292,14 @@ def test_metrics_do_not_depend_on_the_number_of_processes(tmp_path):
                 assert found[name][1] == (None if se is None else pytest.approx(se, rel=1e-9)), (size, rank, name)
 
 
-# -- reference ------------------------------------------------------------------------------------------------------------------
+# -- reference ---------------------------------------------------------------------------------------------------------
 
 
 def reference_of(cache, extractor, digest="data", labels=None):
     images = noise_images(30, seed=0)
-    return feature_set(batches(images.__getitem__, 30), np.arange(30) % 3 if labels is None else labels, extractor, digest, cache)
+    return feature_set(
+        batches(images.__getitem__, 30), np.arange(30) % 3 if labels is None else labels, extractor, digest, cache
+    )
 
 
 def test_reference_is_cached_and_a_damaged_cache_rebuilt(tmp_path):
@@ -323,18 +341,21 @@ def test_a_large_reference_keeps_a_fixed_sample(tmp_path, monkeypatch):
     assert int(first.moments.count.sum()) == 30
 
 
-# -- the whole ------------------------------------------------------------------------------------------------------------------
+# -- the whole ---------------------------------------------------------------------------------------------------------
 
 
 def discs(n, start, stripes=0):
-    """Procedural 32x32 images from integer arithmetic alone: a disc on a ramp, in colours, places and sizes that follow the index; every second one striped."""
+    """Procedural 32x32 images from integer arithmetic alone: a disc on a ramp, in colours,
+    places and sizes that follow the index; every second one striped.
+    """
     i, c, y, x = np.ogrid[start : start + n, :3, :32, :32]
     disc = (x - (i * 7 + 3) % 32) ** 2 + (y - (i * 11 + 5) % 32) ** 2 < (4 + (i * 5) % 9) ** 2
     ramp = i * 91 + c * c * 40 + x * (i % 5) + y * (i % 3)
     return np.clip(np.where(disc, i * 37 + c * 85, ramp) % 256 + x % 2 * (i % 2) * stripes, 0, 255).astype(np.uint8)
 
 
-# Midway between what AVX2, SSE4 and no vector instructions give, which differ by up to 1e-6 (distances) or not at all (shares).
+# Midway between what AVX2, SSE4 and no vector instructions give, which differ by up to 1e-6 (distances)
+# or not at all (shares).
 GOLDEN = {
     "fd_embedded": 600.19327,
     "fd_floor": 149.400727,
@@ -355,12 +376,15 @@ def golden_metrics(tmp_path_factory):
     real, held_out, generated = discs(400, 0), discs(60, 600), discs(380, 1000, stripes=24)
     train = feature_set(batches(real.__getitem__, 400), np.arange(400) % 5, extractor, "real", cache)
     heldout = feature_set(batches(held_out.__getitem__, 60), np.arange(600, 660) % 5, extractor, "held-out", cache)
-    return evaluate(batches(generated.__getitem__, 380), np.arange(1000, 1380) % 5, extractor, Reference(train, heldout))
+    return evaluate(
+        batches(generated.__getitem__, 380), np.arange(1000, 1380) % 5, extractor, Reference(train, heldout)
+    )
 
 
 def test_golden_numbers(golden_metrics):
     """Fixed images give fixed numbers on every machine. If one moves on purpose, raise EVALUATOR_VERSION with it."""
-    assert EVALUATOR_VERSION == 2  # 2 moved no number: it hashes the sampling's precision and no names (evaluation/protocol.py)
+    # 2 moved no number: it hashes the sampling's precision and no names (evaluation/protocols/identity.py)
+    assert EVALUATOR_VERSION == 2
     assert {name: metric["value"] for name, metric in golden_metrics.items()} == pytest.approx(GOLDEN, rel=1e-6)
 
 
@@ -380,8 +404,8 @@ def toy_source():
 def test_throughput_is_that_of_one_device_whatever_their_number(monkeypatch):
     """A run and its re-evaluation must tell the same speed, on one GPU and on eight."""
     for devices in (1, 4):
-        monkeypatch.setattr("evaluation.ranks.rank_and_size", lambda n=devices: (0, n))
-        monkeypatch.setattr("evaluation.generate.rank_and_size", lambda n=devices: (0, n))
+        monkeypatch.setattr("pixlat.evaluation.features.ranks.rank_and_size", lambda n=devices: (0, n))
+        monkeypatch.setattr("pixlat.evaluation.score.generate.rank_and_size", lambda n=devices: (0, n))
         clock = Clock()
         labels = np.zeros(40, dtype=np.int64)
         made = list(clock.timed(generate(NoisyLabels(), 0.15, labels, 0, 5, "cpu")))
@@ -391,13 +415,29 @@ def test_throughput_is_that_of_one_device_whatever_their_number(monkeypatch):
 
 
 def test_a_method_is_measured(tmp_path):
-    run = SimpleNamespace(sample=0.15, eval=SimpleNamespace(num_images=40, seed=0, seeds=[], batch=15, precision="fp32", uint8="round"))
+    run = SimpleNamespace(
+        sample=0.15, eval=SimpleNamespace(num_images=40, seed=0, seeds=[], batch=15, precision="fp32", uint8="round")
+    )
     good = evaluate_method(NoisyLabels(), run, toy_source(), "cpu", tmp_path)
-    assert good.protocol["samples"] | {"n": 40, "precision": "float32", "uint8_rule": "round_half_even"} == good.protocol["samples"]
+    assert (
+        good.protocol["samples"] | {"n": 40, "precision": "float32", "uint8_rule": "round_half_even"}
+        == good.protocol["samples"]
+    )
     assert protocol_name(good.protocol).startswith("embedded-v1/toy-train/n=40/balanced#")
     assert good.sampling_seconds > 0 and good.images_made == 40
     metrics = good.metrics
-    assert metrics.keys() == {"fd_embedded", "fd_floor", "kid", "is", "precision", "recall", "density", "coverage", "class_accuracy", "class_accuracy_real"}
+    assert metrics.keys() == {
+        "fd_embedded",
+        "fd_floor",
+        "kid",
+        "is",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "class_accuracy",
+        "class_accuracy_real",
+    }
     assert all(np.isfinite(metric["value"]) and metric["n"] > 0 for metric in metrics.values())
     assert metrics["fd_embedded"]["regularised"]  # 60 real images in 320 dimensions
     assert metrics["class_accuracy"]["value"] >= 0.4
@@ -412,7 +452,10 @@ def test_a_method_is_measured(tmp_path):
 
 
 def test_the_floor_at_another_number_of_images_is_what_that_many_reach():
-    """Classes of 10 to 300 images weighted alike: their distance has the bias of fewer images than there are. Measured with balanced images of the same law."""
+    """Classes of 10 to 300 images weighted alike: their distance has the bias of fewer images than there are.
+
+    Measured with balanced images of the same law.
+    """
     rng = np.random.Generator(np.random.PCG64(0))
     sizes, dims, n, repeats = (300, 120, 60, 30, 10), 24, 400, 12
     centres = rng.normal(size=(len(sizes), dims))
@@ -426,8 +469,12 @@ def test_the_floor_at_another_number_of_images_is_what_that_many_reach():
 
     reference = factorise(moments_of([20_000] * len(sizes)).total())
     floors = [floor_metric(moments_of(sizes), reference) for _ in range(repeats)]
-    reached = np.array([frechet_distance(moments_of([n // len(sizes)] * len(sizes)).total(), reference) for _ in range(repeats)])
-    told, by_count = (np.array([floor_at({**floor, **change}, n) for floor in floors]) for change in ({}, {"n_eff": sum(sizes)}))
+    reached = np.array(
+        [frechet_distance(moments_of([n // len(sizes)] * len(sizes)).total(), reference) for _ in range(repeats)]
+    )
+    told, by_count = (
+        np.array([floor_at({**floor, **change}, n) for floor in floors]) for change in ({}, {"n_eff": sum(sizes)})
+    )
     error = np.hypot(told.std(ddof=1), reached.std(ddof=1)) / repeats**0.5
     assert abs(told.mean() - reached.mean()) < 3 * error < by_count.mean() - reached.mean()
     assert floors[0]["n"] == sum(sizes) and floors[0]["n_eff"] == pytest.approx(5**2 / sum(1 / size for size in sizes))
@@ -440,7 +487,8 @@ def test_without_held_out_images_there_is_no_floor(tmp_path):
     extractor, images, labels = LinearExtractor(), noise_images(40, seed=0), np.zeros(40, dtype=np.int64)
     train = feature_set(batches(images.__getitem__, 40), labels, extractor, "real", tmp_path)
     metrics = evaluate(batches(images.__getitem__, 40), labels, extractor, Reference(train, None))
-    assert metrics.keys() == {"fd_embedded", "kid", "is", "precision", "recall", "density", "coverage"}  # and of one class there is no accuracy
+    # and of one class there is no accuracy
+    assert metrics.keys() == {"fd_embedded", "kid", "is", "precision", "recall", "density", "coverage"}
     assert metrics["fd_embedded"]["value"] == pytest.approx(0, abs=1e-9)
     assert metrics["precision"]["value"] == metrics["recall"]["value"] == 1
 

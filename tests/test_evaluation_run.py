@@ -12,19 +12,21 @@ import torch
 from evaluated_run import MODEL, Projections, image_folder, run_folder
 from PIL import Image
 
-from common.config import DataConfig
-from common.datasets import load_data
-from common.errors import UserError
-from common.files import sha256_of
-from evaluation import assess, evaluate, run
-from evaluation.columns import IDENTITY
-from evaluation.evaluate import evaluate_method
-from evaluation.generate import balanced_labels, generate
-from evaluation.models import load_released, load_run, saved_run
-from evaluation.outcome import SPACES
-from evaluation.protocols import PROTOCOLS
-from evaluation.record import SCHEMA_FILE, read_record
-from evaluation.reference_files import build, write_built
+from pixlat.common.config.schema import DataConfig
+from pixlat.common.datasets.load import load_data
+from pixlat.common.errors import UserError
+from pixlat.common.files import sha256_of
+from pixlat.evaluation import run
+from pixlat.evaluation.board.columns import IDENTITY
+from pixlat.evaluation.features.reference_files import build, write_built
+from pixlat.evaluation.protocols.named import PROTOCOLS
+from pixlat.evaluation.records.record import SCHEMA_FILE, read_record
+from pixlat.evaluation.score import assess
+from pixlat.evaluation.score import embedded as evaluate
+from pixlat.evaluation.score.embedded import evaluate_method
+from pixlat.evaluation.score.generate import balanced_labels, generate
+from pixlat.evaluation.score.models import load_released, load_run, saved_run
+from pixlat.evaluation.score.outcome import SPACES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,14 +59,18 @@ def samples(place, n=40):
     return torch.cat([images for images, _ in generate(model.method, model.run.sample, labels, 0, 13, "cpu")])
 
 
-# -- models ---------------------------------------------------------------------------------------------------------------------
+# -- models ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_is_rebuilt_as_it_was(place):
     """The configuration comes back key by key, and the weights with the average over them."""
     raw, average = (load_run(place / "first", {}, ema, torch.device("cpu")) for ema in ("raw", None))
     assert raw.run == saved_run(place / "first", {}) and raw.run.model.width == 16 and raw.run.sample.steps == 2
-    assert average.checkpoint["ema_kind"] == "0.9" and average.checkpoint["ema_decay"] == 0.9 and average.checkpoint["step"] == 7
+    assert (
+        average.checkpoint["ema_kind"] == "0.9"
+        and average.checkpoint["ema_decay"] == 0.9
+        and average.checkpoint["step"] == 7
+    )
     for (name, p), (_, q) in zip(raw.method.named_parameters(), average.method.named_parameters(), strict=True):
         assert torch.equal(q, 0.5 * p if p.requires_grad else p), name
     assert not average.method.training
@@ -80,13 +86,22 @@ def test_a_run_is_rebuilt_as_it_was(place):
 
 def test_a_released_file_is_loaded_by_its_methods_names(place, tmp_path, monkeypatch):
     """Authors' names go through `from_reference`; here they are ours with a prefix."""
-    from methods.jit.method import JiTMethod
+    from pixlat.methods.jit.method import JiTMethod
 
-    settings = {"data.name": "folder", "data.path": str(place / "data"), "data.image_size": "8", **{f"model.{key}": str(value) for key, value in MODEL.items()}}
+    settings = {
+        "data.name": "folder",
+        "data.path": str(place / "data"),
+        "data.image_size": "8",
+        **{f"model.{key}": str(value) for key, value in MODEL.items()},
+    }
     raw = load_run(place / "first", {}, "raw", torch.device("cpu"))
     file = tmp_path / "released.pth"
     torch.save({"ema": {f"net.{name}": value for name, value in raw.method.state_dict().items()}}, file)
-    monkeypatch.setattr(JiTMethod, "from_reference", lambda self, state: {name.removeprefix("net."): value for name, value in state.items()})
+    monkeypatch.setattr(
+        JiTMethod,
+        "from_reference",
+        lambda self, state: {name.removeprefix("net."): value for name, value in state.items()},
+    )
     released = load_released(file, "jit", "demo", settings, torch.device("cpu"))
     assert all(torch.equal(p, q) for p, q in zip(released.method.parameters(), raw.method.parameters(), strict=True))
     assert released.checkpoint["sha256"] == sha256_of(file) and released.name == "released" and released.record is None
@@ -103,12 +118,20 @@ def test_the_command_measures_what_training_would_have(place):
     assert record["metrics"] == expected.metrics and record["protocol"] == expected.protocol
     assert record["kind"] == "measured" and record["train"]["macs_total"] == 12345 and record["name"] == "first"
     assert record["code"]["git_sha"] == "abc"  # that trained
-    assert record["scored_by"]["git_sha"] not in ("abc", "") and record["scored_by"]["package_versions"].keys() >= {"torch", "numpy", "scipy", "pillow"}
+    assert record["scored_by"]["git_sha"] not in ("abc", "") and record["scored_by"]["package_versions"].keys() >= {
+        "torch",
+        "numpy",
+        "scipy",
+        "pillow",
+    }
     assert record["sampling"]["steps"] == 2 and record["sampling"]["guidance_scale"] == 1.5
     assert record["params"]["gen_trainable"] == sum(p.numel() for p in model.method.parameters() if p.requires_grad)
     assert "fd_embedded" in shown and "result.json" in shown
     run.work([f"run={place}/first", "device=cpu", "sample.guidance=1", "ema=raw"])  # beside it, not over it
-    assert {(r["checkpoint"]["ema_kind"], r["sampling"]["guidance"] == "none") for r in records(place / "first")} == {("0.9", False), ("raw", True)}
+    assert {(r["checkpoint"]["ema_kind"], r["sampling"]["guidance"] == "none") for r in records(place / "first")} == {
+        ("0.9", False),
+        ("raw", True),
+    }
 
 
 def test_a_run_without_a_record_is_evaluated_all_the_same(place):
@@ -127,7 +150,7 @@ def test_two_runs_on_the_same_seeds(place):
     assert f"{difference:+.5g}" in shown and "first minus second" in shown
 
 
-# -- named protocols ------------------------------------------------------------------------------------------------------------
+# -- named protocols ---------------------------------------------------------------------------------------------------
 
 TOY = replace(PROTOCOLS["clean"], name="toy", num_images=50_000)
 
@@ -143,14 +166,18 @@ def toy_protocol(place, tmp_path, monkeypatch):
     monkeypatch.setattr(assess, "build_extractor", lambda card, file, device: Toy(device))
     monkeypatch.setattr(assess, "checked", lambda file, given: Path(given or tmp_path))
     real = torch.from_numpy(np.random.Generator(np.random.PCG64(5)).integers(0, 256, (60, 3, 8, 8), dtype=np.uint8))
-    reference = build([(real, torch.arange(60))], 60, Toy(), {"id": "own", "digest": "d", "split": "train", "crop": "adm_center_crop"})
+    reference = build(
+        [(real, torch.arange(60))], 60, Toy(), {"id": "own", "digest": "d", "split": "train", "crop": "adm_center_crop"}
+    )
     path = tmp_path / "own.safetensors"
     write_built(reference, path, Toy(), 8)
     return path
 
 
 def test_finished_images_score_as_the_model_that_made_them(place, toy_protocol, tmp_path):
-    """A run, a folder of PNG and an .npz of its samples: the same protocol where their labels and rounding are stated, and the same numbers."""
+    """A run, a folder of PNG and an .npz of its samples: the same protocol where their labels and rounding are stated,
+    and the same numbers.
+    """
     images = samples(place)
     np.savez(tmp_path / "made.npz", images.permute(0, 2, 3, 1).numpy())
     (tmp_path / "made").mkdir()
@@ -161,8 +188,15 @@ def test_finished_images_score_as_the_model_that_made_them(place, toy_protocol, 
     run.work([f"npz={tmp_path}/made.npz", "labels=balanced", "uint8=round", "precision=fp32", *shared])
     run.work([f"images={tmp_path}/made", *shared])
     (model,) = [r for r in records(place / "first") if r["protocol"].get("name") == "toy"]
-    npz, folder = sorted(map(read_record, (tmp_path / "out").rglob("result.json")), key=lambda record: record["protocol"]["samples"]["label_law"])
-    assert npz["protocol"] == model["protocol"] and npz["kind"] == "evaluated" and len(npz["artifacts"]["samples_npz_sha256"]) == 64
+    npz, folder = sorted(
+        map(read_record, (tmp_path / "out").rglob("result.json")),
+        key=lambda record: record["protocol"]["samples"]["label_law"],
+    )
+    assert (
+        npz["protocol"] == model["protocol"]
+        and npz["kind"] == "evaluated"
+        and len(npz["artifacts"]["samples_npz_sha256"]) == 64
+    )
     assert folder["protocol"]["samples"]["label_law"] == "unknown" and folder["protocol_hash"] != npz["protocol_hash"]
     for name, metric in model["metrics"].items():
         assert npz["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-9), name
@@ -172,10 +206,18 @@ def test_finished_images_score_as_the_model_that_made_them(place, toy_protocol, 
 def test_finished_images_are_of_an_unknown_space_unless_it_is_given(place, toy_protocol, tmp_path):
     """Nobody knows whether their maker denoised pixels, and a table of pixels against latents must not guess."""
     np.savez(tmp_path / "made.npz", samples(place).permute(0, 2, 3, 1).numpy())
-    shared = [f"npz={tmp_path}/made.npz", "protocol=toy", f"reference={toy_protocol}", f"out={tmp_path}/out", "device=cpu"]
+    shared = [
+        f"npz={tmp_path}/made.npz",
+        "protocol=toy",
+        f"reference={toy_protocol}",
+        f"out={tmp_path}/out",
+        "device=cpu",
+    ]
     for extra in ([], ["method=rae", "space=latent_rae", "name=told"]):
         run.work([*shared, *extra])
-    told, unknown = sorted(map(read_record, (tmp_path / "out").rglob("result.json")), key=lambda record: record["system"]["space"])
+    told, unknown = sorted(
+        map(read_record, (tmp_path / "out").rglob("result.json")), key=lambda record: record["system"]["space"]
+    )
     assert (told["system"]["method"], told["system"]["space"]) == ("rae", "latent_rae")
     assert (unknown["system"]["method"], unknown["system"]["space"]) == ("unknown", "unknown")
     assert [column.read(unknown).text for column in IDENTITY if column.key == "space"] == ["unknown"]
@@ -188,8 +230,12 @@ def test_precision_and_rounding_are_the_users_and_in_the_hash(place, toy_protoco
     shared = [f"run={place}/second", "protocol=toy", f"reference={toy_protocol}", "num_images=40", "device=cpu"]
     for changes in ([], ["precision=bf16"], ["uint8=truncate"], ["precision=tf32"]):
         run.work([*shared, *changes])
-    found = {(r["protocol"]["samples"]["precision"], r["protocol"]["samples"]["uint8_rule"]): r for r in records(place / "second")}
-    assert set(found) == {("float32", "round_half_even"), ("bfloat16", "round_half_even"), ("float32", "truncate")}  # a CPU has no TF32
+    found = {
+        (r["protocol"]["samples"]["precision"], r["protocol"]["samples"]["uint8_rule"]): r
+        for r in records(place / "second")
+    }
+    # a CPU has no TF32
+    assert set(found) == {("float32", "round_half_even"), ("bfloat16", "round_half_even"), ("float32", "truncate")}
     assert len({record["protocol_hash"] for record in found.values()}) == 3
     for (precision, _), record in found.items():
         assert record["sampling"]["dtype"] == record["speed"]["dtype"] == precision
@@ -217,7 +263,13 @@ def test_images_without_a_protocol_are_told_what_they_are_compared_with(place, t
         assert ("warning: their mean brightness is 250" in told) == ("are they images of data?" in told) == warned
     monkeypatch.setattr(assess, "evaluate", lambda *_: pytest.fail("computed before it was told"))
     np.savez(tmp_path / "large.npz", np.zeros((30, 64, 64, 3), dtype=np.uint8))
-    with pytest.raises(UserError, match=r"64 px and those of emoji32 32 px. Without protocol=, .* data=emoji32: your own real images are data=folder"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"64 px and those of emoji32 32 px. Without protocol=, .* data=emoji32: "
+            r"your own real images are data=folder"
+        ),
+    ):
         run.work([f"npz={tmp_path}/large.npz", *shared])
 
 
@@ -226,7 +278,10 @@ def test_images_of_the_wrong_size_are_refused(place, toy_protocol, tmp_path):
     for arguments, message in (
         (["protocol=toy", f"reference={toy_protocol}"], "8 px and the generated images have 16 px"),
         (["protocol=adm256"], "is for 256 px and the images have 16 px"),
-        (["protocol=embedded", "data.name=folder", f"data.path={place}/data", "data.image_size=8"], "the images have 16 px and those of data 8 px"),
+        (
+            ["protocol=embedded", "data.name=folder", f"data.path={place}/data", "data.image_size=8"],
+            "the images have 16 px and those of data 8 px",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             run.work([f"npz={tmp_path}/large.npz", "device=cpu", f"out={tmp_path}", *arguments])
@@ -234,10 +289,12 @@ def test_images_of_the_wrong_size_are_refused(place, toy_protocol, tmp_path):
     for number, size in enumerate([8] * 25 + [9]):
         Image.fromarray(np.zeros((size, size, 3), dtype=np.uint8)).save(tmp_path / "mixed" / f"{number:02d}.png")
     with pytest.raises(UserError, match=r"25.png has 9 x 9 pixels, the first image 8 x 8"):
-        run.work([f"images={tmp_path}/mixed", "protocol=toy", f"reference={toy_protocol}", "device=cpu", f"out={tmp_path}"])
+        run.work(
+            [f"images={tmp_path}/mixed", "protocol=toy", f"reference={toy_protocol}", "device=cpu", f"out={tmp_path}"]
+        )
 
 
-# -- the command ----------------------------------------------------------------------------------------------------------------
+# -- the command -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -278,7 +335,13 @@ def test_mistakes_are_named(arguments, message):
 
 def test_help_is_quick_and_imports_no_torch():
     for script in ("run", "sweep", "reference"):
-        steps = ("import sys", "sys.argv = ['x', '--help']", "sys.path.insert(0, '.')", f"from evaluation import {script} as s", "s.main()")
+        steps = (
+            "import sys",
+            "sys.argv = ['x', '--help']",
+            "sys.path.insert(0, '.')",
+            f"from pixlat.evaluation import {script} as s",
+            "s.main()",
+        )
         code = "; ".join((*steps, "assert 'torch' not in sys.modules"))
         shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert shown.returncode == 0 and "protocol" in shown.stdout, shown.stderr

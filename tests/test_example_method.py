@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from common.config import resolve
-from launch.dry_run import describe_run
-from methods import METHODS, get_spec
+from pixlat.common.config.resolve import resolve
+from pixlat.launch.job.dry_run import describe_run
+from pixlat.methods import METHODS, get_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,13 +35,25 @@ def package(tmp_path: Path) -> Path:
 
 
 def test_it_runs_as_another_package_by_its_entry_point(package: Path) -> None:
-    short = ["train.images=640", "train.batch=32", "train.preview_images=0", "eval.num_images=0", "eval.grid_columns=2", f"out={package}/runs", "name=tiny"]
+    short = [
+        "train.images=640",
+        "train.batch=32",
+        "train.preview_images=0",
+        "eval.num_images=0",
+        "eval.grid_columns=2",
+        f"out={package}/runs",
+        "name=tiny",
+    ]
     environment = os.environ | {"PYTHONPATH": f"{package}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "launch/run.py", "method=tiny", *short]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     record = json.loads((package / "runs" / "tiny" / "result.json").read_text())
-    assert record["system"]["method"] == "tiny" and record["sampling"]["nfe_evals"] == 8 and record["train"]["images_seen"] == 640
+    assert (
+        record["system"]["method"] == "tiny"
+        and record["sampling"]["nfe_evals"] == 8
+        and record["train"]["images_seen"] == 640
+    )
     assert (package / "runs" / "tiny" / "samples.png").stat().st_size > 0
 
 

@@ -1,4 +1,6 @@
-"""Weights made elsewhere: found in caches and given places, refused when damaged, never fetched; what one run hands to another."""
+"""Weights made elsewhere: found in caches and given places, refused when damaged, never fetched;
+what one run hands to another.
+"""
 
 import argparse
 import hashlib
@@ -10,10 +12,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import nn
 
-from common import checkpoint
-from common.checkpoint import Checkpoint
-from common.errors import UserError
-from common.external import hub_checkpoint_file, hub_file, hub_files, load_strictly, read_tensors, run_weights
+from pixlat.common.errors import UserError
+from pixlat.common.weights import checkpoint
+from pixlat.common.weights.checkpoint import Checkpoint
+from pixlat.common.weights.hub import hub_checkpoint_file, hub_file, hub_files
+from pixlat.common.weights.runs import run_weights
+from pixlat.common.weights.tensors import load_strictly, read_tensors
 
 WEIGHTS = {"a": torch.arange(3.0), "b": torch.ones(2, 2)}
 
@@ -56,7 +60,9 @@ def test_refuses_damaged_files(tmp_path, name, content):
         read_tensors(tmp_path / name)
 
 
-@pytest.mark.parametrize(("content", "listed"), [([1, 2], "list"), ({"x": 1}, "x"), ({"model": {"y": 1}, "step": 2}, "model, step")])
+@pytest.mark.parametrize(
+    ("content", "listed"), [([1, 2], "list"), ({"x": 1}, "x"), ({"model": {"y": 1}, "step": 2}, "model, step")]
+)
 def test_refuses_what_holds_no_tensors(tmp_path, content, listed):
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(UserError, match=rf"no tensors under names. It holds: {listed}\."):
@@ -105,7 +111,13 @@ def test_a_missing_hub_file_says_what_to_get(hub):
     with pytest.raises(UserError) as caught:
         hub_files("org/net", ["model.safetensors"], key="model.weights", licence="MIT")
     message = str(caught.value)
-    for part in ("model.safetensors of org/net", str(hub), "hf download org/net model.safetensors", "model.weights=", "Licence of the weights: MIT"):
+    for part in (
+        "model.safetensors of org/net",
+        str(hub),
+        "hf download org/net model.safetensors",
+        "model.weights=",
+        "Licence of the weights: MIT",
+    ):
         assert part in message
     assert not hub.exists()  # nothing is written into a cache
 
@@ -116,7 +128,9 @@ def test_a_given_place_comes_before_the_cache(hub, tmp_path):
     (mine := tmp_path / "mine" / "pytorch_model.bin").write_text("x")
     assert hub_file("org/net", given=str(mine.parent)) == mine
     assert hub_file("org/net", given=str(mine)) == mine
-    with pytest.raises(UserError, match=r"wanted config.json of org/net on Hugging Face, but the folder holds pytorch_model.bin"):
+    with pytest.raises(
+        UserError, match=r"wanted config.json of org/net on Hugging Face, but the folder holds pytorch_model.bin"
+    ):
         hub_files("org/net", ["config.json"], given=str(mine.parent))
     with pytest.raises(UserError, match=r"nowhere: wanted .* there is no such file or folder"):
         hub_file("org/net", given=str(tmp_path / "nowhere"))
@@ -152,10 +166,19 @@ def test_strict_loading_onto_meta_and_its_complaints():
     with torch.device("meta"):
         target = nn.Linear(3, 2).requires_grad_(False)
     load_strictly(target, {key: value.double() for key, value in source.state_dict().items()}, "file")
-    assert torch.equal(target.weight, source.weight) and target.weight.dtype == torch.float32 and not target.weight.requires_grad
+    assert (
+        torch.equal(target.weight, source.weight)
+        and target.weight.dtype == torch.float32
+        and not target.weight.requires_grad
+    )
     with pytest.raises(UserError) as caught:
         load_strictly(target, {"weight": torch.zeros(2, 4), "scale": torch.zeros(1)}, "some/file.pt")
-    for part in ("some/file.pt does not fit Linear, 3 keys differ", "missing bias (2,)", "not known scale (1,)", "weight is (2, 4), expected (2, 3)"):
+    for part in (
+        "some/file.pt does not fit Linear, 3 keys differ",
+        "missing bias (2,)",
+        "not known scale (1,)",
+        "weight is (2, 4), expected (2, 3)",
+    ):
         assert part in str(caught.value)
 
 
@@ -165,7 +188,10 @@ def run_folder(tmp_path):
     train = {"ema_decay": [0.9, 0.99], "ema_halflife_images": [500.0]}
     OmegaConf.save({"method": "toy", "train": train, "eval": {"ema": None}}, tmp_path / "config.yaml")
     tensors = {"model": {"weight": torch.zeros(2), "buffer": torch.ones(1)}, "meters": {}}
-    tensors |= {f"ema-{name}": {"weight": torch.full((2,), value)} for name, value in (("0.9", 1.0), ("0.99", 2.0), ("500img", 3.0))}
+    tensors |= {
+        f"ema-{name}": {"weight": torch.full((2,), value)}
+        for name, value in (("0.9", 1.0), ("0.99", 2.0), ("500img", 3.0))
+    }
     for step in (1, 2):
         checkpoint.save(tmp_path / "checkpoints", step, Checkpoint(tensors, {"step": step}), keep=2)
         tensors["model"]["buffer"] = torch.full((1,), 7.0)

@@ -12,12 +12,12 @@ import torch
 from inception_weights import random_inception
 from PIL import Image
 
-from common.encoders import efficientnet_lite0 as lite0
-from common.errors import UserError
-from common.files import sha256_of
-from evaluation.extractors import DinoExtractor, build_extractor, resize_half_pixel, resize_tf1
-from evaluation.features import EmbeddedExtractor
-from evaluation.protocols import CLEAN, DINOV2, INCEPTION
+from pixlat.common.errors import UserError
+from pixlat.common.files import sha256_of
+from pixlat.common.frozen import efficientnet_lite0 as lite0
+from pixlat.evaluation.features.extractor import EmbeddedExtractor
+from pixlat.evaluation.features.networks import DinoExtractor, build_extractor, resize_half_pixel, resize_tf1
+from pixlat.evaluation.protocols.named import CLEAN, DINOV2, INCEPTION
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +31,23 @@ def extractor():
 
 
 def noise_images(n, size=32):
-    return torch.from_numpy(np.random.Generator(np.random.PCG64(0)).integers(0, 256, (n, 3, size, size), dtype=np.uint8))
+    return torch.from_numpy(
+        np.random.Generator(np.random.PCG64(0)).integers(0, 256, (n, 3, size, size), dtype=np.uint8)
+    )
 
 
 def photographs():
-    """The 20 labelled ImageNet photographs inside foolbox at 224 px, as the network was evaluated: the central 7/8, bicubic."""
+    """The 20 labelled ImageNet photographs inside foolbox at 224 px, as the network was evaluated:
+    the central 7/8, bicubic.
+    """
     images, labels = [], []
     for path in sorted(Path(str(distribution("foolbox").locate_file("foolbox/data"))).glob("imagenet_*.jpg")):
         with Image.open(path) as image:
             side = int(min(image.size) * 0.875)
             left, top = (image.width - side) // 2, (image.height - side) // 2
-            square = image.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+            square = image.convert("RGB").resize(
+                (224, 224), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
+            )
         images.append(torch.from_numpy(np.array(square)).permute(2, 0, 1))
         labels.append(int(re.fullmatch(r"imagenet_\d+_(\d+)", path.stem)[1]))
     return torch.stack(images).float(), torch.tensor(labels)
@@ -85,7 +91,8 @@ def test_names_map_strictly():
     state = lite0.rename(lite0.load_weights())
     expected = timm.create_model("tf_efficientnet_lite0").state_dict()
     assert {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in expected.items()}
-    assert "unknown.weight" in lite0.rename({"unknown.weight": torch.zeros(1)})  # passes, so that the strict load refuses it
+    # passes, so that the strict load refuses it
+    assert "unknown.weight" in lite0.rename({"unknown.weight": torch.zeros(1)})
     with pytest.raises(UserError, match="one block more"):
         lite0.rename({"_blocks.16._bn1.weight": torch.zeros(1)})
 
@@ -135,7 +142,8 @@ def test_resize():
     large = lite0.resize(edges)
     assert large.min() == 0 and large.max() == 255  # bicubic overshoot is clipped
     checkers = torch.tensor([[0.0, 255.0], [255.0, 0.0]]).repeat(128, 128)[None, None]
-    assert (lite0.resize(checkers)[..., 4:-4, 4:-4] - 127.5).abs().max() < 1  # antialiased: a fine checkerboard becomes grey
+    # antialiased: a fine checkerboard becomes grey
+    assert (lite0.resize(checkers)[..., 4:-4, 4:-4] - 127.5).abs().max() < 1
 
 
 def test_features_do_not_depend_on_the_batch(extractor):
@@ -172,13 +180,20 @@ def test_features_do_not_depend_on_the_callers_precision(extractor):
         torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.parametrize("images", [torch.zeros(2, 3, 32, 32), torch.zeros(3, 32, 32, dtype=torch.uint8), torch.zeros(2, 1, 32, 32, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(2, 3, 32, 32),
+        torch.zeros(3, 32, 32, dtype=torch.uint8),
+        torch.zeros(2, 1, 32, 32, dtype=torch.uint8),
+    ],
+)
 def test_refuses_what_is_not_an_image_batch(extractor, images):
     with pytest.raises(TypeError, match="uint8 images"):
         extractor(images)
 
 
-# -- Inception, clean-fid's network, DINOv2: full size, random weights from a seed ------------------------------------------------
+# -- Inception, clean-fid's network, DINOv2: full size, random weights from a seed -------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +207,9 @@ def test_inception_is_torch_fidelitys(inception_file):
     before = torch.get_rng_state()
     extractor = build_extractor(INCEPTION, inception_file)
     assert torch.equal(torch.get_rng_state(), before)
-    theirs = FeatureExtractorInceptionV3("random", ["2048", "logits_unbiased"], feature_extractor_weights_path=inception_file)
+    theirs = FeatureExtractorInceptionV3(
+        "random", ["2048", "logits_unbiased"], feature_extractor_weights_path=inception_file
+    )
     images = noise_images(3, 64)
     branch = []
     theirs.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: branch.append(output))
@@ -220,7 +237,9 @@ class Scripted(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = torch.nn.Sequential(torch.nn.AvgPool2d(13), torch.nn.Flatten(), torch.nn.Linear(3 * 23 * 23, 2048))
+        self.layers = torch.nn.Sequential(
+            torch.nn.AvgPool2d(13), torch.nn.Flatten(), torch.nn.Linear(3 * 23 * 23, 2048)
+        )
 
     def forward(self, x):
         return self.layers(x)
@@ -263,11 +282,15 @@ def test_dino_is_the_released_network(tmp_path):
     assert (scaled - resampled).abs().max() > 0.01  # the offset matters
     images = noise_images(2, 100)
     found = extractor(images).pooled
-    squares = [Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC) for image in images.permute(0, 2, 3, 1).numpy()]
+    squares = [
+        Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)
+        for image in images.permute(0, 2, 3, 1).numpy()
+    ]
     pixels = torch.stack([torch.from_numpy(np.array(square)).permute(2, 0, 1) for square in squares]) / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     with torch.no_grad():
-        expected = extractor.network.norm(extractor.network.forward_features((pixels - mean) / std))[:, 0]  # norm of a norm: affine 1 and 0
+        # norm of a norm: affine 1 and 0
+        expected = extractor.network.norm(extractor.network.forward_features((pixels - mean) / std))[:, 0]
     assert torch.allclose(found, expected, atol=1e-4)
     with torch.device("meta"):
         large = timm.create_model("vit_large_patch14_dinov2", img_size=224, num_classes=0)
@@ -276,7 +299,12 @@ def test_dino_is_the_released_network(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"not a checkpoint", "cannot be read"), ({"a": torch.zeros(2)}, "does not hold the weights"), ([1, 2], "holds list")]
+    ("content", "message"),
+    [
+        (b"not a checkpoint", "cannot be read"),
+        ({"a": torch.zeros(2)}, "does not hold the weights"),
+        ([1, 2], "holds list"),
+    ],
 )
 def test_wrong_weight_files_are_refused(tmp_path, content, message):
     file = tmp_path / "weights.pth"

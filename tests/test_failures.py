@@ -12,20 +12,22 @@ import torch
 from evaluated_run import image_folder, run_folder
 from safetensors import SafetensorError
 
-from common import progress
-from common.config import resolve
-from common.errors import UserError
-from common.progress import progress_bar, say_last
-from launch import job as jobs
-from launch.failures import explain
-from launch.folder import JOBS, LOCK, RESULT, locked, removed_if_refused
-from launch.run import configurations, main
-from methods import get_spec
+from pixlat.common import progress
+from pixlat.common.config.resolve import resolve
+from pixlat.common.errors import UserError
+from pixlat.common.progress import progress_bar, say_last
+from pixlat.launch.job import execute as jobs
+from pixlat.launch.job.failures import explain
+from pixlat.launch.job.folder import JOBS, LOCK, RESULT, locked, removed_if_refused
+from pixlat.launch.run import configurations, main
+from pixlat.methods import get_spec
 
 
 def runs(out: Path, count: int) -> list:
     seeds = ",".join(str(seed) for seed in range(count))
-    return configurations(["method=jit", "data=synthetic", "data.image_size=8", "model.patch=4", f"out={out}", f"seed={seeds}"])
+    return configurations(
+        ["method=jit", "data=synthetic", "data.image_size=8", "model.patch=4", f"out={out}", f"seed={seeds}"]
+    )
 
 
 def impossible_allocation() -> RuntimeError:
@@ -43,16 +45,28 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "/runs/x/previews/a.png"
     [
         (FULL, "the disk is full ([Errno 28] No space left on device: '/runs/x/previews/a.png')", "Make room"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk quota is used up", "Make room"),
-        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "the disk is full", "Make room"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "the disk is full",
+            "Make room",
+        ),
         (MemoryError(), "there is not enough memory (MemoryError)", "train.recompute_blocks=true"),
         (impossible_allocation(), "there is not enough memory", "train.recompute_blocks=true"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "there is not enough memory (CUDA out of memory", "eval.batch"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+            "there is not enough memory (CUDA out of memory",
+            "eval.batch",
+        ),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "there is not enough memory", "eval.batch"),
     ],
 )
 def test_a_full_machine_is_told_with_what_is_kept_and_the_next_step(tmp_path, error, what, step):
     sentence = explain(error, tmp_path)
-    assert sentence.startswith(f"{tmp_path}: {what}") and "No checkpoint had been written yet." in sentence and step in sentence
+    assert (
+        sentence.startswith(f"{tmp_path}: {what}")
+        and "No checkpoint had been written yet." in sentence
+        and step in sentence
+    )
     (tmp_path / "checkpoints/step-00000004").mkdir(parents=True)
     (tmp_path / "checkpoints/step-00000004/manifest.json").touch()
     (tmp_path / "checkpoints/step-00000008").mkdir()  # was being written
@@ -60,7 +74,13 @@ def test_a_full_machine_is_told_with_what_is_kept_and_the_next_step(tmp_path, er
 
 
 @pytest.mark.parametrize(
-    "bug", [RuntimeError("shapes do not match"), FileNotFoundError(errno.ENOENT, "No such file"), KeyError("x"), SafetensorError("bad header")]
+    "bug",
+    [
+        RuntimeError("shapes do not match"),
+        FileNotFoundError(errno.ENOENT, "No such file"),
+        KeyError("x"),
+        SafetensorError("bad header"),
+    ],
 )
 def test_a_fault_of_the_code_keeps_its_traceback(tmp_path, monkeypatch, bug):
     assert explain(bug, tmp_path) is None
@@ -96,7 +116,7 @@ def test_one_of_several_processes_ends_instead_since_the_others_wait_for_it(tmp_
     assert jobs.run_all(runs(tmp_path, 2)) == 1
 
 
-# -- what is printed ------------------------------------------------------------------------------------------------------------
+# -- what is printed ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -110,7 +130,11 @@ def test_an_error_has_a_line_of_its_own_below_an_open_bar(monkeypatch, terminal,
     bar.update(30)
     say_last("error: boom")
     text = stream.getvalue()
-    assert "evaluating" in text and text.endswith("error: boom\n") and text.replace("\r", "\n").splitlines()[-1] == "error: boom"
+    assert (
+        "evaluating" in text
+        and text.endswith("error: boom\n")
+        and text.replace("\r", "\n").splitlines()[-1] == "error: boom"
+    )
     if not terminal:
         assert text.splitlines()[-1] == "error: boom"  # in a file, where a carriage return takes nothing back
     bar.update(1)
@@ -119,16 +143,26 @@ def test_an_error_has_a_line_of_its_own_below_an_open_bar(monkeypatch, terminal,
 
 def test_an_interrupt_while_the_command_starts_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["run.py", "method=jit"])
-    monkeypatch.setattr("launch.run.within_budget", lambda run: raise_(KeyboardInterrupt()))
+    monkeypatch.setattr("pixlat.launch.run.within_budget", lambda run: raise_(KeyboardInterrupt()))
     assert main() == 130
     assert capsys.readouterr().err == "interrupted. Files that are finished are kept.\n"
 
 
-# -- refusals -------------------------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 def a_run(out: Path, data: Path):
-    return resolve(get_spec("jit"), {"data.name": "folder", "data.path": str(data), "data.image_size": "8", "model.patch": "4", "out": str(out), "name": "run"})
+    return resolve(
+        get_spec("jit"),
+        {
+            "data.name": "folder",
+            "data.path": str(data),
+            "data.image_size": "8",
+            "model.patch": "4",
+            "out": str(out),
+            "name": "run",
+        },
+    )
 
 
 @pytest.fixture
@@ -168,12 +202,12 @@ def test_a_start_that_waited_for_a_refused_one_says_so(tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="was refused and removed it"), contextlib.ExitStack() as stack:
         stack.enter_context(pytest.MonkeyPatch.context()).setattr(
-            "launch.folder.is_locked", lambda lock: bool((tmp_path / "run" / LOCK).unlink(missing_ok=True))
+            "pixlat.launch.job.folder.is_locked", lambda lock: bool((tmp_path / "run" / LOCK).unlink(missing_ok=True))
         )
         stack.enter_context(locked(tmp_path / "run"))
 
 
-# -- other starts ---------------------------------------------------------------------------------------------------------------
+# -- other starts ------------------------------------------------------------------------------------------------------
 
 
 def test_a_start_that_waited_for_the_lock_does_not_evaluate_again(tmp_path, data, monkeypatch):
@@ -197,9 +231,16 @@ def test_the_main_process_decides_for_all_whether_a_run_is_finished(tmp_path, da
     """On a network file system another machine may see the record later, or still see one that was removed."""
     run = run_folder(tmp_path / "run", data, record=sees)
     run.out, run.name = str(tmp_path), "run"
-    here = SimpleNamespace(is_main_process=False, num_processes=1, process_index=1, device=torch.device("cpu"), main_process_first=contextlib.nullcontext)
+    here = SimpleNamespace(
+        is_main_process=False,
+        num_processes=1,
+        process_index=1,
+        device=torch.device("cpu"),
+        main_process_first=contextlib.nullcontext,
+    )
     monkeypatch.setattr(jobs, "make_accelerator", lambda *_: here)
-    monkeypatch.setattr(jobs, "broadcast_object_list", lambda answers: [not answers[0]])  # the main process sees the opposite
+    # the main process sees the opposite
+    monkeypatch.setattr(jobs, "broadcast_object_list", lambda answers: [not answers[0]])
     monkeypatch.setattr(jobs, "train_job", lambda job: raise_(Trained()))
     if sees:
         with pytest.raises(Trained):

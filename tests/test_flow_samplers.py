@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
-from common import blocks, flow
-from common.guidance import classifier_free
-from common.samplers import ancestral, euler, euler_maruyama, heun
-from common.seeds import Noise
+from pixlat.common.layers import transformer as blocks
+from pixlat.common.maths import flow
+from pixlat.common.maths.guidance import classifier_free
+from pixlat.common.maths.samplers import ancestral, euler, euler_maruyama, heun
+from pixlat.common.seeds import Noise
 
 PAIRS = list(itertools.product(flow.SPACES, flow.SPACES))
 TO = {"x": flow.to_data, "eps": flow.to_noise, "v": flow.to_velocity}
@@ -23,12 +24,14 @@ def triple(times):
     return t, flow.interpolate(x, n, t), {space: flow.target(space, x, n) for space in flow.SPACES}
 
 
-# -- flow -------------------------------------------------------------------------------------------------------------------------
+# -- flow --------------------------------------------------------------------------------------------------------------
 
 
 def test_interpolant_ends_and_velocity():
     x, n = torch.randn(2, 2, 3, 4, 4)
-    assert torch.equal(flow.interpolate(x, n, torch.zeros(2)), x) and torch.equal(flow.interpolate(x, n, torch.ones(2)), n)
+    assert torch.equal(flow.interpolate(x, n, torch.zeros(2)), x) and torch.equal(
+        flow.interpolate(x, n, torch.ones(2)), n
+    )
     assert torch.equal(flow.interpolate(x, n, 0.25), flow.interpolate(x, n, torch.full((2,), 0.25)))
     assert torch.equal(flow.target("v", x, n), n - x)
 
@@ -68,7 +71,7 @@ def test_logit_normal():
     assert flow.logit_normal(0.0, 1.0, 2, 3, device="meta").shape == (2, 3)
 
 
-# -- solvers ----------------------------------------------------------------------------------------------------------------------
+# -- solvers -----------------------------------------------------------------------------------------------------------
 
 
 def grid(steps):
@@ -94,8 +97,12 @@ def test_order_of_convergence(solve, order):
 def test_solvers_are_exact_where_they_should_be():
     z = torch.randn(2, 3, dtype=torch.float64)
     torch.testing.assert_close(euler(lambda z, t: torch.full_like(z, 2.0), z, [1.0, 0.7, 0.0]), z - 2.0)
-    torch.testing.assert_close(heun(lambda z, t: torch.full_like(z, 2 * t), z, [1.0, 0.7, 0.0], last_euler=False), z - 1.0)
-    torch.testing.assert_close(heun(lambda z, t: torch.full_like(z, 2 * t), z, [0.0, 0.7, 1.0], last_euler=False), z + 1.0)
+    torch.testing.assert_close(
+        heun(lambda z, t: torch.full_like(z, 2 * t), z, [1.0, 0.7, 0.0], last_euler=False), z - 1.0
+    )
+    torch.testing.assert_close(
+        heun(lambda z, t: torch.full_like(z, 2 * t), z, [0.0, 0.7, 1.0], last_euler=False), z + 1.0
+    )
 
 
 def test_where_the_velocity_is_evaluated():
@@ -127,7 +134,9 @@ def test_without_variance_the_stochastic_solver_is_eulers():
 
 
 def test_stochastic_steps_by_hand():
-    """Noise of variance rate(t) |dt| in every step but the last, from each image's own generator, in the state's type."""
+    """Noise of variance rate(t) |dt| in every step but the last, from each image's own generator,
+    in the state's type.
+    """
     z, times = torch.randn(2, 3, dtype=torch.float64), [1.0, 0.6, 0.3, 0.0]
     draws = Noise([5, 6])
     expected = z
@@ -153,7 +162,7 @@ def test_ancestral_steps_by_hand():
     assert seen == [2, 1, 0]
 
 
-# -- guidance ---------------------------------------------------------------------------------------------------------------------
+# -- guidance ----------------------------------------------------------------------------------------------------------
 
 
 def test_classifier_free_guidance():
@@ -171,7 +180,7 @@ def test_classifier_free_guidance():
     assert calls[1:] == [[1, 3]]
 
 
-# -- blocks -----------------------------------------------------------------------------------------------------------------------
+# -- blocks ------------------------------------------------------------------------------------------------------------
 
 
 def test_rms_norm():
@@ -252,8 +261,12 @@ def test_rotation_by_hand():
     row, column = 1, 2
     for pair, angle in enumerate([row * 1.0, row * 10000**-0.5, column * 1.0, column * 10000**-0.5]):
         a, b = x[:, 2 + row * 3 + column, 2 * pair : 2 * pair + 2].unbind(-1)
-        expected = torch.stack((a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)), dim=-1)
-        torch.testing.assert_close(turned[:, 2 + row * 3 + column, 2 * pair : 2 * pair + 2], expected, atol=1e-6, rtol=1e-5)
+        expected = torch.stack(
+            (a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)), dim=-1
+        )
+        torch.testing.assert_close(
+            turned[:, 2 + row * 3 + column, 2 * pair : 2 * pair + 2], expected, atol=1e-6, rtol=1e-5
+        )
     assert torch.equal(blocks.rope_table(3, 8), table[2:])
 
 
@@ -261,7 +274,10 @@ def test_rotation_makes_products_relative():
     """<R_m q, R_n k> depends on the offset of the two tokens only."""
     table = blocks.rope_table(4, 8)
     q, k = torch.randn(2, 8)
-    q_all, k_all = blocks.rotate(q.expand(16, 8), table).view(4, 4, 8), blocks.rotate(k.expand(16, 8), table).view(4, 4, 8)
+    q_all, k_all = (
+        blocks.rotate(q.expand(16, 8), table).view(4, 4, 8),
+        blocks.rotate(k.expand(16, 8), table).view(4, 4, 8),
+    )
     torch.testing.assert_close(q_all[0, 1] @ k_all[2, 2], q_all[1, 2] @ k_all[3, 3], atol=1e-5, rtol=1e-5)
     assert abs(q_all[0, 1] @ k_all[2, 2] - q_all[0, 1] @ k_all[2, 3]) > 1e-3
 
@@ -278,12 +294,16 @@ def test_rotation_is_the_same_when_compiled():
 def test_attention(exact):
     q, k, v = torch.randn(3, 2, 4, 7, 8)
     weights = torch.softmax(q.double() @ k.double().transpose(-2, -1) / math.sqrt(8), dim=-1)
-    torch.testing.assert_close(blocks.attend(q, k, v, exact=exact), (weights @ v.double()).float(), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        blocks.attend(q, k, v, exact=exact), (weights @ v.double()).float(), atol=2e-6, rtol=1e-5
+    )
     assert blocks.attend(q, k, v.bfloat16(), exact=exact).dtype == torch.bfloat16
 
 
 def test_exact_attention_keeps_float32_logits_under_autocast():
-    """With the identity for values the output is the weights: to bf16's rounding if the logits are float32, much further off if they are not."""
+    """With the identity for values the output is the weights: to bf16's rounding if the logits are float32,
+    much further off if they are not.
+    """
     torch.manual_seed(0)
     q, k = 3 * torch.randn(2, 2, 4, 16, 8)
     v = torch.eye(16, dtype=torch.bfloat16).expand(2, 4, 16, 16)

@@ -1,4 +1,6 @@
-"""Frozen networks on GPUs and compiled: the layout of their weights, graphs apart from the blocks', and the same numbers."""
+"""Frozen networks on GPUs and compiled: the layout of their weights, graphs apart from the blocks',
+and the same numbers.
+"""
 
 import dataclasses
 
@@ -10,23 +12,32 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from toys import settings
 
-from common import compiled
-from common.config import resolve
-from common.encoders.frozen import Frozen, compile_frozen, lay_channels_last
-from common.encoders.representation import HUB_ENCODERS, TIMM_ENCODERS, EmbeddedEncoder, TimmEncoder, TransformersEncoder
-from common.latents import encoder_digest
-from common.perceptual import ConvNeXtDistance, EmbeddedDistance, Lpips
-from common.tokenizer import SdTokenizer, build_tokenizer
-from common.trainer import prepare_blocks
-from methods import get_class, get_spec
-from methods.base import DataInfo
+from pixlat.common.config.resolve import resolve
+from pixlat.common.frozen.base import Frozen, lay_channels_last
+from pixlat.common.frozen.encoders import EmbeddedEncoder
+from pixlat.common.frozen.encoders_timm import TIMM_ENCODERS, TimmEncoder
+from pixlat.common.frozen.encoders_transformers import HUB_ENCODERS, TransformersEncoder
+from pixlat.common.frozen.perceptual import ConvNeXtDistance, EmbeddedDistance, Lpips
+from pixlat.common.frozen.store_latents import encoder_digest
+from pixlat.common.frozen.tokenizer import SdTokenizer, build_tokenizer
+from pixlat.common.training import compiled
+from pixlat.common.training.compiled import compile_frozen
+from pixlat.common.training.setup import prepare_blocks
+from pixlat.methods import get_class, get_spec
+from pixlat.methods.base import DataInfo
 
-SMALLER_SD = TINY_SD | {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+SMALLER_SD = TINY_SD | {
+    "block_out_channels": (32, 32),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+}
 
 
 def small_dino() -> TransformersEncoder:
     spec = HUB_ENCODERS["dinov2-reg-b"]
-    return TransformersEncoder("dinov2-reg-b", dataclasses.replace(spec, config=spec.config | SMALL_CONFIGS["dinov2-reg-b"]))
+    return TransformersEncoder(
+        "dinov2-reg-b", dataclasses.replace(spec, config=spec.config | SMALL_CONFIGS["dinov2-reg-b"])
+    )
 
 
 def small_timm() -> TimmEncoder:
@@ -57,8 +68,12 @@ def made_up(make) -> Frozen:
                 if tensor is not None and tensor.is_meta:
                     # weights about as large as trained ones, so that a deep network neither dies out nor overflows
                     scale = (2 / tensor[0].numel()) ** 0.5 if tensor.ndim > 1 else 0.1
-                    values = scale * torch.randn(tensor.shape, generator=generator) + (tensor.ndim == 1 and key == "weight")
-                    tensors[key] = nn.Parameter(values, requires_grad=False) if isinstance(tensor, nn.Parameter) else values
+                    values = scale * torch.randn(tensor.shape, generator=generator) + (
+                        tensor.ndim == 1 and key == "weight"
+                    )
+                    tensors[key] = (
+                        nn.Parameter(values, requires_grad=False) if isinstance(tensor, nn.Parameter) else values
+                    )
     return network
 
 
@@ -90,8 +105,12 @@ def test_channels_last_changes_no_number_but_for_rounding(name):
     digest = encoder_digest(network) if hasattr(network, "encoder") else None
     expected = outputs(network)
     lay_channels_last(network)
-    large = [layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d) and min(layer.weight.shape[1:]) > 1]
-    assert large and all(weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous() for weight in large)
+    large = [
+        layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d) and min(layer.weight.shape[1:]) > 1
+    ]
+    assert large and all(
+        weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous() for weight in large
+    )
     assert_close(outputs(network), expected)
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
     assert digest is None or digest == encoder_digest(network)

@@ -10,9 +10,19 @@ import torch
 import torch.nn.functional as F
 from reg_models import INFO, make, randomized
 
-from common.datasets import ArrayImages, DataSource, DataSummary
-from common.errors import UserError
-from evaluation.hidden_states import OPTIONS, block_features, cknna, image_mean, linear_probe, measure, tapped
+from pixlat.common.datasets.load import DataSource
+from pixlat.common.datasets.summary import DataSummary
+from pixlat.common.errors import UserError
+from pixlat.common.images.image_set import ArrayImages
+from pixlat.evaluation.studies.hidden_states import (
+    OPTIONS,
+    block_features,
+    cknna,
+    image_mean,
+    linear_probe,
+    measure,
+    tapped,
+)
 
 
 def cknna_by_hand(x, y, k):
@@ -20,11 +30,15 @@ def cknna_by_hand(x, y, k):
     n = len(x)
     x, y = x / x.norm(dim=1, keepdim=True), y / y.norm(dim=1, keepdim=True)
     products = [(f @ f.T).tolist() for f in (x, y)]
-    near = [[set(sorted((j for j in range(n) if j != i), key=lambda j: -p[i][j])[:k]) for i in range(n)] for p in products]
+    near = [
+        [set(sorted((j for j in range(n) if j != i), key=lambda j: -p[i][j])[:k]) for i in range(n)] for p in products
+    ]
     centred = [[[p[i][j] - sum(p[i]) / n for j in range(n)] for i in range(n)] for p in products]
 
     def align(a, b):
-        return sum(centred[a][i][j] * centred[b][i][j] for i in range(n) for j in near[a][i] & near[b][i]) / (n - 1) ** 2
+        return (
+            sum(centred[a][i][j] * centred[b][i][j] for i in range(n) for j in near[a][i] & near[b][i]) / (n - 1) ** 2
+        )
 
     return align(0, 1) / math.sqrt(align(0, 0) * align(1, 1))
 
@@ -44,7 +58,8 @@ def test_cknna_of_equal_and_of_unrelated_features():
     x = features(300, 16)
     rotation = torch.linalg.qr(features(16, 16, 3)).Q
     assert cknna(x, x) == pytest.approx(1, abs=1e-6)
-    assert cknna(x, 3 * x @ rotation) == pytest.approx(1, abs=2e-3)  # in float32 the tenth and eleventh neighbour of an image may change places
+    # in float32 the tenth and eleventh neighbour of an image may change places
+    assert cknna(x, 3 * x @ rotation) == pytest.approx(1, abs=2e-3)
     assert abs(cknna(x, features(300, 16, 2))) < 0.1
     near = cknna(x, x + 0.2 * features(300, 16, 4))
     far = cknna(x, x + 1.0 * features(300, 16, 4))
@@ -64,7 +79,9 @@ def test_probe_finds_what_is_linear_and_nothing_else():
     assert linear_probe(*split, 3, epochs=60) > 0.95
     assert linear_probe(*split, 3, epochs=60) == linear_probe(*split, 3, epochs=60)
     noise = features(600, 8, 5).float()
-    assert linear_probe((noise[:400], labels[:400]), (noise[400:], labels[400:]), 3, epochs=60) < 1 / 3 + 5 * math.sqrt(2 / 9 / 200)
+    assert linear_probe((noise[:400], labels[:400]), (noise[400:], labels[400:]), 3, epochs=60) < 1 / 3 + 5 * math.sqrt(
+        2 / 9 / 200
+    )
 
 
 def test_scale_and_shift_of_a_channel_do_not_matter_to_the_probe():
@@ -76,7 +93,9 @@ def test_scale_and_shift_of_a_channel_do_not_matter_to_the_probe():
 
 
 class ClassesInOrder(torch.nn.Module):
-    """A generator and an encoder in one, whose tokens tell an image's class, which is its brightness, and nothing else."""
+    """A generator and an encoder in one, whose tokens tell an image's class,
+    which is its brightness, and nothing else.
+    """
 
     num_classes = 10
 
@@ -102,20 +121,29 @@ class ClassesInOrder(torch.nn.Module):
 
 @pytest.mark.parametrize("images", ["2000", "60"])
 def test_the_probe_learns_and_tests_every_class_of_images_sorted_by_class(monkeypatch, images):
-    """As the embedded set and every folder are sorted. The first images are of a few classes, whose probe cannot name the others (0.485 on emoji)."""
+    """As the embedded set and every folder are sorted.
+
+    The first images are of a few classes, whose probe cannot name the others (0.485 on emoji).
+    """
 
     def part(count):
         labels = np.sort(np.arange(count) % 10)
-        return ArrayImages(np.broadcast_to(labels[:, None, None, None], (count, 3, 4, 4)).astype(np.uint8), labels, "brightness")
+        return ArrayImages(
+            np.broadcast_to(labels[:, None, None, None], (count, 3, 4, 4)).astype(np.uint8), labels, "brightness"
+        )
 
     info = DataSummary("toy", 10, 4, 4000, 500, tuple("abcdefghij"), "digest")
     source = DataSource(info, part(4000), part(500), balanced=True)
-    monkeypatch.setattr("common.datasets.load_data", lambda data: source)
-    monkeypatch.setattr("common.encoders.representation.build_encoder", lambda name: ClassesInOrder())
-    monkeypatch.setattr("evaluation.models.load_run", lambda *_: SimpleNamespace(method=ClassesInOrder(), run=SimpleNamespace(data=None)))
+    monkeypatch.setattr("pixlat.common.datasets.load.load_data", lambda data: source)
+    monkeypatch.setattr("pixlat.common.frozen.encoders.build_encoder", lambda name: ClassesInOrder())
+    monkeypatch.setattr(
+        "pixlat.evaluation.score.models.load_run",
+        lambda *_: SimpleNamespace(method=ClassesInOrder(), run=SimpleNamespace(data=None)),
+    )
     [block] = measure(Path("run"), OPTIONS | {"images": images}, {})["blocks"]
     assert block["probe_accuracy"] == 1.0
-    assert block["cknna"] > 0.999  # of all classes: the images of one class have no spread, and their alignment is not a number
+    # of all classes: the images of one class have no spread, and their alignment is not a number
+    assert block["cknna"] > 0.999
 
 
 def test_tokens_before_the_image_are_left_out():
@@ -134,11 +162,14 @@ def test_taps_are_removed():
 
 @pytest.mark.parametrize("name", ["dit", "sit", "repa", "reg"])
 def test_every_block_gives_features(monkeypatch, name):
-    method = randomized(make(name, monkeypatch, remember=True))  # what is remembered of training images must not stand in for others
+    # what is remembered of training images must not stand in for others
+    method = randomized(make(name, monkeypatch, remember=True))
     method.load_external()
     pixels = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (6, 3, 16, 16), dtype=np.uint8)
     images = ArrayImages(pixels, np.zeros(6, dtype=np.int64), "noise")
-    found, again, clean = (block_features(method, images, np.arange(6), time, 3, torch.device("cpu")) for time in (0.5, 0.5, 0.1))
+    found, again, clean = (
+        block_features(method, images, np.arange(6), time, 3, torch.device("cpu")) for time in (0.5, 0.5, 0.1)
+    )
     assert [f.shape for f in found] == [(6, 24)] * 3 and INFO.image_size == 16
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     assert not torch.equal(found[0], clean[0])

@@ -10,16 +10,17 @@ import torch
 from conftest import ROOT
 from jit_models import SMALL, TINY, make, randomized, wave
 
-from common import flow
-from common.config import TrainConfig, load_presets, resolve
-from common.errors import UserError
-from common.optim import build_optimizers
-from common.seeds import Noise, image_seeds
-from methods import get_spec
-from methods.jit.config import SPEC, JiTConfig, JiTSample
-from methods.jit.method import in_interval, time_grid
+from pixlat.common.config.resolve import load_presets, resolve
+from pixlat.common.config.schema import TrainConfig
+from pixlat.common.errors import UserError
+from pixlat.common.maths import flow
+from pixlat.common.seeds import Noise, image_seeds
+from pixlat.common.training.optim import build_optimizers
+from pixlat.methods import get_spec
+from pixlat.methods.jit.config import SPEC, JiTConfig, JiTSample
+from pixlat.methods.jit.method import in_interval, time_grid
 
-# -- the network ------------------------------------------------------------------------------------------------------------------
+# -- the network -------------------------------------------------------------------------------------------------------
 
 
 def test_untrained_output_is_zero():
@@ -88,13 +89,17 @@ def test_dropout_acts_in_training_only(config, attention):
 
 
 def test_dropout_positions_in_the_block():
-    """After the attention projection and on SwiGLU's hidden vector: with everything dropped a block adds the last bias alone."""
+    """After the attention projection and on SwiGLU's hidden vector:
+    with everything dropped a block adds the last bias alone.
+    """
     method = randomized(make(**{**SMALL, "depth": 4}, dropout=1.0)).train()
     block = method.network.blocks[1]
     torch.nn.init.normal_(block.mlp.w3.bias)
     x, condition = torch.randn(3, 66, 24), torch.randn(3, 24)
     gate2 = block.modulation(condition).chunk(6, dim=-1)[5]
-    torch.testing.assert_close(block(x, condition, method.network.rope), x + gate2[:, None] * block.mlp.w3.bias, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        block(x, condition, method.network.rope), x + gate2[:, None] * block.mlp.w3.bias, atol=1e-6, rtol=0
+    )
 
 
 def test_context_tokens_are_not_rotated():
@@ -157,13 +162,15 @@ def test_forward_mode_derivative():
     assert derivative.abs().max() > 0.1
 
 
-# -- the objective ----------------------------------------------------------------------------------------------------------------
+# -- the objective -----------------------------------------------------------------------------------------------------
 
 NINE = [(prediction, loss) for prediction in flow.SPACES for loss in flow.SPACES]
 
 
 def paper_conversion(q, prediction, o, z, tau, clip):
-    """Table 1 of the paper in its own time (1 = data) and direction of velocity (towards the data), with clipped denominators."""
+    """Table 1 of the paper in its own time (1 = data) and direction of velocity (towards the data),
+    with clipped denominators.
+    """
     t, s = max(tau, clip), max(1 - tau, clip)
     table = {
         "x": {"x": o, "eps": (z - (1 - tau) * o) / t, "v": (1 - tau) * o + z},
@@ -264,28 +271,38 @@ def test_forward_is_the_objective_of_its_draws():
     torch.manual_seed(3)
     losses = method("main", batch, 0)
     torch.manual_seed(3)
-    assert set(losses) == {"loss"} and torch.equal(losses["loss"], method.objective(batch["image"], *method.draw(batch)))
+    assert set(losses) == {"loss"} and torch.equal(
+        losses["loss"], method.objective(batch["image"], *method.draw(batch))
+    )
     assert losses["loss"].requires_grad
 
 
 def test_weight_decay_leaves_out_vectors_and_biases():
-    """The authors' groups: one-dimensional parameters and biases, then the rest, which has tables and context tokens in it (spec/jit.md 4)."""
+    """The authors' groups: one-dimensional parameters and biases, then the rest,
+    which has tables and context tokens in it (spec/jit.md 4).
+    """
     method = make(**SMALL)
     names = {p: name for name, p in method.named_parameters()}
     without, decayed = method.parameters_of("main")
     assert without.weight_decay == 0.0 and decayed.weight_decay is None  # the run's
-    assert {names[p] for p in without.params} == {name for name, p in method.named_parameters() if p.ndim == 1 or name.endswith(".bias")}
-    assert {"network.context", "network.class_embed.weight", "network.patch_embed.down.weight"} <= {names[p] for p in decayed.params}
+    assert {names[p] for p in without.params} == {
+        name for name, p in method.named_parameters() if p.ndim == 1 or name.endswith(".bias")
+    }
+    assert {"network.context", "network.class_embed.weight", "network.patch_embed.down.weight"} <= {
+        names[p] for p in decayed.params
+    }
     with torch.no_grad():
         for p in method.parameters():
             p.fill_(1.0)
             p.grad = torch.zeros_like(p)
     (optimizer,) = build_optimizers([without, decayed], TrainConfig(weight_decay=0.1, lr=0.1))
     optimizer.step()
-    assert all((p == 1.0).all() for p in without.params) and all(torch.allclose(p, torch.tensor(0.99)) for p in decayed.params)
+    assert all((p == 1.0).all() for p in without.params) and all(
+        torch.allclose(p, torch.tensor(0.99)) for p in decayed.params
+    )
 
 
-# -- the sampler ------------------------------------------------------------------------------------------------------------------
+# -- the sampler -------------------------------------------------------------------------------------------------------
 
 
 def released_sampler(method, z, labels, steps, scale, low, high):
@@ -336,7 +353,9 @@ def test_no_guidance_runs_one_branch():
     method = randomized(make(size=8, classes=3, **SMALL))
     _, executed = images_through(method, lambda: method.sample(torch.tensor([0]), Noise([0]), JiTSample(guidance=1.0)))
     assert executed == 99 == method.evaluations(JiTSample(guidance=1.0))
-    _, executed = images_through(method, lambda: method.sample(torch.tensor([0]), Noise([0]), JiTSample(guidance=1.0, solver="euler", steps=7)))
+    _, executed = images_through(
+        method, lambda: method.sample(torch.tensor([0]), Noise([0]), JiTSample(guidance=1.0, solver="euler", steps=7))
+    )
     assert executed == 7 == method.evaluations(JiTSample(solver="euler", steps=7))
 
 
@@ -346,7 +365,9 @@ def test_guidance_interval_is_tested_in_float32():
     assert [1.0 - t for t in times] == torch.linspace(0, 1, 51).tolist()
     assert [i for i, t in enumerate(times) if in_interval(t, 0.1, 1.0)] == list(range(6, 50))
     assert [i for i, t in enumerate(times) if in_interval(t, 0.0, 1.0)] == list(range(50))
-    assert [i for i, t in enumerate(times) if in_interval(t, 0.5, 0.6)] == [i for i, tau in enumerate(torch.linspace(0, 1, 51)) if 0.5 < tau < 0.6]
+    assert [i for i, t in enumerate(times) if in_interval(t, 0.5, 0.6)] == [
+        i for i, tau in enumerate(torch.linspace(0, 1, 51)) if 0.5 < tau < 0.6
+    ]
 
 
 @pytest.mark.parametrize(
@@ -362,7 +383,9 @@ def test_guidance_interval_is_tested_in_float32():
     ],
 )
 def test_noise_left_by_the_endings(prediction, solver, ending, left):
-    """With a network that always knows the image, the clip leaves 1.7 % of the noise; Heun's figure follows from its last four slopes by hand."""
+    """With a network that always knows the image, the clip leaves 1.7 % of the noise;
+    Heun's figure follows from its last four slopes by hand.
+    """
     method = make(size=8, classes=3, **SMALL, noise_scale=1.0, prediction=prediction)
     x, n = torch.rand(1, 3, 8, 8) * 2 - 1, Noise([0]).normal(3, 8, 8)
     knows = {"x": lambda z, t: x, "eps": lambda z, t: (z - (1 - t) * x) / t, "v": lambda z, t: (z - x) / t}
@@ -386,14 +409,16 @@ def test_sampling_is_deterministic_and_leaves_the_global_generator_alone():
     assert torch.equal(first, second) and torch.equal(torch.get_rng_state(), state)
 
 
-# -- settings ---------------------------------------------------------------------------------------------------------------------
+# -- settings ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"depth": 0}, {"heads": 5}, {"width": 90, "heads": 9}, {"width": 96, "heads": 16}, {"patch": 0}, {"bottleneck": -1}, {"context_tokens": -1},
-        {"context_start": 12}, {"dropout": 1.5}, {"label_drop": -0.1}, {"time_std": 0.0}, {"clip": 0.0}, {"noise_scale": 0.0}, {"attention": "flash"},
+        {"depth": 0}, {"heads": 5}, {"width": 90, "heads": 9}, {"width": 96, "heads": 16}, {"patch": 0},
+        {"bottleneck": -1}, {"context_tokens": -1},
+        {"context_start": 12}, {"dropout": 1.5}, {"label_drop": -0.1}, {"time_std": 0.0}, {"clip": 0.0},
+        {"noise_scale": 0.0}, {"attention": "flash"},
         {"prediction": "epsilon"}, {"loss_space": "z"}, {"preconditioner": "vp"},
     ],
 )  # fmt: skip
@@ -428,7 +453,9 @@ def test_ablation_switches(switch):
     """Each part of the paper's Table 4 can be left out, and its absence changes the result."""
     full, less = randomized(make(**TINY)), randomized(make(**{**TINY, **switch}))
     shapes = {name: tensor.shape for name, tensor in less.state_dict().items()}
-    less.load_state_dict({name: tensor for name, tensor in full.state_dict().items() if shapes.get(name) == tensor.shape}, strict=False)
+    less.load_state_dict(
+        {name: tensor for name, tensor in full.state_dict().items() if shapes.get(name) == tensor.shape}, strict=False
+    )
     inputs = wave(0.13), torch.tensor([0.2, 0.7]), torch.tensor([3, 1000])
     assert (full.network(*inputs) - less.network(*inputs)).abs().max() > 1e-3
 
@@ -439,11 +466,20 @@ def test_presets_resolve():
         path = {"data.path": "/data"} if preset["data"]["name"] == "folder" else {}
         run = resolve(get_spec("jit"), {"preset": name, **path})
         assert isinstance(run.model, JiTConfig) and isinstance(run.sample, JiTSample) and preset["about"]
-    grids = {name: preset["data"]["image_size"] / preset["model"]["patch"] for name, preset in presets.items() if name.startswith("imagenet")}
+    grids = {
+        name: preset["data"]["image_size"] / preset["model"]["patch"]
+        for name, preset in presets.items()
+        if name.startswith("imagenet")
+    }
     assert set(grids.values()) == {16.0} and len(grids) == 19
-    scores = {name: preset["expected"]["fid"] for name, preset in presets.items() if name.startswith(("imagenet256", "imagenet512")) and "200" not in name}
+    scores = {
+        name: preset["expected"]["fid"]
+        for name, preset in presets.items()
+        if name.startswith(("imagenet256", "imagenet512")) and "200" not in name
+    }
     assert scores == {
-        "imagenet256-b": 3.66, "imagenet256-l": 2.36, "imagenet256-h": 1.86, "imagenet256-g": 1.82, "imagenet256-b-plain": 8.62,
+        "imagenet256-b": 3.66, "imagenet256-l": 2.36, "imagenet256-h": 1.86,
+        "imagenet256-g": 1.82, "imagenet256-b-plain": 8.62,
         "imagenet512-b": 4.02, "imagenet512-l": 2.53, "imagenet512-h": 1.94, "imagenet512-g": 1.78,
     }  # fmt: skip
     assert presets["imagenet256-b"]["train"]["images"] == 600 * 1_281_167

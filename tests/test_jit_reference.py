@@ -1,4 +1,6 @@
-"""JiT against the authors' module (fixtures made with it on a CPU in float32) and files laid out as the released ones."""
+"""JiT against the authors' module (fixtures made with it on a CPU in float32)
+and files laid out as the released ones.
+"""
 
 import argparse
 import math
@@ -8,10 +10,10 @@ import pytest
 import torch
 from jit_models import TINY, make, wave
 
-from common.errors import UserError
-from common.seeds import Noise
-from methods.jit.config import JiTSample
-from methods.jit.reference import Architecture, open_checkpoint, read_checkpoint, recognise
+from pixlat.common.errors import UserError
+from pixlat.common.seeds import Noise
+from pixlat.methods.jit.config import JiTSample
+from pixlat.methods.jit.reference import Architecture, open_checkpoint, read_checkpoint, recognise
 
 
 def released_shapes(depth, width, heads, patch, bottleneck, context, hidden, classes=1000):
@@ -23,13 +25,18 @@ def released_shapes(depth, width, heads, patch, bottleneck, context, hidden, cla
         "y_embedder.embedding_table.weight": (classes + 1, width),
         "x_embedder.proj1.weight": (bottleneck, 3, patch, patch),
         "x_embedder.proj2.weight": (width, bottleneck, 1, 1), "x_embedder.proj2.bias": (width,),
-        "final_layer.norm_final.weight": (width,), "final_layer.linear.weight": (3 * patch**2, width), "final_layer.linear.bias": (3 * patch**2,),
-        "final_layer.adaLN_modulation.1.weight": (2 * width, width), "final_layer.adaLN_modulation.1.bias": (2 * width,),
+        "final_layer.norm_final.weight": (width,),
+        "final_layer.linear.weight": (3 * patch**2, width), "final_layer.linear.bias": (3 * patch**2,),
+        "final_layer.adaLN_modulation.1.weight": (2 * width, width),
+        "final_layer.adaLN_modulation.1.bias": (2 * width,),
     }  # fmt: skip
     block = {
-        "norm1.weight": (width,), "norm2.weight": (width,), "attn.q_norm.weight": (width // heads,), "attn.k_norm.weight": (width // heads,),
-        "attn.qkv.weight": (3 * width, width), "attn.qkv.bias": (3 * width,), "attn.proj.weight": (width, width), "attn.proj.bias": (width,),
-        "mlp.w12.weight": (2 * hidden, width), "mlp.w12.bias": (2 * hidden,), "mlp.w3.weight": (width, hidden), "mlp.w3.bias": (width,),
+        "norm1.weight": (width,), "norm2.weight": (width,),
+        "attn.q_norm.weight": (width // heads,), "attn.k_norm.weight": (width // heads,),
+        "attn.qkv.weight": (3 * width, width), "attn.qkv.bias": (3 * width,),
+        "attn.proj.weight": (width, width), "attn.proj.bias": (width,),
+        "mlp.w12.weight": (2 * hidden, width), "mlp.w12.bias": (2 * hidden,),
+        "mlp.w3.weight": (width, hidden), "mlp.w3.bias": (width,),
         "adaLN_modulation.1.weight": (6 * width, width), "adaLN_modulation.1.bias": (6 * width,),
     }  # fmt: skip
     blocks = {f"blocks.{i}.{name}": shape for i in range(depth) for name, shape in block.items()}
@@ -78,7 +85,7 @@ def assert_fixture(images, first, second, mean, std, tolerance):
     assert images.std().item() == pytest.approx(std, abs=2e-6)
 
 
-# -- the authors' module ----------------------------------------------------------------------------------------------------------
+# -- the authors' module -----------------------------------------------------------------------------------------------
 
 
 def test_fixture_has_the_released_number_of_tensors():
@@ -88,7 +95,9 @@ def test_fixture_has_the_released_number_of_tensors():
 
 def test_position_table_matches_fixture(official):
     values = official.network.pos_embed[0, 6, [0, 1, 24, 48, 49, 72]]
-    torch.testing.assert_close(values, torch.tensor([0.909297, 0.978402, -0.416147, 0.841471, 0.629797, 0.540302]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        values, torch.tensor([0.909297, 0.978402, -0.416147, 0.841471, 0.629797, 0.540302]), atol=1e-6, rtol=0
+    )
     assert torch.equal(official.network.pos_embed, released_positions(4, 96))
 
 
@@ -113,7 +122,7 @@ def test_sampler_matches_fixture(official):
     assert_fixture(images, [0.38170, -0.08302, -0.25757], [-1.52321, 0.42816, 1.29759], -0.0047346, 0.739205, 1e-5)
 
 
-# -- released files ---------------------------------------------------------------------------------------------------------------
+# -- released files ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -158,7 +167,9 @@ def test_the_decays_are_the_files_own(settings, decays, tmp_path):
 
 def test_architecture_is_recognised(released_file):
     state = read_checkpoint(released_file)
-    assert recognise(state) == Architecture(depth=4, width=96, heads=6, patch=8, bottleneck=24, context_tokens=5, num_classes=1000, image_size=32)
+    assert recognise(state) == Architecture(
+        depth=4, width=96, heads=6, patch=8, bottleneck=24, context_tokens=5, num_classes=1000, image_size=32
+    )
 
 
 def test_foreign_keys_are_all_listed(official):

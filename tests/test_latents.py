@@ -10,24 +10,29 @@ import torch
 from reg_models import make
 from toys import toy_images
 
-from common.autoencoder import Encoder
-from common.config import DataConfig, resolve, run_folder
-from common.cost import activation_bytes, training_cost
-from common.datasets import ArrayImages, SyntheticImages, load_data
-from common.errors import UserError
-from common.files import read_rows
-from common.latents import CARD, FeatureTable, LatentFacts, LatentShards, check_encoder, encoder_digest, open_latents, read_card, write_latents
-from common.loader import TrainingPlan, training_batches
-from common.memory import step_memory
-from common.seeds import seed_step
-from common.tokenizer import OwnTokenizer, sd_name
-from common.trainer import prepare_batch
-from evaluation.record import read_record
-from evaluation.speed import measure
-from launch.job import run_one
-from launch.prepare import main as prepare
-from methods import get_class, get_spec
-from methods.base import DataInfo
+from pixlat.common.accounting.macs import activation_bytes, training_cost
+from pixlat.common.accounting.memory import step_memory
+from pixlat.common.config.identity import run_folder
+from pixlat.common.config.resolve import resolve
+from pixlat.common.config.schema import DataConfig
+from pixlat.common.datasets.batches import TrainingPlan, training_batches
+from pixlat.common.datasets.load import load_data
+from pixlat.common.datasets.stored_latents import CARD, LatentShards, open_latents, read_card
+from pixlat.common.errors import UserError
+from pixlat.common.files import read_rows
+from pixlat.common.frozen.remember import FeatureTable
+from pixlat.common.frozen.store_latents import check_encoder, encoder_digest, write_latents
+from pixlat.common.frozen.tokenizer import OwnTokenizer, sd_name
+from pixlat.common.images.image_set import ArrayImages, LatentFacts, SyntheticImages
+from pixlat.common.layers.autoencoder import Encoder
+from pixlat.common.seeds import seed_step
+from pixlat.common.training.data_passes import prepare_batch
+from pixlat.evaluation.bench.steps import measure
+from pixlat.evaluation.records.record import read_record
+from pixlat.launch.job.execute import run_one
+from pixlat.launch.prepare import main as prepare
+from pixlat.methods import get_class, get_spec
+from pixlat.methods.base import DataInfo
 
 SHAPE = {"widths": [8], "stem": 2, "depth": 1, "latent_channels": 4}
 
@@ -48,7 +53,7 @@ def shards(tmp_path):
     return tmp_path, write_latents(tmp_path, toy_images(), tokenizer(), batch=7, shard_images=16)
 
 
-# -- in memory --------------------------------------------------------------------------------------------------------------------
+# -- in memory ---------------------------------------------------------------------------------------------------------
 
 
 def counting_table(num_images=0):
@@ -82,7 +87,8 @@ def test_rows_have_one_precision_whenever_they_are_filled():
     tables[0](first)
     with torch.autocast("cpu", torch.bfloat16):
         found = [table(batch)[0] for table in tables]
-        assert FeatureTable(lambda images: (network(images.flatten(1)),))(batch)[0].dtype == torch.bfloat16  # not remembered: as the training is
+        # not remembered: as the training is
+        assert FeatureTable(lambda images: (network(images.flatten(1)),))(batch)[0].dtype == torch.bfloat16
     assert found[0].dtype == torch.float32 and torch.equal(*found)
     assert torch.equal(found[0], torch.cat([network(image.flatten()[None]) for image in images]))
 
@@ -109,7 +115,7 @@ def test_a_table_beyond_memory_is_refused():
         table({"image": torch.zeros(1, 3, 4, 4), "index": torch.tensor([0])})
 
 
-# -- our shards -------------------------------------------------------------------------------------------------------------------
+# -- our shards --------------------------------------------------------------------------------------------------------
 
 
 def test_shards_hold_the_moments_of_both_orientations(shards):
@@ -126,7 +132,9 @@ def test_shards_hold_the_moments_of_both_orientations(shards):
 def test_half_precision(tmp_path, shards):
     write_latents(tmp_path / "half", toy_images(), tokenizer(), dtype="float16")
     indices, flips = np.arange(40), np.zeros(40, dtype=bool)
-    half, full = (open_latents(folder, toy_images()).moments(indices, flips) for folder in (tmp_path / "half", shards[0]))
+    half, full = (
+        open_latents(folder, toy_images()).moments(indices, flips) for folder in (tmp_path / "half", shards[0])
+    )
     assert half.dtype == np.float32
     np.testing.assert_allclose(half, full, rtol=2**-10, atol=1e-6)
 
@@ -192,7 +200,7 @@ def test_another_format_is_refused(shards):
         read_card(folder)
 
 
-# -- the released layout ----------------------------------------------------------------------------------------------------------
+# -- the released layout -----------------------------------------------------------------------------------------------
 
 
 def write_released(folder, moments, labels):
@@ -209,7 +217,11 @@ def write_released(folder, moments, labels):
 @pytest.fixture
 def released(tmp_path):
     images = toy_images()
-    write_released(tmp_path, np.arange(40, dtype=np.float32)[:, None, None, None] + np.zeros((8, 4, 4), dtype=np.float32), images.labels)
+    write_released(
+        tmp_path,
+        np.arange(40, dtype=np.float32)[:, None, None, None] + np.zeros((8, 4, 4), dtype=np.float32),
+        images.labels,
+    )
     return tmp_path
 
 
@@ -235,7 +247,7 @@ def test_released_layout_must_fit_the_images(released):
         open_latents(released, toy_images())
 
 
-# -- damage -----------------------------------------------------------------------------------------------------------------------
+# -- damage ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_changed_byte_of_stored_latents_is_found_when_they_are_opened(shards):
@@ -260,7 +272,9 @@ def test_a_damaged_card_of_latents_is_a_sentence(shards):
     whole = json.loads((folder / CARD).read_text())
     for key in whole:
         for value in [*ODD_VALUES, ...]:
-            changed = {name: value if name == key else old for name, old in whole.items() if name != key or value is not ...}
+            changed = {
+                name: value if name == key else old for name, old in whole.items() if name != key or value is not ...
+            }
             (folder / CARD).write_text(json.dumps(changed))
             try:
                 open_latents(folder, toy_images())
@@ -315,19 +329,23 @@ def test_a_released_latent_of_another_shape_is_named(released):
         latents.moments(np.array([3]), np.array([False]))
 
 
-# -- training ---------------------------------------------------------------------------------------------------------------------
+# -- training ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_training_from_the_cache_is_training_from_the_images(shards, monkeypatch, flip):
-    """With the same seed the losses agree to float32's rounding: the posterior is drawn anew from the stored moments."""
+    """With the same seed the losses agree to float32's rounding:
+    the posterior is drawn anew from the stored moments.
+    """
     cached, plain = toy_images(), toy_images()
     cached.latents = open_latents(shards[0], cached)
     plan = TrainingPlan(plain.labels, 8, seed=0, balanced=False, flip=flip)
     method = make("sit", monkeypatch)
     method.tokenizer = net = tokenizer()
     method.moments_of = FeatureTable(net.encode_moments)
-    for step, (stored, encoded) in enumerate(zip(*(training_batches(s, plan, 0, 8, 1) for s in (cached, plain)), strict=False)):
+    for step, (stored, encoded) in enumerate(
+        zip(*(training_batches(s, plan, 0, 8, 1) for s in (cached, plain)), strict=False)
+    ):
         assert "moments" in stored[0] and "moments" not in encoded[0] and ("mirrored" in stored[0]) == flip
         drawn = []
         for batch in (stored[0], encoded[0]):
@@ -345,7 +363,7 @@ def test_two_reads_draw_twice(shards, monkeypatch):
     assert not torch.equal(a, b)
 
 
-# -- the command ------------------------------------------------------------------------------------------------------------------
+# -- the command -------------------------------------------------------------------------------------------------------
 
 
 def test_prepare_command(tmp_path, capsys):
@@ -357,7 +375,8 @@ def test_prepare_command(tmp_path, capsys):
 RUN = {
     "data.name": "synthetic", "data.image_size": "16", "data.flip": "true",
     "model.depth": "1", "model.width": "24", "model.heads": "2", "model.remember": "false",
-    "train.images": "64", "train.batch": "16", "train.warmup_images": "0", "train.log_images": "16", "train.preview_images": "0",
+    "train.images": "64", "train.batch": "16", "train.warmup_images": "0",
+    "train.log_images": "16", "train.preview_images": "0",
     "sample.steps": "2", "eval.num_images": "0", "eval.grid_columns": "1",
 }  # fmt: skip
 
@@ -372,7 +391,10 @@ def cache(tmp_path_factory):
 
 def test_speed_is_that_of_stored_latents(cache):
     """A timed step takes moments, as a training does, and does not run the encoder."""
-    images, stored = (measure(resolve(get_spec("sit"), RUN | more), batch=2, steps=1, sample=False) for more in ({}, {"data.latents": str(cache)}))
+    images, stored = (
+        measure(resolve(get_spec("sit"), RUN | more), batch=2, steps=1, sample=False)
+        for more in ({}, {"data.latents": str(cache)})
+    )
     assert stored["train"]["images_per_s"] > 0
     assert stored["train"]["macs_per_image"] < images["train"]["macs_per_image"]
 
@@ -389,13 +411,19 @@ def losses(folder):
 
 
 def test_a_run_reads_the_cache_or_the_released_layout_in_the_place_of_the_images(tmp_path, cache):
-    """The losses are the same to float32's rounding, and not those of another seed; the encoder is not in the cost of a run that reads."""
+    """The losses are the same to float32's rounding, and not those of another seed;
+    the encoder is not in the cost of a run that reads.
+    """
     released = tmp_path / "vae-sd"
     latents, labels = LatentShards(cache), load_data(DataConfig(name="synthetic")).train.labels
     write_released(released, latents.moments(np.arange(4600), np.zeros(4600, dtype=bool)), labels)
     plain = start(tmp_path)
     cached = start(tmp_path, **{"data.latents": str(cache)})
-    assert losses(cached) == pytest.approx(losses(plain), rel=1e-5) != pytest.approx(losses(start(tmp_path, seed="1")), rel=1e-2)
+    assert (
+        losses(cached)
+        == pytest.approx(losses(plain), rel=1e-5)
+        != pytest.approx(losses(start(tmp_path, seed="1")), rel=1e-2)
+    )
     costs = [read_record(folder / "result.json")["train"]["macs_total"] for folder in (plain, cached)]
     assert costs[1] < costs[0]
     unmirrored = {"data.flip": "false"}
@@ -421,10 +449,14 @@ def test_stored_latents_train_without_decoding_images(tmp_path, cache, method, m
     assert read == [16] * 4 and losses(without) == losses(with_images)
 
 
-@pytest.mark.parametrize(("method", "needed"), [("sit", False), ("dit", False), ("repa", True), ("reg", True), ("jit", True)])
+@pytest.mark.parametrize(
+    ("method", "needed"), [("sit", False), ("dit", False), ("repa", True), ("reg", True), ("jit", True)]
+)
 def test_who_needs_images_beside_stored_latents(method, needed):
     stored = DataInfo("toy", 10, 16, 40, latents=LatentFacts((8, 4, 4), None))
-    assert get_class(method).needs_images(stored) == needed and get_class(method).needs_images(replace(stored, latents=None))
+    assert get_class(method).needs_images(stored) == needed and get_class(method).needs_images(
+        replace(stored, latents=None)
+    )
 
 
 def test_cost_and_memory_of_a_training_without_images():
@@ -443,7 +475,13 @@ def test_latents_that_do_not_fit_are_refused(tmp_path, cache):
         ("jit", {}, "not read by method=jit"),
         ("sit", {"model.tokenizer": "sd-ft-ema"}, r"\(16, 4, 4\): were not made by model.tokenizer=sd-ft-ema"),
     ):
-        run = {"data.name": "synthetic", "data.image_size": "16", "out": str(tmp_path / "runs"), "data.latents": str(cache), **changes}
+        run = {
+            "data.name": "synthetic",
+            "data.image_size": "16",
+            "out": str(tmp_path / "runs"),
+            "data.latents": str(cache),
+            **changes,
+        }
         with pytest.raises(UserError, match=message):
             run_one(resolve(get_spec(method), run))
     assert not (tmp_path / "runs").exists()

@@ -6,24 +6,31 @@ import math
 import pytest
 from records import metric, record
 
-from common.errors import UserError
-from evaluation import leaderboard
-from evaluation.board import group, read_records
-from evaluation.curve import read_curve
-from evaluation.matched import Curve, Point, at, common_budget, curves_of, matched_table, matched_tables
-from evaluation.record import write_record
+from pixlat.common.errors import UserError
+from pixlat.evaluation import leaderboard
+from pixlat.evaluation.board.groups import group, read_records
+from pixlat.evaluation.board.matched import Curve, Point, at, common_budget, curves_of, matched_table, matched_tables
+from pixlat.evaluation.records.curve import read_curve
+from pixlat.evaluation.records.record import write_record
 
 HASH = record()["protocol_hash"]
 
 
 def point(images, value, macs=None, se=1.0, protocol_hash=HASH):
-    return {"images": images, "macs_train": macs or images * 10**12, "protocol_hash": protocol_hash, "metrics": {"fd_embedded": metric(value, se=se)}}
+    return {
+        "images": images,
+        "macs_train": macs or images * 10**12,
+        "protocol_hash": protocol_hash,
+        "metrics": {"fd_embedded": metric(value, se=se)},
+    }
 
 
 def run(name, value, images, **changes):
     """A record whose training cost is 10^12 MACs an image."""
     row = record(name, value, **changes)
-    return record(name, value, **{"train": {**row["train"], "images_seen": images, "macs_total": images * 10**12}, **changes})
+    return record(
+        name, value, **{"train": {**row["train"], "images_seen": images, "macs_total": images * 10**12}, **changes}
+    )
 
 
 def matched(rows, curves, axis="images", budget=None):
@@ -32,7 +39,7 @@ def matched(rows, curves, axis="images", budget=None):
     return matched_table(made, axis, found, budget or common_budget(found))
 
 
-# -- arithmetic -----------------------------------------------------------------------------------------------------------------
+# -- arithmetic --------------------------------------------------------------------------------------------------------
 
 
 def test_interpolation_is_linear_in_the_logarithm_of_the_cost():
@@ -62,7 +69,7 @@ def test_a_thousand_runs_are_fast():
     assert common_budget(curves) == 9900  # the first run that ends where the last begins, but for a hundredth
 
 
-# -- tables ---------------------------------------------------------------------------------------------------------------------
+# -- tables ------------------------------------------------------------------------------------------------------------
 
 
 def test_runs_are_ranked_at_a_common_number_of_images():
@@ -80,12 +87,24 @@ def test_runs_are_ranked_at_a_common_number_of_images():
 def test_without_curves_only_the_final_points_are_listed():
     table = matched([run("a", 50.0, 1000), run("b", 40.0, 5000)], {})
     assert "only their final points" in table.note
-    assert [row[:4] for row in table.cells] == [["-", "b", "-", "final point only"], ["-", "a", "-", "final point only"]]
-    assert matched_tables(group([run("a", 50.0, 1000), run("b", 40.0, 1000)], "Unguided"), {}) == []  # the ranked table says it all
+    assert [row[:4] for row in table.cells] == [
+        ["-", "b", "-", "final point only"],
+        ["-", "a", "-", "final point only"],
+    ]
+    # the ranked table says it all
+    assert matched_tables(group([run("a", 50.0, 1000), run("b", 40.0, 1000)], "Unguided"), {}) == []
 
 
 def test_earlier_stages_are_part_of_the_training_cost():
-    parent = {"key": "k", "name": "t", "method": "m", "row_id": None, "checkpoint_sha256": None, "images_seen": 5, "device_seconds": 1.0}
+    parent = {
+        "key": "k",
+        "name": "t",
+        "method": "m",
+        "row_id": None,
+        "checkpoint_sha256": None,
+        "images_seen": 5,
+        "device_seconds": 1.0,
+    }
     row = run("chained", 50.0, 1000, parents=[{**parent, "macs_total": 7 * 10**15}])
     (curve,) = curves_of(group([row], "Unguided"), "train_macs", {row["row_id"]: [point(100, 90.0)]})
     assert [each.cost for each in curve.points] == [7.1e15, 8e15]
@@ -95,7 +114,9 @@ def test_earlier_stages_are_part_of_the_training_cost():
 
 def test_points_of_another_protocol_are_not_compared():
     row = run("a", 50.0, 1000)
-    (curve,) = curves_of(group([row], "Unguided"), "images", {row["row_id"]: [point(10, 1.0, protocol_hash="other"), point(100, 90.0)]})
+    (curve,) = curves_of(
+        group([row], "Unguided"), "images", {row["row_id"]: [point(10, 1.0, protocol_hash="other"), point(100, 90.0)]}
+    )
     assert [each.cost for each in curve.points] == [100, 1000]
 
 
@@ -107,7 +128,7 @@ def test_one_checkpoint_sampled_in_several_step_counts_is_a_curve():
     assert sorted([each.cost / 1e9 for each in curve.points] for curve in curves) == [[1, 2, 4], [187]]
 
 
-# -- files ----------------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def write_run(folder, row, lines=""):
@@ -118,7 +139,11 @@ def write_run(folder, row, lines=""):
 
 
 def test_curves_are_read_beside_their_records(tmp_path, capsys):
-    write_run(tmp_path / "a", run("a", 50.0, 10_000), "".join(json.dumps(point(n, 100.0)) + "\n" for n in (100, 1000)) + '{"cut')
+    write_run(
+        tmp_path / "a",
+        run("a", 50.0, 10_000),
+        "".join(json.dumps(point(n, 100.0)) + "\n" for n in (100, 1000)) + '{"cut',
+    )
     write_run(tmp_path / "b", run("b", 70.0, 1000))
     records = read_records(tmp_path)
     assert sorted(len(curve) for curve in records.curves.values()) == [0, 2]
@@ -131,7 +156,16 @@ def test_curves_are_read_beside_their_records(tmp_path, capsys):
 
 
 GOOD = point(1, 1.0)
-BROKEN = [{}, [], 1, {**GOOD, "more": 1}, {**GOOD, "images": -1}, {**GOOD, "images": True}, {**GOOD, "metrics": {"fd": 3}}, {**GOOD, "metrics": []}]
+BROKEN = [
+    {},
+    [],
+    1,
+    {**GOOD, "more": 1},
+    {**GOOD, "images": -1},
+    {**GOOD, "images": True},
+    {**GOOD, "metrics": {"fd": 3}},
+    {**GOOD, "metrics": []},
+]
 
 
 @pytest.mark.parametrize("line", ["nonsense", json.dumps(GOOD).replace("1.0", "NaN"), *map(json.dumps, BROKEN)])

@@ -1,4 +1,6 @@
-"""The training plan and the batches read from it: pure functions of seed and step, whatever the processes and loader processes."""
+"""The training plan and the batches read from it: pure functions of seed and step,
+whatever the processes and loader processes.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.datasets import ArrayImages, FolderImages, ImageSet
-from common.errors import UserError
-from common.loader import GRACE_SECONDS, TrainingPlan, training_batches
+from pixlat.common.datasets.batches import GRACE_SECONDS, TrainingPlan, training_batches
+from pixlat.common.errors import UserError
+from pixlat.common.images.files import FolderImages
+from pixlat.common.images.image_set import ArrayImages, ImageSet
 
 LABELS = np.repeat(np.arange(4), [1, 5, 20, 74]).astype(np.int64)
 
@@ -45,7 +48,7 @@ def assert_same(a: list[Step], b: list[Step]) -> None:
                 torch.testing.assert_close(batch_a[name], batch_b[name], rtol=0, atol=0)
 
 
-# -- the plan -------------------------------------------------------------------------------------------------------------------
+# -- the plan ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("balanced", [True, False])
@@ -99,11 +102,13 @@ def test_late_steps_of_large_sets_are_as_cheap_as_early_ones() -> None:
     assert time.perf_counter() - start < 1.0  # 100 steps; walking there would take 750,000
 
 
-# -- random crops -----------------------------------------------------------------------------------------------------------------
+# -- random crops ------------------------------------------------------------------------------------------------------
 
 
 class Ramp(ImageSet):
-    """Images whose pixel (y, x) of the resized whole is (y, x, number of the image), 10 x 14 pixels of which 4 x 4 are cut."""
+    """Images whose pixel (y, x) of the resized whole is (y, x, number of the image),
+    10 x 14 pixels of which 4 x 4 are cut.
+    """
 
     def _read_one(self, index: int) -> np.ndarray:
         return np.full((3, 4, 4), 255, dtype=np.uint8)
@@ -150,7 +155,10 @@ def test_a_cut_is_a_piece_of_its_own_image_mirrored_where_the_plan_says() -> Non
 def test_crops_do_not_depend_on_processes_loader_processes_or_resuming(workers: int) -> None:
     images = Ramp(LABELS, 4, "ramp")
     one = list(islice(training_batches(images, cropping_plan(), 0, 6, 4), 5))
-    ranks = [list(islice(training_batches(images, cropping_plan(), 2, 6, 2, rank=rank, world=2, workers=workers), 3)) for rank in range(2)]
+    ranks = [
+        list(islice(training_batches(images, cropping_plan(), 2, 6, 2, rank=rank, world=2, workers=workers), 3))
+        for rank in range(2)
+    ]
     assert_same(one[2:], [[a[0], b[0], a[1], b[1]] for a, b in zip(*ranks, strict=True)])
 
 
@@ -168,7 +176,7 @@ def test_batches_without_images_read_none(images: ImageSet) -> None:
     assert set(batch) == {"label", "index", "mirrored"}
 
 
-# -- the batches ----------------------------------------------------------------------------------------------------------------
+# -- the batches -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -195,7 +203,9 @@ def test_resuming_gives_the_batches_of_the_uninterrupted_run(images: ImageSet, b
 
 def test_two_processes_see_what_one_with_two_micro_batches_sees(images: ImageSet) -> None:
     one = list(islice(training_batches(images, plan_of(False), 0, 6, 4), 5))
-    ranks = [list(islice(training_batches(images, plan_of(False), 0, 6, 2, rank=rank, world=2), 5)) for rank in range(2)]
+    ranks = [
+        list(islice(training_batches(images, plan_of(False), 0, 6, 2, rank=rank, world=2), 5)) for rank in range(2)
+    ]
     joined = [[a[0], b[0], a[1], b[1]] for a, b in zip(*ranks, strict=True)]
     assert_same(one, joined)
 
@@ -253,8 +263,8 @@ def test_loader_processes_outlive_the_signals_of_a_scheduler(number: signal.Sign
 
 EXIT_WITH_A_LIVE_ITERATOR = """
 import numpy as np
-from common.datasets import ArrayImages
-from common.loader import TrainingPlan, training_batches
+from pixlat.common.images.image_set import ArrayImages
+from pixlat.common.datasets.batches import TrainingPlan, training_batches
 
 images = ArrayImages(np.zeros((9, 3, 4, 4), np.uint8), np.zeros(9, np.int64), "black")
 batches = training_batches(images, TrainingPlan(images.labels, 8, 0, True), 0, 8, 1, workers=2)
@@ -264,5 +274,7 @@ next(batches)
 
 def test_exit_does_not_wait_for_loader_processes() -> None:
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", EXIT_WITH_A_LIVE_ITERATOR], check=True, cwd=Path(__file__).parents[1], timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", EXIT_WITH_A_LIVE_ITERATOR], check=True, cwd=Path(__file__).parents[1], timeout=60
+    )
     assert time.perf_counter() - start < GRACE_SECONDS

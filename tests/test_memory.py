@@ -1,4 +1,6 @@
-"""The memory of a step is predicted from fake tensors: against closed forms, against this machine, and with blocks recomputed; and the plan built on it."""
+"""The memory of a step is predicted from fake tensors: against closed forms, against this machine,
+and with blocks recomputed; and the plan built on it.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,15 @@ from process_runs import build
 from torch._subclasses.fake_tensor import FakeTensorMode
 from toys import INFO, TINY_JIT, settings, tiny_jit
 
-from common.config import published_score, resolve
-from common.datasets import summarise
-from common.memory import LiveBytes, recompute_blocks, step_memory
-from common.seeds import seed_step
-from launch import plan
-from methods import get_class, get_spec, registered
-from methods.base import DataInfo
-from methods.jit.method import JiTMethod
+from pixlat.common.accounting.memory import LiveBytes, step_memory
+from pixlat.common.config.resolve import published_score, resolve
+from pixlat.common.datasets.load import summarise
+from pixlat.common.seeds import seed_step
+from pixlat.common.training.recompute import recompute_blocks
+from pixlat.launch import plan
+from pixlat.methods import get_class, get_spec, registered
+from pixlat.methods.base import DataInfo
+from pixlat.methods.jit.method import JiTMethod
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,7 +79,9 @@ def losses_and_gradients(name: str, recompute: bool) -> dict[str, torch.Tensor]:
         seed_step(0, 1, 2)
         loss = method(phase, {"image": image, "label": label, "index": label}, 0)["loss"]
         loss.backward()
-        found |= {f"{phase}/{key}": p.grad for key, p in method.named_parameters() if p.grad is not None} | {phase: loss.detach()}
+        found |= {f"{phase}/{key}": p.grad for key, p in method.named_parameters() if p.grad is not None} | {
+            phase: loss.detach()
+        }
         method.zero_grad(set_to_none=True)
     return found
 
@@ -89,20 +94,32 @@ def test_recomputed_blocks_give_the_same_losses_and_gradients_bit_for_bit(name: 
 
 
 def test_recomputed_blocks_take_less_memory() -> None:
-    less, more = (step_memory(JiTMethod, TINY_JIT, settings(recompute_blocks=value), INFO, micro_batch=64).activations for value in (True, False))
+    less, more = (
+        step_memory(JiTMethod, TINY_JIT, settings(recompute_blocks=value), INFO, micro_batch=64).activations
+        for value in (True, False)
+    )
     assert less < 0.4 * more
 
 
-ALL_COMPARED = "model.perceptual_max_t=1"  # pMF's perceptual networks see every sample: the most that a step may take, which is what is predicted
+# pMF's perceptual networks see every sample: the most that a step may take, which is what is predicted
+ALL_COMPARED = "model.perceptual_max_t=1"
 RECOMPUTED = "train.recompute_blocks=true"
 
 
 @pytest.mark.parametrize(
-    "changes", [("method=jit,sit,rae_decoder",), ("method=jit", RECOMPUTED), ("method=pmf", ALL_COMPARED), ("method=pmf", ALL_COMPARED, RECOMPUTED)]
+    "changes",
+    [
+        ("method=jit,sit,rae_decoder",),
+        ("method=jit", RECOMPUTED),
+        ("method=pmf", ALL_COMPARED),
+        ("method=pmf", ALL_COMPARED, RECOMPUTED),
+    ],
 )
 def test_predictions_are_within_15_percent_of_what_this_machine_takes(changes: tuple[str, ...]) -> None:
     command = [sys.executable, "evaluation/speed.py", "memory", *changes, "speed.batch=48"]
-    ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
     assert ended.returncode == 0, ended.stderr
     measured = json.loads(f"[{ended.stdout.replace('}', '},').rstrip().removesuffix(',')}]")
     assert [each["method"] for each in measured] == changes[0].removeprefix("method=").split(",")
@@ -112,19 +129,34 @@ def test_predictions_are_within_15_percent_of_what_this_machine_takes(changes: t
 
 
 def test_muon_has_one_moment_for_a_matrix_and_adam_two() -> None:
-    planned = [plan.Plan(plan.Keys(gpus=1), resolve(get_spec("pmf"), {"preset": "demo", "model.optimizer": kind})).step(2, False) for kind in ("muon", "adam")]
+    planned = [
+        plan.Plan(plan.Keys(gpus=1), resolve(get_spec("pmf"), {"preset": "demo", "model.optimizer": kind})).step(
+            2, False
+        )
+        for kind in ("muon", "adam")
+    ]
     assert planned[0].trained == planned[1].trained
     assert planned[0].optimizer < 0.7 * planned[1].optimizer
 
 
-# -- the plan -----------------------------------------------------------------------------------------------------------------
+# -- the plan ----------------------------------------------------------------------------------------------------------
 
 SMALL = ("method=jit", "model.depth=2")
 
 
 def test_a_plan_says_memory_speed_days_and_what_is_assumed() -> None:
     told = plan.work([*SMALL, "hardware=a100", "gpus=2", "nodes=1", "train.batch=64", "train.images=1000000"])
-    for text in ("> ddp", "fsdp2", "recomputed", "32 x 1", "35% [assumed]", "images/s", "GPU-hours", "50,000 images of 19", "GB/s of shards"):
+    for text in (
+        "> ddp",
+        "fsdp2",
+        "recomputed",
+        "32 x 1",
+        "35% [assumed]",
+        "images/s",
+        "GPU-hours",
+        "50,000 images of 19",
+        "GB/s of shards",
+    ):
         assert text in told, text
     given = plan.work([*SMALL, "hardware=a100", "gpus=2", "efficiency=0.5", "train.batch=64"])
     assert "50% [given]" in given and "35%" not in given
@@ -142,30 +174,47 @@ def limits_of(*arguments: str) -> dict[str, tuple[float, bool]]:
 
 def test_a_plan_names_the_limit_that_binds() -> None:
     vae = limits_of("method=sit", "preset=imagenet256-b", "model.depth=1", "gpus=8")
-    assert vae["compute"][1] and vae["compute"][0] < 8 * 0.23 * 495e12 / 2 / 135e9  # SD-VAE's encoder alone takes 136 GMACs an image
+    # SD-VAE's encoder alone takes 136 GMACs an image
+    assert vae["compute"][1] and vae["compute"][0] < 8 * 0.23 * 495e12 / 2 / 135e9
     assert vae["decoding"] == (8 * 12 * 250, False)
-    few = limits_of("method=jit", "preset=imagenet256-b", "model.depth=1", "model.context_start=0", "gpus=8", "data.workers=1")
+    few = limits_of(
+        "method=jit", "preset=imagenet256-b", "model.depth=1", "model.context_start=0", "gpus=8", "data.workers=1"
+    )
     assert few["decoding"] == (8 * 250, True) and not few["compute"][1]
-    assert "network" in limits_of(*SMALL, "gpus=1", "nodes=2", "train.batch=8") and "decoding" not in limits_of(*SMALL, "gpus=1", "train.batch=8")
+    assert "network" in limits_of(*SMALL, "gpus=1", "nodes=2", "train.batch=8") and "decoding" not in limits_of(
+        *SMALL, "gpus=1", "train.batch=8"
+    )
 
 
 def test_the_noise_of_one_step_sampling_may_bind() -> None:
     planned = plan.Plan(plan.Keys(gpus=8), resolve(get_spec("pmf"), {"preset": "demo"}))
     lines = planned.sampling()
-    assert any("noise" in line and "3,072 random numbers" in line for line in lines) and sum("< binds" in line for line in lines) == 1
+    assert (
+        any("noise" in line and "3,072 random numbers" in line for line in lines)
+        and sum("< binds" in line for line in lines) == 1
+    )
 
 
 def test_what_is_counted_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     plan.work([*SMALL, "hardware=a100", "gpus=1", "train.batch=4"])
     told = capsys.readouterr().err.splitlines()
     assert told[0].startswith("planning: jit demo on 1 x 1 a100") and "loading PyTorch" in told[0]
-    for text in ("multiply-accumulates of a training step", "memory of a step of 4 images, blocks kept", "blocks recomputed", "of a sample"):
+    for text in (
+        "multiply-accumulates of a training step",
+        "memory of a step of 4 images, blocks kept",
+        "blocks recomputed",
+        "of a sample",
+    ):
         assert any(text in line for line in told), text
 
 
 @pytest.mark.parametrize(("name", "changes"), [("jit", {}), ("pmf", {"model.jvp": "func"}), ("pmf", {})])
-def test_blocks_that_are_alike_are_looked_up_and_give_the_same_memory(name: str, changes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two thirds of a plan's time went into working out the same shapes for every block; within forward derivatives nothing is looked up."""
+def test_blocks_that_are_alike_are_looked_up_and_give_the_same_memory(
+    name: str, changes: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two thirds of a plan's time went into working out the same shapes for every block;
+    within forward derivatives nothing is looked up.
+    """
     run = resolve(get_spec(name), {"preset": "demo", **changes})
     info = DataInfo.of(summarise(run.data))
     before = FakeTensorMode.cache_info().hits
@@ -194,7 +243,8 @@ def test_rates_and_memory_follow_from_what_is_counted() -> None:
     gathered, spread = 2 * step.largest_block + step.outside_blocks, step.trained + step.optimizer + step.averages
     sharded = step.peak_of_others - spread * 15 / 16 + gathered + step.trained / 16
     assert planned.bytes_a_gpu(step, "fsdp2", 8) == pytest.approx(sharded, abs=2)
-    assert planned.bytes_a_gpu(planned.step(4, False), "fsdp2", 4) > sharded  # gradients stay whole while they are accumulated
+    # gradients stay whole while they are accumulated
+    assert planned.bytes_a_gpu(planned.step(4, False), "fsdp2", 4) > sharded
     assert planned.largest_micro_batch("ddp", False) == (8, step.peak + step.trained)  # all of a GPU's share fits
 
 
@@ -228,7 +278,10 @@ def test_a_published_row_needs_no_data() -> None:
     planned = plan.Plan(plan.Keys(nodes=4), resolve(get_spec("jit"), {"preset": "imagenet256-h"}))
     assert planned.info.num_classes == 1000
     assert published_score(get_spec("jit"), planned.run.preset).startswith("FID 1.86, IS 303.4 (Table 7")
-    assert plan.training_macs(planned.method_class, planned.run, planned.info, False) == pytest.approx(3 * 182e9, rel=0.01)  # the paper's 182 Gflops
+    # the paper's 182 Gflops
+    assert plan.training_macs(planned.method_class, planned.run, planned.info, False) == pytest.approx(
+        3 * 182e9, rel=0.01
+    )
 
 
 def test_a_gpu_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +292,12 @@ def test_a_gpu_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["hardware=h1000"], "Did you mean 'h100'"), (["gpus=0"], "must be at least 1"), (["efficiency=2"], "is a share"), (["gpus=7"], "multiple of the 7")],
+    [
+        (["hardware=h1000"], "Did you mean 'h100'"),
+        (["gpus=0"], "must be at least 1"),
+        (["efficiency=2"], "is a share"),
+        (["gpus=7"], "multiple of the 7"),
+    ],
 )
 def test_mistakes_are_explained(arguments: list[str], message: str) -> None:
     with pytest.raises(plan.UserError, match=message):

@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from common.adversarial import augment, quantise
-from common.config import resolve
-from common.cost import empty_batch, on_meta, parameter_counts, sampling_cost, training_cost
-from common.encoders.frozen import Frozen
-from common.errors import UserError
-from common.seeds import Noise, image_seeds, seed_step
-from evaluation.evaluate import EmbeddedExtractor  # noqa: F401  the evaluator must import beside every method
-from evaluation.hidden_states import image_mean, tapped
-from launch.dry_run import describe_run
-from methods import get_class, get_spec, registered
-from methods.base import DataInfo, Method
+from pixlat.common.accounting.macs import empty_batch, on_meta, parameter_counts, sampling_cost, training_cost
+from pixlat.common.config.resolve import resolve
+from pixlat.common.errors import UserError
+from pixlat.common.frozen.base import Frozen
+from pixlat.common.maths.adversarial import augment, quantise
+from pixlat.common.seeds import Noise, image_seeds, seed_step
+from pixlat.evaluation.score.embedded import EmbeddedExtractor  # noqa: F401  the evaluator must import beside every method
+from pixlat.evaluation.studies.hidden_states import image_mean, tapped
+from pixlat.launch.job.dry_run import describe_run
+from pixlat.methods import get_class, get_spec, registered
+from pixlat.methods.base import DataInfo, Method
 
 INFO = DataInfo("synthetic", num_classes=10, image_size=32, num_train=64)
 
@@ -76,7 +76,8 @@ def test_each_phase_gives_a_finite_loss_and_gradients_to_its_parameters(method):
         method.zero_grad(set_to_none=True)
 
 
-# Settings that switch on what a demo leaves out: every phase of a method and every term that its loss may have from the first image on.
+# Settings that switch on what a demo leaves out: every phase of a method and every term that its loss
+# may have from the first image on.
 EVERYTHING_ON = {
     "vae": {"model.adversarial": "0.5", "model.adversarial_start": "64", "model.discriminator_widths": "[8,16]"},
     "dsd": {"model.gan_weight": "0.1", "model.gan_start": "64", "model.discriminator_widths": "[8,16]"},
@@ -169,16 +170,23 @@ def test_images_depend_on_their_own_seed_and_label_only(run, method):
         together = make_images(run, method, labels, seeds)
         alone = torch.cat([make_images(run, method, labels[i : i + 1], seeds[i : i + 1]) for i in range(6)])
     assert together.shape == (6, INFO.channels, INFO.image_size, INFO.image_size) and together.isfinite().all()
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)  # rounding of other matrix shapes, through the whole sampler
+    # rounding of other matrix shapes, through the whole sampler
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
     assert not torch.equal(together[0], together[1])
 
 
 def test_cost_is_counted_and_evaluations_are_those_executed(run, method):
     counted = sampling_cost(on_meta(type(method), run.model, INFO), run.sample)
     if method.task == "generation":
-        assert counted.nfe == method.evaluations(run.sample) <= sum(counted.net_forwards.values()) <= 2 * counted.nfe + 1
+        assert (
+            counted.nfe == method.evaluations(run.sample) <= sum(counted.net_forwards.values()) <= 2 * counted.nfe + 1
+        )
     else:
-        assert counted.nfe == method.evaluations(run.sample) == 0 and counted.net_forwards["decoder"] == 1 and counted.macs_decoder > 0
+        assert (
+            counted.nfe == method.evaluations(run.sample) == 0
+            and counted.net_forwards["decoder"] == 1
+            and counted.macs_decoder > 0
+        )
     assert counted.macs_per_image > 0
     training = training_cost(type(method), run.model, INFO)
     assert all(macs > 0 for _, macs in training.parts) and training.total(100, 64) > 0
@@ -199,7 +207,9 @@ def test_the_blocks_of_every_generator_can_be_listened_to(method):
             method.look(images, time)
         seen[time] = [image_mean(tokens) for tokens in outputs]
     assert len(seen[0.1]) == len(method.blocks()) > 0
-    assert all(a.shape[0] == 4 and a.isfinite().all() and not torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))
+    assert all(
+        a.shape[0] == 4 and a.isfinite().all() and not torch.equal(a, b) for a, b in zip(*seen.values(), strict=True)
+    )
 
 
 def test_the_leaderboard_is_told_what_it_shows(run, method):

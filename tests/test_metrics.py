@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from common.errors import UserError
-from evaluation import frechet, kid, prdc
-from evaluation.frechet import factorise, frechet_distance, frechet_distance_few, jackknife
-from evaluation.inception_score import inception_score, split_score
-from evaluation.kid import kernel_distance
-from evaluation.moments import Gaussian, Moments
+from pixlat.common.errors import UserError
+from pixlat.evaluation.features.moments import Gaussian, Moments
+from pixlat.evaluation.metrics import frechet, kid, prdc
+from pixlat.evaluation.metrics.frechet import factorise, frechet_distance, frechet_distance_few, jackknife
+from pixlat.evaluation.metrics.inception_score import inception_score, split_score
+from pixlat.evaluation.metrics.kid import kernel_distance
 
 
 def normal(n, dims, seed, scale=1.0, shift=0.0):
@@ -31,7 +31,7 @@ def gaussian_of(x):
     return moments_of(x).total()
 
 
-# -- Fréchet distance -----------------------------------------------------------------------------------------------------------
+# -- Fréchet distance --------------------------------------------------------------------------------------------------
 
 
 def test_frechet_of_a_set_with_itself_is_zero():
@@ -54,13 +54,18 @@ def test_frechet_agrees_with_general_eigenvalues():
 def test_eigenvalues_are_numpys_and_their_failure_is_told():
     matrix = normal(50, 30, seed=0).T.cov().numpy()
     expected = np.linalg.eigvalsh(matrix)
-    np.testing.assert_allclose(frechet.symmetric_eigenvalues(np.asfortranarray(np.tril(matrix))), expected, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(
+        frechet.symmetric_eigenvalues(np.asfortranarray(np.tril(matrix))), expected, rtol=1e-12, atol=1e-14
+    )
     with pytest.raises(UserError, match="dsterf"):
         frechet.symmetric_eigenvalues(np.full((4, 4), np.nan, order="F"))
 
 
 def test_frechet_of_commuting_covariances():
-    variances_a, variances_b = torch.arange(1.0, 9.0, dtype=torch.float64), torch.linspace(0.2, 5, 8, dtype=torch.float64)
+    variances_a, variances_b = (
+        torch.arange(1.0, 9.0, dtype=torch.float64),
+        torch.linspace(0.2, 5, 8, dtype=torch.float64),
+    )
     a, b = (Gaussian(100, torch.zeros(8, dtype=torch.float64), torch.diag(v)) for v in (variances_a, variances_b))
     expected = (variances_a.sqrt() - variances_b.sqrt()).square().sum()
     assert frechet_distance(a, factorise(b)) == pytest.approx(float(expected), rel=1e-12)
@@ -94,7 +99,7 @@ def test_float32_features_are_widened_before_they_are_summed():
     assert total.mean.dtype == total.cov.dtype == torch.float64
 
 
-# -- moments --------------------------------------------------------------------------------------------------------------------
+# -- moments -----------------------------------------------------------------------------------------------------------
 
 
 def test_moments_of_uneven_shards_merge_to_the_whole():
@@ -130,7 +135,7 @@ def test_weights_act_like_repeated_images():
     assert torch.allclose(weighted.cov, torch.cov(repeated.T) * correction, rtol=1e-10)
 
 
-# -- jackknife ------------------------------------------------------------------------------------------------------------------
+# -- jackknife ---------------------------------------------------------------------------------------------------------
 
 
 def test_jackknife_recovers_the_true_distance():
@@ -141,7 +146,12 @@ def test_jackknife_recovers_the_true_distance():
     estimates = []
     for _ in range(20):
         moments = moments_of(torch.from_numpy(rng.normal(0.1, 1.2, (n, dims))))
-        estimates.append(jackknife(frechet_distance(moments.total(), reference), [frechet_distance(g, reference) for g in moments.left_out()]))
+        estimates.append(
+            jackknife(
+                frechet_distance(moments.total(), reference),
+                [frechet_distance(g, reference) for g in moments.left_out()],
+            )
+        )
     spread = np.std([e.value for e in estimates], ddof=1)
     bias = np.mean([e.value for e in estimates]) - true
     assert bias > 3 * spread / 20**0.5  # the plain value is biased,
@@ -156,7 +166,7 @@ def test_jackknife_of_a_mean():
     assert estimate.se == pytest.approx(float(x.std()) / 20**0.5)
 
 
-# -- inception score ------------------------------------------------------------------------------------------------------------
+# -- inception score ---------------------------------------------------------------------------------------------------
 
 
 def test_inception_score_by_hand():
@@ -180,7 +190,7 @@ def test_inception_score_does_not_depend_on_the_order_of_classes():
     assert in_order == pytest.approx(interleaved, abs=0.1)
 
 
-# -- precision, recall, density, coverage ---------------------------------------------------------------------------------------
+# -- precision, recall, density, coverage ------------------------------------------------------------------------------
 
 
 def column(*values):
@@ -191,10 +201,14 @@ def test_prdc_by_hand():
     reference = column(0, 1, 2, 3, 4, 5, 6, 7)
     generated = column(0.5, 1.5, 20, 21, 22, 23, 24, 25)
     result = prdc.prdc(generated, reference)
-    # Radii of the reference: k=3: 3 2 2 2 2 2 2 3; k=5: 5 4 3 3 3 3 4 5. Of the generated, k=3: 20.5 19.5 2 2 2 2 2 3 (rounded where it matters not).
+    # Radii of the reference: k=3: 3 2 2 2 2 2 2 3; k=5: 5 4 3 3 3 3 4 5. Of the generated, k=3:
+    # 20.5 19.5 2 2 2 2 2 3 (rounded where it matters not).
     assert result.precision.tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
     assert result.recall.tolist() == [1] * 8  # all lie in the wide balls of the two near images
-    inside = [[abs(g - r) < d for r, d in zip(range(8), (5, 4, 3, 3, 3, 3, 4, 5), strict=True)] for g in generated.flatten().tolist()]
+    inside = [
+        [abs(g - r) < d for r, d in zip(range(8), (5, 4, 3, 3, 3, 3, 4, 5), strict=True)]
+        for g in generated.flatten().tolist()
+    ]
     assert result.density.tolist() == [sum(row) / 5 for row in inside]
     assert result.coverage.tolist() == [float(any(row[r] for row in inside)) for r in range(8)]
     assert result.density[0] == pytest.approx(4 / 5)
@@ -209,7 +223,12 @@ def test_prdc_comparisons_are_closed_and_open():
 
 def test_radii_leave_oneself_out():
     x = normal(50, 8, seed=0) + 1000  # far from the origin, the computed distance to oneself is not 0
-    expected = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf).sort(1).values[:, [2, 4]]
+    expected = (
+        torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+        .fill_diagonal_(torch.inf)
+        .sort(1)
+        .values[:, [2, 4]]
+    )
     assert torch.allclose(prdc.squared_radii(x - x.mean(0), (3, 5)).sqrt(), expected, rtol=1e-9)
 
 
@@ -236,7 +255,7 @@ def test_prdc_does_not_depend_on_the_block(monkeypatch):
         assert torch.equal(getattr(prdc.prdc(a, b), name), getattr(whole, name))
 
 
-# -- KID ------------------------------------------------------------------------------------------------------------------------
+# -- KID ---------------------------------------------------------------------------------------------------------------
 
 
 def brute_force_kid(x, y):
@@ -274,26 +293,46 @@ def test_kid_weights_act_like_repeated_images():
     pairs = (shares[:, None] * shares)[off]
     plain = kernel_distance(x, y).value
     within, across = kernel_yy[off].mean(), kernel_xy.mean()
-    expected = plain - within + 2 * across + (pairs * kernel_yy[off]).sum() / pairs.sum() - 2 * (kernel_xy * shares).sum(1).mean()
+    expected = (
+        plain
+        - within
+        + 2 * across
+        + (pairs * kernel_yy[off]).sum() / pairs.sum()
+        - 2 * (kernel_xy * shares).sum(1).mean()
+    )
     assert kernel_distance(x, y, weights).value == pytest.approx(float(expected), rel=1e-10)
 
 
 def test_the_error_of_kid_beyond_the_limit_is_that_of_other_generated_images(monkeypatch):
-    """Against a reference that stays: the spread over draws of the generated images, which subsets do not show, and all pairs at once in float32."""
+    """Against a reference that stays: the spread over draws of the generated images, which subsets do not show,
+    and all pairs at once in float32.
+    """
     monkeypatch.setattr(kid, "KID_COMPLETE_LIMIT", 60)
     monkeypatch.setattr(kid, "KID_SUBSET_SIZE", 50)
     monkeypatch.setattr(kid, "KID_SUBSETS", 40)
     monkeypatch.setattr(kid, "BLOCK", 64)
     reference = normal(150, 6, seed=1)
-    found = [kernel_distance(normal(300, 6, seed=100 + seed, shift=0.3).float(), reference.float()) for seed in range(60)]
+    found = [
+        kernel_distance(normal(300, 6, seed=100 + seed, shift=0.3).float(), reference.float()) for seed in range(60)
+    ]
     spread = np.std([each.value for each in found], ddof=1)
     told = np.sqrt(np.mean([each.se**2 for each in found]))
     assert told == pytest.approx(spread, rel=0.25)  # 60 draws know their spread to 9 %
-    choice = np.mean([kid.of_subsets(normal(300, 6, seed=100 + seed, shift=0.3), reference, torch.ones(150).double())[1] for seed in range(5)])
+    choice = np.mean(
+        [
+            kid.of_subsets(normal(300, 6, seed=100 + seed, shift=0.3), reference, torch.ones(150).double())[1]
+            for seed in range(5)
+        ]
+    )
     assert choice < 0.6 * spread  # what was printed
-    assert not found[0].left_out and found[0] == kernel_distance(normal(300, 6, seed=100, shift=0.3).float(), reference.float())
+    assert not found[0].left_out and found[0] == kernel_distance(
+        normal(300, 6, seed=100, shift=0.3).float(), reference.float()
+    )
     x, ones = normal(300, 6, seed=100, shift=0.3), torch.ones(150, dtype=torch.float64)
-    exact, single = kid.complete(x, reference, ones, groups=20), kid.complete(x.float(), reference.float(), ones, groups=20)
+    exact, single = (
+        kid.complete(x, reference, ones, groups=20),
+        kid.complete(x.float(), reference.float(), ones, groups=20),
+    )
     assert jackknife(*single).se == pytest.approx(jackknife(*exact).se, rel=1e-4)
 
 
@@ -308,12 +347,14 @@ def test_kid_of_large_sets_uses_seeded_subsets(monkeypatch):
     assert subsets.value != complete
 
 
-# -- torch-fidelity -------------------------------------------------------------------------------------------------------------
+# -- torch-fidelity ----------------------------------------------------------------------------------------------------
 
 
 class Images(Dataset):
     def __init__(self, seed, high):
-        self.images = torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).integers(0, high, (200, 3, 8, 8), dtype=np.uint8))
+        self.images = torch.from_numpy(
+            np.random.Generator(np.random.PCG64(seed)).integers(0, high, (200, 3, 8, 8), dtype=np.uint8)
+        )
 
     def __len__(self):
         return len(self.images)
@@ -355,11 +396,15 @@ def test_agrees_with_torch_fidelity():
     torch_fidelity.register_feature_extractor("linear-projections", Linear)
     generated, reference = Images(0, 256), Images(1, 230)
     theirs = torch_fidelity.calculate_metrics(
-        input1=generated, input2=reference, feature_extractor="linear-projections", isc=True, fid=True, kid=True, prc=True, samples_shuffle=False,
-        kid_subsets=2, kid_subset_size=200, prc_neighborhood=3, save_cpu_ram=True, cuda=False, cache=False, verbose=False,
+        input1=generated, input2=reference, feature_extractor="linear-projections", isc=True, fid=True, kid=True,
+        prc=True, samples_shuffle=False,
+        kid_subsets=2, kid_subset_size=200, prc_neighborhood=3, save_cpu_ram=True, cuda=False,
+        cache=False, verbose=False,
     )  # fmt: skip
     x, y = linear_features(generated.images), linear_features(reference.images)
-    assert frechet_distance(gaussian_of(x), factorise(gaussian_of(y))) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
+    assert frechet_distance(gaussian_of(x), factorise(gaussian_of(y))) == pytest.approx(
+        theirs["frechet_inception_distance"], rel=1e-5
+    )
     assert kernel_distance(x, y).value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
     near = prdc.prdc(x, y)
     assert 0.2 < near.precision.mean() < 1 and 0.2 < near.recall.mean() < 1

@@ -1,4 +1,6 @@
-"""Our metrics against those of torch-fidelity and clean-fid on the same images and features, through Inception with weights from a seed."""
+"""Our metrics against those of torch-fidelity and clean-fid on the same images and features,
+through Inception with weights from a seed.
+"""
 
 import numpy as np
 import pytest
@@ -6,18 +8,18 @@ import torch
 from inception_weights import random_inception
 from torch.utils.data import Dataset
 
-from evaluation.extractors import build_extractor
-from evaluation.frechet import factorise, frechet_distance, jackknife
-from evaluation.frechet_speed import compare
-from evaluation.inception_score import inception_score
-from evaluation.kid import kernel_distance
-from evaluation.measure import measure
-from evaluation.mind import monge_distance, unit_directions
-from evaluation.moments import Gaussian, Moments
-from evaluation.prdc import prdc
-from evaluation.protocols import INCEPTION, PROTOCOLS
-from evaluation.reference_files import Reference
-from evaluation.spread import over_seeds, paired_differences
+from pixlat.evaluation.bench.frechet import compare
+from pixlat.evaluation.features.moments import Gaussian, Moments
+from pixlat.evaluation.features.networks import build_extractor
+from pixlat.evaluation.features.reference_files import Reference
+from pixlat.evaluation.metrics.frechet import factorise, frechet_distance, jackknife
+from pixlat.evaluation.metrics.inception_score import inception_score
+from pixlat.evaluation.metrics.kid import kernel_distance
+from pixlat.evaluation.metrics.mind import monge_distance, unit_directions
+from pixlat.evaluation.metrics.prdc import prdc
+from pixlat.evaluation.metrics.spread import over_seeds, paired_differences
+from pixlat.evaluation.protocols.named import INCEPTION, PROTOCOLS
+from pixlat.evaluation.score.named import measure
 
 N = 20  # images a side: at 299 px each costs a quarter of a second
 SHORT = 100  # features whose covariance their general eigenvalues take in a moment; at 2048 they take half a minute
@@ -28,7 +30,11 @@ class Images(Dataset):
 
     def __init__(self, seed, gain):
         noise = torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).normal(size=(N, 3, 6, 6)))
-        self.images = (128 + gain * torch.nn.functional.interpolate(noise, (48, 48), mode="bicubic")).clamp(0, 255).to(torch.uint8)
+        self.images = (
+            (128 + gain * torch.nn.functional.interpolate(noise, (48, 48), mode="bicubic"))
+            .clamp(0, 255)
+            .to(torch.uint8)
+        )
 
     def __len__(self):
         return N
@@ -64,7 +70,9 @@ def test_agrees_with_torch_fidelity(sets):
 
         def __init__(self, name, features_list, **kwargs):
             super().__init__(name, features_list)
-            self.inception = FeatureExtractorInceptionV3("inner", ["2048", "logits_unbiased"], feature_extractor_weights_path=file)
+            self.inception = FeatureExtractorInceptionV3(
+                "inner", ["2048", "logits_unbiased"], feature_extractor_weights_path=file
+            )
 
         @staticmethod
         def get_provided_features_list():
@@ -86,14 +94,18 @@ def test_agrees_with_torch_fidelity(sets):
     torch_fidelity.register_feature_extractor("inception-and-short", WithShort)
     theirs = torch_fidelity.calculate_metrics(
         input1=generated, input2=real, feature_extractor="inception-and-short", isc=True, fid=True, kid=True, prc=True,
-        isc_splits=10, kid_subsets=2, kid_subset_size=N, prc_neighborhood=3, batch_size=10, save_cpu_ram=True, cuda=False, cache=False, verbose=False,
+        isc_splits=10, kid_subsets=2, kid_subset_size=N, prc_neighborhood=3, batch_size=10, save_cpu_ram=True,
+        cuda=False, cache=False, verbose=False,
     )  # fmt: skip
     short = factorise(moments_of(y.pooled[:, :SHORT]).total())
     assert frechet_distance(moments_of(x.pooled[:, :SHORT]).total(), short) == pytest.approx(
         theirs["frechet_inception_distance"], rel=1e-4
     )  # their mean is fp32
     assert inception_score(x.logits, "RandomState").value == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
-    assert kernel_distance(x.pooled, y.pooled).value == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-6)  # of kernels near 1, in fp32
+    # of kernels near 1, in fp32
+    assert kernel_distance(x.pooled, y.pooled).value == pytest.approx(
+        theirs["kernel_inception_distance_mean"], abs=1e-6
+    )
     near = prdc(x.pooled, y.pooled)
     assert float(near.precision.mean()) == pytest.approx(theirs["precision"], abs=1e-6)
     assert float(near.recall.mean()) == pytest.approx(theirs["recall"], abs=1e-6)
@@ -105,7 +117,8 @@ def test_agrees_with_clean_fid(sets):
 
     _, _, _, (x, y) = sets
     a, b = (side.pooled[:, :SHORT].double() for side in (x, y))
-    a, b = a.repeat(20, 1), b.repeat(20, 1)  # more rows than dimensions, for both to have a covariance of the same rank as before
+    # more rows than dimensions, for both to have a covariance of the same rank as before
+    a, b = a.repeat(20, 1), b.repeat(20, 1)
     generator = torch.Generator().manual_seed(0)
     a, b = (side + 0.01 * torch.randn(side.shape, generator=generator, dtype=torch.float64) for side in (a, b))
     theirs = fid.frechet_distance(a.mean(0).numpy(), np.cov(a.numpy().T), b.mean(0).numpy(), np.cov(b.numpy().T))
@@ -121,9 +134,15 @@ def test_a_named_protocol_measures_what_it_names(sets):
     metrics = measure(few, N, Cached(extractor, x, generated.images), short_of(reference, spatial), PROTOCOLS["adm256"])
     assert metrics.keys() == {"fid", "sfid", "is", "kid", "mind", "precision", "recall", "density", "coverage"}
     assert metrics["is"]["value"] == pytest.approx(inception_score(x.logits, "RandomState").value, rel=1e-6)
-    assert metrics["kid"]["value"] == pytest.approx(kernel_distance(x.pooled[:, :SHORT], y.pooled[:, :SHORT]).value, rel=1e-6)
-    assert metrics["sfid"]["value"] == pytest.approx(frechet_distance(moments_of(x.spatial[:, :50]).total(), factorise(spatial)), rel=1e-6)
-    assert all(len(metrics[name]["left_out"]) == 10 and metrics[name]["se"] > 0 for name in ("fid", "sfid", "kid", "mind"))
+    assert metrics["kid"]["value"] == pytest.approx(
+        kernel_distance(x.pooled[:, :SHORT], y.pooled[:, :SHORT]).value, rel=1e-6
+    )
+    assert metrics["sfid"]["value"] == pytest.approx(
+        frechet_distance(moments_of(x.spatial[:, :50]).total(), factorise(spatial)), rel=1e-6
+    )
+    assert all(
+        len(metrics[name]["left_out"]) == 10 and metrics[name]["se"] > 0 for name in ("fid", "sfid", "kid", "mind")
+    )
     near = prdc(x.pooled[:, :SHORT], y.pooled[:, :SHORT])
     assert metrics["coverage"]["value"] == pytest.approx(float(near.coverage.mean()))
 
@@ -138,7 +157,9 @@ class Cached:
 
     def __call__(self, images):
         rows = torch.cat([(self.images == image).flatten(1).all(1).nonzero()[0] for image in images])
-        return type(self.features)(self.features.pooled[rows, :SHORT], self.features.logits[rows], self.features.spatial[rows, :50])
+        return type(self.features)(
+            self.features.pooled[rows, :SHORT], self.features.logits[rows], self.features.spatial[rows, :50]
+        )
 
 
 def short_of(reference, spatial):
@@ -153,7 +174,7 @@ def test_the_benchmark_compares_equal_distances():
     assert result["pixlat"]["times_slower_wall"] == result["pixlat"]["times_slower_cpu"] == 1
 
 
-# -- MIND -----------------------------------------------------------------------------------------------------------------------
+# -- MIND --------------------------------------------------------------------------------------------------------------
 
 
 def test_mind_by_hand():
@@ -175,13 +196,22 @@ def test_mind_by_hand():
     assert shifted == pytest.approx(15 * 9, rel=0.1)
 
 
-# -- seeds and pairs ------------------------------------------------------------------------------------------------------------
+# -- seeds and pairs ---------------------------------------------------------------------------------------------------
 
 
 def estimate_of(x, reference):
     moments = moments_of(x, 20)
-    found = jackknife(frechet_distance(moments.total(), reference), [frechet_distance(g, reference) for g in moments.left_out()])
-    return {"value": found.value, "value_bc": found.value_bc, "se": found.se, "left_out": list(found.left_out), "n": len(x), "unit": "feature^2"}
+    found = jackknife(
+        frechet_distance(moments.total(), reference), [frechet_distance(g, reference) for g in moments.left_out()]
+    )
+    return {
+        "value": found.value,
+        "value_bc": found.value_bc,
+        "se": found.se,
+        "left_out": list(found.left_out),
+        "n": len(x),
+        "unit": "feature^2",
+    }
 
 
 def record(name, metrics, seeds=(0,), protocol="hash"):
@@ -199,7 +229,9 @@ def test_a_pair_on_the_same_seeds_tells_more_than_two_error_bars():
         (found,) = paired_differences(record("a", {"fid": first}), record("b", {"fid": second}))
         differences.append(found)
         spread.append(np.hypot(first["se"], second["se"]))
-    assert np.mean([d.se for d in differences]) == pytest.approx(np.std([d.value for d in differences], ddof=1), rel=0.6)
+    assert np.mean([d.se for d in differences]) == pytest.approx(
+        np.std([d.value for d in differences], ddof=1), rel=0.6
+    )
     assert np.mean(spread) > 4 * np.mean([d.se for d in differences])
     assert all(d.deviations > 3 and d.metric == "fid" for d in differences)
 
@@ -219,7 +251,10 @@ def test_seeds_become_a_mean_and_a_spread():
     rng = np.random.Generator(np.random.PCG64(1))
     reference = factorise(moments_of(torch.from_numpy(rng.normal(size=(4000, 4)))).total())
     floor = {"value": 3.0, "se": 0.1, "n": 5, "unit": "1"}
-    parts = [{"fid": estimate_of(torch.from_numpy(rng.normal(0.2, 1.1, (500, 4))), reference), "fd_floor": floor} for _ in range(4)]
+    parts = [
+        {"fid": estimate_of(torch.from_numpy(rng.normal(0.2, 1.1, (500, 4))), reference), "fd_floor": floor}
+        for _ in range(4)
+    ]
     together = over_seeds(parts)
     values = [part["fid"]["value"] for part in parts]
     assert together["fid"]["values"] == values

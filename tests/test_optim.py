@@ -1,4 +1,6 @@
-"""Muon and Nesterov Adam: the reference's numbers, orthogonality, fused matrices, resume, and torch's Muon beside ours."""
+"""Muon and Nesterov Adam: the reference's numbers, orthogonality, fused matrices, resume,
+and torch's Muon beside ours.
+"""
 
 import muon_processes
 import pytest
@@ -9,13 +11,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim._muon import _zeropower_via_newtonschulz as torchs_newton_schulz
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import checkpoint, muon, optim
-from common.config import TrainConfig, resolve
-from common.cost import on_meta
-from common.errors import UserError
-from common.muon import Muon, NesterovAdam, newton_schulz
-from methods import get_class, get_spec
-from methods.base import DataInfo, ParamGroup
+from pixlat.common.accounting.macs import on_meta
+from pixlat.common.config.resolve import resolve
+from pixlat.common.config.schema import TrainConfig
+from pixlat.common.errors import UserError
+from pixlat.common.training import muon, optim
+from pixlat.common.training.muon import Muon, NesterovAdam, newton_schulz
+from pixlat.common.training.optim import load_optimizer_state, optimizer_state
+from pixlat.methods import get_class, get_spec
+from pixlat.methods.base import DataInfo, ParamGroup
 
 
 def random(*shape, seed=0):
@@ -55,14 +59,17 @@ def test_muon_gives_the_references_numbers():
     optimizer = Muon([p], lr=1e-3)
     for g, expected in zip((gradient, gradient * gradient), MUON, strict=True):
         run(optimizer, [[g]])
-        # The first gradient has rank 2: the third direction is rounding noise that the iteration raises 500-fold, to 5e-5 of the update.
+        # The first gradient has rank 2: the third direction is rounding noise that the iteration raises 500-fold,
+        # to 5e-5 of the update.
         assert p[:, 0].tolist() == pytest.approx(expected, abs=5e-8)
 
 
 def test_nesterov_adam_gives_the_references_numbers():
     (p,) = zeros(3)
     optimizer = NesterovAdam([p], lr=1e-3)
-    for g, expected in zip((torch.sin(0.37 * torch.arange(1.0, 4)), -torch.sin(0.37 * torch.arange(6.0, 9))), ADAM, strict=True):
+    for g, expected in zip(
+        (torch.sin(0.37 * torch.arange(1.0, 4)), -torch.sin(0.37 * torch.arange(6.0, 9))), ADAM, strict=True
+    ):
         run(optimizer, [[g]])
         assert p.tolist() == pytest.approx(expected, rel=2e-6)
 
@@ -84,7 +91,12 @@ def test_the_update_of_a_tall_matrix_is_scaled_by_its_shape():
     for shape, factor in {(64, 16): 2.0, (16, 64): 1.0, (32, 32): 1.0}.items():
         (p,) = zeros(shape)
         run(Muon([p], lr=0.1), [[with_singular_values(*shape, low=0.2)]])
-        assert 0.65 < torch.linalg.svdvals(p.detach() / (0.1 * factor)).min() < torch.linalg.svdvals(p.detach() / (0.1 * factor)).max() < 1.25
+        assert (
+            0.65
+            < torch.linalg.svdvals(p.detach() / (0.1 * factor)).min()
+            < torch.linalg.svdvals(p.detach() / (0.1 * factor)).max()
+            < 1.25
+        )
 
 
 def test_a_fused_matrix_is_stepped_as_the_matrices_it_consists_of():
@@ -119,7 +131,7 @@ def test_torchs_muon_is_near_ours():
     assert 1e-4 < (ours - theirs).norm() / ours.norm() < 0.038
 
 
-# -- precision and processes --------------------------------------------------------------------------------------------------------
+# -- precision and processes -------------------------------------------------------------------------------------------
 
 SPECTRA = {
     "even": lambda n: torch.ones(n),
@@ -139,7 +151,9 @@ def spectrum(name, rows, columns, seed):
 
 @pytest.mark.parametrize("name", SPECTRA)
 def test_bf16_is_no_further_from_the_exact_factor_than_torchs_muon(name):
-    """Root mean squares over shapes and seeds of relative distances: to the exact iteration (float64), and to the orthogonal factor itself (SVD)."""
+    """Root mean squares over shapes and seeds of relative distances: to the exact iteration (float64),
+    and to the orthogonal factor itself (SVD).
+    """
     apart = []
     for shape in ((64, 64), (64, 192), (192, 64), (160, 320)):
         for seed in range(4):
@@ -147,12 +161,18 @@ def test_bf16_is_no_further_from_the_exact_factor_than_torchs_muon(name):
             exact = newton_schulz(matrix.double()[None])[0]
             u, _, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
             factor = u @ vt
-            results = newton_schulz(matrix[None], bf16=True)[0], torchs_newton_schulz(matrix, muon.NEWTON_SCHULZ, 5, 1e-7)
+            results = (
+                newton_schulz(matrix[None], bf16=True)[0],
+                torchs_newton_schulz(matrix, muon.NEWTON_SCHULZ, 5, 1e-7),
+            )
             assert results[0].dtype == torch.bfloat16
-            apart.append([(found.double() - goal).norm() / goal.norm() for found in results for goal in (exact, factor)])
+            apart.append(
+                [(found.double() - goal).norm() / goal.norm() for found in results for goal in (exact, factor)]
+            )
     ours_exact, ours_factor, theirs_exact, theirs_factor = torch.tensor(apart).square().mean(0).sqrt().tolist()
     assert ours_exact <= theirs_exact * 1.02 and ours_factor <= theirs_factor * 1.002
-    assert ours_exact < (0.4 if name == "of low rank" else 0.04)  # the rounding noise of empty directions is raised up to 3.4445^5 = 485 times
+    # the rounding noise of empty directions is raised up to 3.4445^5 = 485 times
+    assert ours_exact < (0.4 if name == "of low rank" else 0.04)
 
 
 def test_bf16_keeps_zero_and_changes_nothing_in_float32():
@@ -183,13 +203,20 @@ def two_processes(tmp_path_factory):
 def test_two_processes_share_the_work_and_agree_to_the_bit(two_processes, spread, bf16):
     first, second = (found[spread, bf16] for found in two_processes)
     assert all(torch.equal(a, b) for a, b in zip(first["params"], second["params"], strict=True))
-    # Rounding is raised at most 3.4445^5 = 485 times by an update: 485 x 2^-24 = 3e-5 of it; in bf16 the distance to the exact one is the bound.
-    alone, start = muon_processes.steps(False, bf16), [random(*shape, seed=k) for k, shape in enumerate(muon_processes.SHAPES)]
+    # Rounding is raised at most 3.4445^5 = 485 times by an update: 485 x 2^-24 = 3e-5 of it;
+    # in bf16 the distance to the exact one is the bound.
+    alone, start = (
+        muon_processes.steps(False, bf16),
+        [random(*shape, seed=k) for k, shape in enumerate(muon_processes.SHAPES)],
+    )
     for found, expected, before in zip(first["params"], alone, start, strict=True):
         assert (found - expected).norm() <= (0.03 if bf16 else 3e-5) * (expected - before).norm()
         assert (expected - before).norm() > 0.01
     for brought in (first["brought"], second["brought"]):
-        exchanges, numbers = ("all_to_all_single", "all_gather_into_tensor")[:: 1 if spread else -1], sum(r * c for r, c in muon_processes.SHAPES)
+        exchanges, numbers = (
+            ("all_to_all_single", "all_gather_into_tensor")[:: 1 if spread else -1],
+            sum(r * c for r, c in muon_processes.SHAPES),
+        )
         assert brought[exchanges[0]] and not brought[exchanges[1]]
         if spread:  # there and back, of each a half and at most a matrix and its padding more
             assert sum(brought["all_to_all_single"]) / muon_processes.STEPS < 1.4 * numbers
@@ -198,7 +225,9 @@ def test_two_processes_share_the_work_and_agree_to_the_bit(two_processes, spread
 def test_processes_of_which_one_has_nothing_to_do(monkeypatch):
     (p,) = zeros((4, 3))
     monkeypatch.setattr(muon.Team, "of", classmethod(lambda cls, params: cls(rank=1, size=2)))
-    monkeypatch.setattr(muon.dist, "all_gather_into_tensor", lambda output, mine, group: output.view(2, -1).copy_(torch.ones(12)))
+    monkeypatch.setattr(
+        muon.dist, "all_gather_into_tensor", lambda output, mine, group: output.view(2, -1).copy_(torch.ones(12))
+    )
     run(Muon([p], lr=0.1), [[random(4, 3)]])
     assert torch.allclose(p, torch.full((4, 3), -0.1 * (4 / 3) ** 0.5))
 
@@ -211,8 +240,13 @@ def test_parts_bound_what_is_held_at_once():
     assert list(muon.rounds([[0], []], [5], 9)) == [[[0], []]]
 
 
-# TFLOP of Newton-Schulz a step: of one process, of the busiest of 8 and of 64. Before the work was divided, every process executed the first number.
-NEWTON_SCHULZ_TFLOP = {"imagenet256-b": (3.456, 0.435, 0.0574), "imagenet256-l": (13.48, 1.696, 0.2326), "imagenet256-h": (36.72, 4.616, 0.5875)}
+# TFLOP of Newton-Schulz a step: of one process, of the busiest of 8 and of 64. Before the work was divided,
+# every process executed the first number.
+NEWTON_SCHULZ_TFLOP = {
+    "imagenet256-b": (3.456, 0.435, 0.0574),
+    "imagenet256-l": (13.48, 1.696, 0.2326),
+    "imagenet256-h": (36.72, 4.616, 0.5875),
+}
 
 
 @pytest.mark.parametrize("preset", NEWTON_SCHULZ_TFLOP)
@@ -241,7 +275,7 @@ def test_each_process_executes_its_share(preset, monkeypatch):
     assert [executed(size) for size in (1, 8, 64)] == pytest.approx(NEWTON_SCHULZ_TFLOP[preset], rel=2e-3)
 
 
-# -- the rest ------------------------------------------------------------------------------------------------------------------------
+# -- the rest ----------------------------------------------------------------------------------------------------------
 
 
 def test_nesterov_adam_follows_its_formula():
@@ -307,16 +341,18 @@ def test_resume_is_exact():
     optimizers = optim.build_optimizers(groups_of(cut), settings)
     step_module(cut, optimizers, range(3))
     names = {p: name for name, p in cut.named_parameters()}
-    saved = [save(checkpoint.optimizer_state(optimizer, names)) for optimizer in optimizers]
+    saved = [save(optimizer_state(optimizer, names)) for optimizer in optimizers]
     resumed = optim.build_optimizers(groups_of(cut), settings)
     for optimizer, state in zip(resumed, saved, strict=True):
-        checkpoint.load_optimizer_state(optimizer, load(state).items(), names)
+        load_optimizer_state(optimizer, load(state).items(), names)
     step_module(cut, resumed, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters(), strict=True))
 
 
 def test_builders_hand_on_what_the_groups_say():
-    first, second = optim.build_optimizers(groups_of(fused_module()), TrainConfig(lr=0.2, betas=[0.8, 0.9], eps=1e-6, weight_decay=0.01))
+    first, second = optim.build_optimizers(
+        groups_of(fused_module()), TrainConfig(lr=0.2, betas=[0.8, 0.9], eps=1e-6, weight_decay=0.01)
+    )
     assert isinstance(first, Muon) and isinstance(second, NesterovAdam)
     assert [group["split"] for group in first.param_groups] == [3, 1]
     assert [group["weight_decay"] for group in first.param_groups] == [0.01, 0.1]

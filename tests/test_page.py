@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 from records import metric, record
 
-from common.errors import UserError
-from evaluation import page
-from evaluation.attachments import attachment, grid_uri, losses, thinned
-from evaluation.board import Records, group, read_records
-from evaluation.columns import columns_of
-from evaluation.page import ASSETS, pareto_front, plot_data, script_json, to_html
-from evaluation.published import read_published
-from evaluation.record import write_record
+from pixlat.common.errors import UserError
+from pixlat.evaluation.board import page
+from pixlat.evaluation.board.attachments import attachment, grid_uri, losses, thinned
+from pixlat.evaluation.board.columns import columns_of
+from pixlat.evaluation.board.groups import Records, group, read_records
+from pixlat.evaluation.board.page import ASSETS, pareto_front, plot_data, script_json, to_html
+from pixlat.evaluation.records.published import read_published
+from pixlat.evaluation.records.record import write_record
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>${data}<!--"
 
@@ -67,12 +67,16 @@ def png(size=(40, 30), colour=(200, 30, 30)):
     return stream.getvalue()
 
 
-# -- one inert file -------------------------------------------------------------------------------------------------------------
+# -- one inert file ----------------------------------------------------------------------------------------------------
 
 
 def test_the_page_is_one_file_and_asks_for_nothing():
     parts = Parts(to_html(Records([record()], []), read_published()))
-    loaded = [(tag, name, value) for tag, name, value in parts.attributes if name in ("src", "srcset", "action", "data") or (tag == "link" and name == "href")]
+    loaded = [
+        (tag, name, value)
+        for tag, name, value in parts.attributes
+        if name in ("src", "srcset", "action", "data") or (tag == "link" and name == "href")
+    ]
     assert loaded == [("link", "href", "data:,")]
     policy = next(value for _, name, value in parts.attributes if name == "content" and "default-src" in value)
     assert policy.startswith("default-src 'none'; img-src data:;")
@@ -100,7 +104,9 @@ def test_script_json_has_no_angle_bracket():
 def test_vendored_files_are_what_their_authors_published():
     table = (ASSETS / "vendor" / "README.md").read_text()
     for file in (ASSETS / "vendor").glob("*.js"):
-        assert f"{hashlib.sha256(file.read_bytes()).hexdigest()} |" in next(line for line in table.splitlines() if line.startswith(f"| {file.name} "))
+        assert f"{hashlib.sha256(file.read_bytes()).hexdigest()} |" in next(
+            line for line in table.splitlines() if line.startswith(f"| {file.name} ")
+        )
         assert (ASSETS / "vendor" / f"{file.name.split('.')[0]}.LICENSE.txt").exists()
     assert all("</script" not in page.asset(name).lower() and "<!--" not in page.asset(name) for name in page.SCRIPTS)
     assert sum(len(page.asset(name)) for name in page.SCRIPTS) < 700_000
@@ -108,7 +114,9 @@ def test_vendored_files_are_what_their_authors_published():
 
 def test_own_script_hands_no_string_to_the_parser():
     source = page.asset("page.js")
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|\.html\(", source)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|\.html\(", source
+    )
 
 
 def test_an_empty_board_is_a_page():
@@ -116,7 +124,7 @@ def test_an_empty_board_is_a_page():
     assert data["rows"] == 0 and data["sections"] == [] and data["published"] == []
 
 
-# -- plots ----------------------------------------------------------------------------------------------------------------------
+# -- plots -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_front_is_what_nothing_beats_in_both():
@@ -129,7 +137,10 @@ def test_the_front_is_what_nothing_beats_in_both():
 def test_large_boards_draw_the_front_and_the_best(monkeypatch):
     monkeypatch.setattr(page, "DRAWN", 5)
     compute = record()["compute"]
-    rows = [record(f"r{i}", 10.0 + i, compute={**compute, "macs_per_image": 10**9 * (i + 1 if i else 500)}) for i in range(20)]
+    rows = [
+        record(f"r{i}", 10.0 + i, compute={**compute, "macs_per_image": 10**9 * (i + 1 if i else 500)})
+        for i in range(20)
+    ]
     rows.append(record("cheap", 99.0, compute={**compute, "macs_per_image": 10**6}))
     rows.append(record("free", 1.0, compute={**compute, "macs_per_image": 0}))
     board = group(rows, "Unguided")
@@ -148,12 +159,15 @@ def test_published_and_measured_never_share_a_plot_or_a_table():
     assert all(not marks for table in data["published"] for marks in table["table"]["best"])
 
 
-# -- what lies beside a record --------------------------------------------------------------------------------------------------
+# -- what lies beside a record -----------------------------------------------------------------------------------------
 
 
 def test_grids_are_embedded_small_and_side_by_side(tmp_path):
     artifacts = {"grid_png": "samples.png", "log": "metrics.jsonl"}
-    log = b"".join(json.dumps({"step": i, "images": 10 * i, "loss": 1 / i, "generator/loss": 2.0, "lr": 1}).encode() + b"\n" for i in range(1, 501))
+    log = b"".join(
+        json.dumps({"step": i, "images": 10 * i, "loss": 1 / i, "generator/loss": 2.0, "lr": 1}).encode() + b"\n"
+        for i in range(1, 501)
+    )
     with_files(tmp_path, record("a", 50.0, artifacts=artifacts), "a", samples_png=png((1440, 720)), metrics_jsonl=log)
     with_files(tmp_path, record("worse, same method", 60.0, artifacts=artifacts), "b", samples_png=png())
     with_files(tmp_path, record("guided", 55.0, guidance="cfg", artifacts=artifacts), "c", samples_png=png())
@@ -178,7 +192,11 @@ def test_files_outside_the_run_folder_are_not_opened(tmp_path):
     for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png"):
         with pytest.raises(UserError, match="outside its folder"):
             attachment(folder, name)
-    assert attachment(folder, "missing.png") is None and attachment(folder, "") is None and attachment(folder, None) is None
+    assert (
+        attachment(folder, "missing.png") is None
+        and attachment(folder, "") is None
+        and attachment(folder, None) is None
+    )
     assert attachment(folder, ".") is None
 
 
@@ -192,24 +210,33 @@ def test_a_broken_picture_is_named_and_the_page_renders(tmp_path, content):
 
 def test_pictures_too_large_are_refused(tmp_path, monkeypatch):
     (tmp_path / "grid.png").write_bytes(png((200, 200)))
-    monkeypatch.setattr("evaluation.attachments.MAX_PIXELS", 100 * 100)
+    monkeypatch.setattr("pixlat.evaluation.board.attachments.MAX_PIXELS", 100 * 100)
     with pytest.raises(UserError, match="200 x 200 pixels are too many"):
         grid_uri(tmp_path / "grid.png")
-    monkeypatch.setattr("evaluation.attachments.MAX_BYTES", 10)
+    monkeypatch.setattr("pixlat.evaluation.board.attachments.MAX_BYTES", 10)
     with pytest.raises(UserError, match="not put on a page"):
         attachment(tmp_path, "grid.png")
 
 
-@pytest.mark.parametrize("line", ["{", "1", '{"images": 1, "loss": "high"}', '{"loss": 1}', '{"images": 1, "loss": null}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "line", ["{", "1", '{"images": 1, "loss": "high"}', '{"loss": 1}', '{"images": 1, "loss": null}', "[" * 100_000]
+)
 def test_a_broken_log_is_named_and_the_page_renders(tmp_path, line):
-    with_files(tmp_path, record(artifacts={"log": "metrics.jsonl"}), metrics_jsonl=f'{{"images": 1, "loss": 1.0}}\n{line}\n'.encode())
+    with_files(
+        tmp_path,
+        record(artifacts={"log": "metrics.jsonl"}),
+        metrics_jsonl=f'{{"images": 1, "loss": 1.0}}\n{line}\n'.encode(),
+    )
     data = data_of(to_html(read_records(tmp_path), []))
     assert data["rows"] == 1 and "metrics.jsonl: cannot be read as a log" in data["leftOut"][0]
 
 
 def test_losses_keep_their_course(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(json.dumps({"images": i, "loss": float("nan") if i == 3 else 2.0 * i}) + "\n" for i in range(1, 6)) + '{"images": 6')
+    file.write_text(
+        "".join(json.dumps({"images": i, "loss": float("nan") if i == 3 else 2.0 * i}) + "\n" for i in range(1, 6))
+        + '{"images": 6'
+    )
     assert losses(file) == {"loss": [(1, 2), (2, 4), (4, 8), (5, 10)]}
     thin = thinned([(i, i) for i in range(1000)])
     assert len(thin) == 200 and thin[0] == (2, 2) and thin[-1] == (997, 997)

@@ -1,4 +1,7 @@
-"""The page in headless Chromium: sorting, filtering, hovering, themes, keyboard, phone. Screenshots go to $PIXLAT_ARTEFACTS where that is set."""
+"""The page in headless Chromium: sorting, filtering, hovering, themes, keyboard, phone.
+
+Screenshots go to $PIXLAT_ARTEFACTS where that is set.
+"""
 
 import io
 import json
@@ -11,12 +14,14 @@ import pytest
 from PIL import Image
 from records import metric, record
 
-from evaluation import leaderboard
-from evaluation.claims.framework import Claim, Criterion, Estimate, Evidence
-from evaluation.claims.record import build, write_claim
-from evaluation.record import write_record
+from pixlat.evaluation import leaderboard
+from pixlat.evaluation.records.claims import write_claim
+from pixlat.evaluation.records.record import write_record
+from pixlat.evaluation.studies.claims.framework import Claim, Criterion, Estimate, Evidence, build_record
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
 if CHROMIUM is None or shutil.which("chromedriver") is None:
     pytest.skip("no Chromium with chromedriver: apt-get install chromium chromium-driver", allow_module_level=True)
 
@@ -52,8 +57,10 @@ def keep_claim(folder):
     folder.mkdir()
     criterion = Criterion("a", HOSTILE, "at most", 1.0)
     claim = Claim(HOSTILE, "paper", HOSTILE, "setting", (criterion,), lambda budget: None, (1.0, 1.0))
-    evidence = Evidence({"a": Estimate(1.0, 0.5, 3)}, ["name", "value"], [[HOSTILE, "1 ± 0.5"]], figure=None, remarks=[HOSTILE])
-    write_claim(build(claim, evidence, quick=True, seconds=1.0, device="cpu"), folder)
+    evidence = Evidence(
+        {"a": Estimate(1.0, 0.5, 3)}, ["name", "value"], [[HOSTILE, "1 ± 0.5"]], figure=None, remarks=[HOSTILE]
+    )
+    write_claim(build_record(claim, evidence, quick=True, seconds=1.0, device="cpu"), folder)
     Image.linear_gradient("L").resize((400, 200)).convert("RGB").save(folder / "claim.png")
 
 
@@ -62,7 +69,11 @@ def page(tmp_path_factory):
     """A board with two protocols, guided and unguided rows, a hostile name, an unscored row and a broken record."""
     runs = tmp_path_factory.mktemp("runs")
     rows = [a_row(f"{system[0]}-{system[5]}-{seed}", system, seed) for system in SYSTEMS for seed in (0, 1)]
-    rows += [a_row(HOSTILE, SYSTEMS[0], 2), record("other protocol", num_images=5000), a_row("unscored", SYSTEMS[1], metrics={"is": metric(2.0)})]
+    rows += [
+        a_row(HOSTILE, SYSTEMS[0], 2),
+        record("other protocol", num_images=5000),
+        a_row("unscored", SYSTEMS[1], metrics={"is": metric(2.0)}),
+    ]
     for number, row in enumerate(rows):
         folder = runs / str(number)
         folder.mkdir()
@@ -81,7 +92,14 @@ def page(tmp_path_factory):
 def driver():
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--window-size=1400,1000"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+        "--window-size=1400,1000",
+    ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     started = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
@@ -103,8 +121,13 @@ def no_console_messages(driver):
 
 
 def opened(driver, page, width=1400, scheme="light"):
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500})
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500},
+    )
+    driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
     driver.get(page)
     assert driver.execute_script("return document.body.dataset.ready") == "true"
     return driver
@@ -122,14 +145,17 @@ def cells(browser, column, table=0):
     """Texts of a visible column, by its header."""
     script = """
       const table = document.querySelectorAll("table.dataTable")[arguments[0]];
-      const at = [...table.querySelectorAll("thead th")].findIndex((th) => th.querySelector(".dt-column-title").textContent.startsWith(arguments[1]));
+      const heads = [...table.querySelectorAll("thead th")];
+      const at = heads.findIndex((th) => th.querySelector(".dt-column-title").textContent.startsWith(arguments[1]));
       return [...table.tBodies[0].rows].map((row) => row.cells[Math.min(at, row.cells.length - 1)].textContent);
     """
     return browser.execute_script(script, table, column)
 
 
 def header(browser, column, table=0):
-    headers = browser.find_elements(By.CSS_SELECTOR, "table.dataTable")[table].find_elements(By.CSS_SELECTOR, "thead th")
+    headers = browser.find_elements(By.CSS_SELECTOR, "table.dataTable")[table].find_elements(
+        By.CSS_SELECTOR, "thead th"
+    )
     return next(each for each in headers if each.text.startswith(column))
 
 
@@ -142,7 +168,9 @@ def plots(browser):
 def keep(browser, name):
     """A screenshot of the whole page as an artefact of CI; checked to be a picture with something on it."""
     browser.execute_script("dispatchEvent(new Event('beforeprint'))")  # draws what has not been seen yet
-    assert not browser.execute_script("return [...document.querySelectorAll('.plots figure')].filter((each) => !each.querySelector('svg')).length")
+    assert not browser.execute_script(
+        "return [...document.querySelectorAll('.plots figure')].filter((each) => !each.querySelector('svg')).length"
+    )
     height, width = browser.execute_script("return [document.documentElement.scrollHeight, innerWidth]")
     size = {"width": width, "height": min(height, 6000), "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -154,36 +182,52 @@ def keep(browser, name):
     return Image.open(io.BytesIO(picture)).convert("RGB")
 
 
-# -- what is there --------------------------------------------------------------------------------------------------------------
+# -- what is there -----------------------------------------------------------------------------------------------------
 
 
 def test_everything_is_drawn_and_nothing_fetched(browser):
     headings = [each.text for each in browser.find_elements(By.TAG_NAME, "h2")]
     parts = ["Samples, side by side", "Claims of the papers, checked here", "Published, not measured here", "Left out"]
     assert headings == ["toy, 32 px, 1,000 images", "toy, 32 px, 5,000 images", *parts]
-    assert browser.find_element(By.CSS_SELECTOR, "#claims h3").text == f"{HOSTILE}: inconclusive" and browser.find_elements(By.CSS_SELECTOR, "#claims img")
-    assert [each.text for each in browser.find_elements(By.CSS_SELECTOR, "section:first-child h3")] == ["Unguided", "Guided"]
+    assert browser.find_element(
+        By.CSS_SELECTOR, "#claims h3"
+    ).text == f"{HOSTILE}: inconclusive" and browser.find_elements(By.CSS_SELECTOR, "#claims img")
+    assert [each.text for each in browser.find_elements(By.CSS_SELECTOR, "section:first-child h3")] == [
+        "Unguided",
+        "Guided",
+    ]
     assert cells(browser, "run")[:2] == ["beta-none-0", "beta-none-1"]
     assert cells(browser, "#")[-2:] == ["7", "-"]
-    fetched = browser.execute_script("return performance.getEntriesByType('resource').map((e) => e.name).filter((name) => !name.startsWith('data:'))")
+    fetched = browser.execute_script(
+        "return performance.getEntriesByType('resource').map((e) => e.name).filter((name) => !name.startsWith('data:'))"
+    )
     assert fetched == []
 
 
 def test_hostile_strings_are_text(browser):
     assert HOSTILE in cells(browser, "run")
     assert browser.execute_script("return window.broken") is None
-    assert browser.execute_script("return document.querySelectorAll('main script, main b, main img:not([src^=\"data:\"])').length") == 0
+    assert (
+        browser.execute_script(
+            "return document.querySelectorAll('main script, main b, main img:not([src^=\"data:\"])').length"
+        )
+        == 0
+    )
     assert HOSTILE[:60] in browser.find_element(By.CSS_SELECTOR, "#left-out li").text
 
 
 def test_the_best_is_marked_within_one_table(browser):
-    marked = browser.execute_script("return [...document.querySelectorAll('table.dataTable')].map((t) => t.querySelectorAll('td.best').length)")
+    marked = browser.execute_script(
+        "return [...document.querySelectorAll('table.dataTable')].map((t) => t.querySelectorAll('td.best').length)"
+    )
     assert all(count > 0 for count in marked[:2]) and marked[2] == 0  # a table of one row has no best
     assert sum(marked[3:]) == 0  # published rows
-    assert "best" in browser.find_element(By.XPATH, "//td[.='beta-none-0']/following-sibling::td[2]").get_attribute("class")
+    assert "best" in browser.find_element(By.XPATH, "//td[.='beta-none-0']/following-sibling::td[2]").get_attribute(
+        "class"
+    )
 
 
-# -- what a reader does ---------------------------------------------------------------------------------------------------------
+# -- what a reader does ------------------------------------------------------------------------------------------------
 
 
 def test_a_header_sorts_both_ways_and_says_so(browser):
@@ -204,7 +248,11 @@ def test_a_header_sorts_both_ways_and_says_so(browser):
 def test_the_keyboard_sorts_filters_and_opens(browser):
     header(browser, "params")  # on the page
     button = header(browser, "params").find_element(By.CSS_SELECTOR, ".dt-column-order")
-    assert button.get_attribute("role") == "button" and button.get_attribute("tabindex") == "0" and "params" in button.get_attribute("aria-label")
+    assert (
+        button.get_attribute("role") == "button"
+        and button.get_attribute("tabindex") == "0"
+        and "params" in button.get_attribute("aria-label")
+    )
     button.send_keys(Keys.ENTER)
     assert header(browser, "params").get_attribute("aria-sort") == "ascending"
     button.send_keys(Keys.SPACE)
@@ -226,14 +274,19 @@ def test_the_first_tab_stops_lead_to_the_tables(browser):
     stops = []
     for _ in range(10):
         ActionChains(browser).send_keys(Keys.TAB).perform()
-        stops.append(browser.execute_script("const e = document.activeElement; return e.id || e.textContent || e.className"))
+        stops.append(
+            browser.execute_script("const e = document.activeElement; return e.id || e.textContent || e.className")
+        )
     assert stops[0] == "Skip to the tables"
     assert stops[-3:] == ["filter", "columns", "theme"]
 
 
 def test_the_filter_narrows_tables_and_plots(browser):
     plots(browser)
-    faint = "return document.querySelector('.plots svg').querySelectorAll('[aria-label=dot] path[fill-opacity=\"0.12\"]').length"
+    faint = (
+        "return document.querySelector('.plots svg').querySelectorAll('[aria-label=dot] "
+        'path[fill-opacity="0.12"]\').length'
+    )
     field = browser.find_element(By.ID, "filter")
     field.send_keys("latent")  # of a column that is not shown
     until(lambda: set(cells(browser, "method")) == {"beta demo", "gamma demo"})
@@ -272,7 +325,7 @@ def test_themes_follow_the_system_and_the_button(driver, page):
     assert paper() == dark
 
 
-# -- what it looks like ---------------------------------------------------------------------------------------------------------
+# -- what it looks like ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (1400, "dark"), (375, "light"), (375, "dark")])

@@ -10,10 +10,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models import vgg16
 
-from common import perceptual
-from common.encoders.efficientnet_lite0 import EfficientNetLite0
-from common.errors import UserError
-from common.perceptual import ConvNeXtDistance, CropBoxes, EmbeddedDistance, GlobalResponseNorm, Lpips, draw_crops, keys_cubic, paired_crop
+from pixlat.common.errors import UserError
+from pixlat.common.frozen import perceptual
+from pixlat.common.frozen.efficientnet_lite0 import EfficientNetLite0
+from pixlat.common.frozen.perceptual import ConvNeXtDistance, EmbeddedDistance, GlobalResponseNorm, Lpips
+from pixlat.common.maths.crops import CropBoxes, draw_crops, keys_cubic, paired_crop
 
 DEPTHS, WIDTHS = (1, 1, 2, 1), (4, 8, 12, 16)
 
@@ -23,7 +24,9 @@ def images(n=2, size=32, seed=0):
 
 
 def randomise(module, seed=0):
-    """Weights that let every layer matter: convolutions and linear maps keep the scale, the rest varies about its default."""
+    """Weights that let every layer matter: convolutions and linear maps keep the scale,
+    the rest varies about its default.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
@@ -32,7 +35,7 @@ def randomise(module, seed=0):
     return module.eval()
 
 
-# -- crops --------------------------------------------------------------------------------------------------------------------------
+# -- crops -------------------------------------------------------------------------------------------------------------
 
 
 def test_drawn_boxes_follow_the_distribution():
@@ -43,12 +46,14 @@ def test_drawn_boxes_follow_the_distribution():
         assert torch.equal(side, side.round()) and side.min() >= 1 and side.max() == size
         assert torch.equal(offset, offset.round()) and offset.min() == 0 and (offset + side).max() == size
     area = box.height * box.width / size**2
-    assert 0.07 < area.min() < 0.09 and area.mean() == pytest.approx(0.54, abs=0.02)  # clipping takes a little off the largest
+    # clipping takes a little off the largest
+    assert 0.07 < area.min() < 0.09 and area.mean() == pytest.approx(0.54, abs=0.02)
     aspect = (box.width / box.height)[area < 0.5].log() / math.log(4 / 3)  # too small to be clipped
     assert aspect.abs().max() < 1.25  # rounding a side of 16 pixels moves the aspect
     assert abs(aspect.mean()) < 0.02 and aspect.std() == pytest.approx(1 / 3**0.5, abs=0.02)  # uniform in [-1, 1]
     counts = torch.bincount(box.top[box.height == 48].long())
-    assert len(counts) == 17 and counts.min() > 0.5 * counts.float().mean()  # every row can be the first, the last one too
+    # every row can be the first, the last one too
+    assert len(counts) == 17 and counts.min() > 0.5 * counts.float().mean()
 
 
 def test_whole_image_boxes_resize_as_torch_does():
@@ -56,7 +61,8 @@ def test_whole_image_boxes_resize_as_torch_does():
     box = CropBoxes(*(torch.full((2,), value) for value in (0.0, 0.0, 40.0, 40.0)))
     for size in (24, 40, 56):
         (found,) = paired_crop([x], box, size)
-        expected = F.interpolate(x, size=(size, size), mode="bicubic", antialias=True, align_corners=False)  # Keys' a = -0.5 and the same edges
+        # Keys' a = -0.5 and the same edges
+        expected = F.interpolate(x, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
         assert torch.allclose(found, expected, atol=2e-6)
 
 
@@ -76,7 +82,9 @@ def direct_crop(image, top, left, height, width, size):
 
 def test_crops_follow_the_formula():
     x = images(3, 20)
-    box = CropBoxes(*(torch.tensor(values) for values in ([0.0, 5.0, 12.0], [3.0, 0.0, 9.0], [19.0, 7.0, 8.0], [6.0, 20.0, 11.0])))
+    box = CropBoxes(
+        *(torch.tensor(values) for values in ([0.0, 5.0, 12.0], [3.0, 0.0, 9.0], [19.0, 7.0, 8.0], [6.0, 20.0, 11.0]))
+    )
     (found,) = paired_crop([x], box, 10)
     for k in range(3):
         place = [float(side[k]) for side in (box.top, box.left, box.height, box.width)]
@@ -111,7 +119,7 @@ def test_one_map_for_all_batches_of_images():
         assert torch.equal(paired_crop([x], box, 48)[0], a)
 
 
-# -- LPIPS --------------------------------------------------------------------------------------------------------------------------
+# -- LPIPS -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +151,8 @@ def test_lpips_equals_the_package(vgg_file):
 def test_lpips_is_a_distance_with_finite_gradients(vgg_file):
     network = Lpips(str(vgg_file.parent))
     network.load()
-    assert len(network.sha256) == 64 and network.num_parameters() == 14_714_688 + 1472  # VGG16's convolutions and the five heads
+    # VGG16's convolutions and the five heads
+    assert len(network.sha256) == 64 and network.num_parameters() == 14_714_688 + 1472
     x, y = images(2), torch.zeros(2, 3, 32, 32, requires_grad=True)
     distance = network(y, x)
     assert torch.allclose(distance, network(x, y)) and network(x, x).abs().max() == 0
@@ -156,14 +165,16 @@ def test_lpips_is_a_distance_with_finite_gradients(vgg_file):
 
 def test_lpips_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=r"vgg16-397923af.pth is needed and not in torch's hub cache.*curl -L .*download.pytorch.org"):
+    with pytest.raises(
+        UserError, match=r"vgg16-397923af.pth is needed and not in torch's hub cache.*curl -L .*download.pytorch.org"
+    ):
         Lpips().load()
     monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install lpips"):
         perceptual.lpips_heads()
 
 
-# -- ConvNeXt V2 --------------------------------------------------------------------------------------------------------------------
+# -- ConvNeXt V2 -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +205,11 @@ def test_convnext_has_the_released_names():
     with torch.device("meta"):
         released = perceptual.rename_convnext(transformers.ConvNextV2Model(config).state_dict())
     ours = ConvNeXtDistance().network.state_dict()
-    assert {name: tensor.shape for name, tensor in released.items()} == {name: tensor.shape for name, tensor in ours.items()}
-    assert perceptual.rename_convnext(ours | {"head.fc.weight": torch.zeros(1)}).keys() == ours.keys()  # timm's names pass
+    assert {name: tensor.shape for name, tensor in released.items()} == {
+        name: tensor.shape for name, tensor in ours.items()
+    }
+    # timm's names pass
+    assert perceptual.rename_convnext(ours | {"head.fc.weight": torch.zeros(1)}).keys() == ours.keys()
 
 
 def test_convnext_norms_have_the_papers_eps():
@@ -216,11 +230,14 @@ def test_convnext_says_what_is_missing(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"facebook/convnextv2-base-22k-224 .*hf download facebook/convnextv2-base-22k-224 model.safetensors"):
+    with pytest.raises(
+        UserError,
+        match=r"facebook/convnextv2-base-22k-224 .*hf download facebook/convnextv2-base-22k-224 model.safetensors",
+    ):
         ConvNeXtDistance().load()
 
 
-# -- the embedded distance ----------------------------------------------------------------------------------------------------------
+# -- the embedded distance ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +264,9 @@ def test_embedded_distance_orders_distortions(embedded):
     assert embedded(x, x).abs().max() < 1e-6
     assert (weak < strong).all() and weak.mean() < 0.5 * other.mean()
     assert torch.allclose(strong, embedded(x + 0.3 * noise, x), rtol=1e-4)
-    assert torch.allclose(strong, torch.cat([embedded(x[k : k + 1], (x + 0.3 * noise)[k : k + 1]) for k in range(4)]), rtol=1e-4)
+    assert torch.allclose(
+        strong, torch.cat([embedded(x[k : k + 1], (x + 0.3 * noise)[k : k + 1]) for k in range(4)]), rtol=1e-4
+    )
 
 
 def test_embedded_distance_has_a_gradient_everywhere(embedded):
@@ -258,7 +277,8 @@ def test_embedded_distance_has_a_gradient_everywhere(embedded):
     with torch.no_grad():
         step = 0.05 * y.grad / length
         numeric = (embedded(y + step, x) - embedded(y - step, x)) / 0.1
-    assert float(length) == pytest.approx(float(numeric), rel=0.05)  # along the gradient; the step crosses kinks of ReLU6
+    # along the gradient; the step crosses kinks of ReLU6
+    assert float(length) == pytest.approx(float(numeric), rel=0.05)
 
 
 def test_embedded_distance_at_other_sizes(embedded):
@@ -266,11 +286,14 @@ def test_embedded_distance_at_other_sizes(embedded):
     small.load()
     x, y = images(2), images(2, seed=1)
     assert (small(x, y) - embedded(x, y)).abs().min() > 1e-3
-    shrunk = [F.interpolate(image, size=(32, 32), mode="bicubic", antialias=True) for image in (images(2, 96), images(2, 96, seed=1))]
+    shrunk = [
+        F.interpolate(image, size=(32, 32), mode="bicubic", antialias=True)
+        for image in (images(2, 96), images(2, 96, seed=1))
+    ]
     assert torch.allclose(small(images(2, 96), images(2, 96, seed=1)), small(*shrunk), rtol=1e-4)
 
 
-# -- all of them --------------------------------------------------------------------------------------------------------------------
+# -- all of them -------------------------------------------------------------------------------------------------------
 
 MAKERS = {"lpips": Lpips, "convnext": lambda: ConvNeXtDistance(None, DEPTHS, WIDTHS), "embedded": EmbeddedDistance}
 
@@ -281,7 +304,9 @@ def test_distances_build_without_weights(make):
     before = torch.get_rng_state()
     network = make()
     assert torch.equal(torch.get_rng_state(), before)
-    assert not any(p.requires_grad for p in network.parameters()) and not any(module.training for module in network.train().modules())
+    assert not any(p.requires_grad for p in network.parameters()) and not any(
+        module.training for module in network.train().modules()
+    )
     with pytest.raises((RuntimeError, NotImplementedError)):
         network(images(1), images(1))  # without weights there is no distance
     with torch.device("meta"):

@@ -9,24 +9,19 @@ import pytest
 import torch
 from PIL import Image
 
-from common.datasets import ArrayImages
-from common.errors import UserError
-from common.pictures import (
-    ALARM,
-    BACKGROUND,
+from pixlat.common.errors import UserError
+from pixlat.common.images.image_set import ArrayImages
+from pixlat.common.pictures.curves import _panels, _running_mean, training_curves
+from pixlat.common.pictures.grids import ALARM, BACKGROUND, image_grid, save_png
+from pixlat.common.pictures.neighbours import (  # fmt: skip
     Neighbours,
     _neighbour_caption,
-    _panels,
-    _running_mean,
     contrast,
-    image_grid,
     merged,
     nearest,
     neighbour_picture,
-    save_png,
-    training_curves,
     variety,
-)  # fmt: skip
+)
 
 
 def noise(count: int, size: int = 8, seed: int = 0) -> np.ndarray:
@@ -37,7 +32,7 @@ def image_set(pixels: np.ndarray) -> ArrayImages:
     return ArrayImages(pixels, np.zeros(len(pixels), dtype=np.int64), "test")
 
 
-# -- grids ----------------------------------------------------------------------------------------------------------------------
+# -- grids -------------------------------------------------------------------------------------------------------------
 
 
 def test_grid_shows_every_pixel_as_a_square_of_its_color() -> None:
@@ -84,7 +79,7 @@ def test_png_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
         assert image.getpixel((0, 0)) == (1, 2, 3)
 
 
-# -- nearest training images ----------------------------------------------------------------------------------------------------
+# -- nearest training images -------------------------------------------------------------------------------------------
 
 
 def brute_force(samples: np.ndarray, train: np.ndarray, mirrored: bool, positions: np.ndarray) -> Neighbours:
@@ -106,15 +101,20 @@ def assert_equal(found: Neighbours, expected: Neighbours) -> None:
 
 
 def near_copies(seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Samples and training images that are nearly alike, with copies, mirror images and symmetric ones among them, so that equals are frequent."""
+    """Samples and training images that are nearly alike, with copies, mirror images and symmetric ones among them,
+    so that equals are frequent.
+    """
     rng = np.random.Generator(np.random.PCG64(seed))
-    base = rng.choice(np.array([0, 255], dtype=np.uint8), (1, 3, size, size))  # far from the middle: the largest products
+    # far from the middle: the largest products
+    base = rng.choice(np.array([0, 255], dtype=np.uint8), (1, 3, size, size))
     train = np.repeat(base, 23, 0)
     train[rng.random(train.shape) < 0.002] ^= 1  # a level apart here and there
     train[[3, 11, 17]] = train[[9, 4, 9]]
     train[[5, 20]] = train[[6, 6]][..., ::-1]
     train[14] = np.concatenate([train[14, ..., : size // 2], train[14, ..., : size // 2][..., ::-1]], -1)
-    samples = np.concatenate([train[[9, 6, 14]], train[[5]][..., ::-1], rng.integers(0, 256, (3, 3, size, size), dtype=np.uint8)])
+    samples = np.concatenate(
+        [train[[9, 6, 14]], train[[5]][..., ::-1], rng.integers(0, 256, (3, 3, size, size), dtype=np.uint8)]
+    )
     return samples, train
 
 
@@ -123,7 +123,7 @@ def near_copies(seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("seed", range(4))
 def test_nearest_equals_brute_force(mirrored: bool, seed: int, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     size = 40  # 4800 values: more than one sum of 1024, and a remainder
-    monkeypatch.setattr("common.pictures.BLOCK_VALUES", 5 * 3 * size * size)
+    monkeypatch.setattr("pixlat.common.pictures.neighbours.BLOCK_VALUES", 5 * 3 * size * size)
     samples, train = near_copies(seed, size)
     positions = np.random.Generator(np.random.PCG64(seed)).permutation(len(train))[:20]
     with torch.autocast("cpu", torch.bfloat16):  # pictures are drawn under the training's precision
@@ -142,11 +142,13 @@ def test_large_images_of_the_extremes_are_exact() -> None:
     black, white = np.zeros((1, 3, 256, 256), dtype=np.uint8), np.full((2, 3, 256, 256), 255, dtype=np.uint8)
     white[1, 0, 0, 0] = 254
     found = nearest(black, image_set(white))
-    assert found.indices.tolist() == [1] and found.distances[0] == np.sqrt(1 - (255**2 - 254**2) / (255**2 * 3 * 256**2))
+    assert found.indices.tolist() == [1] and found.distances[0] == np.sqrt(
+        1 - (255**2 - 254**2) / (255**2 * 3 * 256**2)
+    )
 
 
 def test_every_training_image_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.pictures.BLOCK_VALUES", 5 * 3 * 8 * 8)
+    monkeypatch.setattr("pixlat.common.pictures.neighbours.BLOCK_VALUES", 5 * 3 * 8 * 8)
     images, read = image_set(noise(23)), []
     monkeypatch.setattr(images, "fetch", lambda indices: read.extend(indices) or images.images[indices])
     nearest(noise(7, seed=2), images, mirrored=True)
@@ -193,7 +195,10 @@ def test_grey_samples_are_no_copies_and_the_caption_says_so() -> None:
     assert not has_alarm(neighbour_picture(grey, noise(20), distances, reference))
     assert _neighbour_caption(distances, reference, 0.11, 0, 20)[-2:] == [
         "0 of these 20 samples (0%) are below that too, and framed in red.",
-        "20 samples are near only because they have almost no contrast (their mean colour is nearer still): these are no copies.",
+        (
+            "20 samples are near only because they have almost no contrast (their mean colour is nearer still): "
+            "these are no copies."
+        ),
     ]
     grey[7] = noise(1)[0]  # one real copy among them
     distances[7] = 0.0
@@ -203,7 +208,10 @@ def test_grey_samples_are_no_copies_and_the_caption_says_so() -> None:
 def test_contrast_and_variety_are_root_mean_squares() -> None:
     half = np.zeros((1, 3, 4, 4), dtype=np.uint8)
     half[..., :2] = 255
-    assert contrast(half).tolist() == [0.5] and contrast(np.full((2, 3, 4, 4), 77, dtype=np.uint8)).tolist() == [0.0, 0.0]
+    assert contrast(half).tolist() == [0.5] and contrast(np.full((2, 3, 4, 4), 77, dtype=np.uint8)).tolist() == [
+        0.0,
+        0.0,
+    ]
     assert variety(half.repeat(5, 0)) == 0 and variety(np.concatenate([half, half[..., ::-1]])) == 0.5
 
 
@@ -215,11 +223,14 @@ def test_sample_and_neighbour_stand_side_by_side() -> None:
     assert left[0] < right[0] < left[96] < right[96]
 
 
-# -- curves ---------------------------------------------------------------------------------------------------------------------
+# -- curves ------------------------------------------------------------------------------------------------------------
 
 
 def rows_of(count: int) -> list[dict[str, float]]:
-    return [{"step": i, "images": 64 * i, "loss": 1 / i, "grad_norm": 1.0, "lr": 1e-3, "images_per_s": 200.0, "seconds": i} for i in range(1, count + 1)]
+    return [
+        {"step": i, "images": 64 * i, "loss": 1 / i, "grad_norm": 1.0, "lr": 1e-3, "images_per_s": 200.0, "seconds": i}
+        for i in range(1, count + 1)
+    ]
 
 
 @pytest.mark.filterwarnings("error")
@@ -236,7 +247,14 @@ def test_curves_of_any_length(tmp_path: Path, count: int) -> None:
 def test_curves_of_two_phases_with_gaps_and_non_finite_values(tmp_path: Path) -> None:
     rows = [
         {"images": 64, "generator/loss": 1.0, "generator/adv_loss": float("nan"), "lr": 0.0, "images_per_s": 0.0},
-        {"images": 128, "generator/loss": 0.5, "discriminator/loss": float("inf"), "discriminator/accuracy": 0.5, "lr": 0.0, "images_per_s": 3.0},
+        {
+            "images": 128,
+            "generator/loss": 0.5,
+            "discriminator/loss": float("inf"),
+            "discriminator/accuracy": 0.5,
+            "lr": 0.0,
+            "images_per_s": 3.0,
+        },
     ]
     training_curves(rows, tmp_path / "training.png")
     assert _panels(rows) == {

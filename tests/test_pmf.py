@@ -10,19 +10,21 @@ from conftest import ROOT
 from pmf_models import SMALL, TINY, make, mixed_draws, small, wave
 from torch import nn
 
-from common.config import TrainConfig, load_presets, resolve, run_folder
-from common.cost import on_meta
-from common.errors import UserError
-from common.optim import build_optimizers
-from common.seeds import Noise, image_seeds
-from common.trainer import split_batch
-from launch.job import run_all
-from methods import get_spec
-from methods.base import DataInfo
-from methods.pmf.config import SPEC, PMFConfig, PMFSample
-from methods.pmf.method import PMFMethod
-from methods.pmf.network import Condition, norm_tangent, tail
-from methods.pmf.objective import draw_times
+from pixlat.common.accounting.macs import on_meta
+from pixlat.common.config.identity import run_folder
+from pixlat.common.config.resolve import load_presets, resolve
+from pixlat.common.config.schema import TrainConfig
+from pixlat.common.errors import UserError
+from pixlat.common.seeds import Noise, image_seeds
+from pixlat.common.training.optim import build_optimizers
+from pixlat.common.training.steps import split_batch
+from pixlat.launch.job.execute import run_all
+from pixlat.methods import get_spec
+from pixlat.methods.base import DataInfo
+from pixlat.methods.pmf.config import SPEC, PMFConfig, PMFSample
+from pixlat.methods.pmf.method import PMFMethod
+from pixlat.methods.pmf.network import Condition, norm_tangent, tail
+from pixlat.methods.pmf.objective import draw_times
 
 BATCH = {"image": torch.linspace(-1, 1, 6 * 192).reshape(6, 3, 8, 8), "label": torch.tensor([0, 1, 2, 0, 1, 2])}
 
@@ -32,7 +34,7 @@ def condition_of(count, **given):
     return Condition(**{name: torch.full((count,), value) for name, value in values.items()})
 
 
-# -- the network ------------------------------------------------------------------------------------------------------------------
+# -- the network -------------------------------------------------------------------------------------------------------
 
 
 def test_untrained_predictions_are_zero():
@@ -45,14 +47,31 @@ def test_initialization():
     network = method.network
     for stack in (network.blocks, network.head.blocks, method.v_head.blocks):
         block = stack[1]
-        for linear in (block.attn.q, block.attn.k, block.attn.v, block.attn.out, block.mlp.w1, block.mlp.w2, block.mlp.w3):
-            assert linear.weight.std().item() == pytest.approx(0.32 / math.sqrt(linear.in_features), rel=0.03) and linear.bias is None
+        for linear in (
+            block.attn.q,
+            block.attn.k,
+            block.attn.v,
+            block.attn.out,
+            block.mlp.w1,
+            block.mlp.w2,
+            block.mlp.w3,
+        ):
+            assert (
+                linear.weight.std().item() == pytest.approx(0.32 / math.sqrt(linear.in_features), rel=0.03)
+                and linear.bias is None
+            )
         assert not block.gate1.any() and not block.gate2.any() and (block.norm1.weight == 1).all()
     for embed in (network.h_embed, network.omega_embed, network.t_min_embed, network.t_max_embed):
         for linear in (embed.mlp[0], embed.mlp[2]):
-            assert linear.weight.std().item() == pytest.approx(linear.in_features**-0.5, rel=0.03) and not linear.bias.any()
+            assert (
+                linear.weight.std().item() == pytest.approx(linear.in_features**-0.5, rel=0.03)
+                and not linear.bias.any()
+            )
     assert network.class_embed.weight.std().item() == pytest.approx(96**-0.5, rel=0.02)
-    tables = torch.cat([network.class_tokens, network.omega_tokens, network.t_min_tokens, network.t_max_tokens, network.h_tokens], dim=1)
+    tables = torch.cat(
+        [network.class_tokens, network.omega_tokens, network.t_min_tokens, network.t_max_tokens, network.h_tokens],
+        dim=1,
+    )
     assert tables.shape == (1, 20, 96) and tables.std().item() == pytest.approx(96**-0.5, rel=0.05)
     assert network.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
     for layer in (network.patch_embed.down, network.patch_embed.up):
@@ -66,7 +85,9 @@ def test_the_scale_enters_as_one_minus_its_inverse_and_the_rest_as_it_is():
     network = make(**TINY).network
     seen = {}
     for name in ("h_embed", "omega_embed", "t_min_embed", "t_max_embed"):
-        getattr(network, name).register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0].tolist()}))
+        getattr(network, name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.update({name: args[0].tolist()})
+        )
     network.embed(wave(0.13, 1), condition_of(1, h=0.25, omega=4.0, t_min=0.125, t_max=0.75))
     assert seen == {"h_embed": [0.25], "omega_embed": [0.75], "t_min_embed": [0.125], "t_max_embed": [0.75]}
 
@@ -77,7 +98,13 @@ def test_order_of_the_prefix():
     z, base = wave(0.13, 1), condition_of(1)
     tokens = network.embed(z, base)
     assert tokens.shape == (1, 20 + 16, 96)
-    places = {"labels": range(8), "omega": range(8, 12), "t_min": range(12, 14), "t_max": range(14, 16), "h": range(16, 20)}
+    places = {
+        "labels": range(8),
+        "omega": range(8, 12),
+        "t_min": range(12, 14),
+        "t_max": range(14, 16),
+        "h": range(16, 20),
+    }
     for name, place in places.items():
         moved = network.embed(z, base._replace(**{name: getattr(base, name) + 1})) != tokens
         assert [i for i in range(36) if moved[0, i].any()] == list(place), name
@@ -103,7 +130,11 @@ def test_tangents_of_layers_match_differences():
     block, rope = method.network.blocks[0], method.network.rope
     torch.manual_seed(1)
     x, step = torch.randn(2, 3, method.config.prefix + 4, 24, dtype=torch.float64)
-    for layer in (lambda x, dx=None: block(x, rope, dx), lambda x, dx=None: method.network.head(x, rope, dx), block.mlp):
+    for layer in (
+        lambda x, dx=None: block(x, rope, dx),
+        lambda x, dx=None: method.network.head(x, rope, dx),
+        block.mlp,
+    ):
         value, tangent = layer(x, step[1:])
         quotient = (layer(x + 1e-6 * step)[0] - layer(x - 1e-6 * step)[0])[1:] / 2e-6
         torch.testing.assert_close(tangent, quotient, atol=1e-8, rtol=1e-7)
@@ -116,11 +147,13 @@ def test_separate_heads_share_nothing():
     method = small()
     tokens, _ = method.network.shared(method.network.embed(BATCH["image"], condition_of(6)))
     for head, other in ((method.network.head, method.v_head), (method.v_head, method.network.head)):
-        gradients = torch.autograd.grad(head(tokens, method.network.rope)[0].sum(), list(other.parameters()), allow_unused=True, retain_graph=True)
+        gradients = torch.autograd.grad(
+            head(tokens, method.network.rope)[0].sum(), list(other.parameters()), allow_unused=True, retain_graph=True
+        )
         assert all(gradient is None for gradient in gradients)
 
 
-# -- the sampler ------------------------------------------------------------------------------------------------------------------
+# -- the sampler -------------------------------------------------------------------------------------------------------
 
 
 def test_one_step_returns_the_networks_image():
@@ -146,7 +179,9 @@ def test_steps_are_evaluations_and_the_v_head_is_not_among_them(steps):
 
 
 def test_steps_follow_the_average_velocity():
-    """With a network that returns the same image at every time, every number of steps lands on it along a straight line."""
+    """With a network that returns the same image at every time,
+    every number of steps lands on it along a straight line.
+    """
     method = small()
     target = torch.rand(1, 3, 8, 8)
     passed = []
@@ -168,17 +203,25 @@ def test_an_image_depends_on_its_own_seed_only():
 
 def test_the_leaderboard_is_told_of_guidance_and_of_the_evaluators_features():
     told = small().describe(PMFSample(guidance=3.0, interval=(0.0, 0.8)))
-    assert (told.guidance, told.guidance_scale, told.interval, told.steps, told.variant) == ("cfg, as an input", 3.0, (0.0, 0.8), 1, None)
+    assert (told.guidance, told.guidance_scale, told.interval, told.steps, told.variant) == (
+        "cfg, as an input",
+        3.0,
+        (0.0, 0.8),
+        1,
+        None,
+    )
     plain = small(optimizer="adam", time_sampler="diagonal").describe(PMFSample(guidance=1.0))
     assert (plain.guidance, plain.guidance_scale, plain.interval) == ("none", None, None)
     assert plain.variant == "times on the diagonal, optimizer adam"
 
 
-# -- optimizers -------------------------------------------------------------------------------------------------------------------
+# -- optimizers --------------------------------------------------------------------------------------------------------
 
 
 def test_what_muon_takes():
-    """Every matrix of the blocks, of the scalar embeddings and both final maps; patch maps and class table are Adam's, as are vectors."""
+    """Every matrix of the blocks, of the scalar embeddings and both final maps;
+    patch maps and class table are Adam's, as are vectors.
+    """
     method = small()
     names = {id(p): name for name, p in method.named_parameters()}
     matrices, rest = method.parameters_of("main")
@@ -191,7 +234,12 @@ def test_what_muon_takes():
     assert taken == expected
     left = {names[id(p)] for p in rest.params}
     assert taken | left == set(names.values()) and not taken & left
-    assert {"network.class_embed.weight", "network.patch_embed.up.weight", "network.patch_embed.down.weight", "network.pos_embed"} <= left
+    assert {
+        "network.class_embed.weight",
+        "network.patch_embed.up.weight",
+        "network.patch_embed.down.weight",
+        "network.pos_embed",
+    } <= left
 
 
 @pytest.mark.parametrize(("optimizer", "kinds"), [("muon", {"muon", "nesterov_adam"}), ("adam", {"adamw"})])
@@ -200,7 +248,11 @@ def test_scalar_embeddings_have_a_rate_of_their_own(optimizer, kinds):
     names = {id(p): name for name, p in method.named_parameters()}
     groups = method.parameters_of("main")
     slow = {names[id(p)] for group in groups if group.lr_scale == 0.1 for p in group.params}
-    assert slow == {name for name in names.values() if name.split(".")[1] in ("h_embed", "omega_embed", "t_min_embed", "t_max_embed")}
+    assert slow == {
+        name
+        for name in names.values()
+        if name.split(".")[1] in ("h_embed", "omega_embed", "t_min_embed", "t_max_embed")
+    }
     assert {group.lr_scale for group in groups} == {0.1, 1.0} and {group.kind for group in groups} == kinds
     assert sum(len(group.params) for group in groups) == len(names)
 
@@ -219,7 +271,7 @@ def test_optimizers_step_every_parameter(optimizer):
     assert not unmoved
 
 
-# -- precision and compilation ----------------------------------------------------------------------------------------------------
+# -- precision and compilation -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("jvp", ["fused", "func"])
@@ -258,21 +310,39 @@ def test_blocks_are_all_the_repeated_ones():
 
 @pytest.mark.parametrize(
     ("config", "images", "whole"),
-    [({}, 1, False), ({}, 3, False), ({}, 2, True), ({}, 128, True), ({"flow_share": 0.29}, 100, True), ({"flow_share": 0.3}, 4, False),
-     ({"time_sampler": "zero"}, 3, True), ({"time_sampler": "diagonal"}, 1, True)],
-)  # fmt: skip
+    [
+        ({}, 1, False),
+        ({}, 3, False),
+        ({}, 2, True),
+        ({}, 128, True),
+        ({"flow_share": 0.29}, 100, True),
+        ({"flow_share": 0.3}, 4, False),
+        ({"time_sampler": "zero"}, 3, True),
+        ({"time_sampler": "diagonal"}, 1, True),
+    ],
+)
 def test_a_micro_batch_has_a_whole_number_of_flow_matching_samples(config, images, whole):
     method = make(**TINY, **config)
     if whole:
         method.check_micro_batch(images)
-        assert draw_times(method.config, images)[2] == pytest.approx(method.config.flow_matching_samples(images), abs=1e-9)
+        assert draw_times(method.config, images)[2] == pytest.approx(
+            method.config.flow_matching_samples(images), abs=1e-9
+        )
         return
-    with pytest.raises(UserError, match=rf"^train\.micro_batch={images} .*which would be .* samples, so .* of {images} would be"):
+    with pytest.raises(
+        UserError, match=rf"^train\.micro_batch={images} .*which would be .* samples, so .* of {images} would be"
+    ):
         method.check_micro_batch(images)
 
 
 def test_a_run_with_such_a_micro_batch_is_refused_and_leaves_no_folder(tmp_path, capsys):
-    keys = {"data.name": "synthetic", "train.images": "4", "train.batch": "4", "train.micro_batch": "1", "out": str(tmp_path / "runs")}
+    keys = {
+        "data.name": "synthetic",
+        "train.images": "4",
+        "train.batch": "4",
+        "train.micro_batch": "1",
+        "out": str(tmp_path / "runs"),
+    }
     run = resolve(SPEC, {"method": "pmf", **keys})
     assert run_all([run]) == 2
     assert "train.micro_batch=1" in capsys.readouterr().err and not run_folder(run).exists()
@@ -282,19 +352,25 @@ def test_a_run_with_such_a_micro_batch_is_refused_and_leaves_no_folder(tmp_path,
 def test_presets_fit_one_process_and_eight(preset):
     run = resolve(SPEC, {"preset": preset})
     for processes in (1, 8) if run.train.batch % 16 == 0 else (1,):
-        on_meta(PMFMethod, run.model, DataInfo("x", 10, run.data.image_size or 32, 1)).check_micro_batch(split_batch(run.train, processes)[0])
+        on_meta(PMFMethod, run.model, DataInfo("x", 10, run.data.image_size or 32, 1)).check_micro_batch(
+            split_batch(run.train, processes)[0]
+        )
 
 
-# -- settings ---------------------------------------------------------------------------------------------------------------------
+# -- settings ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"depth": 0}, {"head_depth": 0}, {"head_depth": 17}, {"heads": 5}, {"width": 96, "heads": 16}, {"patch": 0}, {"bottleneck": -1},
-        {"class_tokens": 0}, {"time_tokens": 0}, {"mlp_hidden": 0}, {"prediction": "v"}, {"preconditioner": "vp"}, {"clip": 0.0},
-        {"noise_scale": 0.0}, {"time_sampler": "full"}, {"time_std": 0.0}, {"uniform_share": 1.5}, {"flow_share": -0.1}, {"label_drop": 2.0},
-        {"guidance_max": 1.0}, {"guidance_beta": -1.0}, {"norm_eps": 0.0}, {"norm_power": -1.0}, {"perceptual": "lpips"}, {"perceptual_size": 8},
+        {"depth": 0}, {"head_depth": 0}, {"head_depth": 17}, {"heads": 5}, {"width": 96, "heads": 16},
+        {"patch": 0}, {"bottleneck": -1},
+        {"class_tokens": 0}, {"time_tokens": 0}, {"mlp_hidden": 0}, {"prediction": "v"},
+        {"preconditioner": "vp"}, {"clip": 0.0},
+        {"noise_scale": 0.0}, {"time_sampler": "full"}, {"time_std": 0.0}, {"uniform_share": 1.5},
+        {"flow_share": -0.1}, {"label_drop": 2.0},
+        {"guidance_max": 1.0}, {"guidance_beta": -1.0}, {"norm_eps": 0.0}, {"norm_power": -1.0},
+        {"perceptual": "lpips"}, {"perceptual_size": 8},
         {"lambda1": -1.0}, {"optimizer": "sgd"}, {"jvp": "reverse"},
     ],
 )  # fmt: skip
@@ -304,7 +380,10 @@ def test_wrong_settings_name_the_key(wrong):
         PMFConfig(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"guidance": 0.5}, {"interval": (0.5, 0.5)}, {"interval": (-0.1, 1.0)}, {"interval": (0.1, 1.1)}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 0}, {"guidance": 0.5}, {"interval": (0.5, 0.5)}, {"interval": (-0.1, 1.0)}, {"interval": (0.1, 1.1)}],
+)
 def test_wrong_sampler_settings_name_the_key(wrong):
     (key,) = wrong
     with pytest.raises(UserError, match=rf"^sample\.{key}="):
@@ -328,14 +407,24 @@ def test_presets_resolve():
     published = {name: preset for name, preset in presets.items() if name != "demo"}
     assert {preset["data"]["image_size"] / preset["model"]["patch"] for preset in published.values()} == {16.0}
     assert {name: preset["expected"]["fid"] for name, preset in published.items()} == {
-        "imagenet256-b": 3.12, "imagenet256-l": 2.52, "imagenet256-h": 2.22, "imagenet512-b": 3.70, "imagenet512-l": 2.75, "imagenet512-h": 2.48,
-        "imagenet256-b-160": 3.53, "imagenet256-b-mse": 9.56, "imagenet256-b-lpips": 5.62, "imagenet64-b": 3.80, "imagenet1024-b": 4.58,
+        "imagenet256-b": 3.12, "imagenet256-l": 2.52, "imagenet256-h": 2.22, "imagenet512-b": 3.70,
+        "imagenet512-l": 2.75, "imagenet512-h": 2.48,
+        "imagenet256-b-160": 3.53, "imagenet256-b-mse": 9.56, "imagenet256-b-lpips": 5.62,
+        "imagenet64-b": 3.80, "imagenet1024-b": 4.58,
     }  # fmt: skip
-    assert [PMFConfig(**presets[f"imagenet256-{size}"]["model"]).mlp_hidden or 8 * width // 3 for size, width in (("b", 768), ("l", 1024), ("h", 1280))] == [
-        2048, 2730, 3416,
-    ]  # fmt: skip
+    assert [
+        PMFConfig(**presets[f"imagenet256-{size}"]["model"]).mlp_hidden or 8 * width // 3
+        for size, width in (("b", 768), ("l", 1024), ("h", 1280))
+    ] == [
+        2048,
+        2730,
+        3416,
+    ]
     recipe = {
-        name: tuple(getattr(PMFConfig(**preset["model"]), key) for key in ("noise_scale", "time_mean", "perceptual_max_t", "guidance_beta", "uniform_share"))
+        name: tuple(
+            getattr(PMFConfig(**preset["model"]), key)
+            for key in ("noise_scale", "time_mean", "perceptual_max_t", "guidance_beta", "uniform_share")
+        )
         for name, preset in published.items()
     }
     assert [recipe[f"imagenet{size}"] for size in ("256-b", "512-b", "256-l", "512-l", "256-h", "512-h")] == [

@@ -1,4 +1,6 @@
-"""pMF's flax archives: written here as flax and orbax write them (MessagePack, arrays as extensions), opened without flax, imported to a run folder."""
+"""pMF's flax archives: written here as flax and orbax write them (MessagePack, arrays as extensions),
+opened without flax, imported to a run folder.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,10 @@ import torch
 from test_import_export import SMALL, assert_same_images, built, imported
 from torch import Tensor
 
-from common.errors import UserError
-from methods.base import DataInfo
-from methods.pmf.flax_archive import CHUNKED, read_archive
-from methods.pmf.reference import flax_layout, to_released
+from pixlat.common.errors import UserError
+from pixlat.methods.base import DataInfo
+from pixlat.methods.pmf.flax_archive import CHUNKED, read_archive
+from pixlat.methods.pmf.reference import flax_layout, to_released
 
 msgpack = pytest.importorskip("msgpack")
 
@@ -26,7 +28,9 @@ def packed(tree: Any) -> bytes:
     def extension(value: Any) -> Any:
         assert isinstance(value, Tensor)
         raw = value.contiguous().view(torch.int16) if value.dtype == torch.bfloat16 else value.contiguous()
-        return msgpack.ExtType(1, msgpack.packb((tuple(value.shape), str(value.dtype).removeprefix("torch."), raw.numpy().tobytes())))
+        return msgpack.ExtType(
+            1, msgpack.packb((tuple(value.shape), str(value.dtype).removeprefix("torch."), raw.numpy().tobytes()))
+        )
 
     return msgpack.packb(tree, default=extension, strict_types=True)
 
@@ -55,7 +59,9 @@ def test_an_archive_becomes_a_run_folder(tmp_path, capsys):
     flat = flax_layout(to_released(method))
     tree, other = nested(flat), nested({name: 2 * value for name, value in flat.items()})
     state = {"step": 5, "params": other, "opt_state": {"0": {"mu": other}}, "ema_params": {"500": other, "2000": tree}}
-    full = archive(tmp_path / "full.zip", checkpoint_5=packed({**state, "ema_params": {"500": tree}}), checkpoint_10=packed(state))
+    full = archive(
+        tmp_path / "full.zip", checkpoint_5=packed({**state, "ema_params": {"500": tree}}), checkpoint_10=packed(state)
+    )
     arguments = ("method=pmf", f"out={tmp_path}", "preset=imagenet256-b-mse")
     assert imported(*arguments, f"file={full}") == 2
     assert "weights= one of: 500, 2000, params" in capsys.readouterr().err
@@ -70,7 +76,12 @@ def test_an_archive_becomes_a_run_folder(tmp_path, capsys):
 def test_types_and_arrays_in_pieces(tmp_path):
     values = torch.arange(24.0)
     pieces = {CHUNKED: True, "shape": {"0": 4, "1": 6}, "chunks": {"0": values[:10], "1": values[10:]}}
-    read = read_archive(archive(tmp_path / "a.zip", checkpoint_1=packed({"a": {"b": pieces}, "h": values.bfloat16(), "n": torch.tensor([3])})))
+    read = read_archive(
+        archive(
+            tmp_path / "a.zip",
+            checkpoint_1=packed({"a": {"b": pieces}, "h": values.bfloat16(), "n": torch.tensor([3])}),
+        )
+    )
     assert torch.equal(read["a"]["b"], values.reshape(4, 6))
     assert torch.equal(read["h"], values.bfloat16()) and read["h"].dtype == torch.bfloat16
     assert read["n"].tolist() == [3]

@@ -1,4 +1,6 @@
-"""pMF's training objective against a literal transcription of its description, difference quotients and closed forms."""
+"""pMF's training objective against a literal transcription of its description,
+difference quotients and closed forms.
+"""
 
 import math
 from dataclasses import replace
@@ -8,15 +10,21 @@ import torch
 from pmf_models import SMALL, make, mixed_draws, small
 from torch import nn
 
-from common import perceptual
-from common.flow import floor_at, match_dims
-from common.perceptual import CropBoxes
-from methods.pmf.config import PMFConfig
-from methods.pmf.network import Condition
-from methods.pmf.objective import adaptive, draw, draw_times, power_law, to_data, to_velocity
+from pixlat.common.maths import crops
+from pixlat.common.maths.crops import CropBoxes
+from pixlat.common.maths.flow import floor_at, match_dims
+from pixlat.methods.pmf.config import PMFConfig
+from pixlat.methods.pmf.network import Condition
+from pixlat.methods.pmf.objective import adaptive, draw, draw_times, power_law, to_data, to_velocity
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
-ABLATIONS = [{}, {"prediction": "u"}, {"preconditioner": "linear"}, {"preconditioner": "edm"}, {"preconditioner": "scm"}]
+ABLATIONS = [
+    {},
+    {"prediction": "u"},
+    {"preconditioner": "linear"},
+    {"preconditioner": "edm"},
+    {"preconditioner": "scm"},
+]
 
 
 def images(dtype=torch.float64):
@@ -27,7 +35,9 @@ def both_velocities(method, z, t, h, omega, t_min, t_max, labels):
     """F(z, t, h, omega, a, b, y) -> (u, v), by the plain forward."""
     network = method.network
     tokens, _ = network.shared(network.embed(z, Condition(h, omega, t_min, t_max, labels)))
-    return tuple(to_velocity(method.config, head(tokens, network.rope)[0], z, t) for head in (network.head, method.v_head))
+    return tuple(
+        to_velocity(method.config, head(tokens, network.rope)[0], z, t) for head in (network.head, method.v_head)
+    )
 
 
 def released_fields(method, x, labels, draws):
@@ -43,11 +53,16 @@ def released_fields(method, x, labels, draws):
         v_c0 = both_velocities(method, z, t, zero, omega, zero, one, labels)[1]
         v_u = both_velocities(method, z, t, zero, one, zero, one, null)[1]
         v_c = both_velocities(method, z, t, zero, masked, zero, one, labels)[1]
-        v_g = torch.where(flow[wide], v_t + (1 - 1 / omega)[wide] * (v_c0 - v_u), v_t + (1 - 1 / masked)[wide] * (v_c - v_u))
+        v_g = torch.where(
+            flow[wide], v_t + (1 - 1 / omega)[wide] * (v_c0 - v_u), v_t + (1 - 1 / masked)[wide] * (v_c - v_u)
+        )
         v_g = torch.where(draws.dropped[wide], v_t, v_g)
     labels = torch.where(draws.dropped, null, labels)
     u, du, v = torch.func.jvp(
-        lambda z, t, r: both_velocities(method, z, t, t - r, omega, draws.t_min, draws.t_max, labels), (z, t, r), (v_c, one, zero), has_aux=True
+        lambda z, t, r: both_velocities(method, z, t, t - r, omega, draws.t_min, draws.t_max, labels),
+        (z, t, r),
+        (v_c, one, zero),
+        has_aux=True,
     )
     return u + (t - r)[wide] * du.detach(), v, v_g
 
@@ -61,7 +76,9 @@ def gradients(method, *outputs):
 @pytest.mark.parametrize("config", ABLATIONS)
 @pytest.mark.parametrize("jvp", ["fused", "func"])
 def test_fields_and_gradients_follow_the_released_steps(config, jvp):
-    """Two forwards for three, tangents for half the batch and without a graph: the same numbers and the same gradients."""
+    """Two forwards for three, tangents for half the batch and without a graph:
+    the same numbers and the same gradients.
+    """
     method, oracle = small(jvp=jvp, **config).double(), small(jvp="func", **config).double()
     x, draws = images(), mixed_draws()
     fields = method.fields(x, LABELS, draws)
@@ -69,7 +86,12 @@ def test_fields_and_gradients_follow_the_released_steps(config, jvp):
     for found, wanted in zip((fields.u_at_t, fields.v, fields.target), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-10, rtol=1e-10)
     assert not fields.target.requires_grad
-    for (name, _), a, b in zip(method.named_parameters(), gradients(method, fields.u_at_t, fields.v), gradients(oracle, *expected[:2]), strict=True):
+    for (name, _), a, b in zip(
+        method.named_parameters(),
+        gradients(method, fields.u_at_t, fields.v),
+        gradients(oracle, *expected[:2]),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-8, msg=name)
         assert a.any(), name
 
@@ -123,7 +145,7 @@ def test_the_division_stops_moving_below_the_clip(t):
     torch.testing.assert_close(du, (dz - (u if t >= 0.05 else 0)) / max(t, 0.05))
 
 
-# -- the guided target ------------------------------------------------------------------------------------------------------------
+# -- the guided target -------------------------------------------------------------------------------------------------
 
 
 def recorded_target(draws, x=None):
@@ -154,7 +176,8 @@ def test_guidance_of_each_kind_of_sample():
     def expected(omega, label):
         return (1 - 1 / omega) * ((omega + 100 * label) - (1 + 300))
 
-    # 0 and 5 lost their class; 1 matches flows; 2 has t = 0.95 outside [0.1, 0.7], so no guidance; 3 and 4 are inside their intervals
+    # 0 and 5 lost their class; 1 matches flows; 2 has t = 0.95 outside [0.1, 0.7], so no guidance;
+    # 3 and 4 are inside their intervals
     assert guidance == pytest.approx([0, expected(3.0, 1), 0, expected(2.0, 0), expected(4.0, 1), 0], abs=1e-9)
     assert asked["beforehand"] == ([1.0, 2.0, 4.0, 5.0] + [1.0] * 6, [2, 0, 1, 2] + [3] * 6)
 
@@ -180,7 +203,7 @@ def test_the_target_is_noise_minus_data_only_above_the_clip():
     assert factor[1].item() == pytest.approx(0.4) and (factor[[0, 2, 3, 5]] == 1).all()
 
 
-# -- the loss ---------------------------------------------------------------------------------------------------------------------
+# -- the loss ----------------------------------------------------------------------------------------------------------
 
 
 def test_adaptive_weight_makes_gradients_free_of_scale():
@@ -199,7 +222,9 @@ def test_the_loss_weighs_each_sample_by_its_own_summed_error():
     fields = method.fields(x, LABELS, draws)
     sums = [((a - fields.target) ** 2).sum(dim=(1, 2, 3)) for a in (fields.u_at_t, fields.v)]
     assert out["loss"].item() == pytest.approx(sum((s / (s + 0.01)).mean().item() for s in sums), rel=1e-12)
-    assert out["loss_u"].item() == pytest.approx((sums[0].mean() / 192).item()) and out["loss_v"].item() == pytest.approx((sums[1].mean() / 192).item())
+    assert out["loss_u"].item() == pytest.approx((sums[0].mean() / 192).item()) and out[
+        "loss_v"
+    ].item() == pytest.approx((sums[1].mean() / 192).item())
     assert out.keys() == {"loss", "loss_u", "loss_v"}
 
 
@@ -229,13 +254,19 @@ def test_perceptual_terms_compare_the_image_that_u_points_to():
     x = images(torch.float32)
     out, fields = method.objective(x, LABELS, draws), method.fields(x, LABELS, draws)
     denoised = fields.z - draws.t[:, None, None, None] * fields.u
-    condition = Condition(draws.t - draws.r, draws.omega, draws.t_min, draws.t_max, torch.where(draws.dropped, 3, LABELS))
+    condition = Condition(
+        draws.t - draws.r, draws.omega, draws.t_min, draws.t_max, torch.where(draws.dropped, 3, LABELS)
+    )
     above = draws.t >= 0.05
-    torch.testing.assert_close(denoised[above], method.network(fields.z, condition)[above], atol=1e-5, rtol=1e-5)  # the network's own image
-    a, b = perceptual.paired_crop([denoised, x], draws.crops, 32)
+    # the network's own image
+    torch.testing.assert_close(denoised[above], method.network(fields.z, condition)[above], atol=1e-5, rtol=1e-5)
+    a, b = crops.paired_crop([denoised, x], draws.crops, 32)
     torch.testing.assert_close(method.perceptual["lpips"].seen[0], a, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(method.perceptual["lpips"].seen[1], b)
-    distances = torch.where(torch.tensor([False, True, False, False, True, True]), (a - b).square().mean(dim=(1, 2, 3)), 0.0)  # t = 0.6 is not below
+    # t = 0.6 is not below
+    distances = torch.where(
+        torch.tensor([False, True, False, False, True, True]), (a - b).square().mean(dim=(1, 2, 3)), 0.0
+    )
     plain = method.objective(x, LABELS, replace(draws, crops=None))["loss"]
     weighted = (distances / (distances + 0.01)).mean()
     torch.testing.assert_close(out["loss"] - plain, 0.5 * weighted, atol=2e-6, rtol=1e-5)
@@ -245,8 +276,10 @@ def test_perceptual_terms_compare_the_image_that_u_points_to():
 
 
 @pytest.mark.parametrize(("config", "names"), [
-    ({"perceptual": "none"}, []), ({"perceptual": "embedded"}, ["embedded"]), ({"perceptual": "lpips+convnext"}, ["lpips", "convnext"]),
-    ({"perceptual": "lpips+convnext", "lambda2": 0.0}, ["lpips"]), ({"perceptual": "lpips+convnext", "lambda1": 0.0}, ["convnext"]),
+    ({"perceptual": "none"}, []),
+    ({"perceptual": "embedded"}, ["embedded"]), ({"perceptual": "lpips+convnext"}, ["lpips", "convnext"]),
+    ({"perceptual": "lpips+convnext", "lambda2": 0.0}, ["lpips"]),
+    ({"perceptual": "lpips+convnext", "lambda1": 0.0}, ["convnext"]),
 ])  # fmt: skip
 def test_perceptual_networks_of_weight_zero_are_left_out(config, names):
     with torch.device("meta"):
@@ -256,7 +289,7 @@ def test_perceptual_networks_of_weight_zero_are_left_out(config, names):
     assert (draw(method.config, images()).crops is None) == (not names)
 
 
-# -- draws ------------------------------------------------------------------------------------------------------------------------
+# -- draws -------------------------------------------------------------------------------------------------------------
 
 COUNT = 40_000
 
@@ -275,7 +308,10 @@ def assert_normal(logits, mean, std):
 
 
 def test_times_on_the_plane():
-    """Flow matching: the first half, r = t, a plain logit-normal draw. The others: the larger and the smaller of two."""
+    """Flow matching: the first half, r = t, a plain logit-normal draw.
+
+    The others: the larger and the smaller of two.
+    """
     t, r, first = times(time_mean=0.8, time_std=0.8)
     assert first == COUNT // 2 and torch.equal(t[:first], r[:first]) and (r[first:] < t[first:]).all()
     assert_normal(torch.logit(t[:first]), 0.8, 0.8)
@@ -289,7 +325,8 @@ def test_a_share_of_the_times_is_uniform():
     elsewhere = ((t - 0.5).abs() > 0.01) | ((r - 0.5).abs() > 0.01)
     assert elsewhere.double().mean().item() == pytest.approx(0.1, abs=0.008)
     late = t[first:][elsewhere[first:]]
-    assert (late < math.sqrt(0.5)).double().mean().item() == pytest.approx(0.5, abs=0.05)  # the larger of two uniforms: P(t < s) = s^2
+    # the larger of two uniforms: P(t < s) = s^2
+    assert (late < math.sqrt(0.5)).double().mean().item() == pytest.approx(0.5, abs=0.05)
 
 
 def test_a_share_of_the_steps_ends_at_the_image():
@@ -314,7 +351,9 @@ def test_half_of_a_micro_batch_rounds_down(count, flow):
 
 
 def test_draws_by_position():
-    """Labels are lost by the first samples, as many as a binomial law says; flow matching has the interval (0, 1), the others their own."""
+    """Labels are lost by the first samples, as many as a binomial law says;
+    flow matching has the interval (0, 1), the others their own.
+    """
     config = PMFConfig(noise_scale=2.0)
     batch = torch.zeros(64, 1, 2, 2)
     counts, lows, highs, noises = [], [], [], []
@@ -332,7 +371,9 @@ def test_draws_by_position():
     assert torch.tensor(counts).double().var().item() == pytest.approx(64 * 0.09, rel=0.35)
     lows, highs, noises = torch.cat(lows), torch.cat(highs), torch.cat(noises)
     assert lows.min() >= 0 and lows.max() < 0.5 <= highs.min() and highs.max() < 1
-    assert lows.mean().item() == pytest.approx(0.25, abs=0.007) and highs.mean().item() == pytest.approx(0.75, abs=0.007)
+    assert lows.mean().item() == pytest.approx(0.25, abs=0.007) and highs.mean().item() == pytest.approx(
+        0.75, abs=0.007
+    )
     assert noises.std().item() == pytest.approx(2.0, rel=0.01)
 
 
@@ -359,7 +400,7 @@ def test_forward_is_the_objective_of_its_draws():
     assert not any(value.requires_grad for name, value in losses.items() if name != "loss")
 
 
-# -- pre-conditioners -------------------------------------------------------------------------------------------------------------
+# -- pre-conditioners --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["linear", "edm", "scm"])

@@ -1,4 +1,6 @@
-"""pMF against numbers of the authors' code (section 16 of the specification) and files laid out as the released ones."""
+"""pMF against numbers of the authors' code (section 16 of the specification)
+and files laid out as the released ones.
+"""
 
 import math
 
@@ -6,22 +8,22 @@ import pytest
 import torch
 from pmf_models import TINY, draws_of, fixture_method, make, wave
 
-from common.config import load_presets
-from common.cost import count_macs, on_meta, parameter_counts, sampling_cost
-from common.ema import Ema
-from common.errors import UserError
-from common.external import read_tensors
-from methods.base import DataInfo
-from methods.pmf.config import SPEC, PMFConfig, PMFSample
-from methods.pmf.flax_archive import flatten
-from methods.pmf.method import PMFMethod
-from methods.pmf.network import Condition
-from methods.pmf.objective import power_law, squared_error
-from methods.pmf.reference import ROPE, V_HEAD, Architecture, flax_layout, recognise, to_released, torch_layout
+from pixlat.common.accounting.macs import count_macs, on_meta, parameter_counts, sampling_cost
+from pixlat.common.config.resolve import load_presets
+from pixlat.common.errors import UserError
+from pixlat.common.training.ema import Ema
+from pixlat.common.weights.tensors import read_tensors
+from pixlat.methods.base import DataInfo
+from pixlat.methods.pmf.config import SPEC, PMFConfig, PMFSample
+from pixlat.methods.pmf.flax_archive import flatten
+from pixlat.methods.pmf.method import PMFMethod
+from pixlat.methods.pmf.network import Condition
+from pixlat.methods.pmf.objective import power_law, squared_error
+from pixlat.methods.pmf.reference import ROPE, V_HEAD, Architecture, flax_layout, recognise, to_released, torch_layout
 
 PRESETS = load_presets(SPEC.presets)
 
-# -- numbers of the authors' code -------------------------------------------------------------------------------------------------
+# -- numbers of the authors' code --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("jvp", ["fused", "func"])
@@ -45,13 +47,19 @@ def test_training_step_matches_fixture(jvp):
     )  # fmt: skip
     x, labels = wave(0.13, 4), torch.tensor([1, 2, 3, 4])
     fields = method.fields(x, labels, draws)
-    assert squared_error(fields.u_at_t, fields.target).tolist() == pytest.approx([5.5270e3, 1.7203e6, 2.5791e3, 9.1013e3], rel=2e-5)
-    assert squared_error(fields.v, fields.target).tolist() == pytest.approx([5.4054e3, 1.7108e6, 4.9451e3, 1.2678e4], rel=3e-5)
+    assert squared_error(fields.u_at_t, fields.target).tolist() == pytest.approx(
+        [5.5270e3, 1.7203e6, 2.5791e3, 9.1013e3], rel=2e-5
+    )
+    assert squared_error(fields.v, fields.target).tolist() == pytest.approx(
+        [5.4054e3, 1.7108e6, 4.9451e3, 1.2678e4], rel=3e-5
+    )
     torch.testing.assert_close(fields.u[2, :, 5, 9], torch.tensor([-0.10135, -0.95583, -0.18173]), atol=6e-6, rtol=0)
     loss = method.objective(x, labels, draws)["loss"]
     assert loss.item() == pytest.approx(1.999997, abs=1e-6)
     loss.backward()
-    assert math.sqrt(sum(p.grad.double().square().sum().item() for p in method.parameters())) == pytest.approx(4.91508, abs=1e-5)
+    assert math.sqrt(sum(p.grad.double().square().sum().item() for p in method.parameters())) == pytest.approx(
+        4.91508, abs=1e-5
+    )
 
 
 def test_guidance_law_and_average_match_fixture():
@@ -63,7 +71,7 @@ def test_guidance_law_and_average_match_fixture():
     assert ema.beta(10_000 * 1024, 1024) == pytest.approx(0.99858144, abs=5e-9)
 
 
-# -- sizes and costs --------------------------------------------------------------------------------------------------------------
+# -- sizes and costs ---------------------------------------------------------------------------------------------------
 
 TABLE = [
     ("256-b", 118_234_240, 175_474_304, 33.33, 50.05), ("512-b", 120_300_928, 179_312_768, 33.86, 51.03),
@@ -89,7 +97,12 @@ def test_parameters_and_macs_of_every_size(size, inference, training, gmacs, gma
     config = PMFConfig(**{**PRESETS[f"imagenet{size}"]["model"], "perceptual": "none"})
     method = on_meta(PMFMethod, config, DataInfo("imagenet", 1000, 16 * config.patch, 1_281_167))
     counts = parameter_counts(method)
-    assert (counts.gen_trainable, counts.gen_total, counts.decoder, counts.aux_train_only) == (inference, inference, 0, training - inference)
+    assert (counts.gen_trainable, counts.gen_total, counts.decoder, counts.aux_train_only) == (
+        inference,
+        inference,
+        0,
+        training - inference,
+    )
     assert sum(p.numel() for p in method.parameters()) == training
     cost = sampling_cost(method, PMFSample())
     assert cost.nfe == 1 and cost.net_forwards == {"network": 1.0}
@@ -98,7 +111,9 @@ def test_parameters_and_macs_of_every_size(size, inference, training, gmacs, gma
     condition = Condition(*scalars, empty(1, dtype=torch.int64))
 
     def both_heads():
-        tokens, _ = method.network.shared(method.network.embed(empty(1, 3, 16 * config.patch, 16 * config.patch), condition))
+        tokens, _ = method.network.shared(
+            method.network.embed(empty(1, 3, 16 * config.patch, 16 * config.patch), condition)
+        )
         method.network.head(tokens, method.network.rope)
         method.v_head(tokens, method.network.rope)
 
@@ -114,14 +129,23 @@ def test_other_resolutions_keep_their_tokens(patch, size):
     assert sampling_cost(method, PMFSample()).macs_per_image == closed_form(config)
 
 
-# -- released files ---------------------------------------------------------------------------------------------------------------
+# -- released files ----------------------------------------------------------------------------------------------------
 
 
 def released_shapes(depth, heads_depth, width, hidden, bottleneck, patch, head_dim, image_tokens=256, v_head=False):
     """Names and shapes of the released PyTorch dict, written down from its published table."""
     outputs = 3 * patch**2
-    shapes = {"time_tokens": (1, 4, width), "class_tokens": (1, 8, width), "omega_tokens": (1, 4, width), "t_min_tokens": (1, 2, width)}
-    shapes |= {"t_max_tokens": (1, 2, width), "pos_embed": (1, 20 + image_tokens, width), "rope_freqs": (image_tokens, head_dim // 2)}
+    shapes = {
+        "time_tokens": (1, 4, width),
+        "class_tokens": (1, 8, width),
+        "omega_tokens": (1, 4, width),
+        "t_min_tokens": (1, 2, width),
+    }
+    shapes |= {
+        "t_max_tokens": (1, 2, width),
+        "pos_embed": (1, 20 + image_tokens, width),
+        "rope_freqs": (image_tokens, head_dim // 2),
+    }
     shapes |= {"x_embedder.proj1.weight": (bottleneck, 3, patch, patch), "x_embedder.proj1.bias": (bottleneck,)}
     shapes |= {"x_embedder.proj2.weight": (width, bottleneck, 1, 1), "x_embedder.proj2.bias": (width,)}
     for name in ("h_embedder", "omega_embedder", "cfg_t_start_embedder", "cfg_t_end_embedder"):
@@ -130,12 +154,27 @@ def released_shapes(depth, heads_depth, width, hidden, bottleneck, patch, head_d
     shapes["y_embedder.embedding_table._flax_embedding.weight"] = (1001, width)
     block = {"attn_scale": (width,), "mlp_scale": (width,), "norm1.weight": (width,), "norm2.weight": (width,)}
     block |= {f"attn.{name}_proj._flax_linear.weight": (width, width) for name in ("q", "k", "v", "out")}
-    block |= {"attn.q_norm.weight": (head_dim,), "attn.k_norm.weight": (head_dim,), "mlp.w2._flax_linear.weight": (width, hidden)}
+    block |= {
+        "attn.q_norm.weight": (head_dim,),
+        "attn.k_norm.weight": (head_dim,),
+        "mlp.w2._flax_linear.weight": (width, hidden),
+    }
     block |= {"mlp.w1._flax_linear.weight": (hidden, width), "mlp.w3._flax_linear.weight": (hidden, width)}
-    stacks = {"shared_blocks": depth - heads_depth, "u_heads": heads_depth} | ({"v_heads": heads_depth} if v_head else {})
+    stacks = {"shared_blocks": depth - heads_depth, "u_heads": heads_depth} | (
+        {"v_heads": heads_depth} if v_head else {}
+    )
     for final in ("u_final_layer", "v_final_layer")[: 1 + v_head]:
-        shapes |= {f"{final}.norm.weight": (width,), f"{final}.linear._flax_linear.weight": (outputs, width), f"{final}.linear._flax_linear.bias": (outputs,)}
-    shapes |= {f"{stack}.{i}.{name}": shape for stack, count in stacks.items() for i in range(count) for name, shape in block.items()}
+        shapes |= {
+            f"{final}.norm.weight": (width,),
+            f"{final}.linear._flax_linear.weight": (outputs, width),
+            f"{final}.linear._flax_linear.bias": (outputs,),
+        }
+    shapes |= {
+        f"{stack}.{i}.{name}": shape
+        for stack, count in stacks.items()
+        for i in range(count)
+        for name, shape in block.items()
+    }
     return {f"net.{name}": shape for name, shape in shapes.items()}
 
 
@@ -165,23 +204,34 @@ def test_flax_names_and_shapes():
     tree = flax_layout(state)
     assert ROPE not in tree and len(tree) == 111
     for name, shape in {
-        "net/shared_blocks_0/attn/q_proj/_flax_linear/kernel": (96, 96), "net/u_heads_1/mlp/w1/_flax_linear/kernel": (96, 256),
+        "net/shared_blocks_0/attn/q_proj/_flax_linear/kernel": (96, 96),
+        "net/u_heads_1/mlp/w1/_flax_linear/kernel": (96, 256),
         "net/v_heads_0/norm1/kernel": (96,), "net/cfg_t_start_embedder/mlp/layers_0/_flax_linear/kernel": (256, 96),
-        "net/h_embedder/mlp/layers_2/_flax_linear/bias": (96,), "net/x_embedder/proj1/kernel": (8, 8, 3, 128), "net/x_embedder/proj2/kernel": (1, 1, 128, 96),
-        "net/y_embedder/embedding_table/embedding": (1, 1001, 96), "net/u_final_layer/linear/_flax_linear/kernel": (96, 192),
-        "net/class_tokens": (1, 8, 96), "net/shared_blocks_1/attn/k_norm/kernel": (16,), "net/shared_blocks_1/attn_scale": (96,),
+        "net/h_embedder/mlp/layers_2/_flax_linear/bias": (96,),
+        "net/x_embedder/proj1/kernel": (8, 8, 3, 128), "net/x_embedder/proj2/kernel": (1, 1, 128, 96),
+        "net/y_embedder/embedding_table/embedding": (1, 1001, 96),
+        "net/u_final_layer/linear/_flax_linear/kernel": (96, 192),
+        "net/class_tokens": (1, 8, 96),
+        "net/shared_blocks_1/attn/k_norm/kernel": (16,), "net/shared_blocks_1/attn_scale": (96,),
     }.items():  # fmt: skip
         assert tree[name].shape == shape, name
     kernel = tree["net/x_embedder/proj1/kernel"]
     assert kernel[3, 5, 1, 7] == state["net.x_embedder.proj1.weight"][7, 1, 3, 5]
-    wrapped = {name.replace("embedding_table/embedding", "embedding_table/_flax_embedding/embedding"): tensor for name, tensor in tree.items()}
+    wrapped = {
+        name.replace("embedding_table/embedding", "embedding_table/_flax_embedding/embedding"): tensor
+        for name, tensor in tree.items()
+    }
     assert torch_layout(wrapped).keys() == torch_layout(tree).keys() == state.keys() - {ROPE}
 
 
 def test_a_tree_of_arrays_is_flattened():
     tree = {"net": {"class_tokens": torch.ones(1, 2, 3), "u_heads_0": {"attn_scale": torch.zeros(3)}}}
     flat = flatten(tree)
-    assert flat.keys() == {"net/class_tokens", "net/u_heads_0/attn_scale"} and flat["net/class_tokens"].shape == (1, 2, 3)
+    assert flat.keys() == {"net/class_tokens", "net/u_heads_0/attn_scale"} and flat["net/class_tokens"].shape == (
+        1,
+        2,
+        3,
+    )
 
 
 def test_a_released_file_loads(tmp_path):
@@ -211,8 +261,10 @@ def test_foreign_keys_are_all_listed():
         method.from_reference(state)
     assert "5 keys differ" in str(error.value)
     for fault in (
-        "missing net.u_heads.1.norm1.weight (96,)", "missing net.v_heads.0.attn_scale (96,)", "missing net.rope_freqs (16, 8)",
-        "not known net.shared_blocks.2.norm1.weight (96,)", "net.x_embedder.proj2.weight is (96, 128), expected (96, 128, 1, 1)",
+        "missing net.u_heads.1.norm1.weight (96,)",
+        "missing net.v_heads.0.attn_scale (96,)", "missing net.rope_freqs (16, 8)",
+        "not known net.shared_blocks.2.norm1.weight (96,)",
+        "net.x_embedder.proj2.weight is (96, 128), expected (96, 128, 1, 1)",
     ):  # fmt: skip
         assert fault in str(error.value)
     tree = flax_layout(to_released(method))
@@ -231,7 +283,17 @@ def test_another_rotation_is_refused():
 
 @pytest.mark.parametrize("layout", [dict, flax_layout])
 def test_architecture_is_recognised(layout):
-    expected = Architecture(depth=4, head_depth=2, width=96, heads=6, mlp_hidden=256, patch=8, bottleneck=128, num_classes=1000, image_size=32)
+    expected = Architecture(
+        depth=4,
+        head_depth=2,
+        width=96,
+        heads=6,
+        mlp_hidden=256,
+        patch=8,
+        bottleneck=128,
+        num_classes=1000,
+        image_size=32,
+    )
     assert recognise(layout(to_released(fixture_method()))) == expected
     with pytest.raises(UserError, match="not the state dict of a released pMF"):
         recognise({"pos_embed": torch.zeros(1)})

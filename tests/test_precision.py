@@ -1,4 +1,6 @@
-"""What products are computed in, as far as a CPU can show it: which precision is chosen, which switches are set, and that they come back."""
+"""What products are computed in, as far as a CPU can show it: which precision is chosen, which switches are set,
+and that they come back.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ import torch
 from accelerate import PartialState
 from toys import settings
 
-from common.config import load_presets, resolve
-from common.precision import computing_in, executed_precision, resolve_precision, set_float32_products
-from common.trainer import make_accelerator
-from evaluation.features import exact_float32
-from methods import get_spec, registered
+from pixlat.common.config.resolve import load_presets, resolve
+from pixlat.common.precision import computing_in, executed_precision, resolve_precision, set_float32_products
+from pixlat.common.training.setup import make_accelerator
+from pixlat.evaluation.features.extractor import exact_float32
+from pixlat.methods import get_spec, registered
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -55,11 +57,14 @@ def test_a_run_on_the_cpu_of_a_gpu_machine_stays_float32(gpu: str) -> None:
     assert make_accelerator(settings()).mixed_precision == "no"
 
 
-@pytest.mark.parametrize(("precision", "expected"), [("fp32", (False, False)), ("tf32", (True, True)), ("bf16", (False, True))])
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("fp32", (False, False)), ("tf32", (True, True)), ("bf16", (False, True))]
+)
 def test_matrix_products_and_convolutions_agree(precision: str, expected: tuple[bool, bool]) -> None:
     set_float32_products(precision)
     assert switches() == expected
-    assert torch.get_float32_matmul_precision() == ("high" if expected[0] else "highest")  # torch's readers do not see mixed interfaces
+    # torch's readers do not see mixed interfaces
+    assert torch.get_float32_matmul_precision() == ("high" if expected[0] else "highest")
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=expected[1]):
         assert switches() == expected
 
@@ -95,8 +100,19 @@ def test_the_evaluators_features_stay_exact_and_no_cpu_begins_to_round() -> None
     assert on_cpu is None or on_cpu.fp32_precision == before
 
 
-# What the authors had (RAE and SiT float32 with TF32; pMF float32 whose products TPUs and the torch branch round; JiT bfloat16), else bf16 where it is fast.
-TRAINED = {"jit": "auto", "pmf": "tf32", "rae": "tf32", "rae_decoder": "auto", "sit": "tf32", "dit": "tf32", "repa": "auto", "reg": "auto", "dsd": "auto"}
+# What the authors had (RAE and SiT float32 with TF32; pMF float32 whose products TPUs and the torch branch round;
+# JiT bfloat16), else bf16 where it is fast.
+TRAINED = {
+    "jit": "auto",
+    "pmf": "tf32",
+    "rae": "tf32",
+    "rae_decoder": "auto",
+    "sit": "tf32",
+    "dit": "tf32",
+    "repa": "auto",
+    "reg": "auto",
+    "dsd": "auto",
+}
 
 
 @pytest.mark.parametrize("name", sorted(TRAINED))
@@ -109,7 +125,8 @@ def test_presets_train_in_their_authors_precision(name: str) -> None:
     assert set(TRAINED) <= set(registered())
 
 
-SAMPLED = {"jit": "bf16", "dsd": "fp32", "rae_decoder": "fp32"}  # the others: float32 with TF32, as in their authors' scripts
+# the others: float32 with TF32, as in their authors' scripts
+SAMPLED = {"jit": "bf16", "dsd": "fp32", "rae_decoder": "fp32"}
 TRUNCATED = ("rae", "repa", "reg")
 
 
@@ -119,6 +136,9 @@ def test_presets_sample_and_round_as_their_authors(name: str) -> None:
     for preset in load_presets(spec.presets):
         if preset.startswith("imagenet"):
             found = resolve(spec, {"preset": preset}).eval
-            assert (found.precision, found.uint8) == (SAMPLED.get(name, "tf32"), "truncate" if name in TRUNCATED else "round"), preset
+            assert (found.precision, found.uint8) == (
+                SAMPLED.get(name, "tf32"),
+                "truncate" if name in TRUNCATED else "round",
+            ), preset
     demo = resolve(spec, {"preset": "demo"}).eval
     assert (demo.precision, demo.uint8) == ("fp32", "round")  # one hash on CPUs and GPUs

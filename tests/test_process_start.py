@@ -1,4 +1,6 @@
-"""How the processes of a run find each other: torchrun on a machine without an accelerator, time limits, and starts that cannot work."""
+"""How the processes of a run find each other: torchrun on a machine without an accelerator, time limits,
+and starts that cannot work.
+"""
 
 import json
 import os
@@ -11,10 +13,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common import processes, synthetic
-from common.errors import UserError
-from common.processes import COLLECTIVE_TIMEOUT_MIN, join_processes
-from evaluation.record import read_record
+from pixlat.common import processes
+from pixlat.common.errors import UserError
+from pixlat.common.images import synthetic
+from pixlat.common.processes import COLLECTIVE_TIMEOUT_MIN, join_processes
+from pixlat.evaluation.records.record import read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,8 +30,19 @@ def free_port() -> str:
 
 def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
     """Two processes as a user starts them, without a word about CPUs."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE")} | {"OMP_NUM_THREADS": "1"}
-    call = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), *command]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE")} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    call = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        free_port(),
+        *command,
+    ]
     return subprocess.run(call, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
 
 
@@ -36,8 +50,8 @@ LIMITS = """
 import json
 import torch
 from torch.distributed.distributed_c10d import _get_default_group
-from common.config import TrainConfig
-from common.trainer import make_accelerator
+from pixlat.common.config.schema import TrainConfig
+from pixlat.common.training.setup import make_accelerator
 accelerator = make_accelerator(TrainConfig())
 seconds = _get_default_group()._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 if accelerator.is_main_process:
@@ -46,7 +60,9 @@ if accelerator.is_main_process:
 
 
 def test_collectives_wait_for_hours(tmp_path):
-    """NCCL's own limit is ten minutes, gloo's thirty: less than the main process's pictures or a large checkpoint may take."""
+    """NCCL's own limit is ten minutes, gloo's thirty: less than the main process's pictures
+    or a large checkpoint may take.
+    """
     script = tmp_path / "limits.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{LIMITS}")
     result = torchrun(str(script))
@@ -64,9 +80,12 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(synthetic.draw(number, 16).transpose(1, 2, 0)).save(folder / f"{number}.png")
     settings = {
-        "method": "jit", "data": "folder", "data.path": root / "images", "data.image_size": 16, "out": root / "runs", "name": "run", "model.depth": 2,
-        "model.width": 16, "model.heads": 2, "model.patch": 4, "model.bottleneck": 8, "model.context_tokens": 2, "model.context_start": 1,
-        "train.images": 32, "train.batch": 16, "train.micro_batch": 4, "train.preview_images": 0, "eval.num_images": 20, "sample.steps": 2,
+        "method": "jit", "data": "folder", "data.path": root / "images", "data.image_size": 16, "out": root / "runs",
+        "name": "run", "model.depth": 2,
+        "model.width": 16, "model.heads": 2, "model.patch": 4, "model.bottleneck": 8,
+        "model.context_tokens": 2, "model.context_start": 1,
+        "train.images": 32, "train.batch": 16, "train.micro_batch": 4, "train.preview_images": 0,
+        "eval.num_images": 20, "sample.steps": 2,
         "cluster.collective_timeout_min": 2,
     }  # fmt: skip
     result = torchrun("launch/run.py", *(f"{key}={value}" for key, value in settings.items()))
@@ -75,7 +94,9 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
 
 
 def test_torchrun_trains_on_a_machine_without_an_accelerator(finished):
-    """accelerate connects processes on CPUs only if it is told so: each took itself for the only one, and one was refused the other's folder."""
+    """accelerate connects processes on CPUs only if it is told so: each took itself for the only one,
+    and one was refused the other's folder.
+    """
     folder, printed = finished
     assert read_record(folder / "result.json")["metrics"]["fd_embedded"]["value"] > 0
     assert printed.count(f"{folder}/result.json") == 1, "one process speaks for the run"
@@ -99,9 +120,17 @@ def test_torchrun_evaluates_on_a_machine_without_an_accelerator(finished, comman
 
 
 def test_a_process_whose_peers_never_come_says_so(monkeypatch):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+    }.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"the 2 processes of this start did not all come to 127\.0\.0\.1:\d+ within 0\.01"):
+    with pytest.raises(
+        UserError, match=r"the 2 processes of this start did not all come to 127\.0\.0\.1:\d+ within 0\.01"
+    ):
         processes._meet(timedelta(minutes=0.01))
 
 
@@ -109,7 +138,9 @@ def test_several_processes_that_were_not_started_as_such_are_refused(monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in processes.LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match=r"WORLD_SIZE=2 .* RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set.*torchrun"):
+    with pytest.raises(
+        UserError, match=r"WORLD_SIZE=2 .* RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set.*torchrun"
+    ):
         join_processes()
 
 

@@ -1,4 +1,6 @@
-"""Named protocols: what moves a number is in the hash, the files they need, and statistics read from files that others made."""
+"""Named protocols: what moves a number is in the hash, the files they need,
+and statistics read from files that others made.
+"""
 
 import copy
 import hashlib
@@ -17,23 +19,29 @@ import torch
 from jsonschema_rs import Draft202012Validator
 from PIL import Image
 
-from common.config import DataConfig
-from common.datasets import load_data
-from common.errors import UserError
-from common.splits import fixed_draw
-from evaluation import reference
-from evaluation import samples as samples_module
-from evaluation.arrays import NpzImages, describe_arrays, read_floats
-from evaluation.features import EmbeddedExtractor, Features
-from evaluation.needed_files import NeededFile, checked, find, verify
-from evaluation.protocol import embedded_protocol, metric_hash, protocol_hash, protocol_name
-from evaluation.protocols import INCEPTION, PROTOCOLS, SampleRule, describe, get_protocol
-from evaluation.record import SCHEMA_FILE, read_record
-from evaluation.reference_files import build, read_built, read_reference, write_built
-from evaluation.samples import drawn_images
+from pixlat.common.config.schema import DataConfig
+from pixlat.common.datasets.load import load_data
+from pixlat.common.errors import UserError
+from pixlat.common.images.splits import fixed_draw
+from pixlat.evaluation import reference
+from pixlat.evaluation.features import samples as samples_module
+from pixlat.evaluation.features.arrays import NpzImages, describe_arrays, read_floats
+from pixlat.evaluation.features.extractor import EmbeddedExtractor, Features
+from pixlat.evaluation.features.reference_files import build, read_built, read_reference, write_built
+from pixlat.evaluation.features.samples import drawn_images
+from pixlat.evaluation.protocols.identity import embedded_protocol, metric_hash, protocol_hash, protocol_name
+from pixlat.evaluation.protocols.named import INCEPTION, PROTOCOLS, SampleRule, describe, get_protocol
+from pixlat.evaluation.protocols.needed_files import NeededFile, checked, find, verify
+from pixlat.evaluation.records.record import SCHEMA_FILE, read_record
 
 ROOT = Path(__file__).resolve().parent.parent
-REFERENCE = {"id": "adm-imagenet256", "stats_sha256": "cd" * 32, "split": "train", "n_images": 1_281_167, "crop": "adm_center_crop"}
+REFERENCE = {
+    "id": "adm-imagenet256",
+    "stats_sha256": "cd" * 32,
+    "split": "train",
+    "n_images": 1_281_167,
+    "crop": "adm_center_crop",
+}
 SAMPLES = SampleRule(50_000, "random", "round_half_even")
 
 
@@ -41,13 +49,16 @@ def described(name="adm256", weights="ab" * 32, given=REFERENCE, n_features=10_0
     return describe(PROTOCOLS[name], weights, given, n_features, resolution, samples)
 
 
-# -- identity -------------------------------------------------------------------------------------------------------------------
+# -- identity ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_embedded_protocol_keeps_its_hash():
-    extractor = SimpleNamespace(id="embedded-v1", sha256="ab" * 32, layer="pooled", resize="128", scaling="(x-127)/128", dims=320)
+    extractor = SimpleNamespace(
+        id="embedded-v1", sha256="ab" * 32, layer="pooled", resize="128", scaling="(x-127)/128", dims=320
+    )
     assert (
-        protocol_hash(embedded_protocol(extractor, "toy", "train-digest", "heldout-digest", 4599, 32, 1000)) == "0fdb92f63b67"
+        protocol_hash(embedded_protocol(extractor, "toy", "train-digest", "heldout-digest", 4599, 32, 1000))
+        == "0fdb92f63b67"
     )  # evaluator 2: sampling precision in, names out
     assert protocol_hash(embedded_protocol(extractor, "toy", "t", None, 45990, 32, 50000)) == "50a78f5d7a8f"
 
@@ -73,7 +84,12 @@ def test_everything_that_moves_a_number_is_in_the_hash():
         *(described(name) for name in ("jit256", "pmf256", "clean", "fd_dinov2")),
     ]
     assert len({protocol_hash(variant) for variant in variants}) == len(variants)
-    for path in (("estimator", "is", "splits"), ("estimator", "prdc", "k_precision"), ("estimator", "kid", "seed"), ("estimator", "mind", "projections")):
+    for path in (
+        ("estimator", "is", "splits"),
+        ("estimator", "prdc", "k_precision"),
+        ("estimator", "kid", "seed"),
+        ("estimator", "mind", "projections"),
+    ):
         changed = copy.deepcopy(variants[0])
         target = changed
         for key in path[:-1]:
@@ -85,9 +101,15 @@ def test_everything_that_moves_a_number_is_in_the_hash():
 
 
 def test_names_are_not_in_the_hash():
-    """Two laboratories with the same bytes under other names share a table: of folders, of built references, of the protocol itself."""
+    """Two laboratories with the same bytes under other names share a table: of folders, of built references,
+    of the protocol itself.
+    """
     ours, theirs = (described(given={**REFERENCE, "id": name}) for name in ("imagenet", "ILSVRC2012"))
-    assert ours != theirs and protocol_hash(ours) == protocol_hash(theirs) and metric_hash(ours, "fid") == metric_hash(theirs, "fid")
+    assert (
+        ours != theirs
+        and protocol_hash(ours) == protocol_hash(theirs)
+        and metric_hash(ours, "fid") == metric_hash(theirs, "fid")
+    )
     assert protocol_hash({**ours, "name": "mine"}) == protocol_hash(ours)
 
 
@@ -97,7 +119,9 @@ def test_the_committed_records_say_what_a_run_of_today_would():
         kept = read_record(path)["protocol"]
         made = ("round_half_even", "float32", source.train.decoding)
         sizes = (len(source.train), 32, kept["samples"]["n"])
-        today = embedded_protocol(EmbeddedExtractor, "emoji32", source.train.digest, source.heldout.digest, *sizes, *made)
+        today = embedded_protocol(
+            EmbeddedExtractor, "emoji32", source.train.digest, source.heldout.digest, *sizes, *made
+        )
         assert today == kept, path
 
 
@@ -124,18 +148,22 @@ def test_protocols_fit_the_schema_and_have_names():
         get_protocol("adm265")
 
 
-# -- needed files ---------------------------------------------------------------------------------------------------------------
+# -- needed files ------------------------------------------------------------------------------------------------------
 
 
 def test_files_are_found_by_name_and_checked(tmp_path, monkeypatch):
     content = b"weights"
-    file = NeededFile("weights", ("a.pth", "b.pth"), "https://example.org/a.pth", len(content), hashlib.sha256(content).hexdigest())
+    file = NeededFile(
+        "weights", ("a.pth", "b.pth"), "https://example.org/a.pth", len(content), hashlib.sha256(content).hexdigest()
+    )
     chosen, cache = tmp_path / "chosen", tmp_path / "torch"
     (cache / "hub" / "checkpoints").mkdir(parents=True)
     chosen.mkdir()
     monkeypatch.setenv("PIXLAT_EVAL_DIR", str(chosen))
     monkeypatch.setenv("TORCH_HOME", str(cache))
-    with pytest.raises(UserError, match=r"needs a\.pth \(https://example\.org/a\.pth, 7 bytes\).*weights=.*Nothing is downloaded"):
+    with pytest.raises(
+        UserError, match=r"needs a\.pth \(https://example\.org/a\.pth, 7 bytes\).*weights=.*Nothing is downloaded"
+    ):
         find(file)
     (cache / "hub" / "checkpoints" / "b.pth").write_bytes(content)
     assert checked(file).name == "b.pth"
@@ -155,17 +183,27 @@ def test_files_are_found_by_name_and_checked(tmp_path, monkeypatch):
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, ROOT / "evaluation" / "reference.py", *arguments], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "evaluation" / "reference.py", *arguments], capture_output=True, text=True
+    )
 
 
 def test_fetch_plan_names_every_file_and_imports_no_torch():
-    steps = ("import sys", "sys.argv = ['x', 'fetch-plan']", "sys.path.insert(0, '.')", "from evaluation import reference", "reference.main()")
+    steps = (
+        "import sys",
+        "sys.argv = ['x', 'fetch-plan']",
+        "sys.path.insert(0, '.')",
+        "from pixlat.evaluation import reference",
+        "reference.main()",
+    )
     code = "; ".join((*steps, "assert 'torch' not in sys.modules"))
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     for name, protocol in PROTOCOLS.items():
         assert f"{name}: " in shown.stdout
-        assert all(file.names[0] in shown.stdout and (file.sha256 or "not known") in shown.stdout for file in protocol.files)
+        assert all(
+            file.names[0] in shown.stdout and (file.sha256 or "not known") in shown.stdout for file in protocol.files
+        )
 
 
 def test_commands_refuse_mistakes(monkeypatch, tmp_path):
@@ -177,14 +215,17 @@ def test_commands_refuse_mistakes(monkeypatch, tmp_path):
         (["verify", "protocol=jit256", "weigths=x"], "Did you mean 'weights'"),
         (["build", "protocol=clean", "images=x", "size=big", "id=a", "out=a.safetensors"], "size=big does not fit"),
         (["build", "protocol=clean", "images=x", "size=8", "id=a"], "build needs out="),
-        (["build", "protocol=clean", f"images={tmp_path}", "size=8", "id=a", f"out={tmp_path}/a.safetensors"], "holds 0 image files"),
+        (
+            ["build", "protocol=clean", f"images={tmp_path}", "size=8", "id=a", f"out={tmp_path}/a.safetensors"],
+            "holds 0 image files",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             reference.work(arguments)
     assert command("verify", "protocol=jit256").returncode == 2
 
 
-# -- arrays ---------------------------------------------------------------------------------------------------------------------
+# -- arrays ------------------------------------------------------------------------------------------------------------
 
 
 def pixels(n=30, size=8, seed=0):
@@ -193,7 +234,7 @@ def pixels(n=30, size=8, seed=0):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_samples_stream_from_an_npz(tmp_path, monkeypatch, save):
-    from evaluation import arrays
+    from pixlat.evaluation.features import arrays
 
     images = pixels()
     save(tmp_path / "samples.npz", images)
@@ -213,21 +254,27 @@ def test_samples_stream_from_an_npz(tmp_path, monkeypatch, save):
 
 @pytest.mark.parametrize("kind", ["npz", "folder"])
 def test_few_of_many_images_are_of_all_classes_and_no_other_is_read(tmp_path, monkeypatch, kind):
-    """Images sorted by class, whose brightness is their number: of the first 20, all would be of the first of five classes."""
+    """Images sorted by class, whose brightness is their number: of the first 20,
+    all would be of the first of five classes.
+    """
     images = np.arange(100, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), dtype=np.uint8)
     np.savez_compressed(tmp_path / "samples.npz", images)
     for number, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / f"{number:03d}.png")
     opened = []
-    monkeypatch.setattr(samples_module, "read_pixels", lambda path, read=samples_module.read_pixels: opened.append(path) or read(path))
+    monkeypatch.setattr(
+        samples_module, "read_pixels", lambda path, read=samples_module.read_pixels: opened.append(path) or read(path)
+    )
     samples = NpzImages(tmp_path / "samples.npz") if kind == "npz" else samples_module.FolderSamples(tmp_path)
     opened.clear()
     drawn = fixed_draw(100, 20)
     for module in ("arrays", "collect"):
-        monkeypatch.setattr(f"evaluation.{module}.rank_and_size", lambda: (0, 1))
+        monkeypatch.setattr(f"pixlat.evaluation.features.{module}.rank_and_size", lambda: (0, 1))
     for shuffled in (False, True):
         parts = list(drawn_images(samples, 20, 7, shuffled))
-        numbers = torch.cat([batch[:, 0, 0, 0] for batch, _ in parts])[torch.cat([indices for _, indices in parts]).argsort()]
+        numbers = torch.cat([batch[:, 0, 0, 0] for batch, _ in parts])[
+            torch.cat([indices for _, indices in parts]).argsort()
+        ]
         assert sorted(numbers.tolist()) == drawn.tolist() and set(drawn // 20) == {0, 1, 2, 3, 4}
         assert (numbers.tolist() == drawn.tolist()) is not shuffled
         if shuffled:
@@ -236,7 +283,7 @@ def test_few_of_many_images_are_of_all_classes_and_no_other_is_read(tmp_path, mo
     shares = []
     for rank in range(3):
         for module in ("arrays", "collect"):
-            monkeypatch.setattr(f"evaluation.{module}.rank_and_size", lambda rank=rank: (rank, 3))
+            monkeypatch.setattr(f"pixlat.evaluation.features.{module}.rank_and_size", lambda rank=rank: (rank, 3))
         shares += [index for _, indices in drawn_images(samples, 20, 7) for index in indices.tolist()]
     assert sorted(shares) == list(range(20))
 
@@ -277,7 +324,9 @@ def test_wrong_sample_files_are_refused(tmp_path, make, message):
 
 def test_wrong_statistics_are_refused(tmp_path):
     good = np.arange(4.0)
-    path = npz(tmp_path / "stats.npz", mu=good, half=good.astype(np.float32), bad=np.array([1.0, np.nan]), whole=np.arange(4))
+    path = npz(
+        tmp_path / "stats.npz", mu=good, half=good.astype(np.float32), bad=np.array([1.0, np.nan]), whole=np.arange(4)
+    )
     assert read_floats(path, "half", (4,)).dtype == np.float64
     for key, shape, message in (
         ("mu", (5,), "but floating point"),
@@ -289,13 +338,22 @@ def test_wrong_statistics_are_refused(tmp_path):
             read_floats(path, key, shape)
 
 
-# -- references -----------------------------------------------------------------------------------------------------------------
+# -- references --------------------------------------------------------------------------------------------------------
 
 
 class Projections:
     """A stand-in for Inception: 6 numbers of an 8 x 8 image, 3 of them as logits, 5 more as its map."""
 
-    id, sha256, layer, resize, scaling, dims, spatial_dims, num_classes = "linear", "0" * 64, "projections", "none", "x/255", 6, 5, 3
+    id, sha256, layer, resize, scaling, dims, spatial_dims, num_classes = (
+        "linear",
+        "0" * 64,
+        "projections",
+        "none",
+        "x/255",
+        6,
+        5,
+        3,
+    )
     resize_digest = None
     comparable_with_inception_fid, device = False, torch.device("cpu")
 
@@ -321,11 +379,15 @@ def test_adm_jit_and_pmf_files_are_read(tmp_path):
     }
     for name, path in files.items():
         read = read_reference(PROTOCOLS[name].reference, path, Projections(), 256, tmp_path)
-        assert torch.allclose(read.pooled.mean, torch.from_numpy(mu), rtol=1e-6) and torch.allclose(read.pooled.cov, torch.from_numpy(sigma), rtol=1e-5)
+        assert torch.allclose(read.pooled.mean, torch.from_numpy(mu), rtol=1e-6) and torch.allclose(
+            read.pooled.cov, torch.from_numpy(sigma), rtol=1e-5
+        )
         assert read.pooled.n == 1_281_167 and len(read.entry["stats_sha256"]) == 64
         assert (read.features is not None) == (read.spatial is not None) == (name == "adm256")
     adm = read_reference(PROTOCOLS["adm256"].reference, files["adm256"], Projections(), 256, tmp_path)
-    assert torch.allclose(adm.features, found.pooled, rtol=1e-6) and torch.allclose(adm.spatial.cov, torch.from_numpy(sigma_s))
+    assert torch.allclose(adm.features, found.pooled, rtol=1e-6) and torch.allclose(
+        adm.spatial.cov, torch.from_numpy(sigma_s)
+    )
     assert [describe_arrays(path)[-1].split(" (")[0] for path in files.values()] == [
         "looks like ADM's reference",
         "looks like JiT's or MAR's statistics",
@@ -339,10 +401,19 @@ def test_adm_jit_and_pmf_files_are_read(tmp_path):
 def test_a_built_reference_comes_back_and_fits_nothing_else(tmp_path):
     images = torch.from_numpy(pixels(40)).permute(0, 3, 1, 2)
     extractor, path = Projections(), tmp_path / "own.safetensors"
-    made = build([(images, torch.arange(40))], 40, extractor, {"id": "own", "digest": "d", "split": "train", "crop": "adm_center_crop"})
+    made = build(
+        [(images, torch.arange(40))],
+        40,
+        extractor,
+        {"id": "own", "digest": "d", "split": "train", "crop": "adm_center_crop"},
+    )
     write_built(made, path, extractor, 8)
     read = read_built(path, extractor, 8)
-    assert torch.equal(read.pooled.cov, made.pooled.cov) and torch.equal(read.spatial.mean, made.spatial.mean) and torch.equal(read.features, made.features)
+    assert (
+        torch.equal(read.pooled.cov, made.pooled.cov)
+        and torch.equal(read.spatial.mean, made.spatial.mean)
+        and torch.equal(read.features, made.features)
+    )
     assert read.entry == made.entry and read.entry["n_images"] == 40
     assert torch.allclose(read.pooled.cov, torch.cov(extractor(images).pooled.double().T))
     with pytest.raises(UserError, match="8 px and the generated images have 16"):
@@ -361,7 +432,7 @@ def test_a_built_reference_comes_back_and_fits_nothing_else(tmp_path):
 
 
 def test_build_takes_any_folder_of_images(tmp_path, monkeypatch):
-    from evaluation import extractors
+    from pixlat.evaluation.features import networks as extractors
 
     for number, image in enumerate(pixels(25, 20)):
         (tmp_path / f"class{number % 3}").mkdir(exist_ok=True)

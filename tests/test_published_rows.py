@@ -1,4 +1,6 @@
-"""Every published row of the methods and their baselines at 256 and 512 pixels has a preset with its length, guidance and score."""
+"""Every published row of the methods and their baselines at 256 and 512 pixels has a preset with its length,
+guidance and score.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,10 @@ from functools import cache
 
 import pytest
 
-from common.config import RunConfig, load_presets, resolve
-from evaluation.published import PublishedRow, read_published
-from methods import get_spec
+from pixlat.common.config.resolve import load_presets, resolve
+from pixlat.common.config.schema import RunConfig
+from pixlat.evaluation.records.published import PublishedRow, read_published
+from pixlat.methods import get_spec
 
 IMAGENET = 1_281_167
 FAMILIES = {
@@ -55,7 +58,11 @@ def is_guided(run: RunConfig) -> bool:
 def presets(method: str) -> dict[str, tuple[RunConfig, dict[str, float]]]:
     """The presets of a method that are expected to reach an FID: configuration and expectation."""
     spec = get_spec(method)
-    expected = {name: preset["expected"] for name, preset in load_presets(spec.presets).items() if "fid" in preset.get("expected", {})}
+    expected = {
+        name: preset["expected"]
+        for name, preset in load_presets(spec.presets).items()
+        if "fid" in preset.get("expected", {})
+    }
     return {name: (resolve(spec, {"preset": name}), score) for name, score in expected.items()}
 
 
@@ -68,13 +75,19 @@ def candidates(method: str, row: PublishedRow) -> list[str]:
         if not (same_score(score["fid"], printed) or score["fid"] == wanted):
             continue
         length = run.train.images / IMAGENET / epochs(row)
-        if run.data.image_size == int(row["resolution"]) and abs(length - 1) < 0.01 and is_guided(run) == (row["guidance"] != "none"):
+        if (
+            run.data.image_size == int(row["resolution"])
+            and abs(length - 1) < 0.01
+            and is_guided(run) == (row["guidance"] != "none")
+        ):
             found.append(name)
     return found
 
 
 @pytest.mark.parametrize(
-    ("method", "row"), rows(), ids=lambda value: value if isinstance(value, str) else f"{value['system']}@{value['epochs']}-{value['fid']}"
+    ("method", "row"),
+    rows(),
+    ids=lambda value: value if isinstance(value, str) else f"{value['system']}@{value['epochs']}-{value['fid']}",
 )
 def test_every_published_row_has_its_preset(method: str, row: PublishedRow) -> None:
     names = candidates(method, row)
@@ -83,7 +96,11 @@ def test_every_published_row_has_its_preset(method: str, row: PublishedRow) -> N
         scores = [presets(method)[name][1] for name in names]
         printed = [score["is"] for score in scores if "is" in score]
         # SiT's Inception Score differs between its paper and its README (published.csv, note).
-        assert not printed or any(same_score(score, row["is"]) for score in printed) or (method, row["is"]) == ("sit", "270.27")
+        assert (
+            not printed
+            or any(same_score(score, row["is"]) for score in printed)
+            or (method, row["is"]) == ("sit", "270.27")
+        )
 
 
 def test_the_walk_meets_all_methods_and_leaves_out_only_what_it_names() -> None:

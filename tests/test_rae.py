@@ -13,16 +13,17 @@ from rae_models import INFO, NETWORK, batch, stage1, stage2, use_toys
 from torch import nn
 from toys import Killed, fit, settings, state_of
 
-from common.config import identity_of, resolve
-from common.cost import on_meta, parameter_counts, sampling_cost, training_cost
-from common.errors import UserError
-from common.optim import learning_rate
-from common.seeds import Noise, seed_step
-from common.trainer import load_own_state, own_state
-from methods.rae.config import SPEC, RaeConfig, RaeSample
-from methods.rae.method import RaeMethod, shifted, time_grid
-from methods.rae.reference import decoder_to_released, network_to_released
-from methods.rae.statistics import denormalise, measure, normalise, read_statistics
+from pixlat.common.accounting.macs import on_meta, parameter_counts, sampling_cost, training_cost
+from pixlat.common.config.identity import identity_of
+from pixlat.common.config.resolve import resolve
+from pixlat.common.errors import UserError
+from pixlat.common.seeds import Noise, seed_step
+from pixlat.common.training.optim import learning_rate
+from pixlat.common.training.state import load_own_state, own_state
+from pixlat.methods.rae.config import SPEC, RaeConfig, RaeSample
+from pixlat.methods.rae.method import RaeMethod, shifted, time_grid
+from pixlat.methods.rae.reference import decoder_to_released, network_to_released
+from pixlat.methods.rae.statistics import denormalise, measure, normalise, read_statistics
 
 SHIFT_256 = (768 * 16 * 16 / 4096) ** 0.5
 
@@ -51,7 +52,7 @@ def method(decoder_file):
     return built.eval()
 
 
-# -- statistics -----------------------------------------------------------------------------------------------------------------
+# -- statistics --------------------------------------------------------------------------------------------------------
 
 
 def in_batches(latents, size):
@@ -98,20 +99,27 @@ def measure_in_a_process(rank, folder, kind, images):
     store = torch.distributed.FileStore(f"{folder}/store", PROCESSES)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
     encoded = []
-    mean, variance = measure(kind, in_batches(wide_latents(), 4), lambda batch: encoded.append(len(itself(batch))) or itself(batch), images)
+    mean, variance = measure(
+        kind, in_batches(wide_latents(), 4), lambda batch: encoded.append(len(itself(batch))) or itself(batch), images
+    )
     torch.save((mean, variance, sum(encoded)), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def wide_latents():
-    """48 latents whose mean and spread change along the stream: to count some twice, or others than the first, shows in the first digits."""
-    return torch.arange(1.0, 49).view(48, 1, 1, 1) ** 2 + torch.randn(48, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    """48 latents whose mean and spread change along the stream: to count some twice, or others than the first,
+    shows in the first digits.
+    """
+    return torch.arange(1.0, 49).view(48, 1, 1, 1) ** 2 + torch.randn(
+        48, 2, 2, 2, generator=torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.mark.parametrize(("kind", "images"), [("exact", 48), ("exact", 30), ("momentum", 30), ("exact", 5)])
 def test_statistics_do_not_depend_on_the_number_of_processes(kind, images, tmp_path):
     arguments = (str(tmp_path), kind, images)
-    torch.multiprocessing.start_processes(measure_in_a_process, arguments, nprocs=PROCESSES, start_method="fork")  # a spawned one imports for seconds
+    # a spawned one imports for seconds
+    torch.multiprocessing.start_processes(measure_in_a_process, arguments, nprocs=PROCESSES, start_method="fork")
     expected = measure(kind, in_batches(wide_latents(), 4), itself, images)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES)]
     for *moments, encoded in found:
@@ -119,7 +127,9 @@ def test_statistics_do_not_depend_on_the_number_of_processes(kind, images, tmp_p
         for value, wanted in zip(moments, expected, strict=True):
             torch.testing.assert_close(value, wanted, rtol=1e-12, atol=0)
     if kind == "exact":
-        torch.testing.assert_close(expected[1], wide_latents()[:images].double().var(0, correction=0), rtol=1e-10, atol=0)
+        torch.testing.assert_close(
+            expected[1], wide_latents()[:images].double().var(0, correction=0), rtol=1e-10, atol=0
+        )
 
 
 def test_momentum_statistics_are_batch_norms():
@@ -169,7 +179,7 @@ def test_statistics_from_a_file_are_not_measured_again(decoder_file, tmp_path):
     assert (method.latent_var == 2).all() and not method.latent_mean.any()
 
 
-# -- times and objective --------------------------------------------------------------------------------------------------------
+# -- times and objective -----------------------------------------------------------------------------------------------
 
 
 def test_the_official_grid_is_the_released_samplers():
@@ -188,7 +198,9 @@ def test_shifted_times_of_training_have_the_published_quantiles(decoder_file):
     x, labels = torch.zeros(200_000, 1, 1, 1), torch.zeros(200_000, dtype=torch.int64)
     dropped, t, noise = method.draw(x, labels)
     quantiles = torch.quantile(t, torch.tensor([0.05, 0.5, 0.95])).tolist()
-    assert quantiles == pytest.approx([0.572, 0.874, 0.973], abs=2e-3) and t.mean().item() == pytest.approx(0.837, abs=1e-3)
+    assert quantiles == pytest.approx([0.572, 0.874, 0.973], abs=2e-3) and t.mean().item() == pytest.approx(
+        0.837, abs=1e-3
+    )
     assert (dropped == INFO.num_classes).float().mean().item() == pytest.approx(0.1, abs=3e-3)
     assert noise.std().item() == pytest.approx(1, abs=0.01)
 
@@ -239,17 +251,24 @@ def test_remembered_latents_change_nothing(decoder_file):
 
 
 def test_shorter_presets_are_the_beginning_of_the_authors_run():
-    """2e-4 for 40 epochs, then down to 2e-5 until epoch 800: 1.905e-4 at epoch 80, 1.147e-4 at 400 (spec/rae.md section 7)."""
+    """2e-4 for 40 epochs, then down to 2e-5 until epoch 800: 1.905e-4 at epoch 80,
+    1.147e-4 at 400 (spec/rae.md section 7).
+    """
     epoch = 1251 * 1024
-    rates = {name: partial(learning_rate, resolve(SPEC, {"preset": f"imagenet{name}"}).train) for name in ("256-dh-xl", "256-dh-b", "512-dh-xl")}
+    rates = {
+        name: partial(learning_rate, resolve(SPEC, {"preset": f"imagenet{name}"}).train)
+        for name in ("256-dh-xl", "256-dh-b", "512-dh-xl")
+    }
     whole = [rates["256-dh-xl"](n * epoch) for n in (0, 40, 80, 400, 800)]
     assert whole == pytest.approx([2e-4, 2e-4, 1.905e-4, 1.147e-4, 2e-5], rel=4e-4)
     for name, last in (("256-dh-b", 80), ("512-dh-xl", 400)):
         assert resolve(SPEC, {"preset": f"imagenet{name}"}).train.images == last * epoch
-        assert [rates[name](n * epoch) for n in (0, 30, 60, last)] == pytest.approx([rates["256-dh-xl"](n * epoch) for n in (0, 30, 60, last)], rel=1e-6)
+        assert [rates[name](n * epoch) for n in (0, 30, 60, last)] == pytest.approx(
+            [rates["256-dh-xl"](n * epoch) for n in (0, 30, 60, last)], rel=1e-6
+        )
 
 
-# -- sampling and guidance ------------------------------------------------------------------------------------------------------
+# -- sampling and guidance ---------------------------------------------------------------------------------------------
 
 
 class Constant(nn.Module):
@@ -302,11 +321,15 @@ def test_sampling_is_eulers_method_in_the_normalised_space(method):
 
 
 def test_cost_counts_network_guide_and_decoder(decoder_file):
-    config = RaeConfig(encoder="toy", decoder_size="demo", guide="guide.pt", guide_width=8, guide_heads=2, guide_depth=1, **NETWORK)
+    config = RaeConfig(
+        encoder="toy", decoder_size="demo", guide="guide.pt", guide_width=8, guide_heads=2, guide_depth=1, **NETWORK
+    )
     cost = sampling_cost(on_meta(RaeMethod, config, INFO), RaeSample(steps=5, guidance=1.5))
     assert cost.net_forwards == {"network": 5, "guide": 5, "decoder": 1} and cost.nfe == 5
     assert cost.macs_decoder > 0 and cost.macs_per_forward["guide"] < cost.macs_per_forward["network"]
-    plain = sampling_cost(on_meta(RaeMethod, dataclasses.replace(config, guide=None), INFO), RaeSample(steps=5, guidance=1.5))
+    plain = sampling_cost(
+        on_meta(RaeMethod, dataclasses.replace(config, guide=None), INFO), RaeSample(steps=5, guidance=1.5)
+    )
     assert plain.net_forwards == {"network": 10, "decoder": 1}
     assert training_cost(RaeMethod, config, INFO).per_image > 0
     counts = parameter_counts(on_meta(RaeMethod, config, INFO))
@@ -321,15 +344,18 @@ def test_the_description_says_what_guides_and_on_what_it_stands(method):
     assert method.describe(RaeSample(guidance=2.0)).guidance == "cfg"
     method.guide = Constant(0.0)
     told = method.describe(RaeSample(guidance=2.0, ending="clean"))
-    assert told.guidance == "autoguidance" and told.pretrained[2].name == "guide" and told.sampler == "euler, clean ending"
+    assert (
+        told.guidance == "autoguidance" and told.pretrained[2].name == "guide" and told.sampler == "euler, clean ending"
+    )
 
 
-# -- weights that come from elsewhere -------------------------------------------------------------------------------------------
+# -- weights that come from elsewhere ----------------------------------------------------------------------------------
 
 
 def run_folder(method, folder, name, **config):
     """A finished run of a method in a folder, as the launcher leaves it."""
-    train = settings(images=16, ema_decay=[0.3])  # an average that remembers its start after two steps, and is not too long for them
+    # an average that remembers its start after two steps, and is not too long for them
+    train = settings(images=16, ema_decay=[0.3])
     model = dataclasses.asdict(method.config)
     saved = {"method": name, "model": model, "train": dataclasses.asdict(train), "eval": {"ema": None}, **config}
     fit(method, folder, train, identity=identity_of(json.loads(json.dumps(saved))))
@@ -342,7 +368,9 @@ def test_the_decoder_of_a_run_is_its_average(tmp_path):
     folder = run_folder(first, tmp_path / "stage1", "rae_decoder")
     method = stage2(decoder=folder)
     start = stage1().decoder.out.weight
-    assert not torch.equal(method.decoder.out.weight, first.decoder.out.weight) and not torch.equal(method.decoder.out.weight, start)
+    assert not torch.equal(method.decoder.out.weight, first.decoder.out.weight) and not torch.equal(
+        method.decoder.out.weight, start
+    )
     assert not any(name.startswith(("decoder", "encoder")) for name in own_state(method))
     assert not any(p.requires_grad for p in method.decoder.parameters())
     assert len(method.digests["decoder"]) == 64
@@ -350,7 +378,9 @@ def test_the_decoder_of_a_run_is_its_average(tmp_path):
 
 def test_a_run_of_other_settings_is_refused_by_the_one_that_differs(tmp_path):
     folder = run_folder(stage1(), tmp_path / "stage1", "rae_decoder")
-    with pytest.raises(UserError, match=r"trained with model.encoder='toy', but here model.encoder='embedded'. Set model.encoder=toy"):
+    with pytest.raises(
+        UserError, match=r"trained with model.encoder='toy', but here model.encoder='embedded'. Set model.encoder=toy"
+    ):
         stage2(decoder=folder, encoder="embedded")
     with pytest.raises(UserError, match=r"trained with model.size='demo', but here model.decoder_size='b'"):
         stage2(decoder=folder, decoder_size="b")
@@ -378,12 +408,16 @@ def test_a_guide_from_a_run_brings_its_statistics(tmp_path, decoder_file):
 def test_a_released_guide_and_network_load(tmp_path, decoder_file, method):
     state = network_to_released(method.network.state_dict(), method.config.shape)
     torch.save(state, tmp_path / "stage2_model.pt")
-    other = stage2(decoder=decoder_file, guide=str(tmp_path / "stage2_model.pt"), guide_width=16, guide_depth=1, guide_heads=2)
+    other = stage2(
+        decoder=decoder_file, guide=str(tmp_path / "stage2_model.pt"), guide_width=16, guide_depth=1, guide_heads=2
+    )
     assert torch.equal(other.guide.final.linear.weight, method.network.final.linear.weight)
     load_own_state(other, other.from_reference(state))
     assert all(torch.equal(a, b) for a, b in zip(other.network.parameters(), method.network.parameters(), strict=True))
     with pytest.raises(UserError, match="guide's width=8, the file has 16"):
-        stage2(decoder=decoder_file, guide=str(tmp_path / "stage2_model.pt"), guide_width=8, guide_depth=1, guide_heads=2)
+        stage2(
+            decoder=decoder_file, guide=str(tmp_path / "stage2_model.pt"), guide_width=8, guide_depth=1, guide_heads=2
+        )
 
 
 def test_settings_that_cannot_be_are_refused():

@@ -1,4 +1,6 @@
-"""RAE's first stage: published sizes of the decoder, an independent plain computation, its losses and their timing, released files."""
+"""RAE's first stage: published sizes of the decoder, an independent plain computation,
+its losses and their timing, released files.
+"""
 
 import math
 
@@ -7,16 +9,16 @@ import torch
 from rae_models import INFO, ToyEncoder, batch, stage1, use_toys
 from toys import Killed, fit, settings, state_of
 
-import methods.rae.decoder
-from common.adversarial import augment, quantise
-from common.cost import count_macs
-from common.errors import UserError
-from common.seeds import seed_step
-from common.trainer import load_own_state, own_state
-from methods.rae.config import DECODERS, DecoderConfig, DecoderShape
-from methods.rae.decoder import build_decoder
-from methods.rae.reference import decoder_from_released, decoder_to_released, read_released
-from methods.rae.vit import ViTDecoder
+import pixlat.methods.rae.decoder
+from pixlat.common.accounting.macs import count_macs
+from pixlat.common.errors import UserError
+from pixlat.common.maths.adversarial import augment, quantise
+from pixlat.common.seeds import seed_step
+from pixlat.common.training.state import load_own_state, own_state
+from pixlat.methods.rae.config import DECODERS, DecoderConfig, DecoderShape
+from pixlat.methods.rae.decoder import build_decoder
+from pixlat.methods.rae.reference import decoder_from_released, decoder_to_released, read_released
+from pixlat.methods.rae.vit import ViTDecoder
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 TINY = DecoderShape(16, 2, 2, 24)
@@ -70,15 +72,21 @@ def plain_decoder(state, heads, z, patch):
 
     def norm(name, x):
         variance = x.var(-1, correction=0, keepdim=True)
-        return (x - x.mean(-1, keepdim=True)) / (variance + 1e-12).sqrt() * state[f"{name}.weight"] + state[f"{name}.bias"]
+        return (x - x.mean(-1, keepdim=True)) / (variance + 1e-12).sqrt() * state[f"{name}.weight"] + state[
+            f"{name}.bias"
+        ]
 
     x = linear("decoder_embed", z.flatten(2).transpose(1, 2))
     x = torch.cat((state["trainable_cls_token"].expand(len(z), -1, -1), x), 1) + state["decoder_pos_embed"]
     for i in range(1 + max(int(name.split(".")[1]) for name in state if name.startswith("decoder_layers"))):
         block = f"decoder_layers.{i}"
         h = norm(f"{block}.layernorm_before", x)
-        q, k, v = (linear(f"{block}.attention.attention.{part}", h).chunk(heads, -1) for part in ("query", "key", "value"))
-        mixed = [(a @ b.transpose(1, 2) / math.sqrt(a.shape[-1])).softmax(-1) @ c for a, b, c in zip(q, k, v, strict=True)]
+        q, k, v = (
+            linear(f"{block}.attention.attention.{part}", h).chunk(heads, -1) for part in ("query", "key", "value")
+        )
+        mixed = [
+            (a @ b.transpose(1, 2) / math.sqrt(a.shape[-1])).softmax(-1) @ c for a, b, c in zip(q, k, v, strict=True)
+        ]
         x = x + linear(f"{block}.attention.output.dense", torch.cat(mixed, -1))
         h = linear(f"{block}.intermediate.dense", norm(f"{block}.layernorm_after", x))
         x = x + linear(f"{block}.output.dense", 0.5 * h * (1 + torch.erf(h / math.sqrt(2))))
@@ -100,7 +108,8 @@ def test_the_decoder_computes_what_the_specification_says():
         images = decoder(z)
         expected = plain_decoder(decoder_to_released(decoder.state_dict()), 2, z, 2)
     assert expected.std() > 0.05
-    torch.testing.assert_close((images + 1) / 2, expected, atol=1e-7, rtol=1e-6)  # pixel means and deviations are float32
+    # pixel means and deviations are float32
+    torch.testing.assert_close((images + 1) / 2, expected, atol=1e-7, rtol=1e-6)
 
 
 def test_the_position_table_is_the_published_one():
@@ -113,7 +122,7 @@ def test_the_position_table_is_the_published_one():
     torch.testing.assert_close(positions[1 + row * 4 + column].tolist(), half, atol=1e-6, rtol=0)
 
 
-# -- losses ---------------------------------------------------------------------------------------------------------------------
+# -- losses ------------------------------------------------------------------------------------------------------------
 
 
 def test_noise_has_one_deviation_an_image_uniform_or_half_normal():
@@ -140,7 +149,9 @@ def test_the_generators_loss_is_the_sum_of_its_parts():
     l1 = ((rebuilt + 1) / 2 - (images + 1) / 2).abs().mean()
     method.discriminator.eval()
     gan = -method.discriminator(augment(rebuilt, draws)).mean()
-    wanted, found = (torch.autograd.grad(loss, method.decoder.out.weight, retain_graph=True)[0].norm() for loss in (l1, gan))
+    wanted, found = (
+        torch.autograd.grad(loss, method.decoder.out.weight, retain_graph=True)[0].norm() for loss in (l1, gan)
+    )
     weight = wanted / (found + 1e-6)
     torch.testing.assert_close(out["gan_weight"], weight)
     torch.testing.assert_close(out["loss"], l1 + 0.75 * weight.detach() * gan)
@@ -162,7 +173,7 @@ def test_a_perceptual_distance_is_added_and_shapes_the_adaptive_weight():
 
 def test_the_discriminator_sees_rounded_noise_free_fakes_and_the_decoder_gets_no_gradient(monkeypatch):
     method, augmented = stage1(), []
-    monkeypatch.setattr(methods.rae.decoder, "augment", lambda images, draws: augmented.append(images) or images)
+    monkeypatch.setattr(pixlat.methods.rae.decoder, "augment", lambda images, draws: augmented.append(images) or images)
     modes = []
     method.discriminator.register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
     out = method("discriminator", batch(), 0)
@@ -254,7 +265,9 @@ def test_remembered_latents_are_those_of_the_encoder_and_encoded_once():
 
 
 def test_the_discriminators_phase_takes_the_latents_of_the_generators():
-    """Two micro-batches a step, as the trainer takes them: each is encoded once a step, and the losses are those of a second encoding."""
+    """Two micro-batches a step, as the trainer takes them: each is encoded once a step,
+    and the losses are those of a second encoding.
+    """
     config = {"discriminator_start": 8, "gan_start": 16}
     method, forgetful = stage1(**config), stage1(**config)
     for images_seen, encodings in ((0, 2), (8, 2), (16, 2)):
@@ -265,7 +278,8 @@ def test_the_discriminators_phase_takes_the_latents_of_the_generators():
         for phase in (phase for phase in method.phases if method.phase_active(phase, images_seen)):
             for micro_batch in batches:
                 seed_step(0, images_seen, 0)
-                loss = method(phase, dict(micro_batch), 0)["loss"]  # a distributed wrapper makes a new dict of the same tensors
+                # a distributed wrapper makes a new dict of the same tensors
+                loss = method(phase, dict(micro_batch), 0)["loss"]
                 forgetful.latents_of_step.clear()
                 seed_step(0, images_seen, 0)
                 assert torch.equal(loss, forgetful(phase, micro_batch, 0)["loss"])
@@ -284,7 +298,7 @@ def test_latents_are_kept_only_where_the_discriminator_follows_and_for_one_step(
     assert not method.latents_of_step
 
 
-# -- released files -------------------------------------------------------------------------------------------------------------
+# -- released files ----------------------------------------------------------------------------------------------------
 
 
 def test_released_decoders_round_trip():
@@ -297,11 +311,23 @@ def test_released_decoders_round_trip():
 def test_released_names_are_the_published_ones():
     decoder = on_meta("xl")
     state = decoder_to_released(decoder.state_dict())
-    expected = {"decoder_embed.weight": (1152, 768), "decoder_pos_embed": (1, 257, 1152), "trainable_cls_token": (1, 1, 1152)}
+    expected = {
+        "decoder_embed.weight": (1152, 768),
+        "decoder_pos_embed": (1, 257, 1152),
+        "trainable_cls_token": (1, 1, 1152),
+    }
     expected |= {"decoder_norm.bias": (1152,), "decoder_pred.weight": (768, 1152)}
-    expected |= {f"decoder_layers.27.attention.attention.{part}.weight": (1152, 1152) for part in ("query", "key", "value")}
-    expected |= {"decoder_layers.0.attention.output.dense.bias": (1152,), "decoder_layers.0.intermediate.dense.weight": (4096, 1152)}
-    expected |= {"decoder_layers.0.output.dense.weight": (1152, 4096), "decoder_layers.0.layernorm_before.weight": (1152,)}
+    expected |= {
+        f"decoder_layers.27.attention.attention.{part}.weight": (1152, 1152) for part in ("query", "key", "value")
+    }
+    expected |= {
+        "decoder_layers.0.attention.output.dense.bias": (1152,),
+        "decoder_layers.0.intermediate.dense.weight": (4096, 1152),
+    }
+    expected |= {
+        "decoder_layers.0.output.dense.weight": (1152, 4096),
+        "decoder_layers.0.layernorm_before.weight": (1152,),
+    }
     expected |= {"decoder_layers.0.layernorm_after.bias": (1152,)}
     assert {name: tuple(state[name].shape) for name in expected} == expected
     assert len(state) == 8 + 28 * 16
@@ -309,9 +335,15 @@ def test_released_names_are_the_published_ones():
 
 def test_training_checkpoints_give_their_averaged_decoder(tmp_path):
     decoder = filled().float()
-    raw, averaged = ({f"module.decoder.{name}": tensor + shift for name, tensor in decoder_to_released(decoder.state_dict()).items()} for shift in (1.0, 0.0))
+    raw, averaged = (
+        {f"module.decoder.{name}": tensor + shift for name, tensor in decoder_to_released(decoder.state_dict()).items()}
+        for shift in (1.0, 0.0)
+    )
     encoder = {"module.encoder.encoder.layer.weight": torch.zeros(2)}
-    torch.save({"step": 3, "model": raw | encoder, "ema": averaged | encoder, "disc": {"head": torch.zeros(2)}}, tmp_path / "ep-last.pt")
+    torch.save(
+        {"step": 3, "model": raw | encoder, "ema": averaged | encoder, "disc": {"head": torch.zeros(2)}},
+        tmp_path / "ep-last.pt",
+    )
     loaded = decoder_from_released(read_released(tmp_path / "ep-last.pt", "decoder"), decoder.state_dict())
     assert all(torch.equal(loaded[name], tensor) for name, tensor in decoder.state_dict().items())
 
@@ -344,7 +376,7 @@ def test_a_released_decoder_loads_into_the_method_and_leaves_its_discriminator()
     assert torch.equal(method.decoder.out.weight, source.decoder.out.weight)
 
 
-# -- settings -------------------------------------------------------------------------------------------------------------------
+# -- settings ----------------------------------------------------------------------------------------------------------
 
 
 def test_settings_that_cannot_be_are_refused():

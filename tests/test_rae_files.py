@@ -1,4 +1,6 @@
-"""RAE's files of other projects: diffusers' AutoencoderRAE, written and read and compared with diffusers itself, and the DINO discriminator."""
+"""RAE's files of other projects: diffusers' AutoencoderRAE, written and read and compared with diffusers itself,
+and the DINO discriminator.
+"""
 
 import dataclasses
 import json
@@ -8,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from rae_models import INFO
 
-import methods.rae.decoder
-from common.encoders.representation import HUB_ENCODERS, EmbeddedEncoder, TransformersEncoder, _classes
-from common.errors import UserError
-from methods.base import DataInfo
-from methods.rae import diffusers_layout
-from methods.rae.config import DECODERS, DecoderConfig, DecoderShape, RaeConfig
-from methods.rae.decoder import DecoderMethod, build_decoder
-from methods.rae.discriminator import DinoFeatures, build_discriminator
-from methods.rae.method import RaeMethod
+import pixlat.methods.rae.decoder
+from pixlat.common.errors import UserError
+from pixlat.common.frozen.encoders import EmbeddedEncoder
+from pixlat.common.frozen.encoders_transformers import HUB_ENCODERS, TransformersEncoder, _classes
+from pixlat.methods.base import DataInfo
+from pixlat.methods.rae import diffusers_layout
+from pixlat.methods.rae.config import DECODERS, DecoderConfig, DecoderShape, RaeConfig
+from pixlat.methods.rae.decoder import DecoderMethod, build_decoder
+from pixlat.methods.rae.discriminator import DinoFeatures, build_discriminator
+from pixlat.methods.rae.method import RaeMethod
 
 SHAPE = DecoderShape(24, 2, 2, 40)
 SIZE = 256  # 16 x 16 tokens, the only grid at which diffusers' positions are right
@@ -36,7 +39,9 @@ def small_encoder(name):
     pytest.importorskip("transformers")
     spec = HUB_ENCODERS[name]
     encoder = TransformersEncoder(name, dataclasses.replace(spec, config=spec.config | SMALL))
-    encoder.network = randomised(encoder._without_affine(_classes(spec.family)[1](encoder.config))).requires_grad_(False).eval()
+    encoder.network = (
+        randomised(encoder._without_affine(_classes(spec.family)[1](encoder.config))).requires_grad_(False).eval()
+    )
     return encoder
 
 
@@ -70,10 +75,12 @@ def test_diffusers_computes_the_same_from_what_we_write(name, tmp_path, monkeypa
 def test_what_diffusers_writes_is_read_back(pair, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     encoder, decoder = pair
-    diffusers_layout.write(tmp_path / "ours", decoder, encoder, (torch.zeros(64, 16, 16), torch.full((64, 16, 16), 3.0)))
+    diffusers_layout.write(
+        tmp_path / "ours", decoder, encoder, (torch.zeros(64, 16, 16), torch.full((64, 16, 16), 3.0))
+    )
     diffusers.AutoencoderRAE.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     state = diffusers_layout.read_decoder(tmp_path / "theirs")
-    loaded = methods.rae.decoder.decoder_from_released(state, decoder.state_dict())
+    loaded = pixlat.methods.rae.decoder.decoder_from_released(state, decoder.state_dict())
     assert all(torch.equal(loaded[name], tensor) for name, tensor in decoder.state_dict().items())
     mean, variance = diffusers_layout.read_latent_statistics(tmp_path / "theirs")
     assert not mean.any()
@@ -85,9 +92,12 @@ def test_stage_two_takes_decoder_and_statistics_from_the_layout(pair, tmp_path, 
     variance = torch.rand(64, 16, 16) + 0.5
     diffusers_layout.write(tmp_path, decoder, encoder, (torch.ones(64, 16, 16), variance))
     monkeypatch.setattr(encoder, "load", lambda: None)
-    monkeypatch.setattr(methods.rae.method, "build_encoder", lambda name, weights: encoder)
+    monkeypatch.setattr(pixlat.methods.rae.method, "build_encoder", lambda name, weights: encoder)
     network = {"width": 16, "depth": 1, "heads": 2, "head_depth": 0}
-    method = RaeMethod(RaeConfig(decoder=str(tmp_path), decoder_size="demo", statistics=str(tmp_path), **network), DataInfo("x", 3, SIZE, 10))
+    method = RaeMethod(
+        RaeConfig(decoder=str(tmp_path), decoder_size="demo", statistics=str(tmp_path), **network),
+        DataInfo("x", 3, SIZE, 10),
+    )
     method.load_external()
     assert torch.equal(method.decoder.out.weight, decoder.out.weight) and (method.latent_mean == 1).all()
     torch.testing.assert_close(method.latent_var, variance)
@@ -98,7 +108,11 @@ def test_latents_that_are_not_normalised_have_no_statistics_in_the_layout(pair, 
     encoder, decoder = pair
     diffusers_layout.write(tmp_path, decoder, encoder)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["latents_mean"] is config["latents_std"] is None and config["encoder_input_size"] == 224 and config["image_size"] == SIZE
+    assert (
+        config["latents_mean"] is config["latents_std"] is None
+        and config["encoder_input_size"] == 224
+        and config["image_size"] == SIZE
+    )
     mean, variance = diffusers_layout.read_latent_statistics(tmp_path)
     assert not mean.any() and (variance + 1e-5).sqrt().item() == pytest.approx(1, abs=1e-7)
 
@@ -115,7 +129,7 @@ def test_the_layout_refuses_what_it_cannot_hold_and_what_is_there(pair, tmp_path
         diffusers_layout.read_decoder(tmp_path)
 
 
-# -- the discriminator ----------------------------------------------------------------------------------------------------------
+# -- the discriminator -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +137,13 @@ def dino(tmp_path_factory):
     """The features with random weights from a file laid out as the released one."""
     features = DinoFeatures(None)
     generator = torch.Generator().manual_seed(0)
-    state = {name: 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in features.network.state_dict().items()}
-    state = {name: tensor + 1 if "norm" in name and name.endswith("weight") else tensor for name, tensor in state.items()}
+    state = {
+        name: 0.1 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in features.network.state_dict().items()
+    }
+    state = {
+        name: tensor + 1 if "norm" in name and name.endswith("weight") else tensor for name, tensor in state.items()
+    }
     file = tmp_path_factory.mktemp("dino") / "dino_vit_small_patch8_224.pth"
     torch.save(state | {"head.weight": torch.zeros(1000, 384), "head.bias": torch.zeros(1000)}, file)
     features = DinoFeatures(str(file))
@@ -143,11 +162,19 @@ def plain_taps(state, images):
 
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     pixels = (F.interpolate((images + 1) / 2, size=(224, 224), mode="bilinear", align_corners=False) - mean) / std
-    x = F.conv2d(pixels, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=8).flatten(2).transpose(1, 2)
+    x = (
+        F.conv2d(pixels, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=8)
+        .flatten(2)
+        .transpose(1, 2)
+    )
     x = torch.cat((state["cls_token"].expand(len(x), -1, -1), x), 1) + state["pos_embed"]
     taps = []
     for i in range(12):
-        q, k, v = linear(f"blocks.{i}.attn.qkv", norm(f"blocks.{i}.norm1", x)).unflatten(-1, (3, 6, 64)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            linear(f"blocks.{i}.attn.qkv", norm(f"blocks.{i}.norm1", x))
+            .unflatten(-1, (3, 6, 64))
+            .permute(2, 0, 3, 1, 4)
+        )
         k = k - state[f"blocks.{i}.attn.qkv.bias"][384:768].view(6, 1, 64)
         mixed = (q @ k.transpose(2, 3) / 8).softmax(-1) @ v
         x = x + linear(f"blocks.{i}.attn.proj", mixed.transpose(1, 2).flatten(2))
@@ -167,7 +194,9 @@ def test_the_frozen_dino_computes_what_the_specification_says(dino):
     assert torch.equal(maps[0], maps[4])
     for ours, expected in zip(maps[1:], taps, strict=True):
         torch.testing.assert_close(ours, expected, atol=2e-3, rtol=1e-4)  # twelve layers of values up to tens
-    assert sum(p.numel() for p in features.parameters()) == 21_670_272 and not any(p.requires_grad for p in features.parameters())
+    assert sum(p.numel() for p in features.parameters()) == 21_670_272 and not any(
+        p.requires_grad for p in features.parameters()
+    )
 
 
 def test_the_published_discriminator_has_five_heads_and_hides_its_features():

@@ -1,4 +1,6 @@
-"""DiT-DH and LightningDiT: published sizes, an independent plain computation, initialisation, the released names, and the width rule."""
+"""DiT-DH and LightningDiT: published sizes, an independent plain computation, initialisation,
+the released names, and the width rule.
+"""
 
 import math
 
@@ -6,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.blocks import rope_table, sincos_table
-from common.errors import UserError
-from common.flow import interpolate
-from methods.rae.config import NetworkShape
-from methods.rae.network import LatentDiT, macs_per_forward
-from methods.rae.reference import network_from_released, network_to_released, recognise
+from pixlat.common.errors import UserError
+from pixlat.common.layers.transformer import rope_table, sincos_table
+from pixlat.common.maths.flow import interpolate
+from pixlat.methods.rae.config import NetworkShape
+from pixlat.methods.rae.network import LatentDiT, macs_per_forward
+from pixlat.methods.rae.reference import network_from_released, network_to_released, recognise
 
 HEAD = (2048, 2, 16)
 PLAIN = (0, 0, 0)
@@ -34,7 +36,12 @@ def counts(network):
 
 @pytest.mark.parametrize(
     ("size", "total", "trainable", "tensors"),
-    [("s", 196_455_764, 196_357_204, 190), ("b", 294_295_892, 294_099_028, 190), ("l", 621_744_436, 621_482_036, 334), ("xl", 838_675_796, 838_380_628, 382)],
+    [
+        ("s", 196_455_764, 196_357_204, 190),
+        ("b", 294_295_892, 294_099_028, 190),
+        ("l", 621_744_436, 621_482_036, 334),
+        ("xl", 838_675_796, 838_380_628, 382),
+    ],
 )
 def test_parameters_of_the_published_dit_dh(size, total, trainable, tensors):
     network = on_meta(DIT_DH[size])
@@ -43,21 +50,25 @@ def test_parameters_of_the_published_dit_dh(size, total, trainable, tensors):
 
 
 @pytest.mark.parametrize(
-    ("size", "channels", "millions"), [("s", 768, 33.65), ("b", 768, 131.88), ("l", 768, 459.92), ("xl", 768, 677.25), ("xl", 384, 676.36)]
+    ("size", "channels", "millions"),
+    [("s", 768, 33.65), ("b", 768, 131.88), ("l", 768, 459.92), ("xl", 768, 677.25), ("xl", 384, 676.36)],
 )
 def test_parameters_of_the_plain_baseline(size, channels, millions):
     assert counts(on_meta(DIT[size], channels))[1] / 1e6 == pytest.approx(millions, abs=0.005)
 
 
 PUBLISHED_MACS = [
-    (DIT_DH["s"], 16, 48.47), (DIT_DH["b"], 16, 65.69), (DIT_DH["l"], 16, 123.55), (DIT_DH["xl"], 16, 161.58), (DIT_DH["xl"], 32, 702.8),
+    (DIT_DH["s"], 16, 48.47), (DIT_DH["b"], 16, 65.69), (DIT_DH["l"], 16, 123.55),
+    (DIT_DH["xl"], 16, 161.58), (DIT_DH["xl"], 32, 702.8),
     (DIT["s"], 16, 6.20), (DIT["b"], 16, 23.30), (DIT["l"], 16, 81.08), (DIT["xl"], 16, 119.06),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("shape", "grid", "executed"), PUBLISHED_MACS)
 def test_multiply_accumulates_of_the_published_networks(shape, grid, executed):
-    assert macs_per_forward(shape, 768, grid, 1000)[0] / 1e9 == pytest.approx(executed, abs=0.05 if executed > 200 else 0.005)
+    assert macs_per_forward(shape, 768, grid, 1000)[0] / 1e9 == pytest.approx(
+        executed, abs=0.05 if executed > 200 else 0.005
+    )
 
 
 def test_the_papers_accounting_counts_the_heads_modulation_once_an_image():
@@ -71,7 +82,7 @@ def test_the_papers_accounting_counts_the_heads_modulation_once_an_image():
     assert executed == published
 
 
-# -- the computation ------------------------------------------------------------------------------------------------------------
+# -- the computation ---------------------------------------------------------------------------------------------------
 
 
 def filled(shape, channels=5, grid=3, classes=4):
@@ -178,11 +189,22 @@ def test_initial_weights_are_the_released_codes():
     torch.manual_seed(0)
     network = LatentDiT(NetworkShape(96, 2, 4, 128, 1, 4), 64, 4, 10)
     block = network.blocks[0]
-    assert not block.modulation.weight.any() and not network.final.linear.weight.any() and not network.final.modulation.weight.any()
-    assert block.attn.qkv.weight.abs().max().item() == pytest.approx(96**-0.5, rel=0.01)  # PyTorch's default: uniform up to 1 / sqrt(inputs)
+    assert (
+        not block.modulation.weight.any()
+        and not network.final.linear.weight.any()
+        and not network.final.modulation.weight.any()
+    )
+    # PyTorch's default: uniform up to 1 / sqrt(inputs)
+    assert block.attn.qkv.weight.abs().max().item() == pytest.approx(96**-0.5, rel=0.01)
     assert block.attn.qkv.bias.any() and network.project.bias.any()
-    assert network.embed.weight.abs().max().item() == pytest.approx((6 / (96 + 64)) ** 0.5, rel=0.01) and not network.embed.bias.any()
-    assert network.time_embed.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.05) and network.time_embed.mlp[0].bias.any()
+    assert (
+        network.embed.weight.abs().max().item() == pytest.approx((6 / (96 + 64)) ** 0.5, rel=0.01)
+        and not network.embed.bias.any()
+    )
+    assert (
+        network.time_embed.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
+        and network.time_embed.mlp[0].bias.any()
+    )
     xavier = LatentDiT(NetworkShape(96, 2, 4, 128, 1, 4), 64, 4, 10, xavier=True)
     for other in (xavier, LatentDiT(NetworkShape(96, 2, 4, *PLAIN), 64, 4, 10)):
         qkv = other.blocks[0].attn.qkv
@@ -192,7 +214,7 @@ def test_initial_weights_are_the_released_codes():
         assert not network(torch.randn(2, 64, 4, 4), torch.rand(2), torch.zeros(2, dtype=torch.int64)).any()
 
 
-# -- released files -------------------------------------------------------------------------------------------------------------
+# -- released files ----------------------------------------------------------------------------------------------------
 
 
 def released(shape):
@@ -206,7 +228,9 @@ def test_rotations_of_released_files_are_those_of_eva_in_float32():
     half = head_dim // 2
     frequencies = 1.0 / (10000.0 ** (torch.arange(0, half, 2).float() / half))
     angles = (torch.arange(grid).float()[:, None] * frequencies).repeat_interleave(2, dim=-1)  # (n, half)
-    table = torch.cat((angles[:, None].expand(grid, grid, half), angles[None].expand(grid, grid, half)), dim=-1).reshape(grid * grid, head_dim)
+    table = torch.cat(
+        (angles[:, None].expand(grid, grid, half), angles[None].expand(grid, grid, half)), dim=-1
+    ).reshape(grid * grid, head_dim)
     for wave, ours in zip((table.cos(), table.sin()), rope_table(grid, head_dim).unbind(-1), strict=True):
         torch.testing.assert_close(ours.repeat_interleave(2, dim=-1), wave, atol=3e-6, rtol=0)
 
@@ -231,12 +255,18 @@ def test_a_released_network_round_trips_and_tells_its_numbers(shape):
 def test_the_released_names_are_those_of_the_published_table():
     state = network_to_released(on_meta(DIT_DH["xl"]).state_dict(), DIT_DH["xl"])
     expected = {
-        "pos_embed": (1, 256, 1152), "x_embedder.proj.weight": (2048, 768, 1, 1), "s_embedder.proj.weight": (1152, 768, 1, 1), "s_projector.bias": (2048,),
-        "t_embedder.W": (256,), "t_embedder.mlp.0.weight": (1152, 512), "t_embedder.mlp.2.bias": (1152,), "y_embedder.embedding_table.weight": (1001, 1152),
-        "enc_feat_rope.freqs_cos": (256, 72), "dec_feat_rope.freqs_sin": (256, 128), "blocks.27.attn.qkv.weight": (3456, 1152),
-        "blocks.27.mlp.w12.weight": (6144, 1152), "blocks.27.mlp.w3.weight": (1152, 3072), "blocks.0.adaLN_modulation.1.weight": (6912, 1152),
-        "blocks.28.norm1.weight": (2048,), "blocks.29.mlp.w12.weight": (10922, 2048), "blocks.29.adaLN_modulation.1.bias": (12288,),
-        "final_layer.norm_final.weight": (2048,), "final_layer.linear.weight": (768, 2048), "final_layer.adaLN_modulation.1.weight": (4096, 2048),
+        "pos_embed": (1, 256, 1152), "x_embedder.proj.weight": (2048, 768, 1, 1),
+        "s_embedder.proj.weight": (1152, 768, 1, 1), "s_projector.bias": (2048,),
+        "t_embedder.W": (256,), "t_embedder.mlp.0.weight": (1152, 512),
+        "t_embedder.mlp.2.bias": (1152,), "y_embedder.embedding_table.weight": (1001, 1152),
+        "enc_feat_rope.freqs_cos": (256, 72),
+        "dec_feat_rope.freqs_sin": (256, 128), "blocks.27.attn.qkv.weight": (3456, 1152),
+        "blocks.27.mlp.w12.weight": (6144, 1152),
+        "blocks.27.mlp.w3.weight": (1152, 3072), "blocks.0.adaLN_modulation.1.weight": (6912, 1152),
+        "blocks.28.norm1.weight": (2048,),
+        "blocks.29.mlp.w12.weight": (10922, 2048), "blocks.29.adaLN_modulation.1.bias": (12288,),
+        "final_layer.norm_final.weight": (2048,),
+        "final_layer.linear.weight": (768, 2048), "final_layer.adaLN_modulation.1.weight": (4096, 2048),
     }  # fmt: skip
     assert {name: tuple(state[name].shape) for name in expected} == expected
 
@@ -268,7 +298,7 @@ def test_missing_extra_and_misplaced_tensors_are_refused():
         network_from_released({"weight": torch.zeros(2)}, ours, TINY)
 
 
-# -- the width rule -------------------------------------------------------------------------------------------------------------
+# -- the width rule ----------------------------------------------------------------------------------------------------
 
 CHANNELS, SIDE = 16, 2
 
@@ -296,10 +326,13 @@ def overfit(shape, steps=250, batch=32, lr=1e-2):
 
 
 def test_a_network_narrower_than_its_tokens_cannot_learn_even_one_latent():
-    """The last layer has rank d: the velocity's covariance beyond its d largest eigenvalues stays as loss; a wide head mends it."""
+    """The last layer has rank d: the velocity's covariance beyond its d largest eigenvalues stays as loss;
+    a wide head mends it.
+    """
     narrow, bound = overfit(NetworkShape(8, 1, 2, *PLAIN))
     wide, none = overfit(NetworkShape(32, 1, 2, *PLAIN))
     headed, no_bound = overfit(NetworkShape(8, 1, 2, 32, 1, 2))
-    assert none == no_bound == 0 and bound == pytest.approx(0.5, abs=1e-4)  # (16 - 8) / 16: four tokens have three directions, all among the eight
+    # (16 - 8) / 16: four tokens have three directions, all among the eight
+    assert none == no_bound == 0 and bound == pytest.approx(0.5, abs=1e-4)
     assert bound < narrow < 1
     assert wide < 0.2 * bound and headed < 0.5 * bound

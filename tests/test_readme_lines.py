@@ -1,4 +1,6 @@
-"""Every command line of the READMEs is one that the program accepts as it stands: keys, presets, values and what a cluster needs."""
+"""Every command line of the READMEs is one that the program accepts as it stands: keys, presets,
+values and what a cluster needs.
+"""
 
 import re
 import shlex
@@ -6,24 +8,31 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import run as evaluation_run
-from evaluation import sweep as evaluation_sweep
-from evaluation.command import parse
-from launch import cluster, plan
-from launch.run import asks_for_help, configurations, help_for
+from pixlat.evaluation import run as evaluation_run
+from pixlat.evaluation import sweep as evaluation_sweep
+from pixlat.evaluation.command import parse
+from pixlat.launch import plan
+from pixlat.launch.cluster import submit as cluster
+from pixlat.launch.run import asks_for_help, configurations, help_for
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACEHOLDERS = ("...", "FOLDER", "=mysite")  # lines that say themselves that something is to be filled in
 
 
 def command_lines() -> list[tuple[str, str]]:
-    """(README, command) for every indented line that starts a program of the project; continued lines are joined, the remark behind is cut."""
+    """(README, command) for every indented line that starts a program of the project; continued lines are joined,
+    the remark behind is cut.
+    """
     found = []
     for file in sorted(ROOT.rglob("README.md")):
         if any(part.startswith(".") or part in ("build", "runs") for part in file.relative_to(ROOT).parts):
             continue
         text = re.sub(r" \\\n\s*", " ", file.read_text(encoding="utf-8"))
-        for line in re.findall(r"^    ((?:python|torchrun --nproc-per-node \d+) (?:launch|evaluation)/\w+\.py.*)$", text, flags=re.MULTILINE):
+        for line in re.findall(
+            r"^    ((?:python|torchrun --nproc-per-node \d+) (?:launch|evaluation)/\w+\.py.*)$",
+            text,
+            flags=re.MULTILINE,
+        ):
             command = re.split(r" {2,}", line)[0]
             if not any(word in command for word in PLACEHOLDERS):
                 found.append((str(file.relative_to(ROOT)), command))
@@ -56,4 +65,8 @@ def test_the_line_is_accepted(readme: str, command: str) -> None:
 
 
 def test_there_are_lines_to_check() -> None:
-    assert len(LINES) > 40 and {readme for readme, _ in LINES} >= {"README.md", "launch/README.md", "evaluation/README.md"}
+    assert len(LINES) > 40 and {readme for readme, _ in LINES} >= {
+        "README.md",
+        "launch/README.md",
+        "evaluation/README.md",
+    }

@@ -9,23 +9,27 @@ import torch
 from jsonschema_rs import Draft202012Validator
 from torch import nn
 
-from common.datasets import ArrayImages, DataSource, DataSummary
-from common.errors import UserError
-from common.splits import fixed_draw
-from evaluation import reconstruction
-from evaluation.collect import batches
-from evaluation.features import Features
-from evaluation.frechet import factorise, frechet_distance, jackknife
-from evaluation.image_quality import psnr, ssim
-from evaluation.moments import Moments
-from evaluation.protocol import PSNR_CAP, protocol_hash, protocol_name
-from evaluation.reconstruction import Rebuilder, evaluate_rebuilt, evaluate_reconstruction, paired_frechet
-from evaluation.record import SCHEMA_FILE
-from methods.base import Method
+from pixlat.common.datasets.load import DataSource
+from pixlat.common.datasets.summary import DataSummary
+from pixlat.common.errors import UserError
+from pixlat.common.images.image_set import ArrayImages
+from pixlat.common.images.splits import fixed_draw
+from pixlat.evaluation.features.collect import batches
+from pixlat.evaluation.features.extractor import Features
+from pixlat.evaluation.features.moments import Moments
+from pixlat.evaluation.metrics.frechet import factorise, frechet_distance, jackknife
+from pixlat.evaluation.metrics.image_quality import psnr, ssim
+from pixlat.evaluation.protocols.identity import PSNR_CAP, protocol_hash, protocol_name
+from pixlat.evaluation.records.record import SCHEMA_FILE
+from pixlat.evaluation.score import reconstruction
+from pixlat.evaluation.score.reconstruction import Rebuilder, evaluate_rebuilt, evaluate_reconstruction, paired_frechet
+from pixlat.methods.base import Method
 
 
 def noise_images(n, size, seed=0):
-    return torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).integers(0, 256, (n, 3, size, size), dtype=np.uint8))
+    return torch.from_numpy(
+        np.random.Generator(np.random.PCG64(seed)).integers(0, 256, (n, 3, size, size), dtype=np.uint8)
+    )
 
 
 def direct_ssim(x, y):
@@ -48,7 +52,10 @@ def direct_ssim(x, y):
 def test_ssim_equals_the_formula():
     x = noise_images(2, 15)
     y = (x.float() * 0.8 + 20 * torch.rand(x.shape, generator=torch.Generator().manual_seed(0))).to(torch.uint8)
-    expected = [np.mean([direct_ssim(a[c].double().numpy(), b[c].double().numpy()) for c in range(3)]) for a, b in zip(x, y, strict=True)]
+    expected = [
+        np.mean([direct_ssim(a[c].double().numpy(), b[c].double().numpy()) for c in range(3)])
+        for a, b in zip(x, y, strict=True)
+    ]
     assert ssim(x, y).tolist() == pytest.approx(expected, rel=1e-9)
     assert torch.allclose(ssim(x, x), torch.ones(2, dtype=torch.float64), atol=1e-12)
     assert ssim(x, 255 - x).max() < 0  # inverted: structure anticorrelates
@@ -66,7 +73,10 @@ def test_psnr():
 
 
 class Blur(Method):
-    """An autoencoder that keeps the mean of every square of `factor` pixels. Uses dropout, so that forgetting evaluation mode shows."""
+    """An autoencoder that keeps the mean of every square of `factor` pixels.
+
+    Uses dropout, so that forgetting evaluation mode shows.
+    """
 
     task = "reconstruction"
 
@@ -117,7 +127,9 @@ def _cheap_networks(monkeypatch):
 
 def source(size=16, held_out=45):
     def part(n, seed):
-        ramp = np.linspace(0, 200, size)[None, None, None] + np.random.Generator(np.random.PCG64(seed)).normal(20, 15, (n, 3, size, size))
+        ramp = np.linspace(0, 200, size)[None, None, None] + np.random.Generator(np.random.PCG64(seed)).normal(
+            20, 15, (n, 3, size, size)
+        )
         return ArrayImages(np.clip(ramp, 0, 255).astype(np.uint8), np.arange(n) % 3, f"ramps{seed}")
 
     info = DataSummary("ramps", 3, size, 60, held_out, ("a", "b", "c"), "digest")
@@ -159,7 +171,8 @@ def test_reconstructions_in_a_file_score_as_the_method_that_made_them(tmp_path):
     rebuilder = Rebuilder(Blur(2), torch.device("cpu"))
     rebuilt = [(images, indices) for images, _, indices in rebuilder(batches(data.heldout.fetch, 45, 10))]
     expected = measured(2, tmp_path)
-    made = {name: expected.protocol["samples"][name] for name in ("uint8_rule", "precision")}  # what the file's owner says of it
+    # what the file's owner says of it
+    made = {name: expected.protocol["samples"][name] for name in ("uint8_rule", "precision")}
     found = evaluate_rebuilt(iter(rebuilt), data, 10, extractor, tmp_path, *made.values())
     assert found.protocol == expected.protocol and "unknown" not in made.values()
     assert evaluate_rebuilt(iter(rebuilt), data, 10, extractor, tmp_path).protocol["samples"]["uint8_rule"] == "unknown"
@@ -178,7 +191,9 @@ def test_chosen_images_are_a_fixed_draw():
 
 
 def test_the_paired_error_bar_is_that_of_the_pairs():
-    """Reconstructions that follow their originals: leaving out a group on one side only would count the images' own spread as error."""
+    """Reconstructions that follow their originals: leaving out a group on one side only would count
+    the images' own spread as error.
+    """
     rng = np.random.Generator(np.random.PCG64(0))
     values = []
     for _ in range(12):
@@ -191,7 +206,9 @@ def test_the_paired_error_bar_is_that_of_the_pairs():
     spread = np.std([estimate.value for estimate in values], ddof=1)
     assert np.mean([estimate.se for estimate in values]) == pytest.approx(spread, rel=0.5)
     reference = factorise(real.total())
-    one_sided = jackknife(frechet_distance(rebuilt.total(), reference), [frechet_distance(g, reference) for g in rebuilt.left_out()])
+    one_sided = jackknife(
+        frechet_distance(rebuilt.total(), reference), [frechet_distance(g, reference) for g in rebuilt.left_out()]
+    )
     assert one_sided.se > 1.5 * values[-1].se
 
 

@@ -11,9 +11,18 @@ import pytest
 import torch
 from records import fields, metric, protocol, record
 
-from common import origin
-from evaluation.protocol import canonical_json, protocol_hash, protocol_name
-from evaluation.record import RecordError, build_record, from_csv, read_record, row_id, to_csv, validate, write_record
+from pixlat.common import origin
+from pixlat.evaluation.protocols.identity import canonical_json, protocol_hash, protocol_name
+from pixlat.evaluation.records.record import (
+    RecordError,
+    build_record,
+    from_csv,
+    read_record,
+    row_id,
+    to_csv,
+    validate,
+    write_record,
+)
 
 
 def leaves(value, path=()):
@@ -35,7 +44,7 @@ def changed(value, path, new):
     return result
 
 
-# -- protocol -------------------------------------------------------------------------------------------------------------------
+# -- protocol ----------------------------------------------------------------------------------------------------------
 
 
 def test_protocol_hash_is_golden():
@@ -80,7 +89,7 @@ def test_large_sets_say_how_kid_subsets_are_drawn():
     assert protocol(50_000)["estimator"]["prdc"]["n_gen"] == 10_000
 
 
-# -- record ---------------------------------------------------------------------------------------------------------------------
+# -- record ------------------------------------------------------------------------------------------------------------
 
 
 def test_record_round_trip(tmp_path):
@@ -144,7 +153,14 @@ def test_altered_records_are_refused():
 
 
 def test_published_rows_need_a_source_and_a_hash_of_their_own():
-    paper = {"kind": "published", "protocol": None, "protocol_hash": "published:jit", "notes": "", "name": "JiT-B/16", "metrics": {"fid": metric(3.66)}}
+    paper = {
+        "kind": "published",
+        "protocol": None,
+        "protocol_hash": "published:jit",
+        "notes": "",
+        "name": "JiT-B/16",
+        "metrics": {"fid": metric(3.66)},
+    }
     common = {key: fields()[key] for key in ("system", "data")}
     source = {"title": "JiT", "url": None, "table": "6", "status": "read", "unverified_fields": []}
     build_record({**paper, **common, "source": source})
@@ -157,17 +173,48 @@ def test_published_rows_need_a_source_and_a_hash_of_their_own():
 
 
 def test_csv_round_trip():
-    awkward = ["", " ", "null", "123", "1e5", "NaN", "true", '"quoted"', "a,b", "two\nlines", "tab\t", "\r", "ä 漢 🎈", "=1+1", "@x", "-", "[1]"]
+    awkward = [
+        "",
+        " ",
+        "null",
+        "123",
+        "1e5",
+        "NaN",
+        "true",
+        '"quoted"',
+        "a,b",
+        "two\nlines",
+        "tab\t",
+        "\r",
+        "ä 漢 🎈",
+        "=1+1",
+        "@x",
+        "-",
+        "[1]",
+    ]
     awkward += ["a.b\\c", "\u2028"]
     rows = [record(name=text, notes=text) for text in awkward] + [record(protocol=None, metrics={}, artifacts={})]
     assert from_csv(to_csv(rows)) == rows
     assert [type(value) for _, value in leaves(from_csv(to_csv(rows)))] == [type(value) for _, value in leaves(rows)]
     header = next(csv.reader(io.StringIO(to_csv(rows))))
-    assert {"system.method", "metrics.fd_embedded.value", "protocol.samples.n", "code.package_versions.ruamel\\.yaml"} <= set(header)
+    assert {
+        "system.method",
+        "metrics.fd_embedded.value",
+        "protocol.samples.n",
+        "code.package_versions.ruamel\\.yaml",
+    } <= set(header)
 
 
 def test_csv_holds_no_spreadsheet_formula():
-    text = to_csv([record(name='=HYPERLINK("http://x")', notes="+1", code={"git_sha": "@sum", "dirty": False, "package_versions": {"=a": "-b"}})])
+    text = to_csv(
+        [
+            record(
+                name='=HYPERLINK("http://x")',
+                notes="+1",
+                code={"git_sha": "@sum", "dirty": False, "package_versions": {"=a": "-b"}},
+            )
+        ]
+    )
     cells = [cell for row in csv.reader(io.StringIO(text)) for cell in row]
     assert not [cell for cell in cells if cell[:1] in ("=", "+", "@") or cell.startswith("-b")]
 
@@ -186,7 +233,17 @@ def test_what_a_gpu_computes_with_is_kept_beside_the_packages(monkeypatch, tmp_p
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90100)
     versions = origin.package_versions()
     assert {"cuda": "12.4", "cudnn": "90100", "nvidia-driver": "550.54.14"}.items() <= versions.items()
-    assert versions.keys() >= {"python", "torch", "numpy", "scipy", "transformers", "diffusers", "torch-fidelity", "clean-fid", "pillow"}
+    assert versions.keys() >= {
+        "python",
+        "torch",
+        "numpy",
+        "scipy",
+        "transformers",
+        "diffusers",
+        "torch-fidelity",
+        "clean-fid",
+        "pillow",
+    }
 
 
 def test_a_re_evaluation_names_the_code_that_scored_and_old_records_stay_valid():

@@ -6,11 +6,11 @@ import pytest
 import torch
 from reg_models import CHANNELS, SIDE, Impulses, batch, make, randomized
 
-from common.cost import sampling_cost
-from common.errors import UserError
-from common.seeds import Noise, seed_step
-from methods.reg.config import DitSample
-from methods.reg.diffusion import BIN, Draws, Gaussian, kl, level_surprise, posterior, predicted, schedule
+from pixlat.common.accounting.macs import sampling_cost
+from pixlat.common.errors import UserError
+from pixlat.common.seeds import Noise, seed_step
+from pixlat.methods.reg.config import DitSample
+from pixlat.methods.reg.diffusion import BIN, Draws, Gaussian, kl, level_surprise, posterior, predicted, schedule
 
 
 def betas_by_hand():
@@ -25,7 +25,7 @@ def abar_by_hand():
     return out
 
 
-# -- schedule ---------------------------------------------------------------------------------------------------------------------
+# -- schedule ----------------------------------------------------------------------------------------------------------
 
 
 def test_full_schedule():
@@ -38,7 +38,9 @@ def test_full_schedule():
         assert s.noise[i].item() == pytest.approx(math.sqrt(1 - abar[i]), rel=1e-6)
         assert s.log_beta[i].item() == pytest.approx(math.log(beta), rel=1e-6)
         assert s.mean_data[i].item() == pytest.approx(beta * math.sqrt(before) / (1 - abar[i]), rel=1e-5)
-        assert s.mean_state[i].item() == pytest.approx((1 - before) * math.sqrt(1 - beta) / (1 - abar[i]), rel=1e-5, abs=1e-9)
+        assert s.mean_state[i].item() == pytest.approx(
+            (1 - before) * math.sqrt(1 - beta) / (1 - abar[i]), rel=1e-5, abs=1e-9
+        )
         if i:
             assert s.log_posterior[i].item() == pytest.approx(math.log(beta * (1 - before) / (1 - abar[i])), rel=1e-6)
     assert s.log_posterior[0] == s.log_posterior[1]
@@ -62,15 +64,19 @@ def test_posterior_is_bayes_rule():
     precision = (1 - beta) / beta + 1 / (1 - abar[i - 1])
     mean = (math.sqrt(1 - beta) * z / beta + math.sqrt(abar[i - 1]) * x / (1 - abar[i - 1])) / precision
     found = posterior(torch.tensor(x), torch.tensor(z), type(s)(*(c[i] for c in s)))
-    assert found.mean.item() == pytest.approx(mean, rel=1e-4) and found.log_variance.exp().item() == pytest.approx(1 / precision, rel=1e-4)
+    assert found.mean.item() == pytest.approx(mean, rel=1e-4) and found.log_variance.exp().item() == pytest.approx(
+        1 / precision, rel=1e-4
+    )
 
 
-# -- objective --------------------------------------------------------------------------------------------------------------------
+# -- objective ---------------------------------------------------------------------------------------------------------
 
 
 def test_kl_against_torch():
     q, p = (Gaussian(torch.randn(100), torch.randn(100)) for _ in range(2))
-    expected = torch.distributions.kl_divergence(*(torch.distributions.Normal(g.mean, (0.5 * g.log_variance).exp()) for g in (q, p)))
+    expected = torch.distributions.kl_divergence(
+        *(torch.distributions.Normal(g.mean, (0.5 * g.log_variance).exp()) for g in (q, p))
+    )
     torch.testing.assert_close(kl(q, p), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -81,7 +87,9 @@ def test_levels_are_a_distribution():
     probabilities = (-level_surprise(levels, p)).exp()
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-9)
     normal = torch.distributions.Normal(p.mean, 0.3)
-    torch.testing.assert_close(probabilities[100], normal.cdf(levels[100] + BIN) - normal.cdf(levels[100] - BIN), atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(
+        probabilities[100], normal.cdf(levels[100] + BIN) - normal.cdf(levels[100] - BIN), atol=1e-12, rtol=1e-9
+    )
     assert level_surprise(torch.tensor(0.0), Gaussian(torch.tensor(50.0), torch.tensor(-8.0))).isfinite()
 
 
@@ -96,7 +104,8 @@ def test_perfect_noise_leaves_the_bound_of_the_variance(monkeypatch):
     x, draws = training_draws([1, 300, 999])
     method.predict = lambda z, times, labels: (draws.noise, -torch.ones_like(z))
     out = method.objective(x, draws)
-    assert out["noise"].item() == 0 and abs(out["bound"].item()) < 1e-3  # the posterior itself; rounding of 1 / sqrt(abar) near time 999
+    # the posterior itself; rounding of 1 / sqrt(abar) near time 999
+    assert out["noise"].item() == 0 and abs(out["bound"].item()) < 1e-3
     method.predict = lambda z, times, labels: (draws.noise, torch.ones_like(z))
     s = schedule(1000)
     ratio = [(s.log_posterior[i] - s.log_beta[i]).item() for i in (1, 300, 999)]
@@ -159,7 +168,7 @@ def test_the_network_hears_the_times_as_they_are(monkeypatch):
     assert heard[0].tolist() == [0.0, 999.0]
 
 
-# -- sampler ----------------------------------------------------------------------------------------------------------------------
+# -- sampler -----------------------------------------------------------------------------------------------------------
 
 MEAN, SPREAD = 0.7, 0.5
 
@@ -191,7 +200,9 @@ def test_ancestral_sampler_of_gaussian_data(monkeypatch, steps):
         data, part, mean_data, mean_state, log_posterior = (c[i].item() for c in s[:5])
         predicted_noise, slope = perfect_noise(mean, data, part)
         mean = mean_data * (mean - part * predicted_noise) / data + mean_state * mean
-        variance = (mean_data * (1 - part * slope) / data + mean_state) ** 2 * variance + (math.exp(log_posterior) if i else 0.0)
+        variance = (mean_data * (1 - part * slope) / data + mean_state) ** 2 * variance + (
+            math.exp(log_posterior) if i else 0.0
+        )
     still = images[-1]
     spread = (images[:-1] - still).square().sum(dim=0).sqrt()
     torch.testing.assert_close(still, torch.full_like(still, mean), atol=1e-4, rtol=0)  # a float32 state over 250 steps

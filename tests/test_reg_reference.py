@@ -6,12 +6,12 @@ import pytest
 import torch
 from reg_models import INFO, batch, make, randomized
 
-from common.config import load_presets, resolve
-from common.errors import UserError
-from common.external import read_tensors
-from common.trainer import load_own_state, own_state
-from methods import get_spec
-from methods.reg.network import LatentTransformer, Shape
+from pixlat.common.config.resolve import load_presets, resolve
+from pixlat.common.errors import UserError
+from pixlat.common.training.state import load_own_state, own_state
+from pixlat.common.weights.tensors import read_tensors
+from pixlat.methods import get_spec
+from pixlat.methods.reg.network import LatentTransformer, Shape
 
 METHODS = ("dit", "sit", "repa", "reg")
 
@@ -27,7 +27,9 @@ def outputs(method, state):
     load_own_state(method, method.from_reference(state))
     z, token = torch.linspace(-1, 1, 2 * 4 * 8 * 8).view(2, 4, 8, 8), torch.linspace(-1, 1, 12).view(2, 6)
     with torch.no_grad():
-        return method.network(z, torch.tensor([0.2, 0.7]), torch.tensor([0, 3]), token if method.network.shape.class_token else None).image
+        return method.network(
+            z, torch.tensor([0.2, 0.7]), torch.tensor([0, 3]), token if method.network.shape.class_token else None
+        ).image
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -62,7 +64,10 @@ def test_old_names_of_repa(monkeypatch):
     """`decoder_blocks.k` is the block after the aligned one."""
     method = make("repa", monkeypatch, depth=4, align_after=2)
     state = released(method)
-    old = {name.replace("blocks.2.", "decoder_blocks.0.").replace("blocks.3.", "decoder_blocks.1."): tensor for name, tensor in state.items()}
+    old = {
+        name.replace("blocks.2.", "decoder_blocks.0.").replace("blocks.3.", "decoder_blocks.1."): tensor
+        for name, tensor in state.items()
+    }
     assert old.keys() != state.keys()
     loaded = method.from_reference(old)
     assert all(torch.equal(loaded[f"network.{name}"], state[name]) for name in state if name.startswith("blocks."))
@@ -72,7 +77,13 @@ def test_training_checkpoint_of_reg(monkeypatch, tmp_path):
     """A dictionary with "ema" and an argparse.Namespace beside it."""
     method = make("reg", monkeypatch)
     ema = released(method)
-    content = {"model": {name: tensor + 1 for name, tensor in ema.items()}, "ema": ema, "opt": {}, "args": argparse.Namespace(cls=0.03), "steps": 4_000_000}
+    content = {
+        "model": {name: tensor + 1 for name, tensor in ema.items()},
+        "ema": ema,
+        "opt": {},
+        "args": argparse.Namespace(cls=0.03),
+        "steps": 4_000_000,
+    }
     torch.save(content, tmp_path / "4000000.pt")
     state = read_tensors(tmp_path / "4000000.pt")
     loaded = method.from_reference(state)
@@ -123,7 +134,7 @@ def test_loaded_weights_leave_the_frozen_networks_alone(monkeypatch):
     assert method("main", batch(), 0)["loss"].isfinite() and INFO.num_classes == 3
 
 
-# -- presets ----------------------------------------------------------------------------------------------------------------------
+# -- presets -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -137,8 +148,18 @@ def test_presets_resolve(name):
 @pytest.mark.parametrize(
     ("name", "preset", "fid", "sample"),
     [
-        ("reg", "imagenet256-xl", 1.36, {"steps": 250, "guidance": 2.3, "class_guidance": 2.3, "interval": (0.0, 0.85), "solver": "sde"}),
-        ("repa", "imagenet256-xl", 1.42, {"steps": 250, "guidance": 1.8, "interval": (0.0, 0.7), "guided_channels": None}),
+        (
+            "reg",
+            "imagenet256-xl",
+            1.36,
+            {"steps": 250, "guidance": 2.3, "class_guidance": 2.3, "interval": (0.0, 0.85), "solver": "sde"},
+        ),
+        (
+            "repa",
+            "imagenet256-xl",
+            1.42,
+            {"steps": 250, "guidance": 1.8, "interval": (0.0, 0.7), "guided_channels": None},
+        ),
         ("sit", "imagenet256-xl", 2.06, {"steps": 250, "guidance": 1.5, "interval": (0.0, 1.0), "guided_channels": 3}),
         ("dit", "imagenet256-xl", 2.27, {"steps": 250, "guidance": 1.5, "guided_channels": 3}),
         ("reg", "imagenet256-b", 15.22, {"guidance": 1.0}),
@@ -152,13 +173,23 @@ def test_published_rows(name, preset, fid, sample):
     run = resolve(spec, {"method": name, "preset": preset})
     assert load_presets(spec.presets)[preset]["expected"]["fid"] == fid
     assert {key: getattr(run.sample, key) for key in sample} == sample
-    assert run.train.batch == 256 and run.train.lr == 1e-4 and run.train.ema_decay == [0.9999] and run.train.betas == [0.9, 0.999]
-    assert run.train.clip_grad == (1.0 if name in ("repa", "reg") else 0.0) and run.data.flip == (name in ("sit", "dit"))
+    assert (
+        run.train.batch == 256
+        and run.train.lr == 1e-4
+        and run.train.ema_decay == [0.9999]
+        and run.train.betas == [0.9, 0.999]
+    )
+    assert run.train.clip_grad == (1.0 if name in ("repa", "reg") else 0.0) and run.data.flip == (
+        name in ("sit", "dit")
+    )
 
 
 def test_alignment_depth_of_the_sizes():
     for name in ("repa", "reg"):
-        depths = {size: resolve(get_spec(name), {"method": name, "preset": f"imagenet256-{size}"}).model.align_after for size in ("b", "l", "xl")}
+        depths = {
+            size: resolve(get_spec(name), {"method": name, "preset": f"imagenet256-{size}"}).model.align_after
+            for size in ("b", "l", "xl")
+        }
         assert depths == {"b": 4, "l": 8, "xl": 8}
 
 
@@ -169,4 +200,7 @@ def test_demo_presets_differ_in_the_method_only():
         assert getattr(runs["sit"], key) == getattr(runs["repa"], key) == getattr(runs["reg"], key)
     shared = ("depth", "width", "heads", "patch", "tokenizer", "path", "time", "label_drop", "remember")
     assert len({tuple(getattr(run.model, key) for key in shared) for run in runs.values()}) == 1
-    assert len({(run.sample.steps, run.sample.solver, run.sample.guidance, run.sample.interval) for run in runs.values()}) == 1
+    assert (
+        len({(run.sample.steps, run.sample.solver, run.sample.guidance, run.sample.interval) for run in runs.values()})
+        == 1
+    )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from records import record
 
-from launch.remarks import CAUSES, sample_remarks, score_remarks, warning_lines
+from pixlat.launch.job.remarks import CAUSES, sample_remarks, score_remarks, warning_lines
 
 
 def noise(count: int, low: int = 0, high: int = 256) -> np.ndarray:
@@ -66,5 +66,12 @@ def test_what_has_learned_something_is_left_alone(row):
 
 
 def test_other_notes_are_shown_without_causes():
-    assert warning_lines(scored(750.0, 0.65, notes="2 unreadable training images were skipped."), []) == ["  2 unreadable training images were skipped."]
-    assert warning_lines(scored(750.0, 0.65, notes="The samples have almost no contrast: 0.010 where real images have 0.300."), [])[-1] == f"  {CAUSES}"
+    assert warning_lines(scored(750.0, 0.65, notes="2 unreadable training images were skipped."), []) == [
+        "  2 unreadable training images were skipped."
+    ]
+    assert (
+        warning_lines(
+            scored(750.0, 0.65, notes="The samples have almost no contrast: 0.010 where real images have 0.300."), []
+        )[-1]
+        == f"  {CAUSES}"
+    )

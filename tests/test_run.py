@@ -18,18 +18,33 @@ from evaluated_run import image_folder
 from PIL import Image
 from safetensors.torch import load_file
 
-from common import synthetic
-from common.checkpoint import latest
-from common.datasets import DataSummary
-from common.errors import UserError
-from common.meters import read_rows
-from evaluation.curve import read_curve
-from evaluation.record import read_record
-from launch.folder import read_data, record_data
+from pixlat.common.datasets.summary import DataSummary
+from pixlat.common.errors import UserError
+from pixlat.common.images import synthetic
+from pixlat.common.training.meters import read_rows
+from pixlat.common.weights.checkpoint import latest
+from pixlat.evaluation.records.curve import read_curve
+from pixlat.evaluation.records.record import read_record
+from pixlat.launch.job.folder import read_data, record_data
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = ("model.depth=2", "model.width=16", "model.heads=2", "model.patch=4", "model.bottleneck=8", "model.context_tokens=2", "model.context_start=1")
-TRAIN = ("train.images=320", "train.batch=16", "train.warmup_images=0", "train.log_images=32", "train.checkpoint_images=48", "train.preview_images=160")
+MODEL = (
+    "model.depth=2",
+    "model.width=16",
+    "model.heads=2",
+    "model.patch=4",
+    "model.bottleneck=8",
+    "model.context_tokens=2",
+    "model.context_start=1",
+)
+TRAIN = (
+    "train.images=320",
+    "train.batch=16",
+    "train.warmup_images=0",
+    "train.log_images=32",
+    "train.checkpoint_images=48",
+    "train.preview_images=160",
+)
 EVAL = ("eval.num_images=24", "eval.every_images=160", "eval.batch=10", "eval.grid_columns=3", "sample.steps=3")
 
 
@@ -46,19 +61,34 @@ def images(tmp_path_factory) -> Path:
 
 
 def command(images: Path, out: Path, *changes: str) -> list[str]:
-    arguments = ("method=jit", "data=folder", f"data.path={images}", "data.image_size=16", f"out={out}", "name=run", *MODEL, *TRAIN, *EVAL)
+    arguments = (
+        "method=jit",
+        "data=folder",
+        f"data.path={images}",
+        "data.image_size=16",
+        f"out={out}",
+        "name=run",
+        *MODEL,
+        *TRAIN,
+        *EVAL,
+    )
     settings = dict(argument.split("=", 1) for argument in (*arguments, *changes))
     return [sys.executable, str(ROOT / "launch/run.py"), *(f"{key}={value}" for key, value in settings.items())]
 
 
 def start(arguments: list[str], **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+    return subprocess.run(
+        arguments, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options
+    )
 
 
 def outcome(folder: Path) -> dict:
     """What must not depend on interruptions: weights, losses, scores, pictures."""
     checkpoint = latest(folder / "checkpoints")
-    metrics = [{k: v for k, v in row.items() if k not in ("images_per_s", "seconds")} for row in read_rows(folder / "metrics.jsonl")]
+    metrics = [
+        {k: v for k, v in row.items() if k not in ("images_per_s", "seconds")}
+        for row in read_rows(folder / "metrics.jsonl")
+    ]
     pictures = {name: np.asarray(Image.open(folder / name)) for name in ("samples.png", "neighbours.png")}
     return {
         "weights": {file.name: load_file(file) for file in sorted(checkpoint.glob("*.safetensors"))},
@@ -99,17 +129,29 @@ def test_the_run_folder_is_complete_and_named_at_the_end(finished):
         assert (finished / name).exists(), name
     assert json.loads((finished / "data.json").read_text())["class_names"] == sorted(synthetic.CLASS_NAMES)
     first = json.loads((finished / "starts.jsonl").read_text().splitlines()[0])
-    assert "launch/run.py" in first["command"] and first["packages"]["torch"] == torch.__version__.split("+")[0] and first["code"]["git_sha"]
+    assert (
+        "launch/run.py" in first["command"]
+        and first["packages"]["torch"] == torch.__version__.split("+")[0]
+        and first["code"]["git_sha"]
+    )
     assert "fd_embedded" in printed and "run" in printed
 
 
 def test_the_record_tells_score_cost_and_origin(finished):
     record = read_record(finished / "result.json")
-    assert record["train"]["images_seen"] == 320 and record["train"]["macs_total"] > 0 and record["memory"]["peak_bytes_train"] > 0
+    assert (
+        record["train"]["images_seen"] == 320
+        and record["train"]["macs_total"] > 0
+        and record["memory"]["peak_bytes_train"] > 0
+    )
     assert record["sampling"]["nfe_evals"] == 5 and record["speed"]["images_per_s"] > 0
-    assert record["compute"]["macs_per_image"] == pytest.approx(record["compute"]["macs_per_forward"] * record["sampling"]["net_forwards"], rel=1e-9)
+    assert record["compute"]["macs_per_image"] == pytest.approx(
+        record["compute"]["macs_per_forward"] * record["sampling"]["net_forwards"], rel=1e-9
+    )
     assert record["params"]["gen_total"] > record["params"]["gen_trainable"] > 0
-    assert {"fd_embedded", "fd_floor", "kid", "is", "precision", "recall", "density", "coverage"} <= record["metrics"].keys()
+    assert {"fd_embedded", "fd_floor", "kid", "is", "precision", "recall", "density", "coverage"} <= record[
+        "metrics"
+    ].keys()
     assert record["checkpoint"]["step"] == 20 and record["artifacts"]["grid_png"] == "samples.png"
 
 
@@ -150,7 +192,9 @@ def test_data_that_changed_since_the_first_start_are_refused(tmp_path):
 
 def killed(arguments: list[str], number: signal.Signals, after: float) -> bool:
     """Starts a run and sends it a signal after so many seconds, unless it is over by then."""
-    child = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    child = subprocess.Popen(
+        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     try:
         child.communicate(timeout=after)
         return False
@@ -162,7 +206,9 @@ def killed(arguments: list[str], number: signal.Signals, after: float) -> bool:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_kills_at_any_moment_change_nothing(images, finished, tmp_path, seed):
-    """Killed again and again, at random times, in training, scores, checkpoint writing, drawing or evaluation; tests/soak.py does it to the demo."""
+    """Killed again and again, at random times, in training, scores, checkpoint writing, drawing or evaluation;
+    tests/soak.py does it to the demo.
+    """
     rng = random.Random(seed)
     seconds = float((finished.parent / "seconds").read_text())
     kills = 0
@@ -176,7 +222,13 @@ def test_kills_at_any_moment_change_nothing(images, finished, tmp_path, seed):
 
 
 def test_sigterm_saves_and_exits_with_its_number(images, finished, tmp_path):
-    child = subprocess.Popen(command(images, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    child = subprocess.Popen(
+        command(images, tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -205,7 +257,12 @@ def test_two_processes_make_the_same_images_and_scores(images, finished, tmp_pat
     subprocess.run(["cp", "-r", str(finished), str(run)], check=True)
     (run / "result.json").unlink()
     (run / "samples.png").unlink()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20001 + os.getpid() % 20000)}
     children = [
         subprocess.Popen(
@@ -229,11 +286,23 @@ def test_two_processes_make_the_same_images_and_scores(images, finished, tmp_pat
 def test_slow_pictures_do_not_hold_up_other_processes(tmp_path):
     """They last until the other process has left, and processes wait for each other for 20 s at most."""
     data = image_folder(tmp_path / "data")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "PYTHONPATH": str(ROOT),
+    }
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20002 + os.getpid() % 20000)}
     script = [sys.executable, str(ROOT / "tests/slow_pictures.py"), str(tmp_path), str(data)]
     children = [
-        subprocess.Popen(script, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            script,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for rank in range(2)
     ]
     printed = [child.communicate(timeout=300)[0] for child in children]

@@ -20,24 +20,44 @@ from local_slurm import PACKAGES, Cluster, wait_for
 from PIL import Image
 from safetensors.torch import load_file
 
-from common import synthetic
-from common.checkpoint import latest
-from common.config import resolve
-from common.errors import UserError
-from common.files import read_rows
-from evaluation.record import read_record
-from launch.cluster import submit_all
-from launch.folder import is_finished
-from launch.run import configurations
-from launch.snapshot import PACKAGES as CODE
-from launch.stages import stage_runs
-from methods import get_spec, registered
+from pixlat.common.config.resolve import resolve
+from pixlat.common.errors import UserError
+from pixlat.common.files import read_rows
+from pixlat.common.images import synthetic
+from pixlat.common.weights.checkpoint import latest
+from pixlat.evaluation.records.record import read_record
+from pixlat.launch.cluster.snapshot import FOLDERS
+from pixlat.launch.cluster.submit import submit_all
+from pixlat.launch.job.folder import is_finished
+from pixlat.launch.job.stages import stage_runs
+from pixlat.launch.run import configurations
+from pixlat.methods import get_spec, registered
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = ("model.depth=2", "model.width=16", "model.heads=2", "model.patch=8", "model.bottleneck=8", "model.context_tokens=2", "model.context_start=1")
-TRAIN = ("train.images=6400", "train.batch=16", "train.log_images=176", "train.checkpoint_images=1600", "train.preview_images=0")
+MODEL = (
+    "model.depth=2",
+    "model.width=16",
+    "model.heads=2",
+    "model.patch=8",
+    "model.bottleneck=8",
+    "model.context_tokens=2",
+    "model.context_start=1",
+)
+TRAIN = (
+    "train.images=6400",
+    "train.batch=16",
+    "train.log_images=176",
+    "train.checkpoint_images=1600",
+    "train.preview_images=0",
+)
 SMALL = (*MODEL, *TRAIN, "sample.steps=2", "eval.num_images=0", "eval.grid_columns=1")
-SLURM = ("cluster=slurm", "cluster.partition=main", "cluster.timeout_min=20", "cluster.gpus_per_node=0", "cluster.mem_gb=1")
+SLURM = (
+    "cluster=slurm",
+    "cluster.partition=main",
+    "cluster.timeout_min=20",
+    "cluster.gpus_per_node=0",
+    "cluster.mem_gb=1",
+)
 TWO_NODES = ("cluster.nodes=2",)
 SECONDS = 600  # for whatever a loaded machine takes
 
@@ -114,7 +134,9 @@ def command(slurm: Cluster, arguments: list[str]) -> subprocess.CompletedProcess
 def statuses(slurm: Cluster, out: Path) -> dict[str, dict[str, str]]:
     """What `launch/status.py` says, by run."""
     command = [sys.executable, str(ROOT / "launch/status.py"), str(out), "--json"]
-    printed = subprocess.run(command, env=slurm.environment, capture_output=True, text=True, timeout=SECONDS, check=True).stdout
+    printed = subprocess.run(
+        command, env=slurm.environment, capture_output=True, text=True, timeout=SECONDS, check=True
+    ).stdout
     return {row["name"]: row for row in map(json.loads, printed.splitlines())}
 
 
@@ -124,7 +146,9 @@ def finish(slurm: Cluster, folder: Path) -> None:
     def over() -> bool:
         return is_finished(folder) or (folder / "failure.json").exists()
 
-    assert wait_for(over, SECONDS, 0.5) and is_finished(folder), "\n".join(map(str, [statuses(slurm, folder.parent), log_of(folder)]))
+    assert wait_for(over, SECONDS, 0.5) and is_finished(folder), "\n".join(
+        map(str, [statuses(slurm, folder.parent), log_of(folder)])
+    )
 
 
 def log_of(folder: Path) -> str:
@@ -146,7 +170,10 @@ def training(folder: Path) -> bool:
 def outcome(folder: Path) -> dict:
     """What interruptions must not change: weights, losses, pictures."""
     weights = {file.name: load_file(file) for file in sorted(latest(folder / "checkpoints").glob("*.safetensors"))}
-    rows = [{key: value for key, value in row.items() if key not in ("images_per_s", "seconds")} for row in read_rows(folder / "metrics.jsonl")]
+    rows = [
+        {key: value for key, value in row.items() if key not in ("images_per_s", "seconds")}
+        for row in read_rows(folder / "metrics.jsonl")
+    ]
     return {"weights": weights, "metrics": rows, "picture": np.asarray(Image.open(folder / "samples.png")).tobytes()}
 
 
@@ -158,7 +185,9 @@ def assert_same(one: dict, two: dict) -> None:
 
 
 def test_a_preempted_run_on_two_nodes_equals_an_undisturbed_one_of_two_local_processes(slurm, out, settle):
-    """A job of a higher partition takes the nodes: all processes agree, save, are queued again, and go on from the same step."""
+    """A job of a higher partition takes the nodes: all processes agree, save, are queued again,
+    and go on from the same step.
+    """
     told = command(slurm, settle("method=jit", *SMALL, *SLURM, *TWO_NODES, "cluster.exclusive=true", "name=preempted"))
     assert told.returncode == 0, told.stderr
     (job,), folder = jobs_of(told.stdout), out / "preempted"
@@ -170,7 +199,9 @@ def test_a_preempted_run_on_two_nodes_equals_an_undisturbed_one_of_two_local_pro
     finish(slurm, folder)
     assert_same(outcome(out / "local"), outcome(folder))
     log = log_of(folder)
-    assert len(read_rows(folder / "starts.jsonl")) == 2 and "Traceback" not in log and "stopped by SIGUSR2; saved" in log
+    assert (
+        len(read_rows(folder / "starts.jsonl")) == 2 and "Traceback" not in log and "stopped by SIGUSR2; saved" in log
+    )
     saved = int(log.split("saved ")[1].split("step-")[1][:8])
     assert 0 < saved < 400 and saved % 100, "it saved at the signal, not at an interval"
     results = [pickle.loads(file.read_bytes())[0] for file in (out / ".jobs" / job).glob("*_result.pkl")]
@@ -178,11 +209,16 @@ def test_a_preempted_run_on_two_nodes_equals_an_undisturbed_one_of_two_local_pro
 
 
 def test_a_sweep_is_one_array_with_a_limit_and_survives_the_death_of_a_node(slurm, out, submit):
-    """Nothing is signalled: Slurm misses the node, queues its job again, and the run goes on from the newest whole checkpoint on the other node."""
+    """Nothing is signalled: Slurm misses the node, queues its job again, and the run goes on from the newest whole
+    checkpoint on the other node.
+    """
     first, second = submit("method=jit", *SMALL, *SLURM, "cluster.array_parallelism=2", "seed=0,1")
     assert first.endswith("_0") and second.endswith("_1") and first[:-2] == second[:-2]
     assert field(slurm, second, "ArrayTaskThrottle") == "2"
-    folders = [next(file.parent for file in out.glob("*/jobs.jsonl") if read_rows(file)[-1]["job"] == job) for job in (first, second)]
+    folders = [
+        next(file.parent for file in out.glob("*/jobs.jsonl") if read_rows(file)[-1]["job"] == job)
+        for job in (first, second)
+    ]
     for folder in folders:
         finish(slurm, folder)
     (job,) = submit("method=jit", *SMALL, *SLURM, "seed=1", "name=orphan")
@@ -202,9 +238,19 @@ def test_a_sweep_is_one_array_with_a_limit_and_survives_the_death_of_a_node(slur
 def test_a_run_goes_on_after_its_time_limit_and_not_after_it_is_cancelled(slurm, out, submit):
     """Slurm itself signals before the limit; then the limit is raised, and the run cancelled.
 
-    It may signal up to a minute too early, and on a busy machine the processes need half a minute until they listen: hence a limit of three minutes.
+    It may signal up to a minute too early, and on a busy machine the processes need half a minute until they listen:
+    hence a limit of three minutes.
     """
-    endless = ("method=jit", *SMALL, *SLURM, *TWO_NODES, "train.images=16000000", "name=cancelled", "cluster.timeout_min=3", "cluster.signal_delay_s=60")
+    endless = (
+        "method=jit",
+        *SMALL,
+        *SLURM,
+        *TWO_NODES,
+        "train.images=16000000",
+        "name=cancelled",
+        "cluster.timeout_min=3",
+        "cluster.signal_delay_s=60",
+    )
     (job,) = submit(*endless)
     folder = out / "cancelled"
     assert wait_for(lambda: training(folder), SECONDS)
@@ -214,11 +260,17 @@ def test_a_run_goes_on_after_its_time_limit_and_not_after_it_is_cancelled(slurm,
     saved = int(log_of(folder).split("stopped by SIGUSR2; saved ")[1].split("step-")[1][:8])
     assert wait_for(lambda: [row for row in read_rows(folder / "metrics.jsonl") if row["step"] > saved + 11], SECONDS)
     steps = [row["step"] for row in read_rows(folder / "metrics.jsonl")]
-    assert steps == list(range(11, steps[-1] + 1, 11)) and len(read_rows(folder / "starts.jsonl")) == 2, "no step is lost, none is taken twice"
+    assert steps == list(range(11, steps[-1] + 1, 11)) and len(read_rows(folder / "starts.jsonl")) == 2, (
+        "no step is lost, none is taken twice"
+    )
     slurm.client("scancel", job)
     assert wait_for(lambda: not slurm.client("squeue", "--noheader", "--jobs", job).strip(), 60)
     row = statuses(slurm, out)["cancelled"]
-    assert row["state"] == "stopped" and field(slurm, job, "JobState") == "CANCELLED" and field(slurm, job, "Restarts") == "1"
+    assert (
+        row["state"] == "stopped"
+        and field(slurm, job, "JobState") == "CANCELLED"
+        and field(slurm, job, "Restarts") == "1"
+    )
     assert latest(folder / "checkpoints") is not None and "stopped by SIGTERM; saved" in log_of(folder)
 
 
@@ -229,7 +281,11 @@ def test_gpus_are_requested_and_a_machine_that_cannot_use_them_is_named(slurm, o
     (job,) = submit("method=jit", *SMALL, *gpus, "cluster.gpus_per_node=2", "name=gpus")
     assert wait_for(lambda: field(slurm, job, "JobState") == "FAILED", SECONDS, 0.5)
     row = statuses(slurm, out)["gpus"]
-    assert row["state"] == "failed" and "was to give 2 GPUs (given: 0,1)" in row["reason"] and "cluster.exclude=127.0.0.1" in row["reason"]
+    assert (
+        row["state"] == "failed"
+        and "was to give 2 GPUs (given: 0,1)" in row["reason"]
+        and "cluster.exclude=127.0.0.1" in row["reason"]
+    )
     log = Path(row["reason"].rpartition("Log: ")[2])  # of the process that failed first
     assert log.parent == Path(row["log"]).parent and "error: 127.0.0.1" in log.read_text()
     assert "gpu" in field(slurm, job, "TresPerNode")
@@ -239,7 +295,7 @@ def test_gpus_are_requested_and_a_machine_that_cannot_use_them_is_named(slurm, o
 def checkout(tmp_path) -> Path:
     """A copy of the code in which every method has a preset `tiny`: its demo for two steps."""
     root = tmp_path / "checkout"
-    for package in CODE:
+    for package in (*FOLDERS, "pixlat"):
         shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in registered():
         spec = get_spec(name)
@@ -255,16 +311,27 @@ def test_every_method_trains_on_two_nodes_and_its_earlier_stages_before_it(slurm
     """One sweep from one command: an array for what can start at once, and jobs that depend on it."""
     methods = sorted(registered())
     arguments = settle(*SLURM, *TWO_NODES, f"method={','.join(methods)}", "preset=tiny", "cluster.array_parallelism=2")
-    told = subprocess.run([sys.executable, str(checkout / "launch/run.py"), *arguments], env=slurm.environment, capture_output=True, text=True)
+    environment = slurm.environment | {"PYTHONPATH": str(checkout)}
+    told = subprocess.run(
+        [sys.executable, str(checkout / "launch/run.py"), *arguments], env=environment, capture_output=True, text=True
+    )
     assert told.returncode == 0, told.stderr
     folders = {name: next(out.glob(f"{name}-folder-tiny-seed0-*")) for name in methods}
     jobs = {name: read_rows(folder / "jobs.jsonl")[-1]["job"] for name, folder in folders.items()}
-    stages = {name: [run.method for run in stage_runs(resolve(get_spec(name), {"data.name": "folder", "data.image_size": "32"})).values()] for name in methods}
+    stages = {
+        name: [
+            run.method
+            for run in stage_runs(resolve(get_spec(name), {"data.name": "folder", "data.image_size": "32"})).values()
+        ]
+        for name in methods
+    }
     assert any(stages.values()) and set(jobs_of(told.stdout)) == set(jobs.values())
     rows = statuses(slurm, out)
     for name, earlier in stages.items():
         for stage in earlier:
-            assert field(slurm, jobs[name], "Dependency").startswith(f"afterok:{jobs[stage]}"), "submitted before the earlier stage has ended"
+            assert field(slurm, jobs[name], "Dependency").startswith(f"afterok:{jobs[stage]}"), (
+                "submitted before the earlier stage has ended"
+            )
             assert (rows[folders[name].name]["state"], rows[folders[name].name]["reason"]) == ("waiting", "Dependency")
     for name, folder in folders.items():
         finish(slurm, folder)

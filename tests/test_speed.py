@@ -9,19 +9,33 @@ from pathlib import Path
 import pytest
 import torch
 
-import evaluation.speed
-from common.config import resolve
-from methods import get_spec
-from methods.base import DataInfo, Method
+from pixlat.common.config.resolve import resolve
+from pixlat.evaluation.bench import options, steps
+from pixlat.methods import get_spec
+from pixlat.methods.base import DataInfo, Method
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ("data=synthetic", "data.image_size=16", "model.depth=2", "model.width=16", "model.heads=2", "model.patch=4", "model.context_start=1", "sample.steps=2")
+TINY = (
+    "data=synthetic",
+    "data.image_size=16",
+    "model.depth=2",
+    "model.width=16",
+    "model.heads=2",
+    "model.patch=4",
+    "model.context_start=1",
+    "sample.steps=2",
+)
 
 
 def speed(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "evaluation/speed.py", "method=jit", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
+        [sys.executable, "evaluation/speed.py", "method=jit", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
     )
 
 
@@ -38,8 +52,13 @@ def test_rates_macs_and_memory_as_json():
     assert measured["batch"] == 3 and measured["device"]
     assert measured["precision"] == measured["sample"]["precision"] == "float32" and not measured["compiled"]
     assert measured["sample"]["images_per_s_without_draws"] > measured["sample"]["images_per_s_worst"]
-    assert measured["sample"]["images_per_s_worst"] < measured["sample"]["images_per_s_best"]  # as many repetitions as of training
-    for told in ("building the networks", "training steps of 3 images in float32, 3 untimed and 2 timed", "samplings of 3 images by 3 evaluations in float32"):
+    # as many repetitions as of training
+    assert measured["sample"]["images_per_s_worst"] < measured["sample"]["images_per_s_best"]
+    for told in (
+        "building the networks",
+        "training steps of 3 images in float32, 3 untimed and 2 timed",
+        "samplings of 3 images by 3 evaluations in float32",
+    ):
         assert told in result.stderr
 
 
@@ -60,14 +79,16 @@ def test_sampling_is_timed_in_the_precision_of_evaluations_and_as_often_as_train
     run = resolve(get_spec("jit"), {"train.precision": "bf16", "eval.precision": precision})
     method = Seen()
     with torch.autocast("cpu", torch.bfloat16):
-        seconds, drawing = evaluation.speed.time_sampling(method, run, 4, 5, torch.device("cpu"))
+        seconds, drawing = steps.time_sampling(method, run, 4, 5, torch.device("cpu"))
     assert method.dtypes == [dtype] * 6 and len(seconds) == len(drawing) == 5
     assert all(0 < drawn < whole for drawn, whole in zip(drawing, seconds, strict=True))
 
 
 def test_a_preset_is_not_compiled_on_a_cpu_unless_the_command_asks(capsys):
     arguments = ["method=jit", "preset=imagenet256-b", "speed.batch=2"]
-    (((preset, _),), ((asked, _),)) = (list(evaluation.speed.configurations([*arguments, *more])) for more in ([], ["train.compile=true"]))
+    (((preset, _),), ((asked, _),)) = (
+        list(options.configurations([*arguments, *more])) for more in ([], ["train.compile=true"])
+    )
     assert (preset.train.compile, asked.train.compile) == (False, True)
     assert "this is a CPU: blocks are not compiled" in capsys.readouterr().err
 
@@ -78,7 +99,7 @@ def test_a_mistake_is_one_line():
 
 
 def test_data_are_timed_in_both_orders(monkeypatch, capsys):
-    from evaluation import speed
+    from pixlat.evaluation import speed
 
     monkeypatch.setattr(speed, "DATA_SECONDS", 0.05)
     assert speed.main(["data", "data=synthetic", "data.image_size=16"]) == 0
@@ -87,14 +108,17 @@ def test_data_are_timed_in_both_orders(monkeypatch, capsys):
 
 
 def test_the_search_for_neighbours_is_timed_against_its_first_version():
-    from evaluation.neighbour_speed import compare
+    from pixlat.evaluation.bench.neighbours import compare
 
     measured = compare(16, searched=200)
-    assert measured["queries"] == 520 and measured["training_images"] == measured["first_version"]["measured_images"] == 200
+    assert (
+        measured["queries"] == 520
+        and measured["training_images"] == measured["first_version"]["measured_images"] == 200
+    )
     assert measured["first_version"]["wall_s"] > 0 and measured["now"]["wall_s"] > 0
 
 
 def test_neighbours_need_sizes(capsys):
-    from evaluation import speed
+    from pixlat.evaluation import speed
 
     assert speed.main(["neighbours", "large"]) == 2 and "neighbours 256 512" in capsys.readouterr().err

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import methods
-from common.config import resolve, run_folder
-from common.external import run_weights
-from common.trainer import own_state
-from launch.job import run_all
-from methods import MethodSpec, Stage, get_spec
-from methods.base import Batch, DataInfo, Description, Method
+from pixlat import methods
+from pixlat.common.config.identity import run_folder
+from pixlat.common.config.resolve import resolve
+from pixlat.common.training.state import own_state
+from pixlat.common.weights.runs import run_weights
+from pixlat.launch.job.execute import run_all
+from pixlat.methods import MethodSpec, Stage, get_spec
+from pixlat.methods.base import Batch, DataInfo, Description, Method
 
 PATCH = 4
 
@@ -80,7 +81,9 @@ class Latent(Method):
     def __init__(self, config: LatentConfig, data: DataInfo) -> None:
         super().__init__(config, data)
         self.codec = Codec(CodecConfig(config.channels), data).requires_grad_(False)
-        self.means = nn.Parameter(torch.zeros(data.num_classes, config.channels, data.image_size // PATCH, data.image_size // PATCH))
+        self.means = nn.Parameter(
+            torch.zeros(data.num_classes, config.channels, data.image_size // PATCH, data.image_size // PATCH)
+        )
 
     def load_external(self) -> None:
         self.codec.load_state_dict(run_weights(Path(self.config.codec)).state)
@@ -124,7 +127,16 @@ def chain(tmp_path, monkeypatch):
     module = ModuleType("chained_toys")
     module.Codec, module.Latent = Codec, Latent
     module.CODEC = MethodSpec("toy_codec", "toy", "none", "chained_toys:Codec", CodecConfig, NoSettings, str(presets))
-    module.LATENT = MethodSpec("toy_latent", "toy", "none", "chained_toys:Latent", LatentConfig, NoSettings, str(presets), (Stage("codec", "toy_codec"),))
+    module.LATENT = MethodSpec(
+        "toy_latent",
+        "toy",
+        "none",
+        "chained_toys:Latent",
+        LatentConfig,
+        NoSettings,
+        str(presets),
+        (Stage("codec", "toy_codec"),),
+    )
     monkeypatch.setitem(sys.modules, "chained_toys", module)
     monkeypatch.setitem(methods.METHODS, "toy_codec", "chained_toys:CODEC")
     monkeypatch.setitem(methods.METHODS, "toy_latent", "chained_toys:LATENT")
@@ -150,7 +162,9 @@ def test_the_earlier_stage_is_trained_first_and_its_price_is_in_the_record(chain
     assert parent["checkpoint_sha256"] == earlier["checkpoint"]["sha256"]
     assert parent["macs_total"] == earlier["train"]["macs_total"] > 0 and parent["images_seen"] == 64
     assert record(codec)["parents"] == []
-    assert {"samples.png", "reconstruction.png", "neighbours.png", "stages.json"} <= {path.name for path in latent.iterdir()}
+    assert {"samples.png", "reconstruction.png", "neighbours.png", "stages.json"} <= {
+        path.name for path in latent.iterdir()
+    }
     assert (codec / "reconstruction.png").exists() and not (codec / "samples.png").exists()
 
 
@@ -191,7 +205,9 @@ def test_another_earlier_checkpoint_is_refused(chain, capsys):
 def test_a_stage_without_that_preset_says_how_to_go_on(chain, tmp_path, capsys):
     other = tmp_path / "other.yaml"
     other.write_text(PRESETS.replace("demo:", "big:"))
-    sys.modules["chained_toys"].CODEC = MethodSpec("toy_codec", "toy", "none", "chained_toys:Codec", CodecConfig, NoSettings, str(other))
+    sys.modules["chained_toys"].CODEC = MethodSpec(
+        "toy_codec", "toy", "none", "chained_toys:Codec", CodecConfig, NoSettings, str(other)
+    )
     assert run_all([configured(chain)]) == 2
     message = capsys.readouterr().err
     assert "no preset 'demo'" in message and "give its run folder as model.codec" in message

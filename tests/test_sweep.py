@@ -1,13 +1,17 @@
-"""evaluation/sweep.py: every combination is tried, the best one is evaluated on other seeds, and the record says how many were tried."""
+"""evaluation/sweep.py: every combination is tried, the best one is evaluated on other seeds,
+and the record says how many were tried.
+"""
 
 import json
 
 import pytest
 from evaluated_run import Projections, image_folder, run_folder
 
-from common.errors import UserError
-from evaluation import assess, evaluate, sweep
-from evaluation.record import read_record
+from pixlat.common.errors import UserError
+from pixlat.evaluation import sweep
+from pixlat.evaluation.records.record import read_record
+from pixlat.evaluation.score import assess
+from pixlat.evaluation.score import embedded as evaluate
 
 
 @pytest.fixture(autouse=True)
@@ -18,17 +22,35 @@ def _cheap_extractor(monkeypatch):
 
 def test_the_best_setting_is_recorded_with_the_number_of_tries(tmp_path):
     run_folder(tmp_path / "run", image_folder(tmp_path / "data"))
-    shown = sweep.work([f"run={tmp_path}/run", "sample.guidance=1,2,4", "ema=raw,0.9", "sample.steps=1", "tries=20", "num_images=30", "device=cpu"])
+    shown = sweep.work(
+        [
+            f"run={tmp_path}/run",
+            "sample.guidance=1,2,4",
+            "ema=raw,0.9",
+            "sample.steps=1",
+            "tries=20",
+            "num_images=30",
+            "device=cpu",
+        ]
+    )
     (path,) = (tmp_path / "run" / "evaluations").rglob("result.json")
     record, tried = read_record(path), json.loads(path.with_name("sweep.json").read_text())
-    assert record["selection"] == tried["selection"] == {"n_configs": 6, "n_samples": 20, "swept": ["sample.guidance", "ema"]}
+    assert (
+        record["selection"]
+        == tried["selection"]
+        == {"n_configs": 6, "n_samples": 20, "swept": ["sample.guidance", "ema"]}
+    )
     assert len({json.dumps(entry["setting"]) for entry in tried["tries"]}) == 6
     best = min(tried["tries"], key=lambda entry: entry["score"])["setting"]
     assert record["checkpoint"]["ema_kind"] == best["ema"] and record["sampling"]["steps"] == 1
-    assert record["sampling"]["guidance_scale"] == (None if best["sample.guidance"] == "1" else float(best["sample.guidance"]))
+    assert record["sampling"]["guidance_scale"] == (
+        None if best["sample.guidance"] == "1" else float(best["sample.guidance"])
+    )
     assert record["metrics"]["fd_embedded"]["n"] == 30 and record["seeds"]["sample"] == [0]
     lines = shown.splitlines()
-    assert [line.split()[0] for line in lines[:6]] == [f"{score:.5g}" for score in sorted(entry["score"] for entry in tried["tries"])]
+    assert [line.split()[0] for line in lines[:6]] == [
+        f"{score:.5g}" for score in sorted(entry["score"] for entry in tried["tries"])
+    ]
     assert lines[0].split()[1:] == [f"{key}={value}" for key, value in best.items()]
 
 

@@ -7,13 +7,15 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from common import checkpoint, tokenizer
-from common.autoencoder import Decoder, Encoder
-from common.checkpoint import Checkpoint
-from common.cost import count_macs
-from common.errors import UserError
-from common.tokenizer import SD_CONFIG, SdTokenizer, build_tokenizer, export_tokenizer
-from launch import prepare
+from pixlat.common.accounting.macs import count_macs
+from pixlat.common.errors import UserError
+from pixlat.common.frozen import tokenizer
+from pixlat.common.frozen.export_tokenizer import export_tokenizer
+from pixlat.common.frozen.tokenizer import SD_CONFIG, SdTokenizer, build_tokenizer
+from pixlat.common.layers.autoencoder import Decoder, Encoder
+from pixlat.common.weights import checkpoint
+from pixlat.common.weights.checkpoint import Checkpoint
+from pixlat.launch import prepare
 
 TINY_SD = SD_CONFIG | {"block_out_channels": (32, 32, 32, 32), "norm_num_groups": 8, "layers_per_block": 1}
 
@@ -34,7 +36,10 @@ def test_sizes_of_stable_diffusions_autoencoder(sd):
     assert (sd.channels, sd.factor) == (4, 8)
 
 
-@pytest.mark.parametrize(("part", "shape", "gmacs"), [("decoder", (4, 32, 32), 311.09), ("encoder", (3, 256, 256), 136.4), ("decoder", (4, 64, 64), 1257.3)])
+@pytest.mark.parametrize(
+    ("part", "shape", "gmacs"),
+    [("decoder", (4, 32, 32), 311.09), ("encoder", (3, 256, 256), 136.4), ("decoder", (4, 64, 64), 1257.3)],
+)
 def test_macs_of_stable_diffusions_autoencoder(sd, part, shape, gmacs):
     inputs = torch.zeros(1, *shape, device="meta")
     assert count_macs(lambda: getattr(sd, part)(inputs)) / 1e9 == pytest.approx(gmacs, rel=5e-4)
@@ -71,7 +76,7 @@ def test_missing_weights_are_named(monkeypatch, tmp_path):
         SdTokenizer("sd-ft-ema", None, TINY_SD).load()
 
 
-# -- run folders ------------------------------------------------------------------------------------------------------------------
+# -- run folders -------------------------------------------------------------------------------------------------------
 
 SHAPE = {"widths": [8, 16], "stem": 2, "depth": 1, "latent_channels": 3}
 
@@ -118,7 +123,9 @@ def test_export(run_folder, tmp_path):
     record = {"row_id": "ab" * 32, "train": trained, "pretrained_components": [{"name": "embedded"}]}
     card = export_tokenizer(folder, tmp_path / "small.safetensors", record)
     assert json.loads((tmp_path / "small.json").read_text()) == card
-    assert card["bytes"] < 0.6 * 4 * sum(value.numel() for value in ema.values()) and card["model"] == SHAPE | {"kl": 0.1}
+    assert card["bytes"] < 0.6 * 4 * sum(value.numel() for value in ema.values()) and card["model"] == SHAPE | {
+        "kl": 0.1
+    }
     assert len(card["latent_mean"]) == len(card["latent_std"]) == 3 and card["psnr_heldout"] > 0
     assert (card["macs_total"], card["images_seen"], card["device_seconds"]) == (12_345, 64, 1.5)
     assert card["row_id"] == record["row_id"] and card["pretrained_components"] == record["pretrained_components"]
@@ -128,7 +135,10 @@ def test_a_tokenizer_without_the_record_of_its_training_is_not_exported(run_fold
     """Its cost would be in no generator's row."""
     folder, _ = run_folder
     assert prepare.main(["tokenizer", f"from={folder}", f"to={tmp_path / 'small.safetensors'}"]) == 2
-    assert "what its training cost is not known" in capsys.readouterr().err and not (tmp_path / "small.safetensors").exists()
+    assert (
+        "what its training cost is not known" in capsys.readouterr().err
+        and not (tmp_path / "small.safetensors").exists()
+    )
 
 
 def test_unknown_tokenizers(tmp_path):

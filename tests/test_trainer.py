@@ -1,4 +1,6 @@
-"""The trainer: phases, accumulation, averages, schedules, exact resume, clean stops, and failures that keep the last good checkpoint."""
+"""The trainer: phases, accumulation, averages, schedules, exact resume, clean stops,
+and failures that keep the last good checkpoint.
+"""
 
 import errno
 import json
@@ -20,23 +22,28 @@ from accelerate import Accelerator
 from torch import nn
 from toys import INFO, Killed, TinyGan, batches_until, fit, settings, state_of, tiny_jit, toy_images
 
-from common import checkpoint
-from common.ema import Ema, decays_by_name, effective_decay, effective_halflife
-from common.errors import UserError
-from common.latents import FeatureTable
-from common.loader import TrainingPlan, training_batches
-from common.meters import read_rows, truncate_rows
-from common.optim import build_optimizers, learning_rate
-from common.seeds import Noise
-from common.trainer import Stopped, make_accelerator, replicate, split_batch, train
-from methods.base import Method, ParamGroup
-from methods.jit.config import JiTSample
+from pixlat.common.datasets.batches import TrainingPlan, training_batches
+from pixlat.common.errors import UserError
+from pixlat.common.frozen.remember import FeatureTable
+from pixlat.common.seeds import Noise
+from pixlat.common.training.ema import Ema, decays_by_name, effective_decay, effective_halflife
+from pixlat.common.training.loop import Stopped, train
+from pixlat.common.training.meters import read_rows, truncate_rows
+from pixlat.common.training.optim import build_optimizers, learning_rate
+from pixlat.common.training.setup import make_accelerator, replicate
+from pixlat.common.training.steps import split_batch
+from pixlat.common.weights import checkpoint
+from pixlat.methods.base import Method, ParamGroup
+from pixlat.methods.jit.config import JiTSample
 
 METHODS = {"jit": tiny_jit, "gan": TinyGan}
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
-    return [(row["step"], [value for name, value in row.items() if name.endswith("loss")]) for row in read_rows(folder / "metrics.jsonl")]
+    return [
+        (row["step"], [value for name, value in row.items() if name.endswith("loss")])
+        for row in read_rows(folder / "metrics.jsonl")
+    ]
 
 
 def assert_equal_states(a, b):
@@ -53,10 +60,15 @@ GOLDEN = {  # step -> losses of the logging window that ends there
 
 @pytest.mark.parametrize("name", METHODS)
 def test_golden_losses(tmp_path, name):
-    """A change in common/ leaves these equal, or says why in its message. Other processors round differently, hence 1e-4."""
+    """A change in common/ leaves these equal, or says why in its message.
+
+    Other processors round differently, hence 1e-4.
+    """
     fit(METHODS[name](), tmp_path)
     found = {step: values for step, values in losses(tmp_path) if step in (3, 20)}
-    assert found == {step: [pytest.approx(value, rel=1e-4) for value in values] for step, values in GOLDEN[name].items()}
+    assert found == {
+        step: [pytest.approx(value, rel=1e-4) for value in values] for step, values in GOLDEN[name].items()
+    }
 
 
 @pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
@@ -142,7 +154,9 @@ def test_phases_train_their_own_parameters_and_start_when_active(tmp_path):
     assert not torch.equal(gan.discriminator.weight, before["discriminator.weight"])
     assert list(result.emas[0].average) == ["generator.weight"]
     assert float(gan.mean) != 0 and not torch.equal(gan.teacher, before["generator.weight"])
-    assert {"generator/loss", "discriminator/loss", "discriminator/real"} <= read_rows(tmp_path / "long/metrics.jsonl")[-1].keys()
+    assert {"generator/loss", "discriminator/loss", "discriminator/real"} <= read_rows(tmp_path / "long/metrics.jsonl")[
+        -1
+    ].keys()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
@@ -183,7 +197,10 @@ def test_a_step_begins_once_and_the_end_measures_the_evaluated_average(tmp_path)
     plan = TrainingPlan(images.labels, config.batch, 3, balanced=True)
     batches = partial(batches_until, images, plan, config, 0, 1, None)
     state = train(method, config, batches, tmp_path, 3, "toy", accelerator, evaluated="0.9")
-    steps = [[("begin", 8 * step), *[("generator", step)] * 2, *[("discriminator", step)] * (2 if 8 * step >= 16 else 0)] for step in range(20)]
+    steps = [
+        [("begin", 8 * step), *[("generator", step)] * 2, *[("discriminator", step)] * (2 if 8 * step >= 16 else 0)]
+        for step in range(20)
+    ]
     assert method.calls == [*(call for step in steps for call in step), ("after", False)]
     saved = checkpoint.load(checkpoint.latest(tmp_path / "checkpoints")).tensors
     torch.testing.assert_close(saved["model"]["mean"], saved["ema-0.9"]["generator.weight"].mean())
@@ -194,7 +211,9 @@ def test_a_step_begins_once_and_the_end_measures_the_evaluated_average(tmp_path)
 def test_a_non_finite_loss_stops_before_anything_is_saved(tmp_path):
     method = tiny_jit()
     forward = method.forward
-    method.forward = lambda phase, batch, step: {k: v * (float("nan") if step >= 11 else 1) for k, v in forward(phase, batch, step).items()}
+    method.forward = lambda phase, batch, step: {
+        k: v * (float("nan") if step >= 11 else 1) for k, v in forward(phase, batch, step).items()
+    }
     with pytest.raises(UserError, match=r"loss became non-finite .* last good checkpoint is .*step-00000010"):
         fit(method, tmp_path)
     good = checkpoint.load(checkpoint.latest(tmp_path / "checkpoints"))
@@ -202,7 +221,9 @@ def test_a_non_finite_loss_stops_before_anything_is_saved(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    """The loss of step 10 is finite, its gradient is not: the checkpoint after it would have been called the last good one, and resumed for ever."""
+    """The loss of step 10 is finite, its gradient is not: the checkpoint after it would have been called the last
+    good one, and resumed for ever.
+    """
     method = tiny_jit()
     forward = method.forward
 
@@ -213,7 +234,13 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         return out
 
     method.forward = blown_up  # type: ignore[method-assign]
-    with pytest.raises(UserError, match=r"weights became non-finite at or before step 10, though the losses .* last good checkpoint is .*step-00000005"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"weights became non-finite at or before step 10, though the losses .* last good "
+            r"checkpoint is .*step-00000005"
+        ),
+    ):
         fit(method, tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
 
@@ -241,7 +268,7 @@ from pathlib import Path
 from toys import fit, tiny_jit
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
-from common.errors import UserError
+from pixlat.common.errors import UserError
 try:
     fit(tiny_jit(), Path({str(tmp_path)!r}) / "run")
 except UserError as error:
@@ -283,7 +310,9 @@ def test_previews_and_evaluation_cannot_disturb_training(tmp_path):
 
 @pytest.mark.parametrize(("name", "loaders"), [("jit", 1), ("gan", 2)])
 def test_loader_processes_are_those_of_the_training_alone(tmp_path, name, loaders):
-    """Reading for `before_training` starts when it asks, and ends with it; its processes used to stay, prefetching, for the whole run."""
+    """Reading for `before_training` starts when it asks, and ends with it; its processes used to stay,
+    prefetching, for the whole run.
+    """
     config = settings(images=24)
     plan, made, alive = TrainingPlan(toy_images().labels, config.batch, 3, balanced=True), [], []
 
@@ -301,8 +330,10 @@ def test_loader_processes_are_those_of_the_training_alone(tmp_path, name, loader
 
 
 def test_features_seen_before_the_training_are_those_of_the_training(tmp_path):
-    """In bf16 a remembered row was a float32 computation if `before_training` asked first, and another one after a resume. What is remembered is now
-    float32 whoever asks, and what is not is computed under the training's autocast in both places."""
+    """In bf16 a remembered row was a float32 computation if `before_training` asked first,
+    and another one after a resume. What is remembered is now float32 whoever asks,
+    and what is not is computed under the training's autocast in both places.
+    """
 
     class Remembering(TinyGan):
         phases = ("generator",)
@@ -338,9 +369,21 @@ from toys import *
 folder = Path(sys.argv[1])
 """
     port = 20000 + os.getpid() % 20000
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command, pipes = [sys.executable, "-c", start + script, *map(str, arguments)], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    children = [subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes) for rank in range(2)]
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    command, pipes = (
+        [sys.executable, "-c", start + script, *map(str, arguments)],
+        {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+    )
+    children = [
+        subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes)
+        for rank in range(2)
+    ]
     printed = [child.communicate(timeout=300) for child in children]
     assert [child.returncode for child in children] == [0, 0], [errors for _, errors in printed]
     return [out for out, _ in printed]
@@ -359,7 +402,8 @@ def test_two_processes_equal_two_micro_batches(tmp_path):
 
 RESUMED_BY_TWO = """
 import shutil
-from common import checkpoint, resume
+from pixlat.common.weights import checkpoint
+from pixlat.common.training import resume
 short = lambda **changes: settings(images=80, **changes)
 whole = state_of(fit(tiny_jit(), folder / "whole", short()))
 try:
@@ -377,7 +421,8 @@ resumed = state_of(fit(tiny_jit(), folder / "cut", short()))
 assert whole.keys() == resumed.keys() and all(torch.equal(value, resumed[name]) for name, value in whole.items())
 method = tiny_jit()
 forward = method.forward
-method.forward = lambda phase, batch, step: {k: v * (float("nan") if step >= 6 else 1) for k, v in forward(phase, batch, step).items()}
+spoilt = lambda step: float("nan") if step >= 6 else 1
+method.forward = lambda phase, batch, step: {k: v * spoilt(step) for k, v in forward(phase, batch, step).items()}
 try:
     fit(method, folder / "spoilt", short())
 except UserError as error:
@@ -386,10 +431,16 @@ except UserError as error:
 
 
 def test_several_processes_go_on_and_fail_alike(tmp_path):
-    """Only the main process reads a checkpoint. A failure names the last good one in every process: the first to write failure.json may be any of them.
-    The run keeps its micro-batches where one process goes on, and with them its draws."""
-    errors = two_processes("from common.errors import UserError\n" + RESUMED_BY_TWO, tmp_path)
-    assert all(re.search(r"loss became non-finite .* last good checkpoint is .*spoilt/checkpoints/step-00000005", error) for error in errors), errors
+    """Only the main process reads a checkpoint.
+
+    A failure names the last good one in every process: the first to write failure.json may be any of them.
+    The run keeps its micro-batches where one process goes on, and with them its draws.
+    """
+    errors = two_processes("from pixlat.common.errors import UserError\n" + RESUMED_BY_TWO, tmp_path)
+    assert all(
+        re.search(r"loss became non-finite .* last good checkpoint is .*spoilt/checkpoints/step-00000005", error)
+        for error in errors
+    ), errors
     one = fit(tiny_jit(), tmp_path / "one", settings(images=80))
     two = checkpoint.load(checkpoint.latest(tmp_path / "whole/checkpoints")).tensors["model"]
     for name, value in one.method.state_dict().items():
@@ -400,13 +451,18 @@ def test_a_run_keeps_its_micro_batches():
     assert split_batch(settings(batch=64), processes=4) == (16, 1)
     assert split_batch(settings(batch=64), processes=2, began_with=16) == (16, 2)
     assert split_batch(settings(batch=64, micro_batch=8), processes=2, began_with=16) == (8, 4)
-    with pytest.raises(UserError, match=r"micro-batches of 16 images, which 8 processes cannot share .* a number of processes that divides 4"):
+    with pytest.raises(
+        UserError,
+        match=r"micro-batches of 16 images, which 8 processes cannot share .* a number of processes that divides 4",
+    ):
         split_batch(settings(batch=64), processes=8, began_with=16)
 
 
 def test_every_start_of_a_run_goes_on_in_one_wandb_run(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, project, init_kwargs: asked.append(init_kwargs["wandb"]))
+    monkeypatch.setattr(
+        Accelerator, "init_trackers", lambda self, project, init_kwargs: asked.append(init_kwargs["wandb"])
+    )
     monkeypatch.setattr(Accelerator, "log", lambda self, values, step: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [])
@@ -442,7 +498,9 @@ def test_compiled_blocks_train_to_the_same_weights(tmp_path):
 def test_recomputed_blocks_train_to_the_same_weights_bit_for_bit(tmp_path):
     """With dropout and accumulation; compiled blocks are recomputed as well."""
     kept = state_of(fit(tiny_jit(), tmp_path / "kept", settings(micro_batch=4)))
-    assert_equal_states(kept, state_of(fit(tiny_jit(), tmp_path / "recomputed", settings(micro_batch=4, recompute_blocks=True))))
+    assert_equal_states(
+        kept, state_of(fit(tiny_jit(), tmp_path / "recomputed", settings(micro_batch=4, recompute_blocks=True)))
+    )
     eager = state_of(fit(plain(tiny_jit()), tmp_path / "eager", settings(images=16)))
     both = state_of(fit(plain(tiny_jit()), tmp_path / "both", settings(images=16, compile=True, recompute_blocks=True)))
     for name, value in eager.items():
@@ -478,7 +536,9 @@ def test_ema_decay_and_halflife():
 
 
 def test_a_run_too_short_for_its_average_has_a_shorter_one():
-    """decay^steps <= 0.1 is kept; otherwise 1 - 5 / steps, which leaves e^-5 of the initial weights and spans the last fifth of the run."""
+    """decay^steps <= 0.1 is kept; otherwise 1 - 5 / steps, which leaves e^-5 of the initial weights and spans
+    the last fifth of the run.
+    """
     assert effective_decay(0.999, 2302) == 0.999 and 0.999**2302 < 0.1
     assert effective_decay(0.999, 2301) == 1 - 5 / 2301 and 0.999**2301 > 0.1
     assert [effective_decay(0.999, steps) for steps in (0, 3, 5, 400)] == [0.999, 0.0, 0.0, 0.9875]
@@ -501,7 +561,10 @@ def test_an_average_tells_how_much_of_it_is_its_start():
 
 @pytest.mark.parametrize("kind", ["decay", "half-life"])
 def test_the_average_of_a_short_run_has_forgotten_its_start(tmp_path, capsys, kind):
-    """0.999^20 = 98 %: samples were noise at the end of the run. The average keeps its name, and the run says what it does."""
+    """0.999^20 = 98 %: samples were noise at the end of the run.
+
+    The average keeps its name, and the run says what it does.
+    """
     asked = {"ema_decay": [0.999]} if kind == "decay" else {"ema_decay": [], "ema_halflife_images": [1e5]}
     result = fit(tiny_jit(), tmp_path, settings(**asked))
     (ema,) = result.emas
@@ -509,10 +572,18 @@ def test_the_average_of_a_short_run_has_forgotten_its_start(tmp_path, capsys, ki
     assert (ema.decay, ema.halflife_images) == ((used, None) if kind == "decay" else (None, pytest.approx(used)))
     assert ema.name == ("0.999" if kind == "decay" else "100000img") and ema.start_share(20, 8) < 0.01
     told = capsys.readouterr().err
-    assert told.count(f"is too long an average for a run of 20 steps, which would leave its samples mostly initial noise; {used:.6g} is used instead.") == 1
+    assert (
+        told.count(
+            "is too long an average for a run of 20 steps, which would leave its samples mostly initial noise; "
+            f"{used:.6g} is used instead."
+        )
+        == 1
+    )
     assert decays_by_name(result.settings) == {ema.name: ema.decay}
     fit(tiny_jit(), tmp_path, settings(**asked))
-    assert "too long an average" not in capsys.readouterr().err, "it is said at the start of the run, and not when it goes on"
+    assert "too long an average" not in capsys.readouterr().err, (
+        "it is said at the start of the run, and not when it goes on"
+    )
 
 
 def test_previews_show_raw_weights_while_the_average_is_its_beginning(tmp_path, capsys):
@@ -523,13 +594,20 @@ def test_previews_show_raw_weights_while_the_average_is_its_beginning(tmp_path, 
         with state.preview_weights("0.9") as method:
             weight = method.network.final.linear.weight.detach().clone()
         raw, average = state.method.network.final.linear.weight, state.emas[0].average["network.final.linear.weight"]
-        shown[state.step] = "raw" if torch.equal(weight, raw) else "average" if torch.equal(weight, average) else "neither"
+        shown[state.step] = (
+            "raw" if torch.equal(weight, raw) else "average" if torch.equal(weight, average) else "neither"
+        )
 
     plan = TrainingPlan(toy_images().labels, config.batch, 3, balanced=True)
     batches = partial(batches_until, toy_images(), plan, config, 0, 1, None)
     train(tiny_jit(), config, batches, tmp_path, 3, "toy", make_accelerator(config), [(8, preview)])
     assert shown == {step: "raw" if step <= 21 else "average" for step in range(1, 31)}
-    assert capsys.readouterr().err.count("after 8 images the average 0.9 is still 90% initial weights: previews show the raw weights until it is 10%") == 1
+    assert (
+        capsys.readouterr().err.count(
+            "after 8 images the average 0.9 is still 90% initial weights: previews show the raw weights until it is 10%"
+        )
+        == 1
+    )
 
 
 def test_runs_of_one_process_may_have_different_precisions(tmp_path):
@@ -542,7 +620,9 @@ def test_runs_of_one_process_may_have_different_precisions(tmp_path):
 
 
 def test_only_methods_with_several_phases_look_for_unused_parameters():
-    """The phases of this network count, and not those that its class may have; gradients live in the buckets that are exchanged."""
+    """The phases of this network count, and not those that its class may have;
+    gradients live in the buckets that are exchanged.
+    """
     accelerator = make_accelerator(settings())
     for method, several in ((tiny_jit(), False), (TinyGan(), True)):
         replicate(method, accelerator)

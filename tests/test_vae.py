@@ -1,4 +1,6 @@
-"""The KL autoencoder: its networks, the terms of its loss, its phases, and the tokenizer that ships with the package."""
+"""The KL autoencoder: its networks, the terms of its loss, its phases,
+and the tokenizer that ships with the package.
+"""
 
 import math
 
@@ -7,21 +9,22 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common.autoencoder import Decoder, Encoder
-from common.config import load_presets, resolve, run_folder
-from common.cost import empty_batch, on_meta
-from common.datasets import load_data, summarise
-from common.errors import UserError
-from common.external import run_weights
-from common.loader import TrainingPlan
-from common.seeds import seed_step
-from common.tokenizer import EMBEDDED, build_tokenizer, read_card
-from launch.budget import macs_of
-from launch.job import run_one
-from methods import get_class, get_spec
-from methods.base import DataInfo
-from methods.vae.config import SPEC, VaeConfig
-from methods.vae.method import VaeMethod, gaussian_kl
+from pixlat.common.accounting.macs import empty_batch, on_meta
+from pixlat.common.config.identity import run_folder
+from pixlat.common.config.resolve import load_presets, resolve
+from pixlat.common.datasets.batches import TrainingPlan
+from pixlat.common.datasets.load import load_data, summarise
+from pixlat.common.errors import UserError
+from pixlat.common.frozen.tokenizer import EMBEDDED, build_tokenizer, read_card
+from pixlat.common.layers.autoencoder import Decoder, Encoder
+from pixlat.common.seeds import seed_step
+from pixlat.common.weights.runs import run_weights
+from pixlat.launch.job.budget import macs_of
+from pixlat.launch.job.execute import run_one
+from pixlat.methods import get_class, get_spec
+from pixlat.methods.base import DataInfo
+from pixlat.methods.vae.config import SPEC, VaeConfig
+from pixlat.methods.vae.method import VaeMethod, gaussian_kl
 
 INFO = DataInfo("toy", num_classes=3, image_size=16, num_train=40)
 SMALL = {"widths": [8, 16], "depth": 1, "latent_channels": 3, "perceptual": "none"}
@@ -38,10 +41,12 @@ def batch(size: int = 4) -> dict[str, torch.Tensor]:
     return filled
 
 
-# -- the networks -----------------------------------------------------------------------------------------------------------------
+# -- the networks ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("widths", "stem", "factor"), [([8], 1, 1), ([8, 16], 2, 4), ([8, 16, 24], 2, 8), ([16], 4, 4)])
+@pytest.mark.parametrize(
+    ("widths", "stem", "factor"), [([8], 1, 1), ([8, 16], 2, 4), ([8, 16, 24], 2, 8), ([16], 4, 4)]
+)
 def test_shapes(widths, stem, factor):
     assert VaeConfig(widths=widths, stem=stem).factor == factor
     images = torch.randn(2, 3, 16, 16)
@@ -50,12 +55,14 @@ def test_shapes(widths, stem, factor):
     assert Decoder(widths, stem, 1, 5)(mean).shape == images.shape
 
 
-# -- the loss ---------------------------------------------------------------------------------------------------------------------
+# -- the loss ----------------------------------------------------------------------------------------------------------
 
 
 def test_kl_against_torch():
     mean, std = torch.randn(2, 3, 4, 4), torch.rand(2, 3, 4, 4) + 0.1
-    expected = torch.distributions.kl_divergence(torch.distributions.Normal(mean, std), torch.distributions.Normal(0.0, 1.0))
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, std), torch.distributions.Normal(0.0, 1.0)
+    )
     torch.testing.assert_close(gaussian_kl(mean, std), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -77,9 +84,13 @@ def test_perceptual_term_is_added():
     seed_step(0, 0, 0)
     out = method("autoencoder", batch(2), 0)
     assert out["perceptual"] > 0
-    assert out["loss"].item() == pytest.approx((out["l1"] + 1e-3 * out["kl"] + 0.5 * out["perceptual"]).item(), rel=1e-5)
+    assert out["loss"].item() == pytest.approx(
+        (out["l1"] + 1e-3 * out["kl"] + 0.5 * out["perceptual"]).item(), rel=1e-5
+    )
     assert not [name for name in method.averaged_parameters() if name.startswith("perceptual")]
-    assert {id(p) for p in method.parameters_of("autoencoder")[0].params} == {id(p) for p in method.averaged_parameters().values()}
+    assert {id(p) for p in method.parameters_of("autoencoder")[0].params} == {
+        id(p) for p in method.averaged_parameters().values()
+    }
 
 
 def test_forward_draws_from_the_posterior():
@@ -107,9 +118,24 @@ def test_running_moments_follow_the_latents():
 
 def test_a_finished_run_has_the_moments_of_the_averages_encoder(tmp_path):
     """After eight steps the running moments are still nearly their 0 and 1, and they are those of the raw encoder."""
-    keys = {"data.name": "synthetic", "data.image_size": "16", "model.widths": "[8]", "model.depth": "1", "model.latent_channels": "3", "train.batch": "8"}
-    keys |= {"model.perceptual": "none", "train.images": "64", "train.lr": "1e-2", "train.warmup_images": "0", "train.ema_decay": "[0.5]"}
-    run = resolve(SPEC, {"method": "vae", **keys, "eval.num_images": "0", "train.preview_images": "0", "out": str(tmp_path)})
+    keys = {
+        "data.name": "synthetic",
+        "data.image_size": "16",
+        "model.widths": "[8]",
+        "model.depth": "1",
+        "model.latent_channels": "3",
+        "train.batch": "8",
+    }
+    keys |= {
+        "model.perceptual": "none",
+        "train.images": "64",
+        "train.lr": "1e-2",
+        "train.warmup_images": "0",
+        "train.ema_decay": "[0.5]",
+    }
+    run = resolve(
+        SPEC, {"method": "vae", **keys, "eval.num_images": "0", "train.preview_images": "0", "out": str(tmp_path)}
+    )
     run_one(run)
     weights = run_weights(run_folder(run))
     method = VaeMethod(run.model, DataInfo("synthetic", 10, 16, 1))
@@ -129,7 +155,7 @@ def test_a_finished_run_has_the_moments_of_the_averages_encoder(tmp_path):
     torch.testing.assert_close(normalised.std(dim=(0, 2, 3)), torch.ones(3), atol=0.05, rtol=0)
 
 
-# -- the discriminator ------------------------------------------------------------------------------------------------------------
+# -- the discriminator -------------------------------------------------------------------------------------------------
 
 
 def test_without_a_discriminator_there_is_one_phase():
@@ -175,15 +201,21 @@ def test_adversarial_term_pulls_with_its_share():
         return torch.autograd.grad(method("autoencoder", batch(), 0)["loss"], last)[0]
 
     rest = gradient(0.0)
-    assert (gradient(0.3) - rest).norm().item() == pytest.approx(0.3 * rest.norm().item(), rel=1e-3)  # 1e-6 is added to a norm of about 1e-2
+    # 1e-6 is added to a norm of about 1e-2
+    assert (gradient(0.3) - rest).norm().item() == pytest.approx(0.3 * rest.norm().item(), rel=1e-3)
 
 
-# -- settings ---------------------------------------------------------------------------------------------------------------------
+# -- settings ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [({"widths": []}, "at least one level"), ({"widths": [12]}, "multiple of 8"), ({"kl": -1.0}, "0 or more"), ({"perceptual": "vgg"}, "not one of")],
+    [
+        ({"widths": []}, "at least one level"),
+        ({"widths": [12]}, "multiple of 8"),
+        ({"kl": -1.0}, "0 or more"),
+        ({"perceptual": "vgg"}, "not one of"),
+    ],
 )
 def test_impossible_settings(setting, message):
     with pytest.raises(UserError, match=message):
@@ -201,7 +233,7 @@ def test_presets_resolve():
         assert isinstance(run.model, VaeConfig)
 
 
-# -- the tokenizer in the package -------------------------------------------------------------------------------------------------
+# -- the tokenizer in the package --------------------------------------------------------------------------------------
 
 
 def test_embedded_tokenizer_is_small():
@@ -213,7 +245,9 @@ def test_embedded_tokenizer_is_of_the_preset():
     card = read_card()
     run = resolve(get_spec("vae"), {"method": "vae", "preset": "demo"})
     assert card["model"] == {name: getattr(run.model, name) for name in card["model"]}
-    assert {key: card["train"][key] for key in ("images", "batch", "lr")} == {key: getattr(run.train, key) for key in ("images", "batch", "lr")}
+    assert {key: card["train"][key] for key in ("images", "batch", "lr")} == {
+        key: getattr(run.train, key) for key in ("images", "batch", "lr")
+    }
 
 
 def test_embedded_tokenizer_tells_what_its_training_costs():
@@ -226,7 +260,9 @@ def test_embedded_tokenizer_tells_what_its_training_costs():
 
 
 def test_embedded_tokenizer_rebuilds_held_out_emoji():
-    """At least 24 dB on average over held-out images; the card's figure is reproduced; normalised latents have variance 1."""
+    """At least 24 dB on average over held-out images; the card's figure is reproduced;
+    normalised latents have variance 1.
+    """
     tokenizer = build_tokenizer("embedded")
     tokenizer.load()
     images = load_data(resolve(get_spec("vae"), {"method": "vae"}).data).heldout
@@ -237,13 +273,14 @@ def test_embedded_tokenizer_rebuilds_held_out_emoji():
     psnr = (-10 * ((rebuilt - pixels) / 2).square().mean(dim=(1, 2, 3)).log10()).mean().item()
     assert psnr >= 24 and psnr == pytest.approx(read_card()["psnr_heldout"], abs=0.01)
     variance = latents.var(dim=(0, 2, 3)) + (std * tokenizer.scale).square().mean(dim=(0, 2, 3))
-    torch.testing.assert_close(variance, torch.ones(tokenizer.channels), atol=0.1, rtol=0)  # held-out images are not the training images
+    # held-out images are not the training images
+    torch.testing.assert_close(variance, torch.ones(tokenizer.channels), atol=0.1, rtol=0)
     assert math.prod(latents.shape[1:]) < 0.5 * 3 * 32 * 32
 
 
 def test_embedded_weights_are_checked(tmp_path, monkeypatch):
     damaged = tmp_path / "weights.safetensors"
     damaged.write_bytes(EMBEDDED.read_bytes()[:-4] + b"0000")
-    monkeypatch.setattr("common.tokenizer.EMBEDDED", damaged)
+    monkeypatch.setattr("pixlat.common.frozen.tokenizer.EMBEDDED", damaged)
     with pytest.raises(UserError, match="Reinstall the package"):
         build_tokenizer("embedded").load()

@@ -1,12 +1,15 @@
-"""DSD's settings. Torch-free, so that `--help` is quick; README.md says which of them are the paper's and which are ours."""
+"""DSD's settings.
+
+Torch-free, so that `--help` is quick; README.md says which of them are the paper's and which are ours.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.config import checked_interval, one_of, require
-from methods import MethodSpec
+from pixlat.common.config.resolve import checked_interval, one_of, require
+from pixlat.methods import MethodSpec
 
 
 @dataclass
@@ -19,7 +22,8 @@ class DsdConfig:
     patch: int = 16  # pixels a side of a token, in images and latents alike
     latent_channels: int = 32  # numbers of a token's latent
     head_depth: int = 1  # blocks of the diffusion head, and of the velocity head
-    latent_norm: str = "ln"  # of the latents: ln (each token over its channels, no affine) | bn (each channel over the batch) | none
+    #: of the latents: ln (each token over its channels, no affine) | bn (each channel over the batch) | none
+    latent_norm: str = "ln"
     label_drop: float = 0.1  # probability of training without the class
     time: str = "uniform"  # distribution of training times: uniform | logit_normal(0, 1)
     # Self-distillation, and what the ablations switch.
@@ -30,10 +34,12 @@ class DsdConfig:
     ema_momentum_end: float = 1.0  # where a half cosine takes it
     ema_steps: int = 0  # over so many steps; 0: it stays ema_momentum
     mask: bool = True  # hide patches from the online encoder; the target's sees all
-    mask_ratio: tuple[float, float] = (-0.1, 0.7)  # the hidden share of an image is uniform between these, negative meaning none
+    #: the hidden share of an image is uniform between these, negative meaning none
+    mask_ratio: tuple[float, float] = (-0.1, 0.7)
     input_grad: bool = True  # the diffusion loss reaches the encoder through the noisy latent
     velocity_head_detach: bool = True  # the velocity head's loss stops before the trunk
-    velocity_latent: bool = False  # the velocity head sees the noisy latent beside the trunk's features, which may forget the noise
+    #: the velocity head sees the noisy latent beside the trunk's features, which may forget the noise
+    velocity_latent: bool = False
     # Reconstruction.
     rec_weight: float = 1.0  # of all three terms
     clean_share: float = 0.5  # share of latents that are decoded without noise
@@ -45,10 +51,12 @@ class DsdConfig:
     gan_weight: float = 0.1  # of the adversarial term; 0: no discriminator
     gan_start: int = 0  # training images after which the discriminator is trained and heard
     gan_lr_scale: float = 1.0  # the discriminator's learning rate relative to train.lr
-    discriminator_widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])  # channels of its layers; each but the first halves the side
+    #: channels of its layers; each but the first halves the side
+    discriminator_widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
     # Other terms; a weight of 0 leaves the term and its layers out.
     velocity_weight: float = 1.0
-    align: str = "timm-dinov3-b"  # encoder whose tokens shallow features are aligned with; common/encoders lists them; none: off
+    #: encoder whose tokens shallow features are aligned with; common/encoders lists them; none: off
+    align: str = "timm-dinov3-b"
     align_path: str | None = None  # file or folder of its weights; none: the usual caches
     align_weight: float = 0.5
     align_after: int | None = None  # number of the aligned block, from 1; none: a third of the depth
@@ -56,7 +64,8 @@ class DsdConfig:
     cls_weight: float = 0.1  # classification of the encoder's mean feature
     label_smoothing: float = 0.1
     projector_width: int = 2048
-    remember: bool = False  # keep the aligned encoder's tokens of every training image in memory, instead of asking it again
+    #: keep the aligned encoder's tokens of every training image in memory, instead of asking it again
+    remember: bool = False
     health_every: int = 50  # steps between measurements of the latents' rank and spread
 
     def __post_init__(self) -> None:
@@ -65,7 +74,17 @@ class DsdConfig:
         require(self.latent_channels >= 2, "model.latent_channels", self.latent_channels, "must be at least 2")
         for name in ("label_drop", "ema_momentum", "ema_momentum_end", "clean_share", "noise_max", "label_smoothing"):
             require(0 <= getattr(self, name) <= 1, f"model.{name}", getattr(self, name), "must lie between 0 and 1")
-        for name in ("ema_steps", "rec_weight", "noise_scale", "perceptual_weight", "gan_weight", "gan_start", "align_weight", "self_weight", "cls_weight"):
+        for name in (
+            "ema_steps",
+            "rec_weight",
+            "noise_scale",
+            "perceptual_weight",
+            "gan_weight",
+            "gan_start",
+            "align_weight",
+            "self_weight",
+            "cls_weight",
+        ):
             require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must be 0 or more")
         for name in ("velocity_weight", "gan_lr_scale"):
             require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
@@ -81,7 +100,12 @@ class DsdConfig:
         low, high = self.mask_ratio
         require(low <= high <= 1, "model.mask_ratio", (low, high), "must be two numbers in order, the second at most 1")
         inside = 1 <= self.aligned_block <= self.depth
-        require(inside, "model.align_after", self.align_after, f"must be the number of one of the {self.depth} blocks, from 1")
+        require(
+            inside,
+            "model.align_after",
+            self.align_after,
+            f"must be the number of one of the {self.depth} blocks, from 1",
+        )
 
     @property
     def aligned_block(self) -> int:
@@ -115,7 +139,7 @@ SPEC = MethodSpec(
     name="dsd",
     title="DSD: one transformer that encodes, denoises and decodes, trained end to end as self-distillation",
     paper="Diffusion As Self-Distillation: End-to-End Latent Diffusion In One Model (arXiv 2511.14716)",
-    implementation="methods.dsd.method:DsdMethod",
+    implementation="pixlat.methods.dsd.method:DsdMethod",
     config=DsdConfig,
     sample=DsdSample,
     presets=str(Path(__file__).with_name("presets.yaml")),

@@ -1,7 +1,8 @@
-"""DSD's objective and sampler (arXiv 2511.14716): diffusion as self-distillation between an online encoder and its average.
+"""DSD's objective and sampler (arXiv 2511.14716): diffusion as self-distillation between
+an online encoder and its average.
 
-Time runs as everywhere in `common/`: t = 1 is noise. The paper counts the other way; 1 - t is what the network receives, and its velocity points
-towards the data. What the paper leaves open is decided in README.md.
+Time runs as everywhere in `common/`: t = 1 is noise. The paper counts the other way; 1 - t is what the network
+receives, and its velocity points towards the data. What the paper leaves open is decided in README.md.
 """
 
 from __future__ import annotations
@@ -15,25 +16,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import flow
-from common.adversarial import PatchDiscriminator, augment, draw_augmentation, evaluating, hinge_discriminator, hinge_generator, quantise
-from common.blocks import drop_labels, projector
-from common.config import require
-from common.encoders.frozen import Frozen
-from common.encoders.representation import RepresentationEncoder, build_encoder
-from common.errors import UserError
-from common.guidance import classifier_free
-from common.latents import FeatureTable
-from common.perceptual import EmbeddedDistance, Lpips
-from common.samplers import euler, euler_maruyama, heun, solver_evaluations
-from common.seeds import Noise
-from common.spectrum import between_images, effective_rank, latent_health
-from methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
-from methods.dsd.config import DsdConfig, DsdSample
-from methods.dsd.network import DecodePass, Denoised, DsdNetwork, Encoded
-from methods.dsd.objective import SPACES, Draws, decoder_input, diffusion_loss, disagreement, draw_hidden, noised, velocity_loss
+from pixlat.common.config.resolve import require
+from pixlat.common.errors import UserError
+from pixlat.common.frozen.base import Frozen
+from pixlat.common.frozen.encoders import build_encoder
+from pixlat.common.frozen.perceptual import EmbeddedDistance, Lpips
+from pixlat.common.frozen.remember import FeatureTable
+from pixlat.common.frozen.representation import RepresentationEncoder
+from pixlat.common.layers.discriminators import PatchDiscriminator, evaluating
+from pixlat.common.layers.dit import projector
+from pixlat.common.layers.transformer import drop_labels
+from pixlat.common.maths import flow
+from pixlat.common.maths.adversarial import augment, draw_augmentation, hinge_discriminator, hinge_generator, quantise
+from pixlat.common.maths.guidance import classifier_free
+from pixlat.common.maths.samplers import euler, euler_maruyama, heun, solver_evaluations
+from pixlat.common.maths.spectrum import between_images, effective_rank, latent_health
+from pixlat.common.seeds import Noise
+from pixlat.methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
+from pixlat.methods.dsd.config import DsdConfig, DsdSample
+from pixlat.methods.dsd.network import DecodePass, Denoised, DsdNetwork, Encoded
+from pixlat.methods.dsd.objective import (
+    SPACES,
+    Draws,
+    decoder_input,
+    diffusion_loss,
+    disagreement,
+    draw_hidden,
+    noised,
+    velocity_loss,
+)
 
-LEAST_SPREAD = 0.15  # of the latents' standard deviation between images, relative to their scale: naive training is below
+# of the latents' standard deviation between images, relative to their scale: naive training is below
+LEAST_SPREAD = 0.15
 LEAST_RANK = 0.2  # of the latents' effective rank, as a share of the channels
 LETTERS = {(20, 384): "S", (26, 576): "M", (25, 768): "B"}  # the names are ours
 
@@ -46,7 +60,12 @@ class DsdMethod(Method):
 
     def __init__(self, config: DsdConfig, data: DataInfo) -> None:
         super().__init__(config, data)
-        require(data.image_size % config.patch == 0, "model.patch", config.patch, f"must divide the image size {data.image_size}")
+        require(
+            data.image_size % config.patch == 0,
+            "model.patch",
+            config.patch,
+            f"must divide the image size {data.image_size}",
+        )
         self.side = data.image_size // config.patch
         self.network = DsdNetwork(config, data.image_size, data.channels, data.num_classes)
         self.decoder = DecodePass(self.network)
@@ -54,11 +73,15 @@ class DsdMethod(Method):
         self.predictor = mlp(config.width, config.projector_width, config.width) if config.self_weight else None
         self.classifier = nn.Linear(config.width, data.num_classes) if config.cls_weight else None
         self.teacher, self.projector = self.build_teacher()
-        self.features_of = FeatureTable(lambda images: (self.teach(images),), data.num_train if config.remember and self.teacher is not None else 0)
+        self.features_of = FeatureTable(
+            lambda images: (self.teach(images),), data.num_train if config.remember and self.teacher is not None else 0
+        )
         self.perceptual: Frozen | None = None
         if config.perceptual != "none":
             self.perceptual = Lpips(config.perceptual_path) if config.perceptual == "lpips" else EmbeddedDistance()
-        self.discriminator = PatchDiscriminator(data.channels, config.discriminator_widths) if config.gan_weight else None
+        self.discriminator = (
+            PatchDiscriminator(data.channels, config.discriminator_widths) if config.gan_weight else None
+        )
         # Which networks are trained and which are frozen depends on the terms of the loss.
         self.phases = self.phases if self.discriminator else self.phases[:1]
         self.external = tuple(name for name in ("teacher", "perceptual") if getattr(self, name) is not None)
@@ -72,7 +95,10 @@ class DsdMethod(Method):
             return None, None
         teacher = build_encoder(config.align, config.align_path).requires_grad_(False)
         grid = teacher.grid(self.data.image_size)
-        fits = f"gives {self.side} x {self.side} tokens, which must divide the {grid} x {grid} of the encoder model.align={config.align}"
+        fits = (
+            f"gives {self.side} x {self.side} tokens, which must divide the {grid} x {grid} "
+            f"of the encoder model.align={config.align}"
+        )
         require(grid % self.side == 0, "model.patch", config.patch, fits)
         self.pool = grid // self.side  # the teacher's tokens a side that ours stands for
         return teacher, projector(config.width, config.projector_width, teacher.channels)
@@ -81,7 +107,7 @@ class DsdMethod(Method):
         for name in self.external:
             cast("Frozen", self.get_submodule(name)).load()
 
-    # -- training ---------------------------------------------------------------------------------------------------------------
+    # -- training ------------------------------------------------------------------------------------------------------
 
     def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
         images, draws = batch["image"], self.draw(batch)
@@ -99,15 +125,23 @@ class DsdMethod(Method):
         return Draws(
             hidden=draw_hidden(config.mask_ratio, count, self.side**2, device) if config.mask else None,
             labels=labels,
-            t=torch.rand(count, device=device) if config.time == "uniform" else flow.logit_normal(0.0, 1.0, count, device=device),
+            t=torch.rand(count, device=device)
+            if config.time == "uniform"
+            else flow.logit_normal(0.0, 1.0, count, device=device),
             noise=torch.randn(shape, device=device),
             tau=tau.masked_fill(torch.rand(count, device=device) < config.clean_share, 0.0),
             decode_noise=torch.randn(shape, device=device),
-            augmentation=draw_augmentation(count, self.data.image_size, device) if self.discriminator is not None else None,
+            augmentation=draw_augmentation(count, self.data.image_size, device)
+            if self.discriminator is not None
+            else None,
         )
 
-    def objective(self, images: Tensor, classes: Tensor, draws: Draws, taught: Tensor | None, measure: bool = False) -> dict[str, Tensor]:
-        """The weighted sum of all terms, for images (B, 3, S, S), their classes (B,) and the teacher's tokens (B, N, C'); `measure`: latent health too."""
+    def objective(
+        self, images: Tensor, classes: Tensor, draws: Draws, taught: Tensor | None, measure: bool = False
+    ) -> dict[str, Tensor]:
+        """The weighted sum of all terms, for images (B, 3, S, S), their classes (B,) and the teacher's tokens (B, N,
+        C'); `measure`: latent health too.
+        """
         online = self.network.encoder(images, draws.hidden)
         clean = self.target_of(images, online)
         denoised = self.denoise(noised(self.config, online.z, draws.noise, draws.t), draws.t, draws.labels)
@@ -125,7 +159,9 @@ class DsdMethod(Method):
         return out
 
     def target_of(self, images: Tensor, online: Encoded) -> Encoded:
-        """What the target branch sees in the whole images: the average's answer; without one, the online encoder's own."""
+        """What the target branch sees in the whole images: the average's answer;
+        without one, the online encoder's own.
+        """
         if self.target_encoder is None and not self.config.mask:
             return online
         with torch.set_grad_enabled(self.config.target == "live"):
@@ -139,7 +175,9 @@ class DsdMethod(Method):
         return answer._replace(output=output, velocity=-answer.velocity)
 
     def reconstruction_terms(self, images: Tensor, z1: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """Squared error, perceptual distance and the discriminator's opinion of what noisy latents of the masked images are decoded to."""
+        """Squared error, perceptual distance and the discriminator's opinion of what noisy latents
+        of the masked images are decoded to.
+        """
         rebuilt = self.network.decode(decoder_input(self.config, z1, draws.tau, draws.decode_noise))
         terms = {"reconstruction": (rebuilt - images).square().mean()}
         if self.perceptual is not None:
@@ -150,14 +188,22 @@ class DsdMethod(Method):
                 terms["gan"] = hinge_generator(self.discriminator(augment(rebuilt, draws.augmentation)))
         return terms
 
-    def feature_terms(self, classes: Tensor, online: Encoded, denoised: Denoised, clean: Encoded, taught: Tensor | None) -> dict[str, Tensor]:
-        """Alignment of shallow features, self-distillation of the last ones (both of the encoder's and of the denoiser's pass), classification."""
+    def feature_terms(
+        self, classes: Tensor, online: Encoded, denoised: Denoised, clean: Encoded, taught: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Alignment of shallow features, self-distillation of the last ones (both of the encoder's
+        and of the denoiser's pass), classification.
+        """
         terms = {}
         passes = (online.features, denoised.features)
         if self.projector is not None and taught is not None:
-            terms["align"] = torch.stack([disagreement(self.projector(features.shallow), taught) for features in passes]).mean()
+            terms["align"] = torch.stack(
+                [disagreement(self.projector(features.shallow), taught) for features in passes]
+            ).mean()
         if self.predictor is not None:
-            terms["self"] = torch.stack([disagreement(self.predictor(features.last), clean.features.last) for features in passes]).mean()
+            terms["self"] = torch.stack(
+                [disagreement(self.predictor(features.last), clean.features.last) for features in passes]
+            ).mean()
         if self.classifier is not None:
             logits = self.classifier(online.features.last.mean(dim=1))
             terms["cls"] = F.cross_entropy(logits, classes, label_smoothing=self.config.label_smoothing)
@@ -166,13 +212,23 @@ class DsdMethod(Method):
     def weight_of(self, term: str) -> float:
         """The weight of a term in the loss."""
         config = self.config
-        weights = {"diffusion": 1.0, "velocity": config.velocity_weight, "reconstruction": config.rec_weight, "align": config.align_weight}
-        weights |= {"perceptual": config.rec_weight * config.perceptual_weight, "gan": config.rec_weight * config.gan_weight}
+        weights = {
+            "diffusion": 1.0,
+            "velocity": config.velocity_weight,
+            "reconstruction": config.rec_weight,
+            "align": config.align_weight,
+        }
+        weights |= {
+            "perceptual": config.rec_weight * config.perceptual_weight,
+            "gan": config.rec_weight * config.gan_weight,
+        }
         weights |= {"self": config.self_weight, "cls": config.cls_weight}
         return weights[term]
 
     def judge(self, images: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """The discriminator's hinge loss on images and on what the decoder makes of their noisy latents, rounded to 8 bits and augmented alike."""
+        """The discriminator's hinge loss on images and on what the decoder makes of their noisy latents,
+        rounded to 8 bits and augmented alike.
+        """
         assert self.discriminator is not None and draws.augmentation is not None
         with torch.no_grad():
             z1 = self.network.encoder(images, draws.hidden).z
@@ -200,7 +256,10 @@ class DsdMethod(Method):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Moves the target's encoder towards the online one. This average is part of the loss; those for sampling are the trainer's."""
+        """Moves the target's encoder towards the online one.
+
+        This average is part of the loss; those for sampling are the trainer's.
+        """
         if self.target_encoder is None:
             return
         averages, values = (tuple(encoder.parameters()) for encoder in (self.target_encoder, self.network.encoder))
@@ -213,7 +272,8 @@ class DsdMethod(Method):
         if found["std_between"] >= LEAST_SPREAD * found["latent_rms"] and found["erank_share"] >= LEAST_RANK:
             return {}
         facts = (
-            f"effective rank {found['erank']:.2f} of {self.config.latent_channels}, std between images {found['std_between']:.3f} of {found['latent_rms']:.3f}"
+            f"effective rank {found['erank']:.2f} of {self.config.latent_channels}, "
+            f"std between images {found['std_between']:.3f} of {found['latent_rms']:.3f}"
         )
         cure = "Keep model.target=stopgrad, model.predict=z and model.ema=true, or raise model.rec_weight"
         return {"collapse": f"the latents are collapsing: {facts}. {cure}."}
@@ -221,9 +281,13 @@ class DsdMethod(Method):
     def parameters_of(self, phase: str) -> list[ParamGroup]:
         if phase == "discriminator":
             assert self.discriminator is not None
-            return [ParamGroup(list(self.discriminator.parameters()), lr_scale=self.config.gan_lr_scale, betas=(0.5, 0.9))]
+            return [
+                ParamGroup(list(self.discriminator.parameters()), lr_scale=self.config.gan_lr_scale, betas=(0.5, 0.9))
+            ]
         outside = ("discriminator.", *(f"{name}." for name in self.external))
-        return [ParamGroup([p for name, p in self.named_parameters() if p.requires_grad and not name.startswith(outside)])]
+        return [
+            ParamGroup([p for name, p in self.named_parameters() if p.requires_grad and not name.startswith(outside)])
+        ]
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
         return {f"network.{name}": p for name, p in self.network.named_parameters()}
@@ -236,12 +300,18 @@ class DsdMethod(Method):
         return [] if self.target_encoder is None else list(self.target_encoder.trunk.blocks)
 
     def look(self, images: Tensor, time: float) -> None:
-        """The blocks are heard as they denoise, then those of the diffusion and the velocity head; not as they encode the clean images."""
+        """The blocks are heard as they denoise, then those of the diffusion and the velocity head;
+        not as they encode the clean images.
+        """
         z = self.network.encoder(images, heard=False).z
         t = torch.full((len(z),), time, device=z.device)
-        self.denoise(flow.interpolate(z, torch.randn_like(z), t), t, torch.full((len(z),), self.data.num_classes, device=z.device))
+        self.denoise(
+            flow.interpolate(z, torch.randn_like(z), t),
+            t,
+            torch.full((len(z),), self.data.num_classes, device=z.device),
+        )
 
-    # -- sampling ---------------------------------------------------------------------------------------------------------------
+    # -- sampling ------------------------------------------------------------------------------------------------------
 
     def sample(self, labels: Tensor, noise: Noise, config: DsdSample) -> Tensor:
         z = noise.normal(self.side**2, self.config.latent_channels)
@@ -250,7 +320,8 @@ class DsdMethod(Method):
         def velocity(z: Tensor, t: float) -> Tensor:
             return self.velocity(z, t, labels, config)
 
-        def drift(z: Tensor, t: float) -> Tensor:  # v - w score / 2 with w = diffusion t and score = -((1 - t) v + z) / t
+        # v - w score / 2 with w = diffusion t and score = -((1 - t) v + z) / t
+        def drift(z: Tensor, t: float) -> Tensor:
             v = velocity(z, t)
             return v if t == times[-2] else v + config.diffusion / 2 * ((1 - t) * v + z)
 
@@ -279,7 +350,9 @@ class DsdMethod(Method):
         return {"network": self.network, "decoder": self.decoder}
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) to latents (B, C, S / p, S / p), from the sampled weights; the target's encoder is for training alone."""
+        """Images (B, 3, S, S) to latents (B, C, S / p, S / p), from the sampled weights;
+        the target's encoder is for training alone.
+        """
         return self.network.encoder(images).z.transpose(1, 2).unflatten(2, (self.side, self.side))
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -324,7 +397,9 @@ def momentum(config: DsdConfig, step: int) -> float:
     if not config.ema_steps:
         return config.ema_momentum
     progress = min(1.0, step / config.ema_steps)
-    return config.ema_momentum_end - (config.ema_momentum_end - config.ema_momentum) * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.ema_momentum_end - (config.ema_momentum_end - config.ema_momentum) * 0.5 * (
+        1 + math.cos(math.pi * progress)
+    )
 
 
 def variant(config: DsdConfig) -> str | None:

@@ -1,6 +1,8 @@
-"""One transformer with three roles: images to latents, noisy latents to clean ones, latents to images (arXiv 2511.14716; README.md marks what is ours).
+"""One transformer with three roles: images to latents, noisy latents to clean ones,
+latents to images (arXiv 2511.14716; README.md marks what is ours).
 
-Shape legend: B batch, N tokens, D width, C latent channels, S image side, p patch side, h = S / p, N = h h. A token is a patch in every role.
+Shape legend: B batch, N tokens, D width, C latent channels, S image side, p patch side, h = S / p, N = h h.
+A token is a patch in every role.
 Times are the paper's here: 1 is data.
 """
 
@@ -12,8 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.blocks import NORM_EPS, Attention, DitBlock, Mlp, PatchEmbed, SinusoidalEmbedding, at_least_float32, initialize_linears, sincos_table, unpatchify
-from methods.dsd.config import DsdConfig
+from pixlat.common.layers.dit import Attention, DitBlock, Mlp
+from pixlat.common.layers.transformer import (
+    NORM_EPS,
+    PatchEmbed,
+    SinusoidalEmbedding,
+    initialize_linears,
+    sincos_table,
+    unpatchify,
+)
+from pixlat.common.maths.float32 import at_least_float32
+from pixlat.methods.dsd.config import DsdConfig
 
 
 class Features(NamedTuple):
@@ -74,7 +85,9 @@ class Trunk(nn.Module):
 
 
 class LatentNorm(nn.Module):
-    """Unit scale without parameters, so that unit noise is commensurate with the latents and their scale cannot run away."""
+    """Unit scale without parameters, so that unit noise is commensurate with the latents
+    and their scale cannot run away.
+    """
 
     def __init__(self, kind: str, channels: int) -> None:
         super().__init__()
@@ -103,7 +116,9 @@ class Encoder(nn.Module):
         self.latent_norm = LatentNorm(config.latent_norm, config.latent_channels)
 
     def forward(self, images: Tensor, hidden: Tensor | None = None, heard: bool = True) -> Encoded:
-        """(B, 3, S, S) in [-1, 1] to latents; hidden (B, N) bool: patches that are replaced by the one learned token."""
+        """(B, 3, S, S) in [-1, 1] to latents; hidden (B, N) bool:
+        patches that are replaced by the one learned token.
+        """
         tokens = self.patch_embed(images)
         if hidden is not None:
             assert self.mask_token is not None
@@ -117,7 +132,9 @@ class DiffusionHead(nn.Module):
 
     def __init__(self, config: DsdConfig) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(DitBlock(config.width, config.heads, qk_norm=True) for _ in range(config.head_depth))
+        self.blocks = nn.ModuleList(
+            DitBlock(config.width, config.heads, qk_norm=True) for _ in range(config.head_depth)
+        )
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.out = nn.Linear(config.width, config.latent_channels)
 
@@ -151,10 +168,21 @@ class DsdNetwork(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Xavier for every matrix, normal for embeddings, zero for what modulates; latents of unit scale. No head starts at zero: gradients must pass."""
-        initialize_linears(self, zero=lambda name: "adaLN_modulation" in name, normal=lambda name: name.startswith("time_embed"))
+        """Xavier for every matrix, normal for embeddings, zero for what modulates; latents of unit scale.
+
+        No head starts at zero: gradients must pass.
+        """
+        initialize_linears(
+            self, zero=lambda name: "adaLN_modulation" in name, normal=lambda name: name.startswith("time_embed")
+        )
         nn.init.normal_(self.encoder.out.weight, std=self.encoder.out.in_features**-0.5)
-        for parameter in (self.class_embed.weight, self.encoder.role, self.encoder.mask_token, self.denoise_role, self.decode_role):
+        for parameter in (
+            self.class_embed.weight,
+            self.encoder.role,
+            self.encoder.mask_token,
+            self.denoise_role,
+            self.decode_role,
+        ):
             if parameter is not None:
                 nn.init.normal_(parameter, std=0.02)
 
@@ -182,10 +210,15 @@ class DsdNetwork(nn.Module):
         return answer
 
     def forward(self, z: Tensor, time: Tensor, labels: Tensor, head: str) -> Tensor:
-        """One evaluation of the sampler: the "velocity" head's answer or, for "latent", the diffusion head's. The other head is not run."""
+        """One evaluation of the sampler: the "velocity" head's answer or, for "latent", the diffusion head's.
+
+        The other head is not run.
+        """
         condition = self.condition(time, labels)
         last = self.features(z, condition).last
-        answer: Tensor = self.velocity(last, z, condition) if head == "velocity" else self.diffusion_head(last, condition)
+        answer: Tensor = (
+            self.velocity(last, z, condition) if head == "velocity" else self.diffusion_head(last, condition)
+        )
         return answer
 
     def decode(self, z: Tensor) -> Tensor:
@@ -195,7 +228,10 @@ class DsdNetwork(nn.Module):
 
 
 class DecodePass(nn.Module):
-    """The network in its third role, so that its cost is counted by itself. It owns no tensor, so its parameters count once."""
+    """The network in its third role, so that its cost is counted by itself.
+
+    It owns no tensor, so its parameters count once.
+    """
 
     def __init__(self, network: DsdNetwork) -> None:
         super().__init__()

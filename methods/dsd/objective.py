@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import flow
-from common.adversarial import Augmentation
-from methods.dsd.config import DsdConfig
+from pixlat.common.maths import flow
+from pixlat.common.maths.adversarial import Augmentation
+from pixlat.methods.dsd.config import DsdConfig
 
-SPACES = {"z": "x", "v": "v"}  # config.predict to the names of common/flow.py
+SPACES = {"z": "x", "v": "v"}  # config.predict to the names of common/maths/flow.py
 
 
 class Draws(NamedTuple):
@@ -32,7 +32,9 @@ class Draws(NamedTuple):
 
 
 def draw_hidden(ratio: tuple[float, float], batch: int, tokens: int, device: torch.device) -> Tensor:
-    """(B, N) bool: in each image the same number of patches is hidden as its share, uniform between both ends, gives; negative shares hide none."""
+    """(B, N) bool: in each image the same number of patches is hidden as its share, uniform between both ends,
+    gives; negative shares hide none.
+    """
     low, high = ratio
     share = low + (high - low) * torch.rand(batch, 1, device=device)
     rank = torch.rand(batch, tokens, device=device).argsort(dim=1).argsort(dim=1)
@@ -45,10 +47,11 @@ def noised(config: DsdConfig, z1: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def diffusion_loss(config: DsdConfig, output: Tensor, z2: Tensor, noise: Tensor) -> Tensor:
-    """mean || output - z2 ||^2 for `predict=z`, mean || output - (n - z2) ||^2 for `predict=v`, with equal weight at all times.
+    """mean || output - z2 ||^2 for `predict=z`, mean || output - (n - z2) ||^2 for `predict=v`,
+    with equal weight at all times.
 
-    The output is compared as it is. Turning a predicted z into a v through a live z_t would have the same value and another gradient: a share
-    1 - t of the target would be z1 again, which the encoder shrinks (tests/test_dsd.py).
+    The output is compared as it is. Turning a predicted z into a v through a live z_t would have the same value
+    and another gradient: a share 1 - t of the target would be z1 again, which the encoder shrinks (tests/test_dsd.py).
     """
     z2 = z2.detach() if config.target == "stopgrad" else z2
     return (output - flow.target(SPACES[config.predict], z2, noise)).square().mean()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import checked_interval, one_of, require
-from methods import MethodSpec
+from pixlat.common.config.resolve import checked_interval, one_of, require
+from pixlat.methods import MethodSpec
 
 SPACES = ("x", "eps", "v")
 
@@ -25,7 +25,8 @@ class JiTConfig:
     context_start: int = 4  # index of the block before which they are put
     rope: bool = True
     qk_norm: bool = True
-    dropout: float = 0.0  # in the middle half of the blocks: after the attention projection and on SwiGLU's hidden vector
+    #: in the middle half of the blocks: after the attention projection and on SwiGLU's hidden vector
+    dropout: float = 0.0
     attn_dropout: float = 0.0  # on the attention weights, in the same blocks
     attention: str = "fused"  # fused | reference (logits and softmax in float32 under bf16; slower)
     prediction: str = "x"  # x | eps | v: what the network returns
@@ -43,33 +44,60 @@ class JiTConfig:
         for name in ("bottleneck", "context_tokens"):
             require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must be 0 (off) or more")
         for name in ("dropout", "attn_dropout", "label_drop"):
-            require(0 <= getattr(self, name) <= 1, f"model.{name}", getattr(self, name), "is a probability, so between 0 and 1")
+            require(
+                0 <= getattr(self, name) <= 1,
+                f"model.{name}",
+                getattr(self, name),
+                "is a probability, so between 0 and 1",
+            )
         for name in ("mlp_ratio", "time_std", "clip"):
             require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
-        require(self.noise_scale is None or self.noise_scale > 0, "model.noise_scale", self.noise_scale, "must be positive")
+        require(
+            self.noise_scale is None or self.noise_scale > 0, "model.noise_scale", self.noise_scale, "must be positive"
+        )
         require(self.width % self.heads == 0, "model.heads", self.heads, f"must divide model.width={self.width}")
         require(self.width % 4 == 0, "model.width", self.width, "must be a multiple of 4 for the 2-D position table")
         head_dim = self.width // self.heads
-        require(not self.rope or head_dim % 4 == 0, "model.heads", self.heads, f"gives heads of {head_dim} channels; RoPE needs a multiple of 4")
+        require(
+            not self.rope or head_dim % 4 == 0,
+            "model.heads",
+            self.heads,
+            f"gives heads of {head_dim} channels; RoPE needs a multiple of 4",
+        )
         inside = 0 <= self.context_start < self.depth
-        require(inside, "model.context_start", self.context_start, f"must be the index of one of the {self.depth} blocks, from 0")
+        require(
+            inside,
+            "model.context_start",
+            self.context_start,
+            f"must be the index of one of the {self.depth} blocks, from 0",
+        )
         one_of("model.attention", self.attention, ("fused", "reference"))
         one_of("model.prediction", self.prediction, SPACES)
         one_of("model.loss_space", self.loss_space, SPACES)
         one_of("model.preconditioner", self.preconditioner, ("none", "edm", "linear"))
         alone = self.preconditioner == "none" or self.prediction == "x"
-        require(alone, "model.preconditioner", self.preconditioner, f"needs model.prediction=x, which is {self.prediction!r}")
+        require(
+            alone,
+            "model.preconditioner",
+            self.preconditioner,
+            f"needs model.prediction=x, which is {self.prediction!r}",
+        )
 
 
 @dataclass
 class JiTSample:
-    """The sampler. The defaults are the released one, up to the guidance scale, which depends on the size (presets.yaml)."""
+    """The sampler.
+
+    The defaults are the released one, up to the guidance scale, which depends on the size (presets.yaml).
+    """
 
     steps: int = 50
     solver: str = "heun"  # heun (the last step is Euler's) | euler
     guidance: float = 3.0  # 1: off
-    interval: tuple[float, float] = (0.1, 1.0)  # where guidance is on, in the paper's time (1 = data), ends excluded; a lower end of 0 includes 0
-    ending: str = "official"  # official: the clip leaves 1.7 % of the noise in the image | clean (ours): the last step lands on the prediction
+    #: where guidance is on, in the paper's time (1 = data), ends excluded; a lower end of 0 includes 0
+    interval: tuple[float, float] = (0.1, 1.0)
+    #: official: the clip leaves 1.7 % of the noise in the image | clean (ours): the last step lands on the prediction
+    ending: str = "official"
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "sample.steps", self.steps, "must be at least 1")
@@ -83,9 +111,9 @@ SPEC = MethodSpec(
     name="jit",
     title="JiT: a plain Transformer that predicts clean pixels, flow loss, Heun sampler",
     paper="Back to Basics: Let Denoising Generative Models Denoise (arXiv 2511.13720)",
-    implementation="methods.jit.method:JiTMethod",
+    implementation="pixlat.methods.jit.method:JiTMethod",
     config=JiTConfig,
     sample=JiTSample,
     presets=str(Path(__file__).with_name("presets.yaml")),
-    released="methods.jit.reference:open_released",
+    released="pixlat.methods.jit.reference:open_released",
 )

@@ -1,6 +1,7 @@
 """JiT's objective and sampler (arXiv 2511.13720, sections 3 and 4).
 
-Time runs as everywhere in `common/`: t = 1 is noise. The paper counts the other way; 1 - t is what the network receives.
+Time runs as everywhere in `common/`: t = 1 is noise. The paper counts the other way;
+1 - t is what the network receives.
 """
 
 from __future__ import annotations
@@ -10,30 +11,37 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from common import flow
-from common.blocks import drop_labels
-from common.config import require
-from common.guidance import classifier_free
-from common.samplers import euler, heun, solver_evaluations
-from common.seeds import Noise
-from methods.base import Batch, DataInfo, Description, Method, ParamGroup
-from methods.jit.config import JiTConfig, JiTSample
-from methods.jit.network import JiT
-from methods.jit.reference import from_released
+from pixlat.common.config.resolve import require
+from pixlat.common.layers.transformer import drop_labels
+from pixlat.common.maths import flow
+from pixlat.common.maths.guidance import classifier_free
+from pixlat.common.maths.samplers import euler, heun, solver_evaluations
+from pixlat.common.seeds import Noise
+from pixlat.methods.base import Batch, DataInfo, Description, Method, ParamGroup
+from pixlat.methods.jit.config import JiTConfig, JiTSample
+from pixlat.methods.jit.network import JiT
+from pixlat.methods.jit.reference import from_released
 
 EDM_DATA_STD = 0.5
 
 
 class JiTMethod(Method):
-    """x-prediction with v-loss by default; `config.prediction` and `config.loss_space` give the paper's nine combinations."""
+    """x-prediction with v-loss by default; `config.prediction` and `config.loss_space` give
+    the paper's nine combinations.
+    """
 
     def __init__(self, config: JiTConfig, data: DataInfo) -> None:
         super().__init__(config, data)
-        require(data.image_size % config.patch == 0, "model.patch", config.patch, f"must divide the image size {data.image_size}")
+        require(
+            data.image_size % config.patch == 0,
+            "model.patch",
+            config.patch,
+            f"must divide the image size {data.image_size}",
+        )
         self.noise_scale = data.image_size / 256 if config.noise_scale is None else config.noise_scale
         self.network = JiT(config, data.image_size, data.channels, data.num_classes)
 
-    # -- training ---------------------------------------------------------------------------------------------------------------
+    # -- training ------------------------------------------------------------------------------------------------------
 
     def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
         return {"loss": self.objective(batch["image"], *self.draw(batch))}
@@ -46,7 +54,9 @@ class JiTMethod(Method):
         return labels, t, self.noise_scale * torch.randn_like(x)
 
     def objective(self, x: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """mean || q(output) - q(target) ||^2 where q converts to the loss space with clipped denominators; the scaled noise is given."""
+        """mean || q(output) - q(target) ||^2 where q converts to the loss space with clipped denominators;
+        the scaled noise is given.
+        """
         z = flow.interpolate(x, noise, t)
         error = self.predict(z, t, labels) - flow.target(self.config.prediction, x, noise)
         gain = flow.error_gain(self.config.prediction, self.config.loss_space, t, self.config.clip)
@@ -79,7 +89,7 @@ class JiTMethod(Method):
         z = flow.interpolate(images, self.noise_scale * torch.randn_like(images), times)
         self.predict(z, times, torch.full((len(z),), self.data.num_classes, device=z.device))
 
-    # -- sampling ---------------------------------------------------------------------------------------------------------------
+    # -- sampling ------------------------------------------------------------------------------------------------------
 
     def sample(self, labels: Tensor, noise: Noise, config: JiTSample) -> Tensor:
         z = self.noise_scale * noise.normal(self.data.channels, self.data.image_size, self.data.image_size)
@@ -116,19 +126,24 @@ class JiTMethod(Method):
             variant=None if self.config.preconditioner == "none" else f"{self.config.preconditioner} pre-conditioner",
         )
 
-    # -- released weights -------------------------------------------------------------------------------------------------------
+    # -- released weights ----------------------------------------------------------------------------------------------
 
     def from_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return from_released(state, self.state_dict())
 
 
 def time_grid(steps: int) -> list[float]:
-    """From t = 1 to 0. The paper's float32 grid, 1 - t in Python floats, so that 1 - t gives back its points exactly."""
+    """From t = 1 to 0.
+
+    The paper's float32 grid, 1 - t in Python floats, so that 1 - t gives back its points exactly.
+    """
     return [1.0 - tau for tau in torch.linspace(0, 1, steps + 1, dtype=torch.float32, device="cpu").tolist()]
 
 
 def in_interval(t: float, low: float, high: float) -> bool:
-    """Whether low < 1 - t < high, strictly, as the released sampler tests it in float32; a lower end of 0 includes 1 - t = 0."""
+    """Whether low < 1 - t < high, strictly, as the released sampler tests it in float32;
+    a lower end of 0 includes 1 - t = 0.
+    """
     low32, high32 = torch.tensor((low, high), dtype=torch.float32, device="cpu").tolist()
     tau = 1.0 - t
     return (low == 0 or tau > low32) and tau < high32

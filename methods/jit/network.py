@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.blocks import (
+from pixlat.common.layers.adaln_swiglu import AdaLNBlock, AdaLNFinal
+from pixlat.common.layers.transformer import (
     PatchEmbed,
     SinusoidalEmbedding,
     initialize_linears,
@@ -17,8 +18,7 @@ from common.blocks import (
     sincos_table,
     unpatchify,
 )
-from common.layers_adaln import AdaLNBlock, AdaLNFinal
-from methods.jit.config import JiTConfig
+from pixlat.methods.jit.config import JiTConfig
 
 
 class JiT(nn.Module):
@@ -40,12 +40,18 @@ class JiT(nn.Module):
         self.blocks = nn.ModuleList(build_block(config, dropout=index in middle) for index in range(config.depth))
         self.final = AdaLNFinal(width, config.patch**2 * channels)
         self.register_buffer("pos_embed", sincos_table(grid, width)[None])
-        self.register_buffer("rope", rope_table(grid, width // config.heads, config.context_tokens) if config.rope else None, persistent=False)
+        self.register_buffer(
+            "rope",
+            rope_table(grid, width // config.heads, config.context_tokens) if config.rope else None,
+            persistent=False,
+        )
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Xavier for every matrix, normal for embeddings, zero for what modulates or leaves the network: the untrained output is 0."""
+        """Xavier for every matrix, normal for embeddings, zero for what modulates or leaves the network:
+        the untrained output is 0.
+        """
         initialize_linears(
             self,
             zero=lambda name: name.endswith("modulation") or name == "final.linear",
@@ -56,11 +62,14 @@ class JiT(nn.Module):
             nn.init.normal_(self.context, std=0.02)
 
     def forward(self, z: Tensor, time: Tensor, labels: Tensor) -> Tensor:
-        """z (B, C, S, S); time (B,) in the paper's convention, 1 = data; labels (B,) int64, the last row of the table being "no class"."""
+        """z (B, C, S, S); time (B,) in the paper's convention, 1 = data; labels (B,) int64,
+        the last row of the table being "no class".
+        """
         class_embed = self.class_embed(labels)
         condition = F.silu(self.time_embed(time) + class_embed)
         x = self.patch_embed(z)
-        x = x + self.pos_embed.to(x.dtype)  # under autocast the residual stream stays bf16 until the float32 context tokens join it
+        # under autocast the residual stream stays bf16 until the float32 context tokens join it
+        x = x + self.pos_embed.to(x.dtype)
         rope_image = None if self.rope is None else self.rope[self.context_tokens :]
         for block in self.blocks[: self.context_start]:
             x = block(x, condition, rope_image)
@@ -72,7 +81,10 @@ class JiT(nn.Module):
 
 
 def build_block(config: JiTConfig, dropout: bool) -> AdaLNBlock:
-    """A block; dropout: whether it is one of those that drop activations in training. Its condition is SiLU(time + class)."""
+    """A block; dropout: whether it is one of those that drop activations in training.
+
+    Its condition is SiLU(time + class).
+    """
     return AdaLNBlock(
         config.width,
         config.heads,

@@ -1,4 +1,6 @@
-"""The authors' released checkpoints: opening the file, recognising the architecture, and their parameter names as ours."""
+"""The authors' released checkpoints: opening the file, recognising the architecture,
+and their parameter names as ours.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.blocks import check_table, sincos_table
-from common.errors import UserError, close_match
-from common.external import key_faults
-from methods.base import Released
+from pixlat.common.errors import UserError, close_match
+from pixlat.common.layers.transformer import check_table, sincos_table
+from pixlat.common.weights.tensors import key_faults
+from pixlat.methods.base import Released
 
 FILE_NAME = "checkpoint-last.pth"
-WEIGHTS = {"model_ema1": "ema_decay1", "model_ema2": "ema_decay2", "model": None}  # name of the average's decay in `args`; the first was published
+# name of the average's decay in `args`; the first was published
+WEIGHTS = {"model_ema1": "ema_decay1", "model_ema2": "ema_decay2", "model": None}
 
 # Ours to theirs, applied in order to a name of `JiTMethod.state_dict()`.
 RENAMES = (
@@ -35,14 +38,21 @@ POSITIONS = "net.pos_embed"
 
 
 def read_checkpoint(path: str | Path, weights: str = "model_ema1") -> dict[str, Tensor]:
-    """One of the three state dicts of a released file (or of the folder that holds it), memory-mapped; no code in the file is run."""
+    """One of the three state dicts of a released file (or of the folder that holds it), memory-mapped;
+    no code in the file is run.
+    """
     return open_checkpoint(path, weights)[0]
 
 
 def open_checkpoint(path: str | Path, weights: str) -> tuple[dict[str, Tensor], float | None]:
-    """The same with the decay of this average, from the training's settings in the file (`args`); none where it is no average or the file does not say."""
+    """The same with the decay of this average, from the training's settings in the file (`args`);
+    none where it is no average or the file does not say.
+    """
     if weights not in WEIGHTS:
-        raise UserError(f"weights={weights!r} is not in a JiT checkpoint.{close_match(weights, WEIGHTS)} Choose {', '.join(WEIGHTS)}.")
+        raise UserError(
+            f"weights={weights!r} is not in a JiT checkpoint.{close_match(weights, WEIGHTS)} "
+            f"Choose {', '.join(WEIGHTS)}."
+        )
     path = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file. Give the released {FILE_NAME} or its folder.")
@@ -56,14 +66,18 @@ def open_checkpoint(path: str | Path, weights: str) -> tuple[dict[str, Tensor], 
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path}: holds no {weights!r}, so it is not a released JiT checkpoint. It holds: {found}.")
     settings, key = content.get("args"), WEIGHTS[weights]
-    told = settings if isinstance(settings, dict) else vars(settings) if isinstance(settings, argparse.Namespace) else {}
+    told = (
+        settings if isinstance(settings, dict) else vars(settings) if isinstance(settings, argparse.Namespace) else {}
+    )
     decay = told.get(key) if key else None
     return content[weights], float(decay) if isinstance(decay, int | float) else None
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the shapes of a released state dict tell; the block where the context tokens enter and the dropout they do not."""
+    """What the shapes of a released state dict tell; the block where the context tokens enter
+    and the dropout they do not.
+    """
 
     depth: int
     width: int
@@ -92,7 +106,9 @@ def recognise(state: Mapping[str, Tensor]) -> Architecture:
         )
     except (KeyError, ValueError, IndexError) as error:
         begin = ", ".join(sorted(state)[:3])
-        raise UserError(f"This is not the state dict of a released JiT: {error!r} while reading its shapes. Its keys: {begin}, ...") from error
+        raise UserError(
+            f"This is not the state dict of a released JiT: {error!r} while reading its shapes. Its keys: {begin}, ..."
+        ) from error
 
 
 def open_released(path: Path, weights: str | None = None) -> Released:
@@ -116,14 +132,17 @@ def released_shape(name: str, shape: torch.Size) -> torch.Size:
 
 
 def from_released(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The released tensors under the names and shapes of `ours`, a `JiTMethod.state_dict()` (it may be on the meta device).
+    """The released tensors under the names and shapes of `ours`,
+    a `JiTMethod.state_dict()` (it may be on the meta device).
 
     UserError lists every missing, extra and misshapen key; the fixed position table must equal ours.
     """
     shapes = {released_name(name): released_shape(name, tensor.shape) for name, tensor in ours.items()}
     faults = key_faults(state, shapes)
     if faults:
-        raise UserError("\n  ".join([f"The released weights do not fit this model, {len(faults)} keys differ:", *faults]))
+        raise UserError(
+            "\n  ".join([f"The released weights do not fit this model, {len(faults)} keys differ:", *faults])
+        )
     _, tokens, width = state[POSITIONS].shape
     check_table(POSITIONS, state[POSITIONS][0], sincos_table(round(tokens**0.5), width))
     return {name: state[released_name(name)].reshape(tensor.shape) for name, tensor in ours.items()}

@@ -1,12 +1,15 @@
-"""pMF's settings. Torch-free, so that `--help` is quick; presets.yaml holds the published sizes. Time is the paper's and ours: 1 = noise."""
+"""pMF's settings.
+
+Torch-free, so that `--help` is quick; presets.yaml holds the published sizes. Time is the paper's and ours: 1 = noise.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import checked_interval, one_of, require
-from methods import MethodSpec
+from pixlat.common.config.resolve import checked_interval, one_of, require
+from pixlat.methods import MethodSpec
 
 PREDICTIONS = ("x", "u")
 PRECONDITIONERS = ("none", "linear", "edm", "scm")
@@ -31,7 +34,8 @@ class PMFConfig:
     interval_tokens: int = 2  # ... each end of the guidance interval
     time_tokens: int = 4  # ... the length t - r of the step
     prediction: str = "x"  # x | u: what the network returns
-    preconditioner: str = "none"  # none | linear | edm | scm: x = c_skip z + c_out * output (ablation; needs prediction=x)
+    #: none | linear | edm | scm: x = c_skip z + c_out * output (ablation; needs prediction=x)
+    preconditioner: str = "none"
     clip: float = 0.05  # floor of every denominator t
     noise_scale: float = 1.0  # standard deviation of the noise
     time_sampler: str = "plane"  # plane | diagonal (r = t only) | zero (r = 0 only) | edges (r = t or 0)
@@ -39,7 +43,8 @@ class PMFConfig:
     time_std: float = 0.8
     uniform_share: float = 0.0  # share of samples whose times are uniform instead
     zero_share: float = 0.0  # share of samples off the diagonal whose r is 0 instead: steps all the way to the image
-    flow_share: float = 0.5  # share of a micro-batch, its first samples, that has r = t (flow matching); a whole number of samples
+    #: share of a micro-batch, its first samples, that has r = t (flow matching); a whole number of samples
+    flow_share: float = 0.5
     label_drop: float = 0.1  # mean share of a micro-batch, its first samples, that is trained without the class
     guidance_max: float = 8.0  # guidance scales are drawn from [1, guidance_max]
     guidance_beta: float = 1.0  # with density proportional to scale^-beta
@@ -54,7 +59,8 @@ class PMFConfig:
     convnext_weights: str | None = None
     optimizer: str = "muon"  # muon | torch_muon | adam: for the matrices; the rest has Nesterov Adam with the first two
     scalar_lr: float = 1.0  # learning rate of what embeds guidance, interval and step length, relative to all others'
-    jvp: str = "fused"  # fused (tangents beside the forward, without a graph) | func (torch.func.jvp; not with train.compile)
+    #: fused (tangents beside the forward, without a graph) | func (torch.func.jvp; not with train.compile)
+    jvp: str = "fused"
 
     def flow_matching_samples(self, count: int) -> float:
         """How many of `count` samples have r = t; the loss is the published one only where this is a whole number."""
@@ -62,19 +68,43 @@ class PMFConfig:
         return round(count * share, 9)
 
     def __post_init__(self) -> None:
-        for name in ("depth", "head_depth", "width", "heads", "patch", "class_tokens", "guidance_tokens", "interval_tokens", "time_tokens"):
+        for name in (
+            "depth",
+            "head_depth",
+            "width",
+            "heads",
+            "patch",
+            "class_tokens",
+            "guidance_tokens",
+            "interval_tokens",
+            "time_tokens",
+        ):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         for name in ("bottleneck", "lambda1", "lambda2", "norm_power", "guidance_beta"):
             require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must be 0 or more")
         for name in ("uniform_share", "zero_share", "flow_share", "label_drop"):
-            require(0 <= getattr(self, name) <= 1, f"model.{name}", getattr(self, name), "is a share, so between 0 and 1")
+            require(
+                0 <= getattr(self, name) <= 1, f"model.{name}", getattr(self, name), "is a share, so between 0 and 1"
+            )
         for name in ("clip", "noise_scale", "time_std", "norm_eps", "scalar_lr"):
             require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
-        require(self.head_depth <= self.depth, "model.head_depth", self.head_depth, f"is part of model.depth={self.depth}, so at most that")
+        require(
+            self.head_depth <= self.depth,
+            "model.head_depth",
+            self.head_depth,
+            f"is part of model.depth={self.depth}, so at most that",
+        )
         require(self.width % self.heads == 0, "model.heads", self.heads, f"must divide model.width={self.width}")
         head_dim = self.width // self.heads
-        require(head_dim % 4 == 0, "model.heads", self.heads, f"gives heads of {head_dim} channels; RoPE needs a multiple of 4")
-        require(self.mlp_hidden is None or self.mlp_hidden >= 1, "model.mlp_hidden", self.mlp_hidden, "must be at least 1")
+        require(
+            head_dim % 4 == 0,
+            "model.heads",
+            self.heads,
+            f"gives heads of {head_dim} channels; RoPE needs a multiple of 4",
+        )
+        require(
+            self.mlp_hidden is None or self.mlp_hidden >= 1, "model.mlp_hidden", self.mlp_hidden, "must be at least 1"
+        )
         require(self.guidance_max > 1, "model.guidance_max", self.guidance_max, "must be above 1")
         fits = self.perceptual_size >= 32 and self.perceptual_size % 16 == 0
         require(fits, "model.perceptual_size", self.perceptual_size, "must be a multiple of 16 pixels, at least 32")
@@ -85,7 +115,12 @@ class PMFConfig:
         one_of("model.optimizer", self.optimizer, OPTIMIZERS)
         one_of("model.jvp", self.jvp, ("fused", "func"))
         alone = self.preconditioner == "none" or self.prediction == "x"
-        require(alone, "model.preconditioner", self.preconditioner, f"needs model.prediction=x, which is {self.prediction!r}")
+        require(
+            alone,
+            "model.preconditioner",
+            self.preconditioner,
+            f"needs model.prediction=x, which is {self.prediction!r}",
+        )
 
     @property
     def prefix(self) -> int:
@@ -111,9 +146,9 @@ SPEC = MethodSpec(
     name="pmf",
     title="pMF: pixel mean flows, a Transformer that generates pixels in one evaluation",
     paper="One-step Latent-free Image Generation with Pixel Mean Flows (arXiv 2601.22158)",
-    implementation="methods.pmf.method:PMFMethod",
+    implementation="pixlat.methods.pmf.method:PMFMethod",
     config=PMFConfig,
     sample=PMFSample,
     presets=str(Path(__file__).with_name("presets.yaml")),
-    released="methods.pmf.reference:open_released",
+    released="pixlat.methods.pmf.reference:open_released",
 )

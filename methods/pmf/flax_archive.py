@@ -1,7 +1,10 @@
-"""The authors' .zip archives: a flax checkpoint inside, MessagePack with arrays as extensions. Nothing in it is code, and nothing is run.
+"""The authors' .zip archives: a flax checkpoint inside, MessagePack with arrays as extensions.
 
-What lies inside the released archives was not seen: this reads flax's own file (`checkpoint_<step>`) and the one that orbax makes of whole arrays
-(`.../checkpoint`). A checkpoint whose arrays are files of their own (zarr, OCDBT) is a UserError that says how to save it as one file.
+Nothing in it is code, and nothing is run.
+
+What lies inside the released archives was not seen: this reads flax's own file (`checkpoint_<step>`)
+and the one that orbax makes of whole arrays (`.../checkpoint`).
+A checkpoint whose arrays are files of their own (zarr, OCDBT) is a UserError that says how to save it as one file.
 """
 
 from __future__ import annotations
@@ -16,12 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from pixlat.common.errors import UserError
 
 ARRAY, SCALAR = 1, 3  # extension codes of flax.serialization; 2 is a complex number
 CHUNKED = "__msgpack_chunked_array__"  # an array of a gigabyte or more comes in pieces
 CHECKPOINT = re.compile(r"(.*/)?checkpoint(_\d+)?$")
-ADVICE = 'Restore it with flax or orbax, and save one of its trees by safetensors.numpy.save_file with keys joined by "/": import opens that file as well.'
+ADVICE = (
+    'Restore it with flax or orbax, and save one of its trees by safetensors.numpy.save_file with keys joined by "/": '
+    "import opens that file as well."
+)
 
 
 def read_archive(path: Path) -> dict[str, Any]:
@@ -31,7 +37,9 @@ def read_archive(path: Path) -> dict[str, Any]:
             found = [info for info in archive.infolist() if CHECKPOINT.match(info.filename)]
             if not found:
                 names = ", ".join(archive.namelist()[:5])
-                raise UserError(f"{path}: no file of it is called checkpoint or checkpoint_<step>; it holds {names}, ... {ADVICE}")
+                raise UserError(
+                    f"{path}: no file of it is called checkpoint or checkpoint_<step>; it holds {names}, ... {ADVICE}"
+                )
             newest = max(found, key=lambda info: [int(number) for number in re.findall(r"\d+", info.filename)])
             return unpack(archive.read(newest), f"{path}/{newest.filename}")
     except zipfile.BadZipFile as error:
@@ -77,15 +85,22 @@ def _whole(tree: Any, where: str) -> Any:
 
 
 def choose_weights(state: Mapping[str, Any], weights: str | None) -> tuple[str, Mapping[str, Any]]:
-    """(name, tree) of the averages, called by their half-life in thousand images, or of "params", the raw weights; none: the only ones.
+    """(name, tree) of the averages, called by their half-life in thousand images, or of "params",
+    the raw weights; none: the only ones.
 
-    The published rows were sampled with another average for each size (`eval.ema` of the presets), so of several one must be named.
+    The published rows were sampled with another average for each size (`eval.ema` of the presets),
+    so of several one must be named.
     """
-    trees = {**(state.get("ema_params") or {}), **({"params": state["params"]} if "params" in state else {})} or {"params": state}
+    trees = {**(state.get("ema_params") or {}), **({"params": state["params"]} if "params" in state else {})} or {
+        "params": state
+    }
     name = weights or ("" if len(trees) > 1 else next(iter(trees)))
     if name not in trees:
         told = f"weights={weights} is not in this archive" if weights else "this archive holds several sets of weights"
-        raise UserError(f"{told}. Give weights= one of: {', '.join(trees)}. The preset's eval.ema says which one the paper sampled with.")
+        raise UserError(
+            f"{told}. Give weights= one of: {', '.join(trees)}. "
+            "The preset's eval.ema says which one the paper sampled with."
+        )
     return name, trees[name]
 
 

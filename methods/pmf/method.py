@@ -9,17 +9,26 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from common import perceptual
-from common.config import require
-from common.encoders.frozen import Frozen
-from common.errors import UserError
-from common.flow import interpolate, match_dims
-from common.seeds import Noise
-from methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
-from methods.pmf.config import PMFConfig, PMFSample
-from methods.pmf.network import Condition, Head, PmfDiT, initialize, tail
-from methods.pmf.objective import Draws, adaptive, draw, effective_scale, squared_error, to_velocity, velocity_of_data
-from methods.pmf.reference import from_released
+from pixlat.common.config.resolve import require
+from pixlat.common.errors import UserError
+from pixlat.common.frozen import perceptual
+from pixlat.common.frozen.base import Frozen
+from pixlat.common.maths.crops import paired_crop
+from pixlat.common.maths.flow import interpolate, match_dims
+from pixlat.common.seeds import Noise
+from pixlat.methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
+from pixlat.methods.pmf.config import PMFConfig, PMFSample
+from pixlat.methods.pmf.network import Condition, Head, PmfDiT, initialize, tail
+from pixlat.methods.pmf.objective import (
+    Draws,
+    adaptive,
+    draw,
+    effective_scale,
+    squared_error,
+    to_velocity,
+    velocity_of_data,
+)
+from pixlat.methods.pmf.reference import from_released
 
 
 class Fields(NamedTuple):
@@ -33,13 +42,20 @@ class Fields(NamedTuple):
 
 
 class PMFMethod(Method):
-    """One network for average velocities over all steps, guidance scales and intervals; `config` holds the paper's ablations."""
+    """One network for average velocities over all steps, guidance scales and intervals;
+    `config` holds the paper's ablations.
+    """
 
     external = ("perceptual",)
 
     def __init__(self, config: PMFConfig, data: DataInfo) -> None:
         super().__init__(config, data)
-        require(data.image_size % config.patch == 0, "model.patch", config.patch, f"must divide the image size {data.image_size}")
+        require(
+            data.image_size % config.patch == 0,
+            "model.patch",
+            config.patch,
+            f"must divide the image size {data.image_size}",
+        )
         self.network = PmfDiT(config, data.image_size, data.channels, data.num_classes)
         self.v_head = Head(config, data.channels)  # for the loss only
         initialize(self.network, self.v_head)
@@ -49,22 +65,25 @@ class PMFMethod(Method):
         for network in self.perceptual.values():
             cast(Frozen, network).load()
 
-    # -- training ---------------------------------------------------------------------------------------------------------------
+    # -- training ------------------------------------------------------------------------------------------------------
 
     def check_micro_batch(self, images: int) -> None:
         samples = self.config.flow_matching_samples(images)
         if samples != int(samples):
             raise UserError(
-                f"train.micro_batch={images} (or train.batch divided by the processes): pMF trains model.flow_share={self.config.flow_share} of every "
-                f"micro-batch by flow matching, which would be {samples:g} samples, so {int(samples)} of {images} would be. Choose a micro-batch for "
-                "which the share is a whole number of samples."
+                f"train.micro_batch={images} (or train.batch divided by the processes): "
+                f"pMF trains model.flow_share={self.config.flow_share} of every micro-batch by flow matching, "
+                f"which would be {samples:g} samples, so {int(samples)} of {images} would be. "
+                "Choose a micro-batch for which the share is a whole number of samples."
             )
 
     def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
         return self.objective(batch["image"], batch["label"], draw(self.config, batch["image"]))
 
     def objective(self, x: Tensor, labels: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """Mean over the batch of the adaptively weighted errors of u and v, summed over pixels, and of the perceptual distances."""
+        """Mean over the batch of the adaptively weighted errors of u and v, summed over pixels,
+        and of the perceptual distances.
+        """
         fields = self.fields(x, labels, draws)
         error_u, error_v = squared_error(fields.u_at_t, fields.target), squared_error(fields.v, fields.target)
         loss = (adaptive(error_u, self.config) + adaptive(error_v, self.config)).mean()
@@ -78,8 +97,9 @@ class PMFMethod(Method):
     def fields(self, x: Tensor, labels: Tensor, draws: Draws) -> Fields:
         """Velocities and their guided target.
 
-        The target needs v with the class and without. For a flow-matching sample the first is the very v that the training forward returns,
-        and du/dt is multiplied by t - r = 0; so only the other samples ask for it beforehand (the released code always runs three forwards).
+        The target needs v with the class and without. For a flow-matching sample the first is the very v
+        that the training forward returns, and du/dt is multiplied by t - r = 0;
+        so only the other samples ask for it beforehand (the released code always runs three forwards).
         """
         t, first = draws.t, draws.flow_matching
         z, scale = interpolate(x, draws.noise, t), effective_scale(draws)
@@ -91,9 +111,12 @@ class PMFMethod(Method):
                 omega=torch.cat((scale[first:], torch.ones_like(scale))),
                 labels=torch.cat((labels[first:], null)),  # the tangent's class is never dropped
             ).split((len(x) - first, len(x)))
-        torch.clear_autocast_cache()  # older PyTorch would hand weights that were cast without a graph to the forward that needs one
+        # older PyTorch would hand weights that were cast without a graph to the forward that needs one
+        torch.clear_autocast_cache()
 
-        condition = Condition(t - draws.r, draws.omega, draws.t_min, draws.t_max, torch.where(draws.dropped, null, labels), t)
+        condition = Condition(
+            t - draws.r, draws.omega, draws.t_min, draws.t_max, torch.where(draws.dropped, null, labels), t
+        )
         u, du, v = self.velocities(z, t, condition, dz=v_class)
         u_at_t = torch.cat((u[:first], u[first:] + match_dims(condition.h[first:], du) * du))
 
@@ -108,7 +131,9 @@ class PMFMethod(Method):
         return to_velocity(self.config, self.v_head(tokens, self.network.rope)[0], z, t)
 
     def velocities(self, z: Tensor, t: Tensor, condition: Condition, dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """u and v, and between them du/dt: the derivative of u along (dz, dt = 1, dr = 0), without a graph, for the last len(dz) samples."""
+        """u and v, and between them du/dt: the derivative of u along (dz, dt = 1, dr = 0), without a graph,
+        for the last len(dz) samples.
+        """
         if self.config.jvp == "func":
             return self._velocities_by_func(z, t, condition, dz)
         network = self.network
@@ -117,10 +142,14 @@ class PMFMethod(Method):
         v_output, _ = self.v_head(tokens, network.rope)
         with torch.no_grad():
             inputs = tail(output, dz), tail(z, dz), tail(t, dz)
-            du = torch.func.jvp(lambda *values: to_velocity(self.config, *values), inputs, (doutput, dz, torch.ones_like(inputs[2])))[1]
+            du = torch.func.jvp(
+                lambda *values: to_velocity(self.config, *values), inputs, (doutput, dz, torch.ones_like(inputs[2]))
+            )[1]
         return to_velocity(self.config, output, z, t), du, to_velocity(self.config, v_output, z, t)
 
-    def _velocities_by_func(self, z: Tensor, t: Tensor, condition: Condition, dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _velocities_by_func(
+        self, z: Tensor, t: Tensor, condition: Condition, dz: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The same by PyTorch's forward mode, for checks and for networks that somebody has changed."""
 
         def run(z: Tensor, t: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,14 +163,21 @@ class PMFMethod(Method):
         return u, tail(du, dz), v
 
     def distances(self, fields: Fields, x: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """Perceptual distances (B,) between crops of the image that u points to and of the true one; 0 at high noise, where no network runs."""
+        """Perceptual distances (B,) between crops of the image that u points to and of the true one;
+        0 at high noise, where no network runs.
+        """
         if draws.crops is None:
             return {}
-        denoised = fields.z - match_dims(draws.t, fields.z) * fields.u  # the gradient flows through u and not through du/dt
+        # the gradient flows through u and not through du/dt
+        denoised = fields.z - match_dims(draws.t, fields.z) * fields.u
         seen, boxes, times = [denoised, x], draws.crops, draws.t
         if draws.compared is not None:
-            seen, boxes, times = [images.index_select(0, draws.compared) for images in seen], boxes.at(draws.compared), times[draws.compared]
-        crops = perceptual.paired_crop(seen, boxes, self.config.perceptual_size)
+            seen, boxes, times = (
+                [images.index_select(0, draws.compared) for images in seen],
+                boxes.at(draws.compared),
+                times[draws.compared],
+            )
+        crops = paired_crop(seen, boxes, self.config.perceptual_size)
         acts = times < self.config.perceptual_max_t
         found = {name: torch.where(acts, distance(*crops), 0.0) for name, distance in self.perceptual.items()}
         if draws.compared is None:
@@ -149,9 +185,13 @@ class PMFMethod(Method):
         return {name: values.new_zeros(len(x)).index_copy(0, draws.compared, values) for name, values in found.items()}
 
     def parameters_of(self, phase: str) -> list[ParamGroup]:
-        """Matrices of the blocks, of the scalar embeddings and of both final maps for Muon; patch maps, class table and all vectors for Adam."""
+        """Matrices of the blocks, of the scalar embeddings and of both final maps for Muon; patch maps,
+        class table and all vectors for Adam.
+        """
         left_out = set(self.network.patch_embed.modules())
-        chosen = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear) and module not in left_out}
+        chosen = {
+            id(module.weight) for module in self.modules() if isinstance(module, nn.Linear) and module not in left_out
+        }
         scalar = {id(p) for embed in self.network.scalar_embeds() for p in embed.parameters()}
         kinds = ("adamw", "adamw") if self.config.optimizer == "adam" else (self.config.optimizer, "nesterov_adam")
         groups: dict[tuple[str, float], list[nn.Parameter]] = {(kind, 1.0): [] for kind in kinds}
@@ -164,14 +204,17 @@ class PMFMethod(Method):
         return [*self.network.blocks, *self.network.head.blocks, *self.v_head.blocks]
 
     def look(self, images: Tensor, time: float) -> None:
-        times, ones = torch.full((len(images),), time, device=images.device), torch.ones(len(images), device=images.device)
+        times, ones = (
+            torch.full((len(images),), time, device=images.device),
+            torch.ones(len(images), device=images.device),
+        )
         z = interpolate(images, self.config.noise_scale * torch.randn_like(images), times)
         null = torch.full((len(z),), self.data.num_classes, device=z.device)
         tokens, _ = self.network.shared(self.network.embed(z, Condition(0 * ones, ones, 0 * ones, ones, null)))
         for head in (self.network.head, self.v_head):
             head(tokens, self.network.rope)
 
-    # -- sampling ---------------------------------------------------------------------------------------------------------------
+    # -- sampling ------------------------------------------------------------------------------------------------------
 
     def sample(self, labels: Tensor, noise: Noise, config: PMFSample) -> Tensor:
         z = self.config.noise_scale * noise.normal(self.data.channels, self.data.image_size, self.data.image_size)
@@ -212,7 +255,7 @@ class PMFMethod(Method):
         parts += ["perceptual term shares the evaluator's network"] if "embedded" in self.perceptual else []
         return ", ".join(parts) or None
 
-    # -- released weights -------------------------------------------------------------------------------------------------------
+    # -- released weights ----------------------------------------------------------------------------------------------
 
     def from_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return from_released(state, self)

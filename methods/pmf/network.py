@@ -1,11 +1,13 @@
 """The network pmfDiT: section 4 of arXiv 2601.22158 and its released code.
 
-Everything it is told (class, guidance scale and interval, step length) enters as prefix tokens; there is no adaLN, and the time t itself is
-no input. Two stacks of blocks follow the shared ones: one for the average velocity u, one, in training only, for the instantaneous velocity v.
+Everything it is told (class, guidance scale and interval, step length) enters as prefix tokens; there is no adaLN,
+and the time t itself is no input. Two stacks of blocks follow the shared ones: one for the average velocity u, one,
+in training only, for the instantaneous velocity v.
 
-Layers map a value x and, where one is asked for, its tangent dx: the directional derivative that the MeanFlow identity needs. The loss stops
-the gradient at the derivative, so tangents are computed without a graph, beside the forward that they share everything with. A tangent
-(b, N, D) belongs to the last b samples of a value (B, N, D): the flow-matching samples in front need none.
+Layers map a value x and, where one is asked for, its tangent dx:
+the directional derivative that the MeanFlow identity needs. The loss stops the gradient at the derivative,
+so tangents are computed without a graph, beside the forward that they share everything with. A tangent (b, N, D)
+belongs to the last b samples of a value (B, N, D): the flow-matching samples in front need none.
 
 Shape legend: B batch, N tokens, D width, H heads, K head dimension, C image channels, S image side.
 """
@@ -18,8 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.blocks import PatchEmbed, RMSNorm, SinusoidalEmbedding, at_least_float32, attend, rope_table, rotate, unpatchify, without_autocast
-from methods.pmf.config import PMFConfig
+from pixlat.common.layers.transformer import (
+    PatchEmbed,
+    RMSNorm,
+    SinusoidalEmbedding,
+    attend,
+    rope_table,
+    rotate,
+    unpatchify,
+)
+from pixlat.common.maths.float32 import at_least_float32, without_autocast
+from pixlat.methods.pmf.config import PMFConfig
 
 
 class Condition(NamedTuple):
@@ -30,7 +41,8 @@ class Condition(NamedTuple):
     t_min: Tensor  # guidance interval
     t_max: Tensor
     labels: Tensor  # int64; the last class is "none"
-    t: Tensor | None = None  # the time, for networks that are told it (evaluation/claims/pmf_manifold.py); the paper's reads it off z
+    # the time, for networks that are told it (evaluation/studies/claims/pmf_manifold.py); the paper's reads it off z
+    t: Tensor | None = None
 
 
 def tail(x: Tensor, dx: Tensor) -> Tensor:
@@ -74,7 +86,9 @@ class Attention(nn.Module):
         with torch.no_grad():
             dq = rotate(norm_tangent(self.q_norm, tail(q_raw, dx), self.split(self.q(dx))), rope)
             dk = rotate(norm_tangent(self.k_norm, tail(k_raw, dx), self.split(self.k(dx))), rope)
-            dmixed = attention_tangent(tail(q, dx), tail(k, dx), tail(v, dx), tail(mixed, dx), dq, dk, self.split(self.v(dx)))
+            dmixed = attention_tangent(
+                tail(q, dx), tail(k, dx), tail(v, dx), tail(mixed, dx), dq, dk, self.split(self.v(dx))
+            )
             return y, self.out(dmixed.transpose(1, 2).flatten(2))
 
 
@@ -84,7 +98,9 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 def attention_tangent(q: Tensor, k: Tensor, v: Tensor, mixed: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
-    """d(P v) for P = softmax(S), S = q k^T / sqrt(K), mixed = P v: with G = P * dS it is G v - rowsum(G) mixed + P dv."""
+    """d(P v) for P = softmax(S), S = q k^T / sqrt(K), mixed = P v:
+    with G = P * dS it is G v - rowsum(G) mixed + P dv.
+    """
     weights = attention_weights(q, k)
     change = weights * (dq @ k.transpose(-2, -1) + q @ dk.transpose(-2, -1)) * q.shape[-1] ** -0.5
     return change.to(v.dtype) @ v - change.sum(-1, keepdim=True) * mixed + weights.to(dv.dtype) @ dv
@@ -133,7 +149,9 @@ class Block(nn.Module):
             return None if dx is None else norm_tangent(norm, tail(x, dx), dx)
 
     @staticmethod
-    def _added(x: Tensor, gate: Tensor, y: Tensor, dx: Tensor | None, dy: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _added(
+        x: Tensor, gate: Tensor, y: Tensor, dx: Tensor | None, dy: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
             moved = None if dx is None or dy is None else dx + gate * dy
         return x + gate * y, moved
@@ -150,7 +168,9 @@ class Head(nn.Module):
         self.linear = nn.Linear(config.width, config.patch**2 * channels)
 
     def forward(self, x: Tensor, rope: Tensor, dx: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, N, D) to an image (B, C, S, S), in float32 under autocast: dividing by t magnifies a rounded prediction."""
+        """Tokens (B, N, D) to an image (B, C, S, S), in float32 under autocast:
+        dividing by t magnifies a rounded prediction.
+        """
         for block in self.blocks:
             x, dx = block(x, rope, dx)
         x = x[:, self.prefix :]
@@ -173,7 +193,9 @@ class PmfDiT(nn.Module):
         width, grid = config.width, image_size // config.patch
         self.patch_embed = PatchEmbed(channels, config.patch, width, config.bottleneck, bias=True)
         self.class_embed = nn.Embedding(num_classes + 1, width)
-        self.omega_embed, self.t_min_embed, self.t_max_embed, self.h_embed = (SinusoidalEmbedding(width) for _ in range(4))
+        self.omega_embed, self.t_min_embed, self.t_max_embed, self.h_embed = (
+            SinusoidalEmbedding(width) for _ in range(4)
+        )
         self.class_tokens = token_table(config.class_tokens, width)
         self.omega_tokens = token_table(config.guidance_tokens, width)
         self.t_min_tokens = token_table(config.interval_tokens, width)
@@ -199,7 +221,9 @@ class PmfDiT(nn.Module):
         return x, dx
 
     def embed(self, z: Tensor, condition: Condition) -> Tensor:
-        """The sequence (B, N, D): 8 class, 4 guidance, 2 + 2 interval and 4 step-length tokens, then the patches, all with learned positions."""
+        """The sequence (B, N, D): 8 class, 4 guidance, 2 + 2 interval and 4 step-length tokens, then the patches,
+        all with learned positions.
+        """
         prefix = (
             (self.class_tokens, self.class_embed(condition.labels)),
             (self.omega_tokens, self.omega_embed(1 - 1 / condition.omega)),
@@ -207,11 +231,16 @@ class PmfDiT(nn.Module):
             (self.t_max_tokens, self.t_max_embed(condition.t_max)),
             (self.h_tokens, self.h_embed(condition.h)),
         )
-        return torch.cat([*(table + vector[:, None] for table, vector in prefix), self.patch_embed(z)], dim=1) + self.pos_embed
+        return (
+            torch.cat([*(table + vector[:, None] for table, vector in prefix), self.patch_embed(z)], dim=1)
+            + self.pos_embed
+        )
 
     @torch.no_grad()
     def embed_tangent(self, h: Tensor, dz: Tensor) -> Tensor:
-        """The tangent of the sequence for the last samples, where z moves along dz and h along 1: all but h and patches stand still."""
+        """The tangent of the sequence for the last samples, where z moves along dz and h along 1:
+        all but h and patches stand still.
+        """
         h = tail(h, dz)
         dh = torch.func.jvp(self.h_embed, (h,), (torch.ones_like(h),))[1]
         moved = dh[:, None].expand(-1, self.h_tokens.shape[1], -1)

@@ -1,4 +1,5 @@
-"""What pMF draws for a training step, and the formulas of its loss: sections 3 and 4 of arXiv 2601.22158 and its released code.
+"""What pMF draws for a training step, and the formulas of its loss:
+sections 3 and 4 of arXiv 2601.22158 and its released code.
 
 Nothing here calls a network. Times, scales and flags are (B,), images (B, C, S, S); t = 1 is noise and 0 <= r <= t.
 """
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from common.flow import floor_at, logit_normal, match_dims
-from common.perceptual import CropBoxes, draw_crops
-from methods.pmf.config import PMFConfig
+from pixlat.common.maths.crops import CropBoxes, draw_crops
+from pixlat.common.maths.flow import floor_at, logit_normal, match_dims
+from pixlat.methods.pmf.config import PMFConfig
 
 DATA_STD = {"edm": 0.5, "scm": 1.0}
-COMPARED_SIZES = 8  # the perceptual networks meet so many batch sizes at most: each may cost a compilation and a search for the fastest kernels
+# the perceptual networks meet so many batch sizes at most:
+# each may cost a compilation and a search for the fastest kernels
+COMPARED_SIZES = 8
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class Draws:
 def draw(config: PMFConfig, images: Tensor) -> Draws:
     """From torch's global generators. Which samples match flows and which lose their label is a matter of position.
 
-    Times come from the CPU's generator, everything else from the images' device. So the host knows how many samples the perceptual networks must
-    see, without waiting for a GPU.
+    Times come from the CPU's generator, everything else from the images' device.
+    So the host knows how many samples the perceptual networks must see, without waiting for a GPU.
     """
     count, device = len(images), images.device
     t_host, r_host, flow_matching = draw_times(config, count, "meta" if images.is_meta else "cpu")
@@ -56,7 +59,8 @@ def draw(config: PMFConfig, images: Tensor) -> Draws:
         t_min=low.masked_fill(first, 0.0),
         t_max=(0.5 + high).masked_fill(first, 1.0),
         noise=config.noise_scale * torch.randn_like(images),
-        # The released rule: a random number of samples, but always the first ones, so what loses its label matches flows.
+        # The released rule: a random number of samples, but always the first ones,
+        # so what loses its label matches flows.
         dropped=position < (torch.rand(count, device=device) < config.label_drop).sum(),
         flow_matching=flow_matching,
         crops=None if config.perceptual == "none" else draw_crops(count, images.shape[-1], device),
@@ -67,8 +71,9 @@ def draw(config: PMFConfig, images: Tensor) -> Draws:
 def compared_samples(config: PMFConfig, t: Tensor) -> Tensor | None:
     """Positions of the samples that the perceptual networks see, in order; None where they see all of them.
 
-    t: (B,), on the CPU. These are all samples below `perceptual_max_t` and the earliest ones above it, up to a multiple of an eighth of the
-    micro-batch. A fixed number for all steps would have to be the whole micro-batch, because any number of samples may lie below the threshold.
+    t: (B,), on the CPU. These are all samples below `perceptual_max_t` and the earliest ones above it, up to a multiple
+    of an eighth of the micro-batch. A fixed number for all steps would have to be the whole micro-batch,
+    because any number of samples may lie below the threshold.
     """
     number = number_compared(config, t)
     return None if number == len(t) else t.argsort(stable=True)[:number].sort().values
@@ -77,7 +82,8 @@ def compared_samples(config: PMFConfig, t: Tensor) -> Tensor | None:
 def number_compared(config: PMFConfig, t: Tensor) -> int:
     """How many samples the perceptual networks see at times t (B,). Without data it is what costs are counted with.
 
-    That is the mean number on the meta device, where training's MACs are counted, and all samples among fake tensors, where its peak memory is.
+    That is the mean number on the meta device, where training's MACs are counted, and all samples among fake tensors,
+    where its peak memory is.
     """
     count = len(t)
     step = max(1, count // COMPARED_SIZES)
@@ -90,7 +96,9 @@ def number_compared(config: PMFConfig, t: Tensor) -> int:
 
 
 def share_below(config: PMFConfig, threshold: float) -> float:
-    """The probability of a time below the threshold under `draw_times`: with F of one draw, F for flow matching and F^2 for the larger of two."""
+    """The probability of a time below the threshold under `draw_times`: with F of one draw,
+    F for flow matching and F^2 for the larger of two.
+    """
     if not 0 < threshold < 1:
         return float(threshold >= 1)
     logit = math.log(threshold / (1 - threshold))
@@ -104,7 +112,10 @@ def share_below(config: PMFConfig, threshold: float) -> float:
 
 
 def draw_times(config: PMFConfig, count: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor, int]:
-    """(t, r, number of flow-matching samples). The published sampler covers the half-plane r <= t; the others are the paper's Table 3b."""
+    """(t, r, number of flow-matching samples).
+
+    The published sampler covers the half-plane r <= t; the others are the paper's Table 3b.
+    """
     pair = logit_normal(config.time_mean, config.time_std, 2, count, device=device)
     if config.uniform_share:
         uniform = torch.rand(count, device=device) < config.uniform_share
@@ -146,7 +157,10 @@ def to_velocity(config: PMFConfig, output: Tensor, z: Tensor, t: Tensor) -> Tens
 
 
 def to_data(config: PMFConfig, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    """c_skip z + c_out output. EDM's and TrigFlow's coefficients at sigma = t / (1 - t), multiplied out so that t = 1 is regular."""
+    """c_skip z + c_out output.
+
+    EDM's and TrigFlow's coefficients at sigma = t / (1 - t), multiplied out so that t = 1 is regular.
+    """
     if config.preconditioner == "none":
         return output
     noise, data = match_dims(t, z), match_dims(1 - t, z)
@@ -164,5 +178,7 @@ def squared_error(a: Tensor, b: Tensor) -> Tensor:
 
 
 def adaptive(error: Tensor, config: PMFConfig) -> Tensor:
-    """error / stopgrad((error + eps)^power): each sample's term is about 1, and its gradient does not depend on the error's scale."""
+    """error / stopgrad((error + eps)^power): each sample's term is about 1,
+    and its gradient does not depend on the error's scale.
+    """
     return error / (error.detach() + config.norm_eps) ** config.norm_power

@@ -1,7 +1,7 @@
 """The authors' released weights: a flat PyTorch dict, and a tree of flax parameters whose keys are joined by "/".
 
-Everything works on the PyTorch layout; `torch_layout` and `flax_layout` go between the two. A file of the first kind is opened by
-`common.external.read_tensors`, an archive of the second kind by `flax_archive.py`, which takes one of its averages.
+Everything works on the PyTorch layout; `torch_layout` and `flax_layout` go between the two. A file of the first kind
+is opened by `read_tensors`, an archive of the second kind by `flax_archive.py`, which takes one of its averages.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from common.blocks import check_table
-from common.errors import UserError
-from common.external import key_faults, read_tensors
-from methods.base import Released
-from methods.pmf.flax_archive import choose_weights, flatten, read_archive
+from pixlat.common.errors import UserError
+from pixlat.common.layers.transformer import check_table
+from pixlat.common.weights.tensors import key_faults, read_tensors
+from pixlat.methods.base import Released
+from pixlat.methods.pmf.flax_archive import choose_weights, flatten, read_archive
 
 if TYPE_CHECKING:
-    from methods.pmf.method import PMFMethod
+    from pixlat.methods.pmf.config import PMFConfig
+    from pixlat.methods.pmf.network import PmfDiT
 
 # Ours to theirs, applied in order to a name of `PMFMethod.state_dict()`.
 RENAMES = (
@@ -128,55 +129,85 @@ def recognise(state: Mapping[str, Tensor]) -> Architecture:
         )
     except (KeyError, ValueError, IndexError) as error:
         begin = ", ".join(sorted(state)[:3])
-        raise UserError(f"This is not the state dict of a released pMF: {error!r} while reading its shapes. Its keys: {begin}, ...") from error
+        raise UserError(
+            f"This is not the state dict of a released pMF: {error!r} while reading its shapes. Its keys: {begin}, ..."
+        ) from error
 
 
 def open_released(path: Path, weights: str | None = None) -> Released:
-    """A released file for `launch/prepare.py import`: PyTorch's, which does not tell its average, or an archive of flax, whose weights are chosen by name."""
+    """A released file for `launch/prepare.py import`: PyTorch's, which does not tell its average,
+    or an archive of flax, whose weights are chosen by name.
+    """
     name = None
     if path.suffix == ".zip":
         name, tree = choose_weights(read_archive(path), weights)
         state = flatten(tree)
     elif weights is not None:
-        raise UserError(f"weights={weights!r}: a released PyTorch file of pMF holds one set of weights. Leave the key out.")
+        raise UserError(
+            f"weights={weights!r}: a released PyTorch file of pMF holds one set of weights. Leave the key out."
+        )
     else:
         state = read_tensors(path)
     model = asdict(recognise(state))
     if model["mlp_hidden"] == int(model["width"] * 8 / 3):
         model["mlp_hidden"] = None
-    return Released(state, model, model.pop("num_classes"), model.pop("image_size"), name or "the only ones", None, "MIT")
+    return Released(
+        state, model, model.pop("num_classes"), model.pop("image_size"), name or "the only ones", None, "MIT"
+    )
 
 
-def from_released(state: Mapping[str, Tensor], method: PMFMethod) -> dict[str, Tensor]:
+class WithNetwork(Protocol):
+    """The part of `PMFMethod` that holds weights."""
+
+    config: PMFConfig
+    network: PmfDiT
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+def from_released(state: Mapping[str, Tensor], method: WithNetwork) -> dict[str, Tensor]:
     """The released tensors, in either layout, under the names and shapes of `method.state_dict()`.
 
-    UserError lists every missing, extra and misshapen key; the rotation table must equal ours. Files for sampling lack the v-head and all of
-    its keys: the method keeps its own then.
+    UserError lists every missing, extra and misshapen key; the rotation table must equal ours.
+    Files for sampling lack the v-head and all of its keys: the method keeps its own then.
     """
     from_flax = any("/" in name for name in state)
     state = torch_layout(state)
     ours = {name: tensor for name, tensor in method.state_dict().items() if name.startswith(("network.", "v_head."))}
     if not any(name.startswith(V_HEAD) for name in state):
         ours = {name: tensor for name, tensor in ours.items() if name.startswith("network.")}
-    shapes = {released_name(name): (*tensor.shape, 1, 1) if name.endswith(SPATIAL) else tuple(tensor.shape) for name, tensor in ours.items()}
+    shapes = {
+        released_name(name): (*tensor.shape, 1, 1) if name.endswith(SPATIAL) else tuple(tensor.shape)
+        for name, tensor in ours.items()
+    }
     if not from_flax:
         shapes[ROPE] = tuple(method.network.rope[method.config.prefix :].shape[:2])
     faults = key_faults(state, shapes)
     if faults:
         names = " (PyTorch's names and shapes)" if from_flax else ""
-        raise UserError("\n  ".join([f"The released weights do not fit this model, {len(faults)} keys differ{names}:", *faults]))
+        raise UserError(
+            "\n  ".join([f"The released weights do not fit this model, {len(faults)} keys differ{names}:", *faults])
+        )
     if not (from_flax or method.network.rope.is_meta):
         check_table(ROPE, state[ROPE], rotation_table(method))
-    return {**method.state_dict(), **{name: state[released_name(name)].reshape(tensor.shape) for name, tensor in ours.items()}}
+    return {
+        **method.state_dict(),
+        **{name: state[released_name(name)].reshape(tensor.shape) for name, tensor in ours.items()},
+    }
 
 
-def to_released(method: PMFMethod) -> dict[str, Tensor]:
-    """The method's weights in the PyTorch layout, the v-head and the rotation table included; `flax_layout` makes the other one of it."""
+def to_released(method: WithNetwork) -> dict[str, Tensor]:
+    """The method's weights in the PyTorch layout, the v-head and the rotation table included;
+    `flax_layout` makes the other one of it.
+    """
     state = {name: tensor for name, tensor in method.state_dict().items() if name.startswith(("network.", "v_head."))}
-    released = {released_name(name): tensor[:, :, None, None] if name.endswith(SPATIAL) else tensor for name, tensor in state.items()}
+    released = {
+        released_name(name): tensor[:, :, None, None] if name.endswith(SPATIAL) else tensor
+        for name, tensor in state.items()
+    }
     return {**released, ROPE: rotation_table(method)}
 
 
-def rotation_table(method: PMFMethod) -> Tensor:
+def rotation_table(method: WithNetwork) -> Tensor:
     """(image tokens, head dimension / 2) complex64: cos + i sin of the angles."""
     return torch.view_as_complex(method.network.rope[method.config.prefix :].float().contiguous())

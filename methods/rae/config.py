@@ -1,4 +1,7 @@
-"""Settings of both stages. Torch-free, so that `--help` is quick; presets_decoder.yaml and presets.yaml hold the published recipes."""
+"""Settings of both stages.
+
+Torch-free, so that `--help` is quick; presets_decoder.yaml and presets.yaml hold the published recipes.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from common.config import checked_interval, one_of, require
-from methods import MethodSpec, Stage
+from pixlat.common.config.resolve import checked_interval, one_of, require
+from pixlat.methods import MethodSpec, Stage
 
 
 class DecoderShape(NamedTuple):
@@ -38,18 +41,20 @@ class NetworkShape(NamedTuple):
     head_heads: int
 
 
-# -- stage 1 --------------------------------------------------------------------------------------------------------------------
+# -- stage 1 -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class DecoderConfig:
     """The decoder of a frozen encoder's latents, and its losses."""
 
-    encoder: str = "dinov2-reg-b"  # frozen encoder; common/encoders/representation.py lists them
+    encoder: str = "dinov2-reg-b"  # frozen encoder; common/frozen/encoders.py lists them
     encoder_weights: str | None = None  # folder or file of its weights; none: the library's cache
     size: str = "xl"  # of the decoder: b | l | xl | demo
-    noise: float = 0.8  # largest (uniform) or typical (halfnormal) standard deviation of the noise on the latents in training; 0: none
-    noise_distribution: str = "uniform"  # of each image's standard deviation: uniform (released code) | halfnormal (paper)
+    #: largest (uniform) or typical (halfnormal) standard deviation of the noise on the latents in training; 0: none
+    noise: float = 0.8
+    #: of each image's standard deviation: uniform (released code) | halfnormal (paper)
+    noise_distribution: str = "uniform"
     perceptual: str = "lpips"  # lpips | embedded | none
     perceptual_weights: str | None = None  # file of the perceptual network's weights; none: the library's cache
     perceptual_scale: float = 1.0
@@ -68,7 +73,12 @@ class DecoderConfig:
         for name in ("noise", "perceptual_scale", "gan_scale", "gan_start", "discriminator_start"):
             require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must be 0 or more")
         ordered = self.discriminator_start <= self.gan_start
-        require(ordered, "model.discriminator_start", self.discriminator_start, f"must not be after model.gan_start={self.gan_start}")
+        require(
+            ordered,
+            "model.discriminator_start",
+            self.discriminator_start,
+            f"must not be after model.gan_start={self.gan_start}",
+        )
 
 
 @dataclass
@@ -80,25 +90,28 @@ DECODER_SPEC = MethodSpec(
     name="rae_decoder",
     title="RAE, stage 1: a ViT decoder of a frozen representation encoder's tokens",
     paper="Diffusion Transformers with Representation Autoencoders (arXiv 2510.11690)",
-    implementation="methods.rae.decoder:DecoderMethod",
+    implementation="pixlat.methods.rae.decoder:DecoderMethod",
     config=DecoderConfig,
     sample=DecoderSample,
     presets=str(Path(__file__).with_name("presets_decoder.yaml")),
 )
 
 
-# -- stage 2 --------------------------------------------------------------------------------------------------------------------
+# -- stage 2 -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class RaeConfig:
     """The latents, the network and its objective. Image size and class count come from the data."""
 
-    decoder: str = "train"  # run folder of method=rae_decoder | released model.pt | folder of diffusers' AutoencoderRAE | train: train it first
+    #: run folder of method=rae_decoder | released model.pt | folder of diffusers' AutoencoderRAE
+    #: | train: train it first
+    decoder: str = "train"
     decoder_size: str = "xl"  # b | l | xl | demo
     encoder: str = "dinov2-reg-b"  # the one that the decoder was trained for
     encoder_weights: str | None = None  # folder or file of its weights; none: the library's cache
-    statistics: str = "exact"  # of the latents: exact | momentum (the authors' script), measured before training | a released stat.pt
+    #: of the latents: exact | momentum (the authors' script), measured before training | a released stat.pt
+    statistics: str = "exact"
     stat_images: int = 50_000  # training images over which they are measured
     width: int = 1152  # of the backbone
     depth: int = 28
@@ -107,7 +120,8 @@ class RaeConfig:
     head_depth: int = 2  # blocks of the wide head; 0: none, a plain LightningDiT
     head_heads: int = 16
     init: str = "official"  # official (as in the released code) | xavier (a DiT-DH initialised as a LightningDiT)
-    guide: str | None = None  # run folder or released file of a weaker model for autoguidance; none: guidance is classifier-free
+    #: run folder or released file of a weaker model for autoguidance; none: guidance is classifier-free
+    guide: str | None = None
     guide_width: int = 384  # its numbers; it has the same head
     guide_depth: int = 12
     guide_heads: int = 6
@@ -117,12 +131,27 @@ class RaeConfig:
     remember: bool = False  # keep the latents of every training image in memory, so that the encoder sees each once
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "head_width", "head_heads", "guide_width", "guide_depth", "guide_heads", "stat_images"):
+        for name in (
+            "width",
+            "depth",
+            "heads",
+            "head_width",
+            "head_heads",
+            "guide_width",
+            "guide_depth",
+            "guide_heads",
+            "stat_images",
+        ):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         for name in ("head_depth", "shift_base"):
             require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must be 0 (off) or more")
         require(0 <= self.label_drop <= 1, "model.label_drop", self.label_drop, "is a probability, so between 0 and 1")
-        require(self.guide != "train", "model.guide", self.guide, "must be a run folder or a released file; train the weaker model as a run of its own")
+        require(
+            self.guide != "train",
+            "model.guide",
+            self.guide,
+            "must be a run folder or a released file; train the weaker model as a run of its own",
+        )
         one_of("model.decoder_size", self.decoder_size, tuple(DECODERS))
         one_of("model.init", self.init, ("official", "xavier"))
         one_of("model.time", self.time, ("logit_normal", "uniform"))
@@ -139,7 +168,9 @@ class RaeConfig:
     @property
     def guide_shape(self) -> NetworkShape:
         """The numbers of the weaker model."""
-        return NetworkShape(self.guide_width, self.guide_depth, self.guide_heads, self.head_width, self.head_depth, self.head_heads)
+        return NetworkShape(
+            self.guide_width, self.guide_depth, self.guide_heads, self.head_width, self.head_depth, self.head_heads
+        )
 
 
 @dataclass
@@ -162,10 +193,10 @@ SPEC = MethodSpec(
     name="rae",
     title="RAE + DiT-DH: flow matching in the tokens of a frozen representation encoder",
     paper="Diffusion Transformers with Representation Autoencoders (arXiv 2510.11690)",
-    implementation="methods.rae.method:RaeMethod",
+    implementation="pixlat.methods.rae.method:RaeMethod",
     config=RaeConfig,
     sample=RaeSample,
     presets=str(Path(__file__).with_name("presets.yaml")),
     stages=(Stage("decoder", "rae_decoder"), Stage("guide", "rae")),
-    released="methods.rae.reference:open_released",
+    released="pixlat.methods.rae.reference:open_released",
 )

@@ -1,4 +1,6 @@
-"""Stage 1: training the decoder of a frozen encoder's latents with L1, perceptual and adversarial losses (arXiv 2510.11690, appendix)."""
+"""Stage 1: training the decoder of a frozen encoder's latents with L1, perceptual and adversarial losses
+(arXiv 2510.11690, appendix).
+"""
 
 from __future__ import annotations
 
@@ -9,23 +11,38 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from common.adversarial import Augmentation, adaptive_weight, augment, draw_augmentation, evaluating, hinge_discriminator, hinge_generator, quantise
-from common.config import require
-from common.encoders.frozen import Frozen
-from common.encoders.representation import RepresentationEncoder, build_encoder
-from common.latents import FeatureTable
-from common.perceptual import EmbeddedDistance, Lpips
-from methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
-from methods.rae.config import DECODERS, DecoderConfig, DecoderSample
-from methods.rae.discriminator import build_discriminator
-from methods.rae.reference import decoder_from_released
-from methods.rae.vit import ViTDecoder
+from pixlat.common.config.resolve import require
+from pixlat.common.frozen.base import Frozen
+from pixlat.common.frozen.encoders import build_encoder
+from pixlat.common.frozen.perceptual import EmbeddedDistance, Lpips
+from pixlat.common.frozen.remember import FeatureTable
+from pixlat.common.frozen.representation import RepresentationEncoder
+from pixlat.common.layers.discriminators import evaluating
+from pixlat.common.maths.adversarial import (
+    Augmentation,
+    adaptive_weight,
+    augment,
+    draw_augmentation,
+    hinge_discriminator,
+    hinge_generator,
+    quantise,
+)
+from pixlat.methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
+from pixlat.methods.rae.config import DECODERS, DecoderConfig, DecoderSample
+from pixlat.methods.rae.discriminator import build_discriminator
+from pixlat.methods.rae.reference import decoder_from_released
+from pixlat.methods.rae.vit import ViTDecoder
 
 
 def build_decoder(size: str, encoder: RepresentationEncoder, image_size: int) -> ViTDecoder:
     """The decoder of an encoder's latents of square images; its patch follows from both."""
     grid = encoder.grid(image_size)
-    require(image_size % grid == 0, "data.image_size", image_size, f"must be a multiple of the {grid} tokens a side that the encoder makes of it")
+    require(
+        image_size % grid == 0,
+        "data.image_size",
+        image_size,
+        f"must be a multiple of the {grid} tokens a side that the encoder makes of it",
+    )
     return ViTDecoder(DECODERS[size], encoder.channels, grid, image_size // grid, encoder.pixel_mean, encoder.pixel_std)
 
 
@@ -52,7 +69,8 @@ class DecoderMethod(Method):
         self.external = ("encoder", *(name for name, used in frozen.items() if used))
         self.adversarial_active = False  # whether the decoder's loss includes the adversarial term; `begin_step` tells
         self.discriminator_active = False  # whether the discriminator's phase follows
-        self.latents_of_step = WeakTensorKeyDictionary()  # a micro-batch's images -> their latents, from the generator's phase to the discriminator's
+        # a micro-batch's images -> their latents, from the generator's phase to the discriminator's
+        self.latents_of_step = WeakTensorKeyDictionary()
         self.begin_step(images_seen=0)
         self.latents_of = FeatureTable(lambda images: (self.encoder(images),), data.num_train if config.remember else 0)
 
@@ -60,17 +78,23 @@ class DecoderMethod(Method):
         for name in self.external:
             cast("Frozen", self.get_submodule(name)).load()
 
-    # -- training ---------------------------------------------------------------------------------------------------------------
+    # -- training ------------------------------------------------------------------------------------------------------
 
     def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
         images, latents = batch["image"], self.encoded_once(phase, batch)
         if phase == "generator":
             noisy = latents + self.draw_noise(latents)
             return self.generator_objective(images, noisy, self.draw_augmentation(images))
-        return self.discriminator_objective(images, latents, self.draw_augmentation(images), self.draw_augmentation(images))
+        return self.discriminator_objective(
+            images, latents, self.draw_augmentation(images), self.draw_augmentation(images)
+        )
 
     def encoded_once(self, phase: str, batch: Batch) -> Tensor:
-        """The latents of a micro-batch. The discriminator's phase takes those that the generator's phase of the same step computed: the encoder is frozen."""
+        """The latents of a micro-batch.
+
+        The discriminator's phase takes those that the generator's phase of the same step computed:
+        the encoder is frozen.
+        """
         images = batch["image"]
         if phase == "discriminator" and images in self.latents_of_step:
             return cast("Tensor", self.latents_of_step.pop(images))
@@ -80,7 +104,9 @@ class DecoderMethod(Method):
         return latents
 
     def draw_noise(self, latents: Tensor) -> Tensor:
-        """sigma n with n ~ N(0, 1) and one sigma an image: tau U(0, 1) in the released code, |N(0, tau^2)| in the paper."""
+        """sigma n with n ~ N(0, 1) and one sigma an image: tau U(0, 1) in the released code,
+        |N(0, tau^2)| in the paper.
+        """
         draw = torch.rand if self.config.noise_distribution == "uniform" else torch.randn
         sigma = self.config.noise * draw(len(latents), 1, 1, 1, device=latents.device).abs()
         return sigma * torch.randn_like(latents)
@@ -90,7 +116,9 @@ class DecoderMethod(Method):
         return draw_augmentation(len(images), images.shape[-1], images.device)
 
     def generator_objective(self, images: Tensor, noisy: Tensor, augmentation: Augmentation) -> dict[str, Tensor]:
-        """L1 on the [0, 1] scale + perceptual distance + the adversarial loss at its adaptive weight, once it has started."""
+        """L1 on the [0, 1] scale + perceptual distance + the adversarial loss at its adaptive weight,
+        once it has started.
+        """
         rebuilt = self.decoder(noisy)
         l1 = 0.5 * (rebuilt - images).abs().mean()
         out = {"l1": l1.detach()}
@@ -108,8 +136,12 @@ class DecoderMethod(Method):
             loss = loss + self.config.gan_scale * weight * gan
         return {"loss": loss, **out}
 
-    def discriminator_objective(self, images: Tensor, latents: Tensor, fakes: Augmentation, reals: Augmentation) -> dict[str, Tensor]:
-        """Hinge loss on images and on what the decoder, as it is now, makes of their noise-free latents, rounded to 8 bits."""
+    def discriminator_objective(
+        self, images: Tensor, latents: Tensor, fakes: Augmentation, reals: Augmentation
+    ) -> dict[str, Tensor]:
+        """Hinge loss on images and on what the decoder, as it is now, makes of their noise-free latents,
+        rounded to 8 bits.
+        """
         assert self.discriminator is not None
         with torch.no_grad():
             rebuilt = quantise(self.decoder(latents))
@@ -123,7 +155,9 @@ class DecoderMethod(Method):
         self.latents_of_step.clear()
 
     def phase_active(self, phase: str, images_seen: int) -> bool:
-        return phase == "generator" or (self.discriminator is not None and images_seen >= self.config.discriminator_start)
+        return phase == "generator" or (
+            self.discriminator is not None and images_seen >= self.config.discriminator_start
+        )
 
     def turning_points(self) -> list[int]:
         return [self.config.discriminator_start, self.config.gan_start] if self.discriminator else []
@@ -142,7 +176,7 @@ class DecoderMethod(Method):
     def blocks(self) -> list[nn.Module]:
         return list(self.decoder.blocks)
 
-    # -- reconstruction ---------------------------------------------------------------------------------------------------------
+    # -- reconstruction ------------------------------------------------------------------------------------------------
 
     def encode(self, images: Tensor) -> Tensor:
         return self.encoder(images)
@@ -173,13 +207,18 @@ class DecoderMethod(Method):
         found = [Component(name, "encoder", params, sha256, "both")]
         for role in self.external[1:]:
             frozen = cast("Frozen", self.get_submodule(role))
-            found.append(Component(type(frozen).__name__, role.split(".")[0], frozen.num_parameters(), frozen.sha256, "train"))
+            found.append(
+                Component(type(frozen).__name__, role.split(".")[0], frozen.num_parameters(), frozen.sha256, "train")
+            )
         return tuple(found)
 
-    # -- released weights -------------------------------------------------------------------------------------------------------
+    # -- released weights ----------------------------------------------------------------------------------------------
 
     def from_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A released decoder; the discriminator, which is not released, stays as it is."""
         outside = tuple(f"{name}." for name in (*self.external, "decoder"))
         own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(outside)}
-        return own | {f"decoder.{name}": tensor for name, tensor in decoder_from_released(state, self.decoder.state_dict()).items()}
+        return own | {
+            f"decoder.{name}": tensor
+            for name, tensor in decoder_from_released(state, self.decoder.state_dict()).items()
+        }

@@ -1,7 +1,8 @@
 """diffusers' AutoencoderRAE on disk: config.json and diffusion_pytorch_model.safetensors, written and read.
 
-It is not our implementation: at other than 16 x 16 tokens its table of positions is scaled and the stored one ignored, it adds 1e-5 to the latents'
-standard deviation once more when it encodes, and under transformers 5 it cannot build SigLIP2.
+It is not our implementation: at other than 16 x 16 tokens its table of positions is scaled and the stored one ignored,
+it adds 1e-5 to the latents' standard deviation once more when it encodes,
+and under transformers 5 it cannot build SigLIP2.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.blocks import sincos_table
-from common.checkpoint import save_tensors
-from common.encoders.representation import HUB_ENCODERS, RepresentationEncoder, TransformersEncoder
-from common.errors import UserError
-from common.external import read_tensors
-from common.files import read_json, write_whole
-from methods.rae.reference import decoder_to_released
-from methods.rae.statistics import VARIANCE_EPS
-from methods.rae.vit import ViTDecoder
+from pixlat.common.errors import UserError
+from pixlat.common.files import read_json, write_whole
+from pixlat.common.frozen.encoders_transformers import HUB_ENCODERS, TransformersEncoder
+from pixlat.common.frozen.representation import RepresentationEncoder
+from pixlat.common.layers.transformer import sincos_table
+from pixlat.common.weights.checkpoint import save_tensors
+from pixlat.common.weights.tensors import read_tensors
+from pixlat.methods.rae.reference import decoder_to_released
+from pixlat.methods.rae.statistics import VARIANCE_EPS
+from pixlat.methods.rae.vit import ViTDecoder
 
 CLASS, WEIGHTS, CONFIG = "AutoencoderRAE", "diffusion_pytorch_model.safetensors", "config.json"
 NAMES = (  # the released files', theirs
@@ -66,24 +68,39 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     file = folder / CONFIG
     config = read_json(file) if file.is_file() else {}
     if not isinstance(config, dict) or config.get("_class_name") != CLASS:
-        raise UserError(f"{folder} is neither a run folder (it has no config.yaml) nor one of diffusers' {CLASS} (its config.json does not say so).")
+        raise UserError(
+            f"{folder} is neither a run folder (it has no config.yaml) nor one of diffusers' {CLASS} "
+            "(its config.json does not say so)."
+        )
     return config, read_tensors(folder / WEIGHTS)
 
 
-def write(folder: Path, decoder: ViTDecoder, encoder: RepresentationEncoder, statistics: tuple[Tensor, Tensor] | None = None) -> None:
-    """Writes a folder that `AutoencoderRAE.from_pretrained` reads, with the encoder, which must be one of transformers' and loaded.
+def write(
+    folder: Path, decoder: ViTDecoder, encoder: RepresentationEncoder, statistics: tuple[Tensor, Tensor] | None = None
+) -> None:
+    """Writes a folder that `AutoencoderRAE.from_pretrained` reads, with the encoder,
+    which must be one of transformers' and loaded.
 
-    statistics: mean and variance (C, h, h) of the latents; None for latents that are not normalised. The encoder's names are those of the
-    installed transformers, as diffusers does not translate between its versions.
+    statistics: mean and variance (C, h, h) of the latents; None for latents that are not normalised.
+    The encoder's names are those of the installed transformers, as diffusers does not translate between its versions.
     """
     if not isinstance(encoder, TransformersEncoder):
         raise UserError(f"diffusers' {CLASS} has no encoder like {encoder.name}; it has {', '.join(HUB_ENCODERS)}.")
     if (folder / CONFIG).exists() or (folder / WEIGHTS).exists():
         raise UserError(f"{folder} already holds a model. Choose another folder.")
     mean, variance = (torch.zeros(1), torch.ones(1) - VARIANCE_EPS) if statistics is None else statistics
-    tensors = {to_theirs(name): tensor for name, tensor in decoder_to_released(decoder.state_dict()).items() if name != POSITIONS}
+    tensors = {
+        to_theirs(name): tensor
+        for name, tensor in decoder_to_released(decoder.state_dict()).items()
+        if name != POSITIONS
+    }
     tensors |= {f"encoder.{name}": tensor for name, tensor in encoder.network.state_dict().items()}
-    tensors |= {"encoder_mean": encoder.mean, "encoder_std": encoder.std, "_latents_mean": mean, "_latents_std": (variance + VARIANCE_EPS).sqrt()}
+    tensors |= {
+        "encoder_mean": encoder.mean,
+        "encoder_std": encoder.std,
+        "_latents_mean": mean,
+        "_latents_std": (variance + VARIANCE_EPS).sqrt(),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
     config = configuration(decoder, encoder) | {

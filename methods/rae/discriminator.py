@@ -8,10 +8,11 @@ import timm
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.adversarial import FeatureDiscriminator, PatchDiscriminator
-from common.encoders.frozen import IMAGENET_MEAN, IMAGENET_STD, Frozen, channel_constants, skeleton
-from common.external import hub_file, load_strictly, read_tensors
-from common.files import sha256_of
+from pixlat.common.files import sha256_of
+from pixlat.common.frozen.base import IMAGENET_MEAN, IMAGENET_STD, Frozen, channel_constants, skeleton
+from pixlat.common.layers.discriminators import FeatureDiscriminator, PatchDiscriminator
+from pixlat.common.weights.hub import hub_file
+from pixlat.common.weights.tensors import load_strictly, read_tensors
 
 REPOSITORY, FILE = "nyu-visionx/RAE-collections", "discs/dino_vit_small_patch8_224.pth"
 ARCHITECTURE = "vit_small_patch8_224"  # timm's; its names are the file's
@@ -23,7 +24,8 @@ LIGHT_WIDTHS = (32, 64, 128)
 class DinoFeatures(Frozen):
     """Images in [-1, 1] to five maps (B, 384, 784) of patch tokens.
 
-    The last block is tapped twice: the released code puts the network's output in front of the maps, so two of its heads see the same tokens.
+    The last block is tapped twice: the released code puts the network's output in front of the maps,
+    so two of its heads see the same tokens.
     GELU is the tanh approximation, as there.
     """
 
@@ -34,14 +36,18 @@ class DinoFeatures(Frozen):
         """weights: the file or its folder; None for the Hugging Face cache."""
         super().__init__()
         self.weights = weights
-        self.network = skeleton(lambda: timm.create_model(ARCHITECTURE, num_classes=0, act_layer=partial(nn.GELU, approximate="tanh")))
+        self.network = skeleton(
+            lambda: timm.create_model(ARCHITECTURE, num_classes=0, act_layer=partial(nn.GELU, approximate="tanh"))
+        )
         self.register_buffer("mean", channel_constants(IMAGENET_MEAN), persistent=False)
         self.register_buffer("std", channel_constants(IMAGENET_STD), persistent=False)
         self.eval()
 
     def load(self) -> None:
         """The released weights, without the key third of each bias, which attention does not feel."""
-        file = hub_file(REPOSITORY, [FILE], self.weights, key="model.discriminator_weights", licence="Apache-2.0 (DINO)")
+        file = hub_file(
+            REPOSITORY, [FILE], self.weights, key="model.discriminator_weights", licence="Apache-2.0 (DINO)"
+        )
         state = {name: tensor for name, tensor in read_tensors(file).items() if not name.startswith("head.")}
         for name, tensor in state.items():
             if name.endswith("attn.qkv.bias"):
@@ -51,7 +57,9 @@ class DinoFeatures(Frozen):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         resized = F.interpolate((images + 1) / 2, size=(INPUT_SIZE, INPUT_SIZE), mode="bilinear", align_corners=False)
-        maps = self.network.forward_intermediates((resized - self.mean) / self.std, indices=list(TAPS), norm=False, output_fmt="NLC", intermediates_only=True)
+        maps = self.network.forward_intermediates(
+            (resized - self.mean) / self.std, indices=list(TAPS), norm=False, output_fmt="NLC", intermediates_only=True
+        )
         return [tokens.transpose(1, 2) for tokens in (maps[-1], *maps)]
 
 

@@ -11,30 +11,33 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import flow
-from common.blocks import drop_labels
-from common.encoders.representation import build_encoder
-from common.errors import UserError
-from common.external import RunWeights, load_strictly, run_weights
-from common.files import sha256_of
-from common.guidance import classifier_free
-from common.latents import FeatureTable
-from common.samplers import euler
-from common.seeds import Noise
-from methods.base import Batch, Component, DataInfo, Description, Method
-from methods.rae import diffusers_layout
-from methods.rae.config import RaeConfig, RaeSample
-from methods.rae.decoder import build_decoder
-from methods.rae.network import LatentDiT
-from methods.rae.reference import decoder_from_released, network_from_released, read_released
-from methods.rae.statistics import KINDS, denormalise, measure, normalise, read_statistics
+from pixlat.common.errors import UserError
+from pixlat.common.files import sha256_of
+from pixlat.common.frozen.encoders import build_encoder
+from pixlat.common.frozen.remember import FeatureTable
+from pixlat.common.layers.transformer import drop_labels
+from pixlat.common.maths import flow
+from pixlat.common.maths.guidance import classifier_free
+from pixlat.common.maths.samplers import euler
+from pixlat.common.seeds import Noise
+from pixlat.common.weights.runs import RunWeights, run_weights
+from pixlat.common.weights.tensors import load_strictly
+from pixlat.methods.base import Batch, Component, DataInfo, Description, Method
+from pixlat.methods.rae import diffusers_layout
+from pixlat.methods.rae.config import RaeConfig, RaeSample
+from pixlat.methods.rae.decoder import build_decoder
+from pixlat.methods.rae.network import LatentDiT
+from pixlat.methods.rae.reference import decoder_from_released, network_from_released, read_released
+from pixlat.methods.rae.statistics import KINDS, denormalise, measure, normalise, read_statistics
 
 LARGEST_TIME = 0.999  # of training, before the shift
 SMALLEST_TIME = 1e-3  # where the official sampler ends, before the shift
 
 
 class RaeMethod(Method):
-    """Velocity prediction with times shifted by the size of a latent; a frozen encoder before it and a frozen decoder behind it."""
+    """Velocity prediction with times shifted by the size of a latent;
+    a frozen encoder before it and a frozen decoder behind it.
+    """
 
     space = "latent_rae"
     latent_mean: Tensor
@@ -47,7 +50,11 @@ class RaeMethod(Method):
         channels, grid = self.encoder.channels, self.encoder.grid(data.image_size)
         self.latent_shape = (channels, grid, grid)
         self.network = LatentDiT(config.shape, channels, grid, data.num_classes, xavier=config.init == "xavier")
-        self.guide = LatentDiT(config.guide_shape, channels, grid, data.num_classes).requires_grad_(False) if config.guide else None
+        self.guide = (
+            LatentDiT(config.guide_shape, channels, grid, data.num_classes).requires_grad_(False)
+            if config.guide
+            else None
+        )
         self.external = ("encoder", "decoder", "guide") if config.guide else ("encoder", "decoder")
         self.register_buffer("latent_mean", torch.zeros(self.latent_shape))
         self.register_buffer("latent_var", torch.ones(self.latent_shape))
@@ -55,21 +62,32 @@ class RaeMethod(Method):
         self.latents_of = FeatureTable(lambda images: (self.encoder(images),), data.num_train if config.remember else 0)
         self.digests: dict[str, str] = {}  # of the files behind decoder and guide
 
-    # -- weights that come from elsewhere ---------------------------------------------------------------------------------------
+    # -- weights that come from elsewhere ------------------------------------------------------------------------------
 
     def load_external(self) -> None:
         self.encoder.load()
         self.load_decoder(Path(self.config.decoder))
         if self.config.statistics not in KINDS:
             path = Path(self.config.statistics)
-            self.set_statistics(*(diffusers_layout.read_latent_statistics(path) if path.is_dir() else read_statistics(path, self.latent_shape)))
+            self.set_statistics(
+                *(
+                    diffusers_layout.read_latent_statistics(path)
+                    if path.is_dir()
+                    else read_statistics(path, self.latent_shape)
+                )
+            )
         if self.guide is not None:
             self.load_guide(self.guide, Path(self.config.guide))
 
     def load_decoder(self, path: Path) -> None:
-        """From a run of stage 1, its evaluated average; from a released file; or from a folder of diffusers' AutoencoderRAE."""
+        """From a run of stage 1, its evaluated average; from a released file;
+        or from a folder of diffusers' AutoencoderRAE.
+        """
         if not path.exists():
-            raise UserError(f"model.decoder={str(path)!r} is not there. Give a run folder of stage 1, a released decoder, or train to train one first.")
+            raise UserError(
+                f"model.decoder={str(path)!r} is not there. Give a run folder of stage 1, a released decoder, "
+                "or train to train one first."
+            )
         if (path / "config.yaml").exists():
             run = run_weights(path)
             self.check_run("decoder", run, {"encoder": "encoder", "size": "decoder_size"})
@@ -82,7 +100,9 @@ class RaeMethod(Method):
             self.digests["decoder"] = sha256_of(file)
 
     def load_guide(self, guide: LatentDiT, path: Path) -> None:
-        """From a run, whose latent statistics are taken over, as both models must live in one space; or from a released file."""
+        """From a run, whose latent statistics are taken over, as both models must live in one space;
+        or from a released file.
+        """
         if (path / "config.yaml").exists():
             run = run_weights(path)
             settings = {name: f"guide_{name}" for name in ("width", "depth", "heads")}
@@ -92,7 +112,11 @@ class RaeMethod(Method):
             self.set_statistics(run.state["latent_mean"], run.state["latent_var"])
             self.digests["guide"] = run.sha256
         else:
-            load_strictly(guide, network_from_released(read_released(path), guide.state_dict(), self.config.guide_shape, "guide's "), path)
+            load_strictly(
+                guide,
+                network_from_released(read_released(path), guide.state_dict(), self.config.guide_shape, "guide's "),
+                path,
+            )
             self.digests["guide"] = sha256_of(path)
 
     def check_run(self, key: str, run: RunWeights, settings: Mapping[str, str]) -> None:
@@ -101,8 +125,9 @@ class RaeMethod(Method):
         for there, here in settings.items():
             if theirs.get(there) != getattr(self.config, here):
                 raise UserError(
-                    f"model.{key}={run.folder} was trained with model.{there}={theirs.get(there)!r}, but here model.{here}={getattr(self.config, here)!r}. "
-                    f"Set model.{here}={theirs.get(there)}, or give another run."
+                    f"model.{key}={run.folder} was trained with model.{there}={theirs.get(there)!r}, "
+                    f"but here model.{here}={getattr(self.config, here)!r}. Set model.{here}={theirs.get(there)}, "
+                    "or give another run."
                 )
 
     def set_statistics(self, mean: Tensor, variance: Tensor) -> None:
@@ -110,7 +135,7 @@ class RaeMethod(Method):
         self.latent_mean.copy_(mean)
         self.latent_var.copy_(variance)
 
-    # -- training ---------------------------------------------------------------------------------------------------------------
+    # -- training ------------------------------------------------------------------------------------------------------
 
     def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
         (latents,) = self.latents_of(batch)
@@ -136,23 +161,38 @@ class RaeMethod(Method):
         """Measures the latents, unless a file or a guide's run has brought the statistics."""
         from_run = self.config.guide is not None and (Path(self.config.guide) / "config.yaml").exists()
         if self.config.statistics in KINDS and not from_run:
-            self.set_statistics(*measure(self.config.statistics, batches, lambda batch: self.latents_of(batch)[0], self.config.stat_images))
+            self.set_statistics(
+                *measure(
+                    self.config.statistics, batches, lambda batch: self.latents_of(batch)[0], self.config.stat_images
+                )
+            )
 
     def blocks(self) -> list[nn.Module]:
         return list(self.network.blocks)
 
     def look(self, images: Tensor, time: float) -> None:
         x, times = self.encode(images), torch.full((len(images),), time, device=images.device)
-        self.network(flow.interpolate(x, torch.randn_like(x), times), times, torch.full((len(x),), self.data.num_classes, device=x.device))
+        self.network(
+            flow.interpolate(x, torch.randn_like(x), times),
+            times,
+            torch.full((len(x),), self.data.num_classes, device=x.device),
+        )
 
-    # -- sampling ---------------------------------------------------------------------------------------------------------------
+    # -- sampling ------------------------------------------------------------------------------------------------------
 
     def sample(self, labels: Tensor, noise: Noise, config: RaeSample) -> Tensor:
         z = noise.normal(*self.latent_shape)
-        return self.decode(euler(lambda z, t: self.velocity(z, t, labels, config), z, time_grid(config.steps, config.ending, self.shift)))
+        return self.decode(
+            euler(
+                lambda z, t: self.velocity(z, t, labels, config), z, time_grid(config.steps, config.ending, self.shift)
+            )
+        )
 
     def velocity(self, z: Tensor, t: float, labels: Tensor, config: RaeSample) -> Tensor:
-        """The guided velocity. Autoguidance moves away from a weaker model with the same label; without one, guidance is classifier-free."""
+        """The guided velocity.
+
+        Autoguidance moves away from a weaker model with the same label; without one, guidance is classifier-free.
+        """
 
         def predict(z: Tensor, labels: Tensor, network: nn.Module = self.network) -> Tensor:
             return network(z, torch.full((len(z),), t, device=z.device), labels).to(z.dtype)
@@ -201,10 +241,13 @@ class RaeMethod(Method):
         params = sum(p.numel() for p in self.get_submodule(name).parameters())
         return Component(name, role, params, self.digests.get(name), "sample")
 
-    # -- released weights -------------------------------------------------------------------------------------------------------
+    # -- released weights ----------------------------------------------------------------------------------------------
 
     def from_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A released network. The statistics, which are in a file of their own (`model.statistics`), stay as they are."""
+        """A released network.
+
+        The statistics, which are in a file of their own (`model.statistics`), stay as they are.
+        """
         network = network_from_released(state, self.network.state_dict(), self.config.shape)
         statistics = {"latent_mean": self.latent_mean, "latent_var": self.latent_var}
         return statistics | {f"network.{name}": tensor for name, tensor in network.items()}
@@ -221,7 +264,9 @@ def shifted(t: Tensor, shift: float) -> Tensor:
 
 
 def time_grid(steps: int, ending: str, shift: float) -> list[float]:
-    """From 1 down to 0.001 (official) or 0 (clean) in equal steps, then shifted; the released sampler's float32 arithmetic."""
+    """From 1 down to 0.001 (official) or 0 (clean) in equal steps, then shifted;
+    the released sampler's float32 arithmetic.
+    """
     last = SMALLEST_TIME if ending == "official" else 0.0
     times = shifted(1 - torch.linspace(0, 1 - last, steps + 1, dtype=torch.float32, device="cpu"), shift)
     return times.clamp(max=1.0).tolist()  # rounding may lift the first above the end of guidance's interval

@@ -1,4 +1,5 @@
-"""DiT-DH: a DiT of the latents' tokens with a shallow, wide head (arXiv 2510.11690, section 5), and the plain LightningDiT.
+"""DiT-DH: a DiT of the latents' tokens with a shallow, wide head (arXiv 2510.11690,
+section 5), and the plain LightningDiT.
 
 Shape legend: B batch, C latent channels, h latent side, N = h * h tokens, D width, H heads, K head dimension.
 """
@@ -11,16 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.blocks import rope_table, sincos_table
-from common.cost import count_macs
-from common.layers_adaln import AdaLNBlock, AdaLNFinal
-from methods.rae.config import NetworkShape
+from pixlat.common.accounting.macs import count_macs
+from pixlat.common.layers.adaln_swiglu import AdaLNBlock, AdaLNFinal
+from pixlat.common.layers.transformer import rope_table, sincos_table
+from pixlat.methods.rae.config import NetworkShape
 
 TIME_FREQUENCIES = 256
 
 
 class FourierEmbedding(nn.Module):
-    """A time in [0, 1] to a vector: [sin(2 pi t w), cos(2 pi t w)] with fixed random frequencies w ~ N(0, 1), then Linear - SiLU - Linear."""
+    """A time in [0, 1] to a vector: [sin(2 pi t w), cos(2 pi t w)] with fixed random frequencies w ~ N(0, 1),
+    then Linear - SiLU - Linear.
+    """
 
     frequencies: Tensor
 
@@ -38,8 +41,8 @@ class FourierEmbedding(nn.Module):
 class LatentDiT(nn.Module):
     """The velocity of noisy latents, given their time and class.
 
-    With a head (`shape.head_depth` > 0) this is DiT-DH: the backbone sees the noisy latents and conditions, token by token, a head of its own
-    width, which sees them again. Without one it is LightningDiT.
+    With a head (`shape.head_depth` > 0) this is DiT-DH: the backbone sees the noisy latents and conditions,
+    token by token, a head of its own width, which sees them again. Without one it is LightningDiT.
     """
 
     pos_embed: Tensor
@@ -47,7 +50,9 @@ class LatentDiT(nn.Module):
     head_rope: Tensor
 
     def __init__(self, shape: NetworkShape, channels: int, grid: int, num_classes: int, xavier: bool = False) -> None:
-        """grid: tokens a side. xavier: initialise a DiT-DH's matrices as LightningDiT's, and not as the released code does."""
+        """grid: tokens a side. xavier: initialise a DiT-DH's matrices as LightningDiT's,
+        and not as the released code does.
+        """
         super().__init__()
         width, has_head = shape.width, shape.head_depth > 0
         out_width = shape.head_width if has_head else width
@@ -68,9 +73,11 @@ class LatentDiT(nn.Module):
 
     @torch.no_grad()
     def initialize(self, xavier: bool) -> None:
-        """Zero for what modulates or leaves the network, normal for time and class, Xavier for the embeddings of the latents.
+        """Zero for what modulates or leaves the network, normal for time and class,
+        Xavier for the embeddings of the latents.
 
-        The released DiT-DH leaves all other matrices as PyTorch makes them; LightningDiT (`xavier`) has Xavier's, and biases of zero.
+        The released DiT-DH leaves all other matrices as PyTorch makes them; LightningDiT (`xavier`)
+        has Xavier's, and biases of zero.
         """
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear):
@@ -88,7 +95,10 @@ class LatentDiT(nn.Module):
         nn.init.normal_(self.class_embed.weight, std=0.02)
 
     def forward(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """z (B, C, h, h); t (B,), 1 = noise; labels (B,) int64, the last row of the table being "no class". Returns (B, C, h, h)."""
+        """z (B, C, h, h); t (B,), 1 = noise; labels (B,) int64, the last row of the table being "no class".
+
+        Returns (B, C, h, h).
+        """
         tokens = z.flatten(2).transpose(1, 2)
         time = self.time_embed(t)
         condition = time + self.class_embed(labels)

@@ -1,6 +1,9 @@
-"""Released files: decoders, DiT-DH and LightningDiT networks, training checkpoints of both stages. Their names as ours, strictly.
+"""Released files: decoders, DiT-DH and LightningDiT networks, training checkpoints of both stages.
 
-The statistics are read in statistics.py, the discriminator's features in discriminator.py, diffusers' layout in diffusers_layout.py.
+Their names as ours, strictly.
+
+The statistics are read in statistics.py, the discriminator's features in discriminator.py,
+diffusers' layout in diffusers_layout.py.
 """
 
 from __future__ import annotations
@@ -12,11 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from common.blocks import check_table, rope_table, sincos_table
-from common.errors import UserError
-from common.external import read_tensors
-from methods.base import Released
-from methods.rae.config import DECODERS, NetworkShape
+from pixlat.common.errors import UserError
+from pixlat.common.layers.transformer import check_table, rope_table, sincos_table
+from pixlat.common.weights.tensors import read_tensors
+from pixlat.methods.base import Released
+from pixlat.methods.rae.config import DECODERS, NetworkShape
 
 Renames = Sequence[tuple[str, str]]
 
@@ -60,22 +63,27 @@ def rename(name: str, renames: Renames) -> str:
     return name
 
 
-# -- files ----------------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def read_released(path: Path, part: str = "") -> dict[str, Tensor]:
     """The state dict in a released file, or the averaged weights of a training checkpoint ({"ema": ..., "model": ...}).
 
-    part: keep the names that begin with "<part>." and take that off, where there are any: a training checkpoint of stage 1 holds
-    "decoder.*" beside the encoder.
+    part: keep the names that begin with "<part>." and take that off, where there are any:
+    a training checkpoint of stage 1 holds "decoder.*" beside the encoder.
     """
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in read_tensors(path).items()}
-    inside = {name.removeprefix(f"{part}."): tensor for name, tensor in state.items() if part and name.startswith(f"{part}.")}
+    inside = {
+        name.removeprefix(f"{part}."): tensor for name, tensor in state.items() if part and name.startswith(f"{part}.")
+    }
     return inside or state
 
 
 def matched(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], renames: Renames, what: str) -> dict[str, Tensor]:
-    """The released tensors under our names and in our shapes (1 x 1 convolutions are linear here). UserError lists every key that differs."""
+    """The released tensors under our names and in our shapes (1 x 1 convolutions are linear here).
+
+    UserError lists every key that differs.
+    """
     theirs = {rename(name, renames): name for name in ours}
     faults = [f"missing {name}" for name in theirs if name not in state]
     faults += [f"not known {name} {tuple(tensor.shape)}" for name, tensor in state.items() if name not in theirs]
@@ -93,7 +101,7 @@ def squeezed(tensor: Tensor) -> tuple[int, ...]:
     return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
 
 
-# -- decoders -------------------------------------------------------------------------------------------------------------------
+# -- decoders ----------------------------------------------------------------------------------------------------------
 
 
 def decoder_from_released(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -111,22 +119,29 @@ def decoder_to_released(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def decoder_hint(state: Mapping[str, Tensor]) -> str:
-    """Which size of decoder the file holds, for an error message: " (the file's is size xl)", or nothing where no size fits."""
+    """Which size of decoder the file holds, for an error message: " (the file's is size xl)",
+    or nothing where no size fits.
+    """
     embed, hidden = state.get("decoder_embed.weight"), state.get("decoder_layers.0.intermediate.dense.weight")
     if embed is None or hidden is None:
         return ""
     depth = 1 + max(int(match[1]) for match in map(re.compile(r"decoder_layers\.(\d+)\.").match, state) if match)
-    found = [size for size, shape in DECODERS.items() if (shape.width, shape.depth, shape.hidden) == (len(embed), depth, len(hidden))]
+    found = [
+        size
+        for size, shape in DECODERS.items()
+        if (shape.width, shape.depth, shape.hidden) == (len(embed), depth, len(hidden))
+    ]
     return f" (the file's is size {found[0]} for {embed.shape[1]} latent channels)" if found else ""
 
 
-# -- networks -------------------------------------------------------------------------------------------------------------------
+# -- networks ----------------------------------------------------------------------------------------------------------
 
 
 def recognise(state: Mapping[str, Tensor], head_depth: int | None = None) -> NetworkShape:
     """The numbers of a released network; head counts follow from the tables of rotations.
 
-    Backbone and head lie in one list of blocks and are told apart by their widths. Where these are equal, `head_depth` must be given: UserError if not.
+    Backbone and head lie in one list of blocks and are told apart by their widths. Where these are equal,
+    `head_depth` must be given: UserError if not.
     """
     choices = choices_of(state)
     if choices and head_depth is None:
@@ -138,15 +153,29 @@ def recognise(state: Mapping[str, Tensor], head_depth: int | None = None) -> Net
             return NetworkShape(width, len(blocks), width // state["feat_rope.freqs_cos"].shape[1], 0, 0, 0)
         head_depth = blocks.count(out_width) if head_depth is None or not choices else head_depth
         heads = width // state["enc_feat_rope.freqs_cos"].shape[1]
-        return NetworkShape(width, len(blocks) - head_depth, heads, out_width, head_depth, out_width // state["dec_feat_rope.freqs_cos"].shape[1])
+        return NetworkShape(
+            width,
+            len(blocks) - head_depth,
+            heads,
+            out_width,
+            head_depth,
+            out_width // state["dec_feat_rope.freqs_cos"].shape[1],
+        )
     except (KeyError, IndexError) as error:
         begin = ", ".join(sorted(state)[:3])
-        raise UserError(f"This is not the state dict of a released DiT-DH: {error!r} while reading its shapes. Its keys: {begin}, ...") from error
+        raise UserError(
+            f"This is not the state dict of a released DiT-DH: {error!r} while reading its shapes. "
+            f"Its keys: {begin}, ..."
+        ) from error
 
 
 def choices_of(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], ...]:
-    """The depths that a network whose backbone and head are equally wide may have; none where the widths or the lack of a head decide."""
-    if "s_embedder.proj.weight" not in state or state["pos_embed"].shape[2] != len(state["final_layer.norm_final.weight"]):
+    """The depths that a network whose backbone and head are equally wide may have;
+    none where the widths or the lack of a head decide.
+    """
+    if "s_embedder.proj.weight" not in state or state["pos_embed"].shape[2] != len(
+        state["final_layer.norm_final.weight"]
+    ):
         return ()
     blocks = sum(re.fullmatch(r"blocks\.\d+\.norm1\.weight", name) is not None for name in state)
     return tuple({"head_depth": head, "depth": blocks - head} for head in range(1, blocks))
@@ -154,29 +183,50 @@ def choices_of(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], ...]:
 
 def why_choose(state: Mapping[str, Tensor]) -> str:
     """Why the user must say where the head begins."""
-    return f"The backbone and the head of this network are both {state['pos_embed'].shape[2]} wide, so the file does not tell where the head begins."
+    return (
+        f"The backbone and the head of this network are both {state['pos_embed'].shape[2]} wide, "
+        "so the file does not tell where the head begins."
+    )
 
 
 def open_released(path: Path, weights: str | None = None) -> Released:
     """A released network, or a training checkpoint's average, for `launch/prepare.py import`."""
     if weights is not None:
-        raise UserError(f"weights={weights!r}: a released network is one set of weights, and of a training checkpoint the average is taken.")
+        raise UserError(
+            f"weights={weights!r}: a released network is one set of weights, "
+            "and of a training checkpoint the average is taken."
+        )
     state = read_released(path)
     choices = choices_of(state)
     shape = recognise(state, 1 if choices else None)
     open_keys = set(choices[0]) if choices else set()
-    model = {name: getattr(shape, name) for name in (shape._fields if shape.head_depth else ("width", "depth", "heads", "head_depth"))}
+    model = {
+        name: getattr(shape, name)
+        for name in (shape._fields if shape.head_depth else ("width", "depth", "heads", "head_depth"))
+    }
     model = {name: value for name, value in model.items() if name not in open_keys}
-    image_size, classes = TOKEN_PIXELS * round(state["pos_embed"].shape[1] ** 0.5), len(state["y_embedder.embedding_table.weight"]) - 1
-    return Released(state, model, classes, image_size, "ema", EMA_DECAY, "MIT", choices, why_choose(state) if choices else "")
+    image_size, classes = (
+        TOKEN_PIXELS * round(state["pos_embed"].shape[1] ** 0.5),
+        len(state["y_embedder.embedding_table.weight"]) - 1,
+    )
+    return Released(
+        state, model, classes, image_size, "ema", EMA_DECAY, "MIT", choices, why_choose(state) if choices else ""
+    )
 
 
-def network_from_released(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], shape: NetworkShape, where: str = "model.") -> dict[str, Tensor]:
-    """A released network under the names of `ours`, a LatentDiT's state dict. A file of other numbers is a UserError that names the settings."""
+def network_from_released(
+    state: Mapping[str, Tensor], ours: Mapping[str, Tensor], shape: NetworkShape, where: str = "model."
+) -> dict[str, Tensor]:
+    """A released network under the names of `ours`, a LatentDiT's state dict.
+
+    A file of other numbers is a UserError that names the settings.
+    """
     found = recognise(state, shape.head_depth)
     compared = found._fields if found.head_depth else ("width", "depth", "heads", "head_depth")
     pairs = ((name, getattr(shape, name), getattr(found, name)) for name in compared)
-    if wrong := [f"{where}{name}={wanted}, the file has {theirs}" for name, wanted, theirs in pairs if wanted != theirs]:
+    if wrong := [
+        f"{where}{name}={wanted}, the file has {theirs}" for name, wanted, theirs in pairs if wanted != theirs
+    ]:
         raise UserError(f"The released weights are of another network: {'; '.join(wrong)}.")
     grid = round(state["pos_embed"].shape[1] ** 0.5)
     check_table("pos_embed", state["pos_embed"][0], sincos_table(grid, found.width))
@@ -190,12 +240,19 @@ def network_from_released(state: Mapping[str, Tensor], ours: Mapping[str, Tensor
 def network_to_released(ours: Mapping[str, Tensor], shape: NetworkShape) -> dict[str, Tensor]:
     """The inverse, with the tables of rotations that the released files hold."""
     grid = round(ours["pos_embed"].shape[1] ** 0.5)
-    stacks = {"enc_": shape.width // shape.heads, "dec_": shape.head_width // shape.head_heads} if shape.head_depth else {"": shape.width // shape.heads}
+    stacks = (
+        {"enc_": shape.width // shape.heads, "dec_": shape.head_width // shape.head_heads}
+        if shape.head_depth
+        else {"": shape.width // shape.heads}
+    )
     state = {rename(name, HEAD_RENAMES if shape.head_depth else PLAIN_RENAMES): tensor for name, tensor in ours.items()}
     for stack, head_dim in stacks.items():
         for wave, table in zip(("cos", "sin"), rope_table(grid, head_dim).unbind(-1), strict=True):
             state[f"{stack}feat_rope.freqs_{wave}"] = table.repeat_interleave(2, dim=-1)
-    return {name: tensor[..., None, None] if name.endswith("embedder.proj.weight") else tensor for name, tensor in state.items()}
+    return {
+        name: tensor[..., None, None] if name.endswith("embedder.proj.weight") else tensor
+        for name, tensor in state.items()
+    }
 
 
 def check_rotation(name: str, table: Tensor, grid: int) -> None:

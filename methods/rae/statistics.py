@@ -1,7 +1,7 @@
 """Mean and variance of the latents, for each channel and position.
 
-`exact` is the mean and the variance of the first images of the training, each counted once whatever the number of processes. `momentum` is what the
-authors' script computes: running averages that remember some twenty batches.
+`exact` is the mean and the variance of the first images of the training, each counted once whatever the number
+of processes. `momentum` is what the authors' script computes: running averages that remember some twenty batches.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.errors import UserError
-from common.external import read_tensors
-from methods.base import Batch
+from pixlat.common.errors import UserError
+from pixlat.common.weights.tensors import read_tensors
+from pixlat.methods.base import Batch
 
 VARIANCE_EPS = 1e-5
 MOMENTUM = 0.1
@@ -34,14 +34,20 @@ def denormalise(latents: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 
 def moments_of(latents: Tensor) -> Tensor:
-    """Mean and summed squared deviations of a batch (B, C, h, h), (2, C, h, h) float64 on its device; zeros of an empty batch."""
+    """Mean and summed squared deviations of a batch (B, C, h, h), (2, C, h, h) float64 on its device;
+    zeros of an empty batch.
+    """
     chunks = (latents.cpu() if latents.device.type == "mps" else latents).split(CHUNK)  # MPS has no float64
     mean = torch.stack([chunk.double().sum(dim=0) for chunk in chunks]).sum(dim=0) / max(1, len(latents))
-    return torch.stack([mean, torch.stack([(chunk.double() - mean).square().sum(dim=0) for chunk in chunks]).sum(dim=0)])
+    return torch.stack(
+        [mean, torch.stack([(chunk.double() - mean).square().sum(dim=0) for chunk in chunks]).sum(dim=0)]
+    )
 
 
 class ExactStatistics:
-    """Count, mean and summed squared deviations in float64, updated batch by batch without cancellation (Chan, Golub and LeVeque)."""
+    """Count, mean and summed squared deviations in float64, updated batch by batch without cancellation (Chan,
+    Golub and LeVeque).
+    """
 
     def __init__(self, moments: Tensor) -> None:
         """moments: any (2, C, h, h), for the shape and the device."""
@@ -63,7 +69,9 @@ class ExactStatistics:
 
 
 class MomentumStatistics:
-    """Running averages as batch norm keeps them, from 0 and 1: average += 0.1 (of the batch - average), with the batch's biased variance."""
+    """Running averages as batch norm keeps them, from 0 and 1: average += 0.1 (of the batch - average),
+    with the batch's biased variance.
+    """
 
     def __init__(self, moments: Tensor) -> None:
         """moments: any (2, C, h, h), for the shape and the device."""
@@ -80,14 +88,20 @@ class MomentumStatistics:
         return self.mean, self.variance
 
 
-KINDS: dict[str, type[ExactStatistics] | type[MomentumStatistics]] = {"exact": ExactStatistics, "momentum": MomentumStatistics}
+KINDS: dict[str, type[ExactStatistics] | type[MomentumStatistics]] = {
+    "exact": ExactStatistics,
+    "momentum": MomentumStatistics,
+}
 
 
-def measure(kind: str, batches: Iterator[Batch], encode: Callable[[Batch], Tensor], images: int) -> tuple[Tensor, Tensor]:
+def measure(
+    kind: str, batches: Iterator[Batch], encode: Callable[[Batch], Tensor], images: int
+) -> tuple[Tensor, Tensor]:
     """Mean and variance (C, h, h) float64 of the latents of the first `images` images, the same on every process.
 
-    batches: the micro-batches of all processes in the order in which one process would see them (`Method.before_training`). Of as many
-    batches as there are processes, this process encodes its own and receives the moments of the others, so that every image is encoded and counted once.
+    batches: the micro-batches of all processes in the order in which one process would see them
+    (`Method.before_training`). Of as many batches as there are processes, this process encodes its own and receives
+    the moments of the others, so that every image is encoded and counted once.
     """
     processes, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     statistics, seen = None, 0
@@ -107,20 +121,28 @@ def measure(kind: str, batches: Iterator[Batch], encode: Callable[[Batch], Tenso
 
 
 def read_statistics(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """A released stat.pt, {"mean": tensor or None, "var": tensor or None}: no mean is a mean of 0, no variance one of 1."""
+    """A released stat.pt, {"mean": tensor or None, "var": tensor or None}:
+    no mean is a mean of 0, no variance one of 1.
+    """
     tensors = read_tensors(path)
     if unknown := tensors.keys() - {"mean", "var"}:
-        raise UserError(f"model.statistics={str(path)!r} holds {sorted(unknown)[:5]} and not just 'mean' and 'var', so it is not a released stat.pt.")
+        raise UserError(
+            f"model.statistics={str(path)!r} holds {sorted(unknown)[:5]} and not just 'mean' and 'var', "
+            "so it is not a released stat.pt."
+        )
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != shape:
             raise UserError(
-                f"model.statistics={str(path)!r}: {name} is {tuple(tensor.shape)}, but the latents are {shape}. It belongs to another encoder or size."
+                f"model.statistics={str(path)!r}: {name} is {tuple(tensor.shape)}, but the latents are {shape}. "
+                "It belongs to another encoder or size."
             )
     return tensors.get("mean", torch.zeros(shape)), tensors.get("var", torch.ones(shape))
 
 
 def _gathered(moments: Tensor, processes: int) -> list[Tensor]:
-    """The moments of all processes in the order of their ranks; through the accelerator where the group's backend needs it."""
+    """The moments of all processes in the order of their ranks;
+    through the accelerator where the group's backend needs it.
+    """
     if processes == 1:
         return [moments]
     mine = moments.to("cuda" if dist.get_backend() == "nccl" else "cpu")

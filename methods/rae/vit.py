@@ -1,6 +1,8 @@
-"""The ViT decoder of stage 1: tokens of a frozen encoder to pixels (arXiv 2510.11690, section 3; the decoder of a masked autoencoder).
+"""The ViT decoder of stage 1: tokens of a frozen encoder to pixels (arXiv 2510.11690, section 3;
+the decoder of a masked autoencoder).
 
-Shape legend: B batch, C latent channels, h latent side, N = h * h tokens, D width, H heads, p patch side, S = h p image side.
+Shape legend: B batch, C latent channels, h latent side, N = h * h tokens, D width, H heads,
+p patch side, S = h p image side.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.blocks import attend, sincos_table, unpatchify
-from methods.rae.config import DecoderShape
+from pixlat.common.layers.transformer import attend, sincos_table, unpatchify
+from pixlat.methods.rae.config import DecoderShape
 
 LAYER_NORM_EPS = 1e-12
 CHANNELS = 3
@@ -36,7 +38,10 @@ class DecoderBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N + 1, D) to the same shape."""
         normed = self.norm1(x)
-        q, k, v = (layer(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        q, k, v = (
+            layer(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
         x = x + self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
@@ -48,7 +53,15 @@ class ViTDecoder(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, shape: DecoderShape, channels: int, grid: int, patch: int, pixel_mean: Sequence[float], pixel_std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        shape: DecoderShape,
+        channels: int,
+        grid: int,
+        patch: int,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
         """pixel_mean, pixel_std: of the encoder's input scaled to [0, 1]; the last layer's output is in these units."""
         super().__init__()
         self.shape, self.grid, self.patch = shape, grid, patch

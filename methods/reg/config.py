@@ -1,6 +1,7 @@
 """Settings of the four methods. Torch-free, so that `--help` is quick; presets-*.yaml hold the published sizes.
 
-Each method adds its own keys to those of the one before: SiT, then REPA's alignment, then REG's class token. DiT has another objective and sampler.
+Each method adds its own keys to those of the one before: SiT, then REPA's alignment, then REG's class token.
+DiT has another objective and sampler.
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import checked_interval, one_of, require
-from common.shipped import AUTOENCODERS
-from methods import MethodSpec, Stage
+from pixlat.common.config.resolve import checked_interval, one_of, require
+from pixlat.common.weights.shipped import AUTOENCODERS
+from pixlat.methods import MethodSpec, Stage
 
 
 @dataclass
@@ -26,7 +27,8 @@ class LatentConfig:
     label_drop: float = 0.1  # probability of training without the class
     tokenizer: str = "embedded"  # embedded | sd-ft-ema | sd-ft-mse | run folder of an autoencoder | train
     tokenizer_path: str | None = None  # folder or file of the sd- weights; none: the Hugging Face cache
-    remember: bool = False  # keep what the frozen networks say of each training image in memory, instead of asking them again
+    #: keep what the frozen networks say of each training image in memory, instead of asking them again
+    remember: bool = False
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "heads", "patch"):
@@ -59,7 +61,8 @@ class SitConfig(LatentConfig):
 class RepaConfig(SitConfig):
     """REPA: the tokens of one block are aligned with those of a frozen encoder."""
 
-    teacher: str = "embedded"  # embedded | timm-dinov2-b | timm-dinov2-l | timm-dinov2-g | another name of common/encoders
+    #: embedded | timm-dinov2-b | timm-dinov2-l | timm-dinov2-g | another name of common/encoders
+    teacher: str = "embedded"
     teacher_path: str | None = None  # file or folder of the teacher's weights; none: the usual caches
     align_after: int = 4  # number of the aligned block, from 1
     align_weight: float = 0.5  # lambda
@@ -67,7 +70,12 @@ class RepaConfig(SitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(1 <= self.align_after <= self.depth, "model.align_after", self.align_after, f"must be the number of one of the {self.depth} blocks, from 1")
+        require(
+            1 <= self.align_after <= self.depth,
+            "model.align_after",
+            self.align_after,
+            f"must be the number of one of the {self.depth} blocks, from 1",
+        )
         require(self.align_weight >= 0, "model.align_weight", self.align_weight, "must be 0 or more")
         require(self.projector_width >= 1, "model.projector_width", self.projector_width, "must be at least 1")
 
@@ -78,7 +86,8 @@ class RegConfig(RepaConfig):
 
     class_token: str = "pooled"  # pooled (the teacher's class token, where it has one) | mean (of its patch tokens)
     class_weight: float = 0.03  # beta
-    standardise: bool = False  # the class token to mean 0 and variance 1 a channel, measured before training; released: no
+    #: the class token to mean 0 and variance 1 a channel, measured before training; released: no
+    standardise: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,7 +118,8 @@ class SitSample:
     last_step: float = 0.04  # sde: where the last step starts, which adds no noise
     guidance: float = 1.0  # 1: off
     interval: tuple[float, float] = (0.0, 1.0)  # where guidance is on, ends included
-    guided_channels: int | None = None  # of the latents, the first ones; none: all. SiT's released sampler guides 3 of 4
+    #: of the latents, the first ones; none: all. SiT's released sampler guides 3 of 4
+    guided_channels: int | None = None
 
     def __post_init__(self) -> None:
         least = 2 if self.solver == "sde" else 1
@@ -129,13 +139,17 @@ class RegSample(SitSample):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.class_guidance >= 0, "sample.class_guidance", self.class_guidance, "must be 0 (conditional) or more")
+        require(
+            self.class_guidance >= 0, "sample.class_guidance", self.class_guidance, "must be 0 (conditional) or more"
+        )
 
 
 def check_guidance(guidance: float, channels: int | None) -> None:
     """Refuses scales below 1 and channel counts below 1."""
     require(guidance >= 1, "sample.guidance", guidance, "must be 1 (off) or more")
-    require(channels is None or channels >= 1, "sample.guided_channels", channels, "must be at least 1, or none for all")
+    require(
+        channels is None or channels >= 1, "sample.guided_channels", channels, "must be at least 1, or none for all"
+    )
 
 
 def _presets(name: str) -> str:
@@ -148,43 +162,46 @@ DIT = MethodSpec(
     name="dit",
     title="DiT: a transformer on autoencoder latents, discrete diffusion with learned variance, ancestral sampler",
     paper="Scalable Diffusion Models with Transformers (arXiv 2212.09748)",
-    implementation="methods.reg.diffusion:DitMethod",
+    implementation="pixlat.methods.reg.diffusion:DitMethod",
     config=DitConfig,
     sample=DitSample,
     presets=_presets("dit"),
     stages=(TOKENIZER,),
-    released="methods.reg.reference:open_dit",
+    released="pixlat.methods.reg.reference:open_dit",
 )
 SIT = MethodSpec(
     name="sit",
     title="SiT: DiT's network with a flow loss, Euler-Maruyama sampler",
-    paper="SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers (arXiv 2401.08740)",
-    implementation="methods.reg.method:SitMethod",
+    paper=(
+        "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant "
+        "Transformers (arXiv 2401.08740)"
+    ),
+    implementation="pixlat.methods.reg.method:SitMethod",
     config=SitConfig,
     sample=SitSample,
     presets=_presets("sit"),
     stages=(TOKENIZER,),
-    released="methods.reg.reference:open_sit",
+    released="pixlat.methods.reg.reference:open_sit",
 )
 REPA = MethodSpec(
     name="repa",
     title="REPA: SiT whose tokens are aligned with a frozen encoder's",
     paper="Representation Alignment for Generation (arXiv 2410.06940)",
-    implementation="methods.reg.method:RepaMethod",
+    implementation="pixlat.methods.reg.method:RepaMethod",
     config=RepaConfig,
     sample=SitSample,
     presets=_presets("repa"),
     stages=(TOKENIZER,),
-    released="methods.reg.reference:open_repa",
+    released="pixlat.methods.reg.reference:open_repa",
 )
 REG = MethodSpec(
     name="reg",
     title="REG: REPA that denoises the encoder's class token beside the image",
     paper="Representation Entanglement for Generation (arXiv 2507.01467)",
-    implementation="methods.reg.method:RegMethod",
+    implementation="pixlat.methods.reg.method:RegMethod",
     config=RegConfig,
     sample=RegSample,
     presets=_presets("reg"),
     stages=(TOKENIZER,),
-    released="methods.reg.reference:open_reg",
+    released="pixlat.methods.reg.reference:open_reg",
 )

@@ -1,6 +1,8 @@
-"""DiT: Gaussian diffusion over 1000 discrete times with a learned variance (arXiv 2212.09748; the objective and the respacing are those of arXiv 2102.09672).
+"""DiT: Gaussian diffusion over 1000 discrete times with a learned variance (arXiv 2212.09748;
+the objective and the respacing are those of arXiv 2102.09672).
 
-Here times are integers, 0 next to the data. beta is linear from 1e-4 to 0.02, abar_i = prod (1 - beta), z_i = sqrt(abar_i) x + sqrt(1 - abar_i) n.
+Here times are integers, 0 next to the data. beta is linear from 1e-4 to 0.02, abar_i = prod (1 - beta),
+z_i = sqrt(abar_i) x + sqrt(1 - abar_i) n.
 """
 
 from __future__ import annotations
@@ -12,12 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.samplers import ancestral
-from common.seeds import Noise
-from methods.base import Batch, DataInfo, Description
-from methods.reg.config import DitConfig, DitSample
-from methods.reg.latent import LatentMethod
-from methods.reg.network import Shape
+from pixlat.common.maths.samplers import ancestral
+from pixlat.common.seeds import Noise
+from pixlat.methods.base import Batch, DataInfo, Description
+from pixlat.methods.reg.config import DitConfig, DitSample
+from pixlat.methods.reg.latent import LatentMethod
+from pixlat.methods.reg.network import Shape
 
 TIMES = 1000
 BETAS = (1e-4, 0.02)
@@ -44,7 +46,9 @@ class Schedule(NamedTuple):
 
 
 def schedule(steps: int) -> Schedule:
-    """`steps` of the 1000 times, evenly: round(i 999 / (steps - 1)), whose betas are those that skip the times between."""
+    """`steps` of the 1000 times, evenly: round(i 999 / (steps - 1)),
+    whose betas are those that skip the times between.
+    """
     abar = (1 - torch.linspace(*BETAS, TIMES, dtype=torch.float64)).cumprod(dim=0)
     original = torch.linspace(0, TIMES - 1, steps, dtype=torch.float64).round().long()
     abar = abar[original]
@@ -76,7 +80,9 @@ def posterior(x: Tensor, z: Tensor, s: Schedule) -> Gaussian:
 
 
 def predicted(noise: Tensor, fraction: Tensor, z: Tensor, s: Schedule) -> Gaussian:
-    """p(z_{i-1} | z_i): the posterior of the predicted data; fraction in [-1, 1] interpolates its log-variance from the posterior's to beta."""
+    """p(z_{i-1} | z_i): the posterior of the predicted data; fraction in [-1, 1] interpolates its log-variance
+    from the posterior's to beta.
+    """
     x = (z - s.noise * noise) / s.data
     weight = (fraction + 1) / 2
     return Gaussian(posterior(x, z, s).mean, weight * s.log_beta + (1 - weight) * s.log_posterior)
@@ -105,7 +111,9 @@ class Draws(NamedTuple):
 
 
 class DitMethod(LatentMethod):
-    """Noise and variance are predicted together: squared error plus the variational bound, in which the mean is held fixed."""
+    """Noise and variance are predicted together: squared error plus the variational bound,
+    in which the mean is held fixed.
+    """
 
     coefficients: Tensor
 
@@ -116,7 +124,7 @@ class DitMethod(LatentMethod):
     def shape(self) -> Shape:
         return replace(super().shape(), outputs=2 * self.tokenizer.channels)
 
-    # -- training ---------------------------------------------------------------------------------------------------------------
+    # -- training ------------------------------------------------------------------------------------------------------
 
     def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
         x = self.latents(batch)
@@ -130,7 +138,9 @@ class DitMethod(LatentMethod):
         noise, fraction = self.predict(z, s.original, draws.labels)
         simple = (noise - draws.noise).square().mean()
         p = predicted(noise.detach(), fraction, z, s)
-        bits = torch.where(draws.times.view(-1, 1, 1, 1) > 0, kl(posterior(x, z, s), p), level_surprise(x, p)) / math.log(2)
+        bits = torch.where(
+            draws.times.view(-1, 1, 1, 1) > 0, kl(posterior(x, z, s), p), level_surprise(x, p)
+        ) / math.log(2)
         return {"loss": simple + bits.mean(), "noise": simple.detach(), "bound": bits.mean().detach()}
 
     def training_schedule(self, device: torch.device) -> Schedule:
@@ -147,7 +157,7 @@ class DitMethod(LatentMethod):
         s = self.training_schedule(x.device).at(times)
         self.predict(s.data * x + s.noise * torch.randn_like(x), s.original, labels)
 
-    # -- sampling ---------------------------------------------------------------------------------------------------------------
+    # -- sampling ------------------------------------------------------------------------------------------------------
 
     def sample(self, labels: Tensor, noise: Noise, config: DitSample) -> Tensor:
         steps = [coefficient.to(labels.device) for coefficient in schedule(config.steps)]

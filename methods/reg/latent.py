@@ -7,14 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from common.blocks import drop_labels
-from common.config import require
-from common.latents import FeatureTable, check_encoder
-from common.tokenizer import build_tokenizer
-from methods.base import Batch, Component, DataInfo, Method
-from methods.reg.config import LatentConfig
-from methods.reg.network import LatentTransformer, Shape
-from methods.reg.reference import from_released
+from pixlat.common.config.resolve import require
+from pixlat.common.frozen.remember import FeatureTable
+from pixlat.common.frozen.store_latents import check_encoder
+from pixlat.common.frozen.tokenizer import build_tokenizer
+from pixlat.common.layers.transformer import drop_labels
+from pixlat.methods.base import Batch, Component, DataInfo, Method
+from pixlat.methods.reg.config import LatentConfig
+from pixlat.methods.reg.network import LatentTransformer, Shape
+from pixlat.methods.reg.reference import from_released
 
 LETTERS = {(12, 384): "S", (12, 768): "B", (24, 1024): "L", (28, 1152): "XL"}
 
@@ -30,7 +31,12 @@ class LatentMethod(Method):
         super().__init__(config, data)
         self.build_frozen()
         factor, patch = self.tokenizer.factor, config.patch
-        require(data.image_size % factor == 0, "data.image_size", data.image_size, f"must be a multiple of the tokenizer's {factor} pixels")
+        require(
+            data.image_size % factor == 0,
+            "data.image_size",
+            data.image_size,
+            f"must be a multiple of the tokenizer's {factor} pixels",
+        )
         self.side = data.image_size // factor
         require(self.side % patch == 0, "model.patch", patch, f"must divide the {self.side} latent positions of a side")
         if data.latents is not None:
@@ -70,10 +76,12 @@ class LatentMethod(Method):
         if self.data.latents is not None:
             check_encoder(self.data.latents.encoder_sha256, self.tokenizer)
 
-    # -- training ---------------------------------------------------------------------------------------------------------------
+    # -- training ------------------------------------------------------------------------------------------------------
 
     def latents(self, batch: Batch) -> Tensor:
-        """One draw from each image's posterior, normalised, (B, C, S, S); from the batch's stored moments where it brings them."""
+        """One draw from each image's posterior, normalised, (B, C, S, S);
+        from the batch's stored moments where it brings them.
+        """
         mean, std = batch["moments"].float().chunk(2, dim=1) if "moments" in batch else self.moments_of(batch)
         return self.tokenizer.normalise(mean + std * torch.randn_like(mean))
 
@@ -85,7 +93,9 @@ class LatentMethod(Method):
         return list(self.network.blocks)
 
     def look(self, images: Tensor, time: float) -> None:
-        """One forward pass on images (B, 3, S, S) noised to `time` (1 is noise), without their classes: for those who listen to the blocks."""
+        """One forward pass on images (B, 3, S, S) noised to `time` (1 is noise), without their classes:
+        for those who listen to the blocks.
+        """
         nulls = torch.full((len(images),), self.data.num_classes, device=images.device)
         moments = torch.cat(self.tokenizer.encode_moments(images), dim=1)
         self.look_at(self.latents({"moments": moments}), images, time, nulls)
@@ -94,14 +104,16 @@ class LatentMethod(Method):
         """The forward pass of `look` for the images' latents."""
         raise NotImplementedError
 
-    # -- sampling ---------------------------------------------------------------------------------------------------------------
+    # -- sampling ------------------------------------------------------------------------------------------------------
 
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, S, S)."""
         return self.tokenizer.channels, self.side, self.side
 
     def channel_scale(self, guidance: float, guided_channels: int | None) -> Tensor:
-        """(C, 1, 1): the guidance scale of each channel; a channel that is not guided is conditional, which is scale 1."""
+        """(C, 1, 1): the guidance scale of each channel; a channel that is not guided is conditional,
+        which is scale 1.
+        """
         scale = torch.ones(self.tokenizer.channels, 1, 1)
         scale[:guided_channels] = guidance
         return scale
@@ -119,7 +131,7 @@ class LatentMethod(Method):
     def decode(self, latents: Tensor) -> Tensor:
         return self.tokenizer.decode(latents)
 
-    # -- records ----------------------------------------------------------------------------------------------------------------
+    # -- records -------------------------------------------------------------------------------------------------------
 
     def size(self) -> str | None:
         """ "XL/2" where the sizes have a name."""
@@ -128,7 +140,9 @@ class LatentMethod(Method):
 
     def components(self) -> tuple[Component, ...]:
         """The frozen networks for the leaderboard."""
-        return (Component(self.tokenizer.name, "tokenizer", self.tokenizer.num_parameters(), self.tokenizer.sha256, "both"),)
+        return (
+            Component(self.tokenizer.name, "tokenizer", self.tokenizer.num_parameters(), self.tokenizer.sha256, "both"),
+        )
 
     def from_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return from_released(state, self.own_tensors(), self.config.patch, align_after=0)

@@ -1,6 +1,7 @@
 """SiT, REPA and REG: objectives and samplers, each as what it adds to the one before.
 
-Time runs as everywhere in `common/`: t = 1 is noise. So do REPA and REG; SiT's network counts the other way and is handed 1 - t.
+Time runs as everywhere in `common/`: t = 1 is noise. So do REPA and REG;
+SiT's network counts the other way and is handed 1 - t.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.blocks import projector
-from common.config import require
-from common.encoders.representation import build_encoder
-from common.latents import FeatureTable
-from common.samplers import euler, euler_maruyama, heun, solver_evaluations
-from common.seeds import Noise
-from methods.base import Batch, Component, DataInfo, Description
-from methods.reg.config import RegConfig, RegSample, RepaConfig, SitConfig, SitSample
-from methods.reg.latent import LatentMethod
-from methods.reg.network import Prediction, Shape
-from methods.reg.path import Mix, draw_times, drift, mix
-from methods.reg.reference import from_released
+from pixlat.common.config.resolve import require
+from pixlat.common.frozen.encoders import build_encoder
+from pixlat.common.frozen.remember import FeatureTable
+from pixlat.common.layers.dit import projector
+from pixlat.common.maths.samplers import euler, euler_maruyama, heun, solver_evaluations
+from pixlat.common.seeds import Noise
+from pixlat.methods.base import Batch, Component, DataInfo, Description
+from pixlat.methods.reg.config import RegConfig, RegSample, RepaConfig, SitConfig, SitSample
+from pixlat.methods.reg.latent import LatentMethod
+from pixlat.methods.reg.network import Prediction, Shape
+from pixlat.methods.reg.path import Mix, draw_times, drift, mix
+from pixlat.methods.reg.reference import from_released
 
 STATISTICS_BATCHES = 64  # from which REG's class token is standardised, where it is
 LEAST_STD = 1e-3  # a channel of the class token that hardly varies is not blown up
@@ -46,7 +47,7 @@ class SitMethod(LatentMethod):
     data_time: ClassVar[float] = 1.0  # what the network calls the time of the data; the noise has 1 - data_time
     config: SitConfig
 
-    # -- training ---------------------------------------------------------------------------------------------------------------
+    # -- training ------------------------------------------------------------------------------------------------------
 
     def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
         x = self.latents(batch)
@@ -66,7 +67,9 @@ class SitMethod(LatentMethod):
         """mean (v - (a' x + s' n))^2."""
         return (predicted.image - path.velocity(x, draws.noise)).square().mean()
 
-    def predict(self, z: Tensor, t: Tensor, labels: Tensor, class_token: Tensor | None = None, hidden_after: int = 0) -> Prediction:
+    def predict(
+        self, z: Tensor, t: Tensor, labels: Tensor, class_token: Tensor | None = None, hidden_after: int = 0
+    ) -> Prediction:
         """The network's answer in our time and in float32 (autocast's bf16 ends here)."""
         towards_data = self.data_time == 1.0
         image, token, hidden = self.network(z, 1 - t if towards_data else t, labels, class_token, hidden_after)
@@ -77,7 +80,7 @@ class SitMethod(LatentMethod):
         t = torch.full((len(x),), time, device=x.device)
         self.predict(mix(self.config.path, t).position(x, torch.randn_like(x)), t, labels)
 
-    # -- sampling ---------------------------------------------------------------------------------------------------------------
+    # -- sampling ------------------------------------------------------------------------------------------------------
 
     def sample(self, labels: Tensor, noise: Noise, config: SitSample) -> Tensor:
         return self.decode(self.image_of(self.solve(labels, noise, config)))
@@ -101,7 +104,8 @@ class SitMethod(LatentMethod):
             )
         else:
             for step in pairwise(ode_times(config.steps)):
-                of_step = partial(velocity, decided_at=step[0])  # a step's second evaluation is guided if its first one is
+                # a step's second evaluation is guided if its first one is
+                of_step = partial(velocity, decided_at=step[0])
                 second_order = config.solver == "heun" and step[1] > 0
                 z = heun(of_step, z, step, last_euler=False) if second_order else euler(of_step, z, step)
         return z
@@ -119,7 +123,10 @@ class SitMethod(LatentMethod):
         return self.channel_scale(config.guidance, config.guided_channels)
 
     def velocity(self, z: Tensor, t: float, labels: Tensor, scale: Tensor | None) -> Tensor:
-        """dz/dt of a state; guided as u + scale (c - u) unless the scale is None. The drift is affine in it, so it is guided alike."""
+        """dz/dt of a state; guided as u + scale (c - u) unless the scale is None.
+
+        The drift is affine in it, so it is guided alike.
+        """
         if scale is None:
             return self.state_velocity(z, t, labels)
         conditional, unconditional = self.state_velocity(torch.cat((z, z)), t, self.with_null(labels)).chunk(2)
@@ -132,7 +139,7 @@ class SitMethod(LatentMethod):
     def evaluations(self, config: SitSample) -> int:
         return solver_evaluations(config.solver, config.steps)
 
-    # -- records ----------------------------------------------------------------------------------------------------------------
+    # -- records -------------------------------------------------------------------------------------------------------
 
     def describe(self, config: SitSample) -> Description:
         guided = config.guidance != 1.0
@@ -196,13 +203,17 @@ class RepaMethod(SitMethod):
     def aligned_objective(self, x: Tensor, draws: Draws, target: Tensor) -> dict[str, Tensor]:
         """SiT's loss + lambda * alignment with the target (B, N, C)."""
         path = mix(self.config.path, draws.t)
-        predicted = self.predict(path.position(x, draws.noise), draws.t, draws.labels, hidden_after=self.config.align_after)
+        predicted = self.predict(
+            path.position(x, draws.noise), draws.t, draws.labels, hidden_after=self.config.align_after
+        )
         velocity, alignment = self.velocity_error(predicted, path, x, draws), self.alignment(predicted, target)
         loss = velocity + self.config.align_weight * alignment
         return {"loss": loss, "velocity": velocity.detach(), "alignment": alignment.detach()}
 
     def alignment(self, predicted: Prediction, target: Tensor) -> Tensor:
-        """-mean cos(projected tokens, target) over batch and tokens, in float32; a target without a class token skips ours."""
+        """-mean cos(projected tokens, target) over batch and tokens, in float32;
+        a target without a class token skips ours.
+        """
         assert predicted.hidden is not None
         projected = self.projectors[0](predicted.hidden[:, -target.shape[1] :])
         return -F.cosine_similarity(projected.float(), target.float(), dim=-1, eps=1e-12).mean()
@@ -216,7 +227,9 @@ class RepaMethod(SitMethod):
 
 
 class RegMethod(RepaMethod):
-    """REPA with the teacher's class token, noised at the image's time, as one more token, whose velocity is predicted too."""
+    """REPA with the teacher's class token, noised at the image's time, as one more token,
+    whose velocity is predicted too.
+    """
 
     config: RegConfig
     class_mean: Tensor
@@ -236,7 +249,7 @@ class RegMethod(RepaMethod):
     def shape(self) -> Shape:
         return replace(super().shape(), class_token=self.token_width)
 
-    # -- training ---------------------------------------------------------------------------------------------------------------
+    # -- training ------------------------------------------------------------------------------------------------------
 
     def before_training(self, batches: Iterator[Batch]) -> None:
         if self.config.standardise:
@@ -261,7 +274,9 @@ class RegMethod(RepaMethod):
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The targets (B, 1 + N, C) with the class token first, or (B, N, C) where it is not as wide as a patch token; the class token (B, T)."""
+        """The targets (B, 1 + N, C) with the class token first, or (B, N, C) where it is not as wide as a patch token;
+        the class token (B, T).
+        """
         if self.config.class_token == "pooled":
             tokens, token = self.teacher.represent(images)
             patches = self.on_our_grid(tokens)
@@ -272,8 +287,12 @@ class RegMethod(RepaMethod):
             patches = torch.cat((token.unsqueeze(1), patches), dim=1)
         return patches, token
 
-    def entangled_objective(self, x: Tensor, draws: Draws, target: Tensor, token: Tensor, token_noise: Tensor) -> dict[str, Tensor]:
-        """REPA's loss + beta * mean squared error of the class token's velocity; the token (B, T) shares the image's time."""
+    def entangled_objective(
+        self, x: Tensor, draws: Draws, target: Tensor, token: Tensor, token_noise: Tensor
+    ) -> dict[str, Tensor]:
+        """REPA's loss + beta * mean squared error of the class token's velocity;
+        the token (B, T) shares the image's time.
+        """
         path = mix(self.config.path, draws.t)
         noisy = path.position(x, draws.noise), draws.t, draws.labels, path.position(token, token_noise)
         predicted = self.predict(*noisy, hidden_after=self.config.align_after)
@@ -281,9 +300,14 @@ class RegMethod(RepaMethod):
         velocity, alignment = self.velocity_error(predicted, path, x, draws), self.alignment(predicted, target)
         entangled = (predicted.class_token - path.velocity(token, token_noise)).square().mean()
         loss = velocity + self.config.align_weight * alignment + self.config.class_weight * entangled
-        return {"loss": loss, "velocity": velocity.detach(), "alignment": alignment.detach(), "class_token": entangled.detach()}
+        return {
+            "loss": loss,
+            "velocity": velocity.detach(),
+            "alignment": alignment.detach(),
+            "class_token": entangled.detach(),
+        }
 
-    # -- sampling: a state is the latents and the class token in one row, (B, C S S + T) ------------------------------------------
+    # -- sampling: a state is the latents and the class token in one row, (B, C S S + T) -------------------------------
 
     def start(self, noise: Noise) -> Tensor:
         latents = super().start(noise)

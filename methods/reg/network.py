@@ -1,7 +1,8 @@
-"""The diffusion transformer of DiT, SiT, REPA and REG (arXiv 2212.09748, section 3.2; REG: arXiv 2507.01467, section 3.2).
+"""The diffusion transformer of DiT, SiT, REPA and REG (arXiv 2212.09748, section 3.2;
+REG: arXiv 2507.01467, section 3.2).
 
-Modules carry the released names, so that a released state dict is ours. Shape legend: B batch, N tokens, D width, H heads, K head dimension,
-C latent channels, S latent side, p patch, T class-token dimension.
+Modules carry the released names, so that a released state dict is ours. Shape legend: B batch, N tokens, D width,
+H heads, K head dimension, C latent channels, S latent side, p patch, T class-token dimension.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common.blocks import NORM_EPS, DitBlock, SinusoidalEmbedding, initialize_linears, modulate, plain_norm, sincos_table, unpatchify
+from pixlat.common.layers.dit import DitBlock
+from pixlat.common.layers.transformer import (
+    NORM_EPS,
+    SinusoidalEmbedding,
+    initialize_linears,
+    modulate,
+    plain_norm,
+    sincos_table,
+    unpatchify,
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,9 @@ class ClassEmbed(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm, then one linear map for the image tokens and, in REG, one for the class token, which shares the modulation."""
+    """Modulated norm, then one linear map for the image tokens and, in REG, one for the class token,
+    which shares the modulation.
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -82,7 +94,9 @@ class FinalLayer(nn.Module):
 
 
 class LatentTransformer(nn.Module):
-    """Noisy latents, time and class (and REG's noisy class token) to a prediction of the latents' shape (and of the token's)."""
+    """Noisy latents, time and class (and REG's noisy class token) to a prediction of the latents'
+    shape (and of the token's).
+    """
 
     pos_embed: Tensor
 
@@ -92,7 +106,9 @@ class LatentTransformer(nn.Module):
         self.x_embedder = PatchEmbed(shape.channels, shape.patch, shape.width)
         self.t_embedder = SinusoidalEmbedding(shape.width)
         self.y_embedder = ClassEmbed(shape.num_classes, shape.width)
-        self.blocks = nn.ModuleList(DitBlock(shape.width, shape.heads, shape.qk_norm, shape.exact_attention) for _ in range(shape.depth))
+        self.blocks = nn.ModuleList(
+            DitBlock(shape.width, shape.heads, shape.qk_norm, shape.exact_attention) for _ in range(shape.depth)
+        )
         self.final_layer = FinalLayer(shape)
         if shape.class_token:
             self.cls_projectors2 = nn.Linear(shape.class_token, shape.width)
@@ -104,7 +120,9 @@ class LatentTransformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Xavier for every matrix, normal for embeddings, zero for what modulates or leaves the network: the untrained output is 0."""
+        """Xavier for every matrix, normal for embeddings, zero for what modulates or leaves the network:
+        the untrained output is 0.
+        """
         initialize_linears(
             self,
             zero=lambda name: "adaLN_modulation" in name or name.startswith("final_layer.linear"),
@@ -112,8 +130,11 @@ class LatentTransformer(nn.Module):
         )
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
 
-    def forward(self, z: Tensor, time: Tensor, labels: Tensor, class_token: Tensor | None = None, hidden_after: int = 0) -> Prediction:
-        """z (B, C, S, S); time (B,) as the network counts it; labels (B,) int64, the last row of the table being "no class".
+    def forward(
+        self, z: Tensor, time: Tensor, labels: Tensor, class_token: Tensor | None = None, hidden_after: int = 0
+    ) -> Prediction:
+        """z (B, C, S, S); time (B,) as the network counts it; labels (B,) int64,
+        the last row of the table being "no class".
 
         hidden_after: the number of the block, from 1, after which the tokens are returned too; 0: none.
         """

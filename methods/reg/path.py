@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.flow import match_dims
+from pixlat.common.maths.flow import match_dims
 
 HALF_PI = math.pi / 2
 
@@ -54,7 +54,8 @@ def draw_times(path: str, distribution: str, count: int, device: torch.device) -
 
 
 def drift(path: str, v: Tensor, z: Tensor, t: float, diffusion: float) -> Tensor:
-    """v - w(t) score / 2 with w = diffusion * t, the score of the velocity v at z multiplied out so that no time divides.
+    """v - w(t) score / 2 with w = diffusion * t, the score of the velocity v at z multiplied
+    out so that no time divides.
 
     linear: score = -((1 - t) v + z) / t;    cosine: score = -(2 / pi) cot(pi t / 2) v - z. t in (0, 1].
     """

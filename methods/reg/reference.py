@@ -1,7 +1,8 @@
 """The authors' released checkpoints under our names.
 
-SiT released a plain state dict whose head has twice the channels (the upper half was never trained); DiT a plain one whose head is ours; REPA a plain
-one, in old files with `decoder_blocks` after the aligned block; REG a training checkpoint (`common.external.read_tensors` takes its "ema").
+SiT released a plain state dict whose head has twice the channels (the upper half was never trained);
+DiT a plain one whose head is ours; REPA a plain one, in old files with `decoder_blocks` after the aligned block;
+REG a training checkpoint (`read_tensors` takes its "ema").
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.blocks import check_table, sincos_table
-from common.errors import UserError
-from common.external import key_faults, read_tensors
-from methods.base import Released
+from pixlat.common.errors import UserError
+from pixlat.common.layers.transformer import check_table, sincos_table
+from pixlat.common.weights.tensors import key_faults, read_tensors
+from pixlat.methods.base import Released
 
 HEAD = "final_layer.linear."
 POSITIONS = "pos_embed"
@@ -33,20 +34,33 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], int, int]:
         width, _, patch, _ = state["x_embedder.proj.weight"].shape
         aligned = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
         later = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
-        model: dict[str, Any] = {"depth": aligned + later, "width": width, "patch": patch, "qk_norm": "blocks.0.attn.q_norm.weight" in state}
+        model: dict[str, Any] = {
+            "depth": aligned + later,
+            "width": width,
+            "patch": patch,
+            "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        }
         model |= {"heads": HEADS[width]} if width in HEADS else {}
         model |= {"projector_width": len(state["projectors.0.0.weight"])} if "projectors.0.0.weight" in state else {}
         model |= {"align_after": aligned} if later else {}
         return model, len(state["y_embedder.embedding_table.weight"]) - 1, patch * int(state[POSITIONS].shape[1] ** 0.5)
     except (KeyError, ValueError, IndexError) as error:
         begin = ", ".join(sorted(state)[:3])
-        raise UserError(f"This is not the state dict of a released DiT, SiT, REPA or REG: {error!r} in reading its shapes. Its keys: {begin}, ...") from error
+        raise UserError(
+            f"This is not the state dict of a released DiT, SiT, REPA or REG: {error!r} in reading its shapes. "
+            f"Its keys: {begin}, ..."
+        ) from error
 
 
 def open_released(licence: str, path: Path, weights: str | None = None) -> Released:
-    """A released file for `launch/prepare.py import`: a plain average, or a training checkpoint whose average is taken."""
+    """A released file for `launch/prepare.py import`: a plain average,
+    or a training checkpoint whose average is taken.
+    """
     if weights is not None:
-        raise UserError(f"weights={weights!r}: a released file is one set of weights, and of a training checkpoint the average is taken.")
+        raise UserError(
+            f"weights={weights!r}: a released file is one set of weights, "
+            "and of a training checkpoint the average is taken."
+        )
     state = read_tensors(path)
     model, num_classes, side = recognise(state)
     return Released(state, model, num_classes, FACTOR * side, "ema", EMA_DECAY, licence)
@@ -61,19 +75,26 @@ def released_name(name: str) -> str:
     return name.removeprefix("network.")
 
 
-def from_released(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], patch: int, align_after: int) -> dict[str, Tensor]:
+def from_released(
+    state: Mapping[str, Tensor], ours: Mapping[str, Tensor], patch: int, align_after: int
+) -> dict[str, Tensor]:
     """The released tensors under the names of `ours`, a method's own state (it may be on the meta device).
 
-    patch: latent positions a side of a token; align_after: number of the aligned block, 0 where nothing is aligned. UserError lists every
-    missing, extra and misshapen key; the fixed position table must equal ours. A model that standardises its class token cannot be loaded, since
-    no released file has its statistics.
+    patch: latent positions a side of a token; align_after: number of the aligned block, 0 where nothing is aligned.
+    UserError lists every missing, extra and misshapen key; the fixed position table must equal ours.
+    A model that standardises its class token cannot be loaded, since no released file has its statistics.
     """
     state = {modern_name(name, align_after): tensor for name, tensor in state.items()}
     shapes = {released_name(name): tensor.shape for name, tensor in ours.items()}
-    state = {name: own_head(tensor, shapes[name][0], patch) if name.startswith(HEAD) else tensor for name, tensor in state.items()}
+    state = {
+        name: own_head(tensor, shapes[name][0], patch) if name.startswith(HEAD) else tensor
+        for name, tensor in state.items()
+    }
     faults = key_faults(state, shapes)
     if faults:
-        raise UserError("\n  ".join([f"The released weights do not fit this model, {len(faults)} keys differ:", *faults]))
+        raise UserError(
+            "\n  ".join([f"The released weights do not fit this model, {len(faults)} keys differ:", *faults])
+        )
     check_positions(state[POSITIONS])
     return {name: state[released_name(name)] for name in ours}
 
@@ -94,7 +115,9 @@ def own_head(tensor: Tensor, rows: int, patch: int) -> Tensor:
 
 
 def check_positions(table: Tensor) -> None:
-    """Compares the stored position table (1, [1 +] g * g, D) with ours; REG's class token, the first where there is one, has no position."""
+    """Compares the stored position table (1, [1 +] g * g, D) with ours; REG's class token,
+    the first where there is one, has no position.
+    """
     _, tokens, width = table.shape
     grid = int(tokens**0.5)
     prefix = table.new_zeros(tokens - grid * grid, width, dtype=torch.float32)

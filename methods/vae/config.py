@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.config import one_of, require
-from methods import MethodSpec
+from pixlat.common.config.resolve import one_of, require
+from pixlat.methods import MethodSpec
 
 GROUP = 8  # channels that share a norm
 
@@ -15,7 +15,8 @@ GROUP = 8  # channels that share a norm
 class VaeConfig:
     """The two networks and the terms of the loss, each relative to the mean absolute error of a pixel in [-1, 1]."""
 
-    widths: list[int] = field(default_factory=lambda: [64, 128])  # channels of each level, fine to coarse; levels differ by a factor of 2
+    #: channels of each level, fine to coarse; levels differ by a factor of 2
+    widths: list[int] = field(default_factory=lambda: [64, 128])
     stem: int = 2  # pixels a side that the first level takes together
     depth: int = 2  # residual blocks a level, in the encoder and in the decoder
     latent_channels: int = 8
@@ -25,12 +26,18 @@ class VaeConfig:
     perceptual_path: str | None = None  # file of the perceptual network's weights; none: the usual caches
     adversarial: float = 0.0  # share of the discriminator's pull on the last layer; 0: no discriminator
     adversarial_start: int = 0  # images after which it is trained and heard
-    discriminator_widths: list[int] = field(default_factory=lambda: [32, 64, 128])  # channels of its layers; each but the first halves the side
+    #: channels of its layers; each but the first halves the side
+    discriminator_widths: list[int] = field(default_factory=lambda: [32, 64, 128])
 
     def __post_init__(self) -> None:
         require(len(self.widths) > 0, "model.widths", self.widths, "needs at least one level")
         for width in self.widths:
-            require(width > 0 and width % GROUP == 0, "model.widths", self.widths, f"every width must be a multiple of {GROUP}")
+            require(
+                width > 0 and width % GROUP == 0,
+                "model.widths",
+                self.widths,
+                f"every width must be a multiple of {GROUP}",
+            )
         for name in ("stem", "latent_channels"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         for name in ("depth", "kl", "perceptual_weight", "adversarial", "adversarial_start"):
@@ -52,7 +59,7 @@ SPEC = MethodSpec(
     name="vae",
     title="KL autoencoder: the tokenizer of sit, repa, reg and dit, trained on your own images",
     paper="Auto-Encoding Variational Bayes (arXiv 1312.6114)",
-    implementation="methods.vae.method:VaeMethod",
+    implementation="pixlat.methods.vae.method:VaeMethod",
     config=VaeConfig,
     sample=VaeSample,
     presets=str(Path(__file__).with_name("presets.yaml")),

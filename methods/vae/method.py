@@ -1,6 +1,8 @@
-"""The autoencoder's training: reconstruction, perceptual distance, KL to a standard normal and, where asked for, a patch discriminator.
+"""The autoencoder's training: reconstruction, perceptual distance, KL to a standard normal and,
+where asked for, a patch discriminator.
 
-loss = mean |y - x| + w_p d(y, x) + w_kl KL(N(mean, std^2) || N(0, 1)) / numbers of the image + w_a * adaptive weight * (-mean D(y))
+loss = mean |y - x| + w_p d(y, x) + w_kl KL(N(mean, std^2) || N(0, 1)) / numbers
+of the image + w_a * adaptive weight * (-mean D(y))
 """
 
 from __future__ import annotations
@@ -10,24 +12,23 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from common.adversarial import (
+from pixlat.common.config.resolve import require
+from pixlat.common.frozen.base import Frozen
+from pixlat.common.frozen.perceptual import ConvNeXtDistance, EmbeddedDistance, Lpips
+from pixlat.common.layers.autoencoder import Decoder, Encoder
+from pixlat.common.layers.discriminators import PatchDiscriminator, evaluating
+from pixlat.common.maths.adversarial import (
     Augmentation,
-    PatchDiscriminator,
     adaptive_weight,
     augment,
     draw_augmentation,
-    evaluating,
     hinge_discriminator,
     hinge_generator,
     quantise,
 )
-from common.autoencoder import Decoder, Encoder
-from common.blocks import without_autocast
-from common.config import require
-from common.encoders.frozen import Frozen
-from common.perceptual import ConvNeXtDistance, EmbeddedDistance, Lpips
-from methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
-from methods.vae.config import VaeConfig, VaeSample
+from pixlat.common.maths.float32 import without_autocast
+from pixlat.methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
+from pixlat.methods.vae.config import VaeConfig, VaeSample
 
 STATISTICS_RATE = 0.005  # of the running moments of the latents; the last few hundred steps count
 MEASURED_IMAGES = 10_000  # at most, from which the moments of the latents are measured when the training is over
@@ -36,7 +37,8 @@ MEASURED_IMAGES = 10_000  # at most, from which the moments of the latents are m
 class VaeMethod(Method):
     """Encoder and decoder, trained on single draws from the posterior.
 
-    The moments of the latents are followed during the training as batch norm follows its own, and measured at its end with the evaluated average.
+    The moments of the latents are followed during the training as batch norm follows its own,
+    and measured at its end with the evaluated average.
     """
 
     phases: tuple[str, ...] = ("autoencoder", "discriminator")
@@ -47,23 +49,31 @@ class VaeMethod(Method):
 
     def __init__(self, config: VaeConfig, data: DataInfo) -> None:
         super().__init__(config, data)
-        require(data.image_size % config.factor == 0, "data.image_size", data.image_size, f"must be a multiple of the model's {config.factor} pixels")
+        require(
+            data.image_size % config.factor == 0,
+            "data.image_size",
+            data.image_size,
+            f"must be a multiple of the model's {config.factor} pixels",
+        )
         sizes = (config.widths, config.stem, config.depth, config.latent_channels, data.channels)
         self.encoder, self.decoder = Encoder(*sizes), Decoder(*sizes)
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_square", torch.ones(config.latent_channels))
         self.perceptual: Frozen | None = perceptual_distance(config)
         self.external = ("perceptual",) if self.perceptual else ()  # which networks there are depends on the losses
-        self.discriminator = PatchDiscriminator(data.channels, config.discriminator_widths) if config.adversarial else None
+        self.discriminator = (
+            PatchDiscriminator(data.channels, config.discriminator_widths) if config.adversarial else None
+        )
         self.phases = self.phases if self.discriminator else self.phases[:1]
-        self.adversarial_active = False  # whether the autoencoder's loss includes the adversarial term; `begin_step` tells
+        # whether the autoencoder's loss includes the adversarial term; `begin_step` tells
+        self.adversarial_active = False
         self.begin_step(images_seen=0)
 
     def load_external(self) -> None:
         if self.perceptual is not None:
             self.perceptual.load()
 
-    # -- training ---------------------------------------------------------------------------------------------------------------
+    # -- training ------------------------------------------------------------------------------------------------------
 
     def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
         x = batch["image"]
@@ -78,13 +88,19 @@ class VaeMethod(Method):
         return self.objective(x, z, mean, std, augmentation)
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Augmentation]:
-        """Mean and standard deviation of the posterior of images x (B, 3, S, S), one draw z from it, each (B, C, h, h), and the augmentation."""
+        """Mean and standard deviation of the posterior of images x (B, 3, S, S), one draw z from it,
+        each (B, C, h, h), and the augmentation.
+        """
         mean, std = self.encoder(x)
         z = mean + std * torch.randn_like(mean)
         return mean, std, z, draw_augmentation(len(x), x.shape[-1], x.device)
 
-    def objective(self, x: Tensor, z: Tensor, mean: Tensor, std: Tensor, augmentation: Augmentation) -> dict[str, Tensor]:
-        """The autoencoder's loss for images x (B, 3, S, S) and draws z (B, C, h, h) from their posteriors, with the terms that are on."""
+    def objective(
+        self, x: Tensor, z: Tensor, mean: Tensor, std: Tensor, augmentation: Augmentation
+    ) -> dict[str, Tensor]:
+        """The autoencoder's loss for images x (B, 3, S, S) and draws z (B, C, h, h) from their posteriors,
+        with the terms that are on.
+        """
         y = self.decoder(z)
         terms = {"l1": (y - x).abs().mean(), "kl": gaussian_kl(mean, std).sum() / x.numel()}
         loss = terms["l1"] + self.config.kl * terms["kl"]
@@ -102,13 +118,17 @@ class VaeMethod(Method):
     def judge(self, x: Tensor, y: Tensor, augmentation: Augmentation) -> Tensor:
         """The discriminator's hinge loss on real and rebuilt images, augmented alike."""
         assert self.discriminator is not None
-        return hinge_discriminator(self.discriminator(augment(x, augmentation)), self.discriminator(augment(y, augmentation)))
+        return hinge_discriminator(
+            self.discriminator(augment(x, augmentation)), self.discriminator(augment(y, augmentation))
+        )
 
     def begin_step(self, images_seen: int) -> None:
         self.adversarial_active = self.phase_active("discriminator", images_seen)
 
     def phase_active(self, phase: str, images_seen: int) -> bool:
-        return phase == "autoencoder" or (self.discriminator is not None and images_seen >= self.config.adversarial_start)
+        return phase == "autoencoder" or (
+            self.discriminator is not None and images_seen >= self.config.adversarial_start
+        )
 
     def turning_points(self) -> list[int]:
         return [self.config.adversarial_start] if self.discriminator else []
@@ -118,13 +138,17 @@ class VaeMethod(Method):
 
     @torch.no_grad()
     def follow(self, mean: Tensor, std: Tensor) -> None:
-        """Moves the running first and second moment of each latent channel, of draws from the posterior, towards the batch's."""
+        """Moves the running first and second moment of each latent channel, of draws from the posterior,
+        towards the batch's.
+        """
         self.latent_mean.lerp_(mean.mean(dim=(0, 2, 3)), STATISTICS_RATE)
         self.latent_square.lerp_((mean.square() + std.square()).mean(dim=(0, 2, 3)), STATISTICS_RATE)
 
     @torch.no_grad()
     def after_training(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
-        """The moments of the latents that a tokenizer normalises with: of its own encoder, the evaluated average, in float32 as it computes."""
+        """The moments of the latents that a tokenizer normalises with: of its own encoder, the evaluated average,
+        in float32 as it computes.
+        """
         wanted, seen = min(self.data.num_train, MEASURED_IMAGES), 0
         sums = torch.zeros(2, len(self.latent_mean), dtype=torch.float64, device="cpu")
         while seen < wanted:
@@ -143,7 +167,7 @@ class VaeMethod(Method):
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if name.startswith(("encoder.", "decoder."))}
 
-    # -- use --------------------------------------------------------------------------------------------------------------------
+    # -- use -----------------------------------------------------------------------------------------------------------
 
     def encode(self, images: Tensor) -> Tensor:
         """The posterior's mean, not normalised."""
@@ -166,7 +190,11 @@ class VaeMethod(Method):
     def components(self) -> tuple[Component, ...]:
         """The frozen network of the perceptual term, where there is one."""
         network, name = self.perceptual, self.config.perceptual
-        return () if network is None else (Component(name, "perceptual loss", network.num_parameters(), network.sha256, used_at="train"),)
+        return (
+            ()
+            if network is None
+            else (Component(name, "perceptual loss", network.num_parameters(), network.sha256, used_at="train"),)
+        )
 
 
 def gaussian_kl(mean: Tensor, std: Tensor) -> Tensor:

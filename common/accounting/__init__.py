@@ -1,0 +1,1 @@
+"""What a method costs, counted without data: multiply-accumulates, parameters and memory."""

@@ -1,0 +1,315 @@
+"""From the command line and a preset to a checked `RunConfig`. Imports no torch.
+
+Order of precedence: the defaults of schema.py, the preset, the command line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from pixlat.common.config.schema import DataConfig, RunConfig, Spec, TrainConfig, flatten
+from pixlat.common.errors import UserError, close_match
+
+PRECISIONS = ("auto", "bf16", "tf32", "fp32")  # common/precision.py says what they are
+UINT8_RULES = ("round", "truncate")
+MIN_EVAL_IMAGES = 20  # one for each group that the evaluator's jackknife leaves out
+
+# `data=folder` is short for `data.name=folder`.
+GROUPS_WITH_NAME = ("data", "cluster")
+
+
+def split_overrides(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """`["seed=0,1", "train.lr=1e-3"]` to `{"seed": ["0", "1"], "train.lr": ["1e-3"]}`;
+    commas inside brackets and quotes do not split.
+    """
+    overrides: dict[str, list[str]] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        key = key.strip().lstrip("-")
+        if not equals or not key:
+            example = f"{key}=jit" if key == "method" else "train.lr=1e-4"
+            raise UserError(
+                f"{argument!r} is not of the form key=value, for example {example}. "
+                "`method=jit --help` lists every key."
+            )
+        if key in overrides:
+            raise UserError(
+                f"{key} is given twice: {'='.join((key, ','.join(overrides[key])))} and {argument}. Keep one, "
+                "or sweep with a comma list."
+            )
+        key = f"{key}.name" if key in GROUPS_WITH_NAME else key
+        overrides[key] = re.split(r""",(?![^\[{]*[\]}])(?=(?:[^"']|"[^"]*"|'[^']*')*$)""", value)
+    return overrides
+
+
+def sweep(overrides: Mapping[str, Sequence[str]]) -> Iterator[dict[str, str]]:
+    """Every combination of the comma lists, the last key varying fastest."""
+    for values in itertools.product(*overrides.values()):
+        yield dict(zip(overrides, values, strict=True))
+
+
+def load_presets(path: str) -> dict[str, dict[str, Any]]:
+    """All presets of a presets.yaml, with `extends` resolved."""
+    raw: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
+
+    def resolve(name: str) -> dict[str, Any]:
+        preset = dict(raw[name])
+        parent = preset.pop("extends", None)
+        if parent is None:
+            return preset
+        merged = OmegaConf.merge(
+            OmegaConf.create({k: v for k, v in resolve(parent).items() if k != "expected"}), OmegaConf.create(preset)
+        )
+        return OmegaConf.to_container(merged)  # type: ignore[return-value]
+
+    return {name: resolve(name) for name in raw}
+
+
+def published_score(spec: Spec, preset: str) -> str:
+    """ "FID 1.86, IS 303.4 (Table 7)": what the preset's row was published with; empty where nothing was."""
+    score = dict(load_presets(spec.presets).get(preset, {}).get("expected") or {})
+    source = score.pop("source", None)
+    told = ", ".join(f"{name.upper() if len(name) < 4 else name} {value}" for name, value in score.items())
+    return f"{told} ({source})" if told and source else told
+
+
+HELP = "`python launch/run.py method=jit --help` lists every key."
+
+
+def resolve(spec: Spec, overrides: Mapping[str, str], advice: str = HELP) -> RunConfig:
+    """The full configuration of one run of a method.
+
+    Unknown presets and keys and wrong types are UserErrors with the nearest valid word.
+    """
+    presets = load_presets(spec.presets)
+    preset_name = overrides.get("preset", RunConfig.preset)
+    if preset_name not in presets:
+        raise UserError(
+            f"method={spec.name} has no preset {preset_name!r}.{close_match(preset_name, presets)} "
+            f"Presets: {', '.join(presets)}."
+        )
+    config = OmegaConf.structured(RunConfig)
+    config.model = OmegaConf.structured(spec.config)
+    config.sample = OmegaConf.structured(spec.sample)
+    settings = {k: v for k, v in presets[preset_name].items() if k not in ("about", "expected")}
+    config = _merge(config, settings, where=f"preset {preset_name} in {spec.presets}")
+    config.method = spec.name
+    config = _merge(config, _parsed(overrides), where="the command line", advice=advice)
+    try:
+        run: RunConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{getattr(error, 'full_key', None) or 'a value'} does not fit: {reason}. "
+            f"A value with ${{...}} stands for another key's."
+        ) from error
+    check(run)
+    return run
+
+
+def _parsed(overrides: Mapping[str, str]) -> DictConfig:
+    """The overrides as nested settings."""
+    try:
+        return OmegaConf.from_dotlist([f"{key}={value}" for key, value in overrides.items()])
+    except (YAMLError, OmegaConfBaseException, AssertionError) as error:
+        # a bracket that is not closed, a key without a name
+        if len(overrides) > 1:  # the one that is at fault
+            for key, value in overrides.items():
+                _parsed({key: value})
+        shown = ", ".join(f"{key}={value}"[:80] for key, value in overrides.items())
+        raise UserError(f"{shown} cannot be read: {str(error).partition(chr(10))[0] or 'it is no YAML'}.") from error
+
+
+def _merge(config: DictConfig, settings: Any, where: str, advice: str = HELP) -> DictConfig:
+    settings = OmegaConf.create(settings)
+    known = dict(flatten(OmegaConf.to_container(config)))
+    for key, _ in flatten(OmegaConf.to_container(settings)):
+        if inside := next((name for name in known if name.startswith(f"{key}.")), None):
+            raise UserError(
+                f"{where}: {key} is a group of keys; set one of them, for example {inside}={known[inside]}."
+            )
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}.{close_match(key, known)} {advice}")
+    try:
+        return OmegaConf.merge(config, settings)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where}: {misfit(error, config, settings)}") from error
+
+
+KINDS = {
+    "FloatNode": "a number, for example 0.5 or 1e-4",
+    "IntegerNode": "a whole number, for example 2", "BooleanNode": "true or false",
+    "StringNode": "a word", "ListConfig": "a list in brackets, for example",
+    "TupleConfig": "a list in brackets, for example",
+}  # fmt: skip
+EXAMPLES = {"int": "[0,1]", "float": "[0.1,0.9]"}
+
+
+def misfit(error: OmegaConfBaseException, config: DictConfig, settings: Any) -> str:
+    """ "train.lr=fast does not fit: it must be a number, for example 0.5 or 1e-4." for a value of the wrong type;
+    config: what it was merged into.
+    """
+    key = re.sub(r"\[\d+\]$", "", getattr(error, "full_key", None) or "")
+    if not key:
+        return f"a value does not fit: {str(error).splitlines()[0]}."
+    node: Any = config
+    for part in key.split("."):
+        node = node._get_node(part)
+    value = dict(flatten(OmegaConf.to_container(settings))).get(key)
+    wanted = KINDS.get(type(node).__name__, "another value")
+    if wanted.endswith("for example"):
+        wanted += f" {EXAMPLES.get(getattr(getattr(node._metadata, 'element_type', None), '__name__', ''), '[a,b]')}"
+    given = "null" if value is None else str(value).replace("'", "")
+    return f"{key}={given} does not fit: it must be {wanted}."
+
+
+def check(run: RunConfig) -> None:
+    """Values that no type can check. Every message names the key, its value and what is allowed."""
+    train = run.train
+    at_least: dict[str, tuple[float, float]] = {
+        "train.images": (train.images, 0), "train.batch": (train.batch, 1),
+        "train.lr": (train.lr, 0), "train.warmup_images": (train.warmup_images, 0),
+        "train.hold_images": (train.hold_images, 0),
+        "train.clip_grad": (train.clip_grad, 0), "train.log_images": (train.log_images, 1),
+        "train.checkpoint_images": (train.checkpoint_images, 1), "train.keep_checkpoints": (train.keep_checkpoints, 1),
+        "train.preview_images": (train.preview_images, 0),
+        "eval.num_images": (run.eval.num_images, 0), "eval.batch": (run.eval.batch, 1),
+        "eval.grid_columns": (run.eval.grid_columns, 1), "data.workers": (run.data.workers, 0),
+        "seed": (run.seed, 0), "cluster.nodes": (run.cluster.nodes, 1),
+        "cluster.signal_delay_s": (run.cluster.signal_delay_s, 1),
+        "cluster.max_timeouts": (run.cluster.max_timeouts, 0),
+        "cluster.array_parallelism": (run.cluster.array_parallelism, 1),
+        "eval.every_images": (run.eval.every_images, 0),
+    }  # fmt: skip
+    for key, (value, lowest) in at_least.items():
+        if value < lowest:
+            raise UserError(f"{key}={value} is too small; it must be at least {lowest}.")
+    if 0 < run.eval.num_images < MIN_EVAL_IMAGES:
+        raise UserError(
+            f"eval.num_images={run.eval.num_images} is too small; error bars need at least {MIN_EVAL_IMAGES} images, "
+            "and 0 skips the evaluation."
+        )
+    _check_name(run.name)
+    for key, budget in (("budget.train_macs", run.budget.train_macs), ("budget.images", run.budget.images)):
+        require(budget is None or budget > 0, key, budget, "must be positive")
+    seeds = run.eval.seeds
+    require(
+        len(set(seeds)) == len(seeds) and min(seeds, default=0) >= 0,
+        "eval.seeds",
+        seeds,
+        "must be different numbers from 0 on",
+    )
+    one_of("train.schedule", train.schedule, ("constant", "cosine", "linear"))
+    one_of("train.precision", train.precision, PRECISIONS)
+    one_of("eval.precision", run.eval.precision, PRECISIONS)
+    one_of("eval.uint8", run.eval.uint8, UINT8_RULES)
+    one_of("data.name", run.data.name, ("emoji32", "folder", "tar", "parquet", "arrow", "shards", "synthetic"))
+    one_of("data.broken", run.data.broken, ("error", "skip"))
+    one_of("data.modes", run.data.modes, ("convert", "strict"))
+    require(
+        run.cluster.collective_timeout_min > 0,
+        "cluster.collective_timeout_min",
+        run.cluster.collective_timeout_min,
+        "must be positive",
+    )
+    check_crop(run.data, remember=getattr(run.model, "remember", False))
+    one_of("cluster.sharding", run.cluster.sharding, ("ddp", "fsdp2"))
+    one_of("eval.protocol", run.eval.protocol, ("embedded",))
+    for tracker in train.trackers:
+        one_of("train.trackers", tracker, ("tensorboard", "wandb"))
+    if train.micro_batch is not None and (train.micro_batch < 1 or train.batch % train.micro_batch):
+        raise UserError(f"train.micro_batch={train.micro_batch} does not divide train.batch={train.batch}.")
+    if any(not 0 <= decay < 1 for decay in train.ema_decay):
+        raise UserError(f"train.ema_decay={train.ema_decay}: every decay must be in [0, 1).")
+    averages = ema_names(train)
+    if run.eval.ema not in (None, "raw", *averages):
+        raise UserError(
+            f"eval.ema={run.eval.ema!r} is not an average of this run. Averages: {', '.join(averages) or 'none'}, "
+            "and raw for the raw weights."
+        )
+
+
+def _check_name(name: str | None) -> None:
+    """A run's folder lies below `out`: `..`, an absolute path and a hidden folder
+    (which no table reads) are refused.
+    """
+    parts = Path(name).parts if name is not None else ("run",)
+    allowed = parts and not Path(*parts).is_absolute() and not any(part.startswith(".") for part in parts)
+    require(
+        bool(allowed), "name", name, "must be a folder's name below out=, without `..`, a leading `/` or a leading dot"
+    )
+
+
+def check_crop(data: DataConfig, remember: bool = False) -> None:
+    """UserError where random crops cannot be made, or where something was computed once for an image that now
+    looks different each time.
+    """
+    one_of("data.crop", data.crop, ("center", "random"))
+    if data.crop == "center":
+        require(
+            data.resize is None,
+            "data.resize",
+            data.resize,
+            "only random crops are cut of a resized image. Set data.crop=random, or data.resize=null",
+        )
+        return
+    if data.resize is not None and data.resize < (data.image_size or 1):
+        raise UserError(
+            f"data.resize={data.resize} is smaller than the squares that are cut of it. "
+            f"Set at least data.image_size={data.image_size}."
+        )
+    if data.latents is not None:
+        raise UserError(
+            f"data.crop=random cuts another square each time, and data.latents={data.latents} holds latents "
+            "of the centres. Leave data.latents out, or set data.crop=center."
+        )
+    if remember:
+        raise UserError(
+            "data.crop=random cuts another square each time, and model.remember=true keeps the encoding of the first "
+            "one. Set model.remember=false, or data.crop=center."
+        )
+
+
+def one_of(key: str, value: str, options: Sequence[str]) -> None:
+    """Raises a UserError unless the value is one of the options."""
+    if value not in options:
+        raise UserError(f"{key}={value!r} is not one of {', '.join(options)}.{close_match(value, options)}")
+
+
+def require(holds: bool, where: str, value: object, rule: str) -> None:
+    """Raises UserError "model.depth=0: must be at least 1." unless the condition holds."""
+    if not holds:
+        raise UserError(f"{where}={value!r}: {rule}.")
+
+
+def checked_interval(where: str, interval: Sequence[float]) -> tuple[float, float]:
+    """A guidance interval as a pair with 0 <= low < high <= 1; anything else is a UserError."""
+    require(len(interval) == 2, where, interval, "must be two numbers, [low, high]")
+    low, high = interval
+    require(0 <= low < high <= 1, where, (low, high), "must satisfy 0 <= low < high <= 1")
+    return low, high
+
+
+def ema_names(train: TrainConfig) -> list[str]:
+    """The names of a run's weight averages, in order: "0.9999" for a decay, "500000img" for a half-life in images."""
+    return [f"{decay:g}" for decay in train.ema_decay] + [
+        f"{halflife:.0f}img" for halflife in train.ema_halflife_images
+    ]
+
+
+def evaluated_ema(run: RunConfig) -> str:
+    """The name of the average that is sampled with, or "raw"."""
+    return run.eval.ema or next(iter(ema_names(run.train)), "raw")
+
+
+def sampling_seeds(run: RunConfig) -> list[int]:
+    """The seeds that the run is sampled with, one evaluation each."""
+    return run.eval.seeds or [run.eval.seed]

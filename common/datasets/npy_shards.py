@@ -1,0 +1,299 @@
+"""Rows in shards of .npy files: written whole or not at all, described by a card that is written last,
+checked when they are opened. Imports no torch.
+
+A row is read with one `pread`: on a network file system that is one request,
+where touching a memory map would be one for each page.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from pixlat.common.cache import cache_file, one_at_a_time
+from pixlat.common.errors import UserError
+from pixlat.common.files import sha256_of, write_whole
+from pixlat.common.progress import progress_bar
+
+OPEN_FILES = 256  # that a process keeps open
+CARD_BYTES = 256 * 2**20  # of the largest card: it lists the images that were skipped
+# beside the shards: those whose digests were found right, with their size and time of change
+VERIFIED = ".verified.json"
+SHOWN_BYTES = 2**30  # verifying more than this shows a progress bar
+
+
+# -- .npy files --------------------------------------------------------------------------------------------------------
+
+
+class Header(NamedTuple):
+    """What the beginning of an .npy file says."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int  # bytes before the numbers
+
+
+def read_header(file: Path) -> Header:
+    """The header of an .npy file of plain numbers whose size agrees with it; anything else is a UserError.
+
+    No memory is taken for the numbers.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            version = np.lib.format.read_magic(stream)
+            reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, columns_first, dtype = reader(stream)
+            header = Header(shape, dtype, stream.tell())
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    except Exception as error:
+        # NumPy's parser meets damaged bytes with whatever they lead to, and the file's name must come with it
+        raise UserError(
+            f"{file} is not an .npy file ({error or type(error).__name__}). It is damaged: make it again."
+        ) from error
+    expected = header.offset + prod(shape) * dtype.itemsize
+    if columns_first or dtype.hasobject or min(shape, default=0) < 0 or size != expected:
+        raise UserError(
+            f"{file} is damaged: its header tells of {shape} numbers of type {dtype}, which are {expected:,} bytes, "
+            f"and it has {size:,}. Make it again."
+        )
+    return header
+
+
+def check_header(file: Path, shape: tuple[int, ...], dtypes: Sequence[DTypeLike], advice: str) -> Header:
+    """The header, which must tell of this shape and one of these types; `advice` ends the message of the UserError."""
+    if not file.is_file():
+        raise UserError(f"{file} is missing. {advice}")
+    header = read_header(file)
+    if header.shape != shape or header.dtype not in [np.dtype(each) for each in dtypes]:
+        wanted = " or ".join(str(np.dtype(each)) for each in dtypes)
+        raise UserError(
+            f"{file} holds {header.shape} numbers of type {header.dtype}, "
+            f"and the card says {shape} of type {wanted}. {advice}"
+        )
+    return header
+
+
+class Shards:
+    """Rows of equal shape in several .npy files, each read with one request.
+
+    It can be handed to other processes; each opens files of its own.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], row_shape: tuple[int, ...], dtype: DTypeLike, offsets: Sequence[int]
+    ) -> None:
+        """offsets: bytes before the first row of each file."""
+        self.files, self.row_shape, self.dtype, self.offsets = files, row_shape, np.dtype(dtype), offsets
+        self.row_bytes = prod(row_shape) * self.dtype.itemsize
+        self.opened = OpenFiles(files)
+
+    def read(self, number: int, row: int) -> NDArray[Any]:
+        """A row of a file, read-only."""
+        content = self.opened.read(number, self.row_bytes, self.offsets[number] + row * self.row_bytes)
+        return np.frombuffer(content, dtype=self.dtype).reshape(self.row_shape)
+
+
+class OpenFiles:
+    """Files read at any place; the newest OPEN_FILES stay open.
+
+    A forked process may go on with the same ones, because `pread` moves no position.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+        self.descriptors: dict[int, int] = {}
+
+    def read(self, number: int, size: int, offset: int) -> bytes:
+        """So many bytes of a file; fewer are a UserError."""
+        try:
+            content = os.pread(self._descriptor(number), size, offset)
+        except OSError as error:
+            raise UserError(
+                f"{self.files[number]} cannot be read: {error.strerror}. Was it moved during the run?"
+            ) from error
+        if len(content) < size:
+            raise UserError(
+                f"{self.files[number]} ends after {offset + len(content):,} bytes, within an image. "
+                "It was cut short: prepare it again."
+            )
+        return content
+
+    def _descriptor(self, number: int) -> int:
+        if number not in self.descriptors:
+            if len(self.descriptors) >= OPEN_FILES:
+                os.close(self.descriptors.pop(next(iter(self.descriptors))))
+            self.descriptors[number] = os.open(self.files[number], os.O_RDONLY | os.O_CLOEXEC)
+        return self.descriptors[number]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"files": self.files, "descriptors": {}}
+
+    def __del__(self) -> None:
+        for descriptor in self.descriptors.values():
+            with suppress(OSError):
+                os.close(descriptor)
+
+
+def shard_count(count: int, shard_size: int) -> int:
+    """How many shards `count` things are in."""
+    return -(-count // shard_size)
+
+
+def shard_ranges(count: int, shard_size: int) -> Iterator[tuple[int, range]]:
+    """(number, positions) of each shard of `count` things."""
+    for number, start in enumerate(range(0, count, shard_size)):
+        yield number, range(start, min(start + shard_size, count))
+
+
+@contextmanager
+def new_shard(file: Path, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[NDArray[Any]]:
+    """An array to be filled; the file has its name once the block has ended well."""
+    temporary = file.with_name(f".{file.name}")
+    array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
+    yield array
+    array.flush()
+    temporary.replace(file)
+
+
+# -- cards -------------------------------------------------------------------------------------------------------------
+
+Rule = Callable[[Any], bool]
+
+
+def whole(low: int, high: int = 2**53) -> Rule:
+    """A whole number within bounds."""
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def text(value: Any) -> bool:
+    """A string."""
+    return isinstance(value, str)
+
+
+def texts(value: Any) -> bool:
+    """A list of strings."""
+    return isinstance(value, list) and all(map(text, value))
+
+
+def text_map(value: Any) -> bool:
+    """Strings by name."""
+    return isinstance(value, dict) and all(map(text, value.values()))
+
+
+def read_card(
+    file: Path, version: int, what: str, rules: Mapping[str, Rule], later: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The card of a folder that `launch/prepare.py` made of images or latents (`what`); a UserError if it is missing,
+    damaged or of another format.
+
+    later: fields that earlier versions did not write, with what they mean where they are missing.
+    """
+    again = f"Make the folder with `python launch/prepare.py {what}`, or let it finish."
+    try:
+        if file.stat().st_size > CARD_BYTES:
+            raise UserError(f"{file} has {file.stat().st_size:,} bytes, and a card at most {CARD_BYTES:,}. {again}")
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise (
+            error if isinstance(error, UserError) else UserError(f"{file} cannot be read ({error}). {again}")
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != version:
+        found = content.get("format") if isinstance(content, dict) else None
+        raise UserError(f"{file} has format {found}, and this version reads {version}. Prepare the {what} again.")
+    return check_fields({**(later or {}), **content}, rules, file, again)
+
+
+def check_fields(content: Any, rules: Mapping[str, Rule], where: object, advice: str) -> dict[str, Any]:
+    """The content, if it has exactly the fields of the rules and each is as its rule says;
+    else a UserError that names the first that is not.
+    """
+    fields = content if isinstance(content, dict) else {}
+    missing, unknown = sorted(rules.keys() - fields.keys()), sorted(fields.keys() - rules.keys())
+    wrong = [name for name, rule in rules.items() if name in fields and not rule(fields[name])]
+    if missing or unknown or wrong:
+        name = [*missing, *unknown, *wrong][0]
+        told = (
+            "is missing"
+            if missing
+            else f"is unknown ({str(fields[name])[:40]})"
+            if unknown
+            else f"cannot be {str(fields[name])[:40]}"
+        )
+        raise UserError(f"{where} is damaged: {name!r} {told}. {advice}")
+    return fields
+
+
+# -- digests -----------------------------------------------------------------------------------------------------------
+
+
+def verify(folder: Path, digests: Mapping[str, str], advice: str) -> None:
+    """UserError unless every file has the digest (SHA-256) that the card gives it; `advice` ends the message.
+
+    A file is read once for each size and time of change: which ones were right is kept beside them,
+    or in the user's cache folder where they cannot be written to. Of several processes of a machine one reads,
+    and the others wait for it.
+    """
+    kept = _kept(folder)
+    with one_at_a_time(kept):
+        known = _read_kept(kept)
+        states = {name: _state(folder / name, digest, advice) for name, digest in digests.items()}
+        unread = [name for name, state in states.items() if known.get(name) != state]
+        if not unread:
+            return
+        total = sum((folder / name).stat().st_size for name in unread)
+        with (
+            progress_bar("verifying", len(unread), unit=" files", enabled=total > SHOWN_BYTES) as bar,
+            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        ):
+            for name, found in zip(unread, pool.map(lambda name: sha256_of(folder / name), unread), strict=True):
+                if found != digests[name]:
+                    raise UserError(
+                        f"{folder / name} is damaged: its SHA-256 is {found[:12]}..., "
+                        f"and the card says {digests[name][:12]}... {advice}"
+                    )
+                bar.update()
+        _keep(kept, known | states)
+
+
+def keep_verified(folder: Path, digests: Mapping[str, str]) -> None:
+    """Notes files whose digests were just computed, so that nobody reads them again for it."""
+    kept = _kept(folder)
+    with one_at_a_time(kept):
+        _keep(kept, _read_kept(kept) | {name: _state(folder / name, digest, "") for name, digest in digests.items()})
+
+
+def _kept(folder: Path) -> Path:
+    return folder / VERIFIED if os.access(folder, os.W_OK) else cache_file("verified", folder).with_suffix(".json")
+
+
+def _state(file: Path, digest: str, advice: str) -> list[object]:
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}. {advice}") from error
+    return [status.st_size, status.st_mtime_ns, digest]
+
+
+def _read_kept(kept: Path) -> dict[str, Any]:
+    """What was noted; nothing where the note is missing or damaged, because it can be made again."""
+    try:
+        content = json.loads(kept.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _keep(kept: Path, states: Mapping[str, Any]) -> None:
+    with suppress(OSError):  # a full or read-only disk: the files are verified at each start
+        write_whole(kept, json.dumps(states) + "\n")

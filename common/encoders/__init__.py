@@ -1,1 +1,0 @@
-"""Frozen networks that measure or teach and are never trained here, one module each."""

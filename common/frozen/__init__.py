@@ -1,0 +1,1 @@
+"""Networks that a method uses and does not train: encoders, tokenizers, perceptual distances."""

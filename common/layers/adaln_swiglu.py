@@ -1,0 +1,119 @@
+"""The transformer block that JiT and RAE's DiT-DH share: RMSNorm, rotated attention and SwiGLU under adaLN-zero.
+
+The two networks differ by what the arguments switch: JiT normalises queries and keys and may drop activations;
+DiT-DH may have another condition for every token. They share all numbers: the same settings give the same bits,
+forward and backward, and draw the same initial weights.
+
+Shape legend: B batch, N tokens, D width, H heads, K head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pixlat.common.layers.transformer import RMSNorm, SwiGLU, attend, modulate, rotate, swiglu_hidden
+
+
+class RotaryAttention(nn.Module):
+    """Multi-head attention whose queries and keys are rotated by their positions.
+
+    The rows of `qkv` are q | k | v, each head-major.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        qk_norm: bool = False,
+        dropout: float = 0.0,
+        attn_dropout: float = 0.0,
+        exact: bool = False,
+    ) -> None:
+        """dropout: after the projection; attn_dropout: on the attention weights; exact: see `attend`."""
+        super().__init__()
+        self.heads, self.exact, self.attn_dropout = heads, exact, attn_dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
+        """(B, N, D) to the same shape; rope: a `rope_table` of the N tokens, or None for no rotation."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, K)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        out = attend(q, k, v, self.attn_dropout if self.training else 0.0, self.exact)
+        return self.dropout(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+class AdaLNBlock(nn.Module):
+    """x += gate Attention(modulated norm(x)), then the same with SwiGLU;
+    shifts, scales and gates come from the condition (adaLN-zero).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        qk_norm: bool = False,
+        dropout: float = 0.0,
+        attn_dropout: float = 0.0,
+        exact: bool = False,
+        activate: bool = False,
+    ) -> None:
+        """mlp_ratio: see `swiglu_hidden`; dropout: after the attention's projection and on SwiGLU's hidden vector;
+        activate: see `condition_activation`.
+        """
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attn = RotaryAttention(width, heads, qk_norm, dropout, attn_dropout, exact)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width, swiglu_hidden(width, mlp_ratio), dropout)
+        self.activation = condition_activation(activate)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, condition: Tensor, rope: Tensor | None) -> Tensor:
+        """x (B, N, D); condition (B, D), the same for all tokens, or (B, N, D), one for each;
+        rope: see `RotaryAttention`.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = per_token(self.modulation(self.activation(condition))).chunk(
+            6, dim=-1
+        )
+        x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), rope))
+        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
+
+
+class AdaLNFinal(nn.Module):
+    """A modulated norm, then one linear map to a token's outputs."""
+
+    def __init__(self, width: int, outputs: int, activate: bool = False) -> None:
+        """outputs: numbers of a token in the network's prediction; activate: see `condition_activation`."""
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.linear = nn.Linear(width, outputs)
+        self.activation = condition_activation(activate)
+        self.modulation = nn.Linear(width, 2 * width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, outputs), for a condition as in `AdaLNBlock`."""
+        shift, scale = per_token(self.modulation(self.activation(condition))).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+
+def condition_activation(activate: bool) -> nn.Module:
+    """SiLU where a layer applies it to its condition; nothing where the network has done so once for all layers.
+
+    Both compute the same function, but their gradients are summed in another order:
+    a network must stay with one to keep its bits.
+    """
+    return nn.SiLU() if activate else nn.Identity()
+
+
+def per_token(modulation: Tensor) -> Tensor:
+    """A modulation (B, D) as (B, 1, D), to be broadcast over the tokens; one for each token (B, N, D) as it is."""
+    return modulation.unsqueeze(1) if modulation.ndim == 2 else modulation

@@ -1,0 +1,1 @@
+"""The pictures of a run: sample grids, nearest training images, training curves."""

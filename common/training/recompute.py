@@ -1,0 +1,29 @@
+"""Recomputed blocks: less memory for a third more work, and the same gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from pixlat.common.method import Method
+
+
+def recompute_blocks(method: Method) -> None:
+    """Keeps of each block only its inputs, and computes the block again in the backward pass,
+    dropout and autocast as before: the same gradients.
+    """
+    for block in method.blocks():
+        block.forward = partial(_recomputed, block.forward)
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return (
+        checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        if torch.is_grad_enabled()
+        else forward(*args, **kwargs)
+    )

@@ -1,0 +1,4 @@
+"""Weights in files: our checkpoints, tensors that others saved, Hugging Face's cache, and finished runs.
+
+Nothing is downloaded.
+"""

@@ -1,0 +1,99 @@
+"""Files of Hugging Face's and torch's caches, or at a given place: found, never fetched, and never written.
+
+Every error says which repository and file is wanted, where it was looked for, under what licence it comes,
+and the command or key that mends it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pixlat.common.errors import UserError
+from pixlat.common.weights import checkpoint
+from pixlat.common.weights.tensors import listed
+
+HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the usual names in a Hugging Face repository, best first
+
+
+def hub_files(
+    repository: str, files: Sequence[str], given: str | None = None, key: str = "", licence: str = ""
+) -> list[Path]:
+    """The files of a Hugging Face repository, from the local cache (newest `main`) or, with `given`, from that folder.
+
+    key: the configuration key that takes `given`; licence: of the weights;
+    both for the message of the UserError where a file is missing.
+    """
+    return [hub_file(repository, [file], given, key, licence) for file in files]
+
+
+def hub_file(
+    repository: str,
+    alternatives: Sequence[str] = HUB_WEIGHTS,
+    given: str | None = None,
+    key: str = "",
+    licence: str = "",
+) -> Path:
+    """The first of a repository's files that is there; `given` is a folder that holds one of them,
+    or the file itself.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if given is not None:
+        return _given(given, alternatives, f"{repository} on Hugging Face", licence)
+    cached = [try_to_load_from_cache(repository, file, cache_dir=constants.HF_HUB_CACHE) for file in alternatives]
+    if found := next((path for path in cached if isinstance(path, str)), None):
+        return Path(found)
+    raise UserError(
+        f"{' or '.join(alternatives)} of {repository} is needed and not in the Hugging Face cache "
+        f"{constants.HF_HUB_CACHE}. Nothing is downloaded silently; get it with: "
+        f"hf download {repository} {alternatives[0]}{_or_key(key)}{_licence(licence)}"
+    )
+
+
+def hub_checkpoint_file(name: str, url: str, given: str | None = None, key: str = "", licence: str = "") -> Path:
+    """A file of torch's hub cache (`torch.hub.get_dir()`/checkpoints), or `given`, which is the file or its folder.
+
+    A name such as vgg16-397923af.pth carries the beginning of the file's sha256, which is checked.
+    """
+    if given is not None:
+        return _given(given, [name], url, licence)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if not path.is_file():
+        raise UserError(
+            f"{name} is needed and not in torch's hub cache {path.parent}. Nothing is downloaded silently; "
+            f"get it with: curl -L --create-dirs -o {path} {url}{_or_key(key)}{_licence(licence)}"
+        )
+    expected = re.search(r"-([0-9a-f]{8,})\.", name)
+    if expected and not (digest := checkpoint.sha256_of(path)).startswith(expected[1]):
+        raise UserError(
+            f"{path} has sha256 {digest}, which does not begin with the {expected[1]} of its name. "
+            f"Download it again from {url}"
+        )
+    return path
+
+
+def _given(given: str, names: Sequence[str], origin: str, licence: str) -> Path:
+    """The file that the user points to: itself, or the first of `names` in the folder."""
+    path = Path(given).expanduser()
+    if path.is_file():
+        return path
+    if found := next((path / name for name in names if (path / name).is_file()), None):
+        return found
+    state = (
+        f"the folder holds {listed(sorted(p.name for p in path.iterdir()))}"
+        if path.is_dir()
+        else "there is no such file or folder"
+    )
+    raise UserError(f"{path}: wanted {' or '.join(names)} of {origin}, but {state}.{_licence(licence)}")
+
+
+def _or_key(key: str) -> str:
+    return f" (or give its place as {key}=)" if key else ""
+
+
+def _licence(licence: str) -> str:
+    return f" Licence of the weights: {licence}." if licence else ""

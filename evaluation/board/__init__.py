@@ -1,0 +1,1 @@
+"""From records to tables and the page. No torch."""

@@ -1,0 +1,290 @@
+"""The leaderboard as one HTML page that needs no network: tables, quality against cost, curves,
+sample grids, protocols, published rows.
+
+Everything a record says reaches the page as JSON in a script element that is not executed;
+`assets/page.js` puts it there as text. A content security policy with the hashes of the page's own scripts lets nothing
+else run and nothing be fetched. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from pixlat.common.errors import UserError
+from pixlat.evaluation.board.attachments import attachment, grid_of, grid_uri, losses_of
+from pixlat.evaluation.board.columns import ABSENT, Cell, Column, best, columns_of, metric_style
+from pixlat.evaluation.board.groups import Group, Records, Section, floor_at, sections
+from pixlat.evaluation.board.matched import curves_of, matched_tables
+from pixlat.evaluation.board.published import PUBLISHED_NOTE, published_columns, published_tables
+from pixlat.evaluation.board.text import BEST_NOTE
+from pixlat.evaluation.records.claims import PICTURE_FILE, ClaimRecord
+from pixlat.evaluation.records.curve import CurvePoint
+from pixlat.evaluation.records.published import PublishedRow
+from pixlat.evaluation.records.record import Record
+
+ASSETS = Path(__file__).with_name("assets")
+SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "vendor/dataTables.min.js", "page.js")
+COSTS = ("macs_image", "params", "train_macs")  # the columns that quality is drawn against
+DRAWN = 1000  # points of a plot: the Pareto front, then the best
+CURVES = 8  # runs of a group whose training is drawn: as many as there are colours
+GRIDS = 12  # sample grids of a data set
+
+
+def to_html(records: Records, published: Sequence[PublishedRow] = ()) -> str:
+    """The whole page."""
+    scripts = [asset(name) for name in SCRIPTS]
+    return Template(asset("page.html")).substitute(
+        policy=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
+        style=asset("page.css"),
+        data=script_json(page_data(records, published)),
+        scripts="\n".join(f"<script>{script}</script>" for script in scripts),
+    )
+
+
+@cache
+def asset(name: str) -> str:
+    """A file of the page."""
+    return (ASSETS / name).read_text(encoding="utf-8")
+
+
+def script_json(value: Any) -> str:
+    """JSON that cannot end or open anything in the HTML around it."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def page_data(records: Records, published: Sequence[PublishedRow]) -> dict[str, Any]:
+    """What the page shows."""
+    left_out = list(records.left_out)
+    found = sections(records.rows)
+    return {
+        "rows": sum(len(section.rows) for section in found),
+        "bestNote": BEST_NOTE,
+        "sections": [section_data(section, records, left_out) for section in found],
+        "grids": grids_data(found, records.folders, left_out),
+        "claims": [claim_data(record, folder, left_out) for record, folder in records.claims],
+        "published": [
+            {"resolution": resolution, "table": published_table(rows)}
+            for resolution, rows in published_tables(published)
+        ],
+        "publishedNote": PUBLISHED_NOTE,
+        "leftOut": left_out,
+    }
+
+
+def section_data(section: Section, records: Records, left_out: list[str]) -> dict[str, Any]:
+    """One protocol."""
+    first = section.rows[0]
+    title = f"{first['data']['name']}, {first['data']['resolution']} px"
+    if first["protocol"]:
+        title += f", {first['protocol']['samples']['n']:,} images"
+    return {
+        "id": f"protocol-{section.protocol_hash}",
+        "title": title if first["protocol"] else "Not evaluated",
+        "name": section.name,
+        "notes": section.notes,
+        "protocol": json.dumps(first["protocol"], indent=2, ensure_ascii=False) if first["protocol"] else None,
+        "groups": [group_data(group, records, left_out) for group in section.groups],
+    }
+
+
+def group_data(group: Group, records: Records, left_out: list[str]) -> dict[str, Any]:
+    """Rows that are ranked together: their table, their plots, and what they reach at equal cost."""
+    columns = columns_of(group)
+    return {
+        "heading": group.heading,
+        "score": metric_style(group.primary).label,
+        "scoreColumn": group.primary,
+        "table": ranked_table(group, columns),
+        "methods": [row["system"]["method"] for row in group.rows],
+        "floor": _floor(group),
+        "plots": [plot for key in COSTS if (plot := plot_data(group, columns, key))],
+        "matched": [vars(table) for table in matched_tables(group, records.curves)],
+        "scores": score_curves(group, records.curves),
+        "losses": loss_curves(group, records.folders, left_out),
+    }
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def ranked_table(group: Group, columns: Sequence[Column]) -> dict[str, Any]:
+    """A table whose first column is the rank."""
+    table = table_data(columns, group.rows, [column.better for column in columns])
+    rank = Column("rank", "", lambda row: Cell(), essential=True, hint="rank")
+    table["columns"].insert(0, column_data(rank))
+    table["best"].insert(0, [])
+    for number, cells in enumerate(table["rows"], start=1):
+        cells.insert(0, [str(number), number] if number <= len(group.ranked) else [ABSENT])
+    return table
+
+
+def published_table(rows: Sequence[PublishedRow]) -> dict[str, Any]:
+    """A table without ranks and without best values."""
+    columns = published_columns(rows)
+    return table_data(columns, rows, [None] * len(columns))
+
+
+def table_data(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], marked: Sequence[Any]) -> dict[str, Any]:
+    """Columns, cells [text, value, standard error] by row, and by column the rows whose value is marked as best."""
+    cells = [[column.read(dict(row)) for row in rows] for column in columns]
+    return {
+        "columns": [column_data(column) for column in columns],
+        "rows": [[cell_data(cell) for cell in line] for line in zip(*cells, strict=True)] if columns else [],
+        "best": [sorted(best(line, better)) for line, better in zip(cells, marked, strict=True)],
+    }
+
+
+def column_data(column: Column) -> dict[str, Any]:
+    """What a header needs."""
+    return {name: getattr(column, name) for name in ("key", "label", "unit", "better", "essential", "hint")}
+
+
+def cell_data(cell: Cell) -> list[Any]:
+    """[text], [text, value] or [text, value, error]; a value that is the text itself is left out,
+    it sorts all the same.
+    """
+    values = [value for value in (None if cell.value == cell.text else cell.value, cell.error) if value is not None]
+    return [cell.text, *values]
+
+
+# -- plots -------------------------------------------------------------------------------------------------------------
+
+
+def plot_data(group: Group, columns: Sequence[Column], key: str) -> dict[str, Any] | None:
+    """Quality against one cost, where there are rows to compare: which are drawn,
+    and which of them are not beaten in both.
+    """
+    column = next((column for column in columns if column.key == key), None)
+    if column is None:
+        return None
+    points = [(i, column.read(row).value, row["metrics"][group.primary]["value"]) for i, row in enumerate(group.ranked)]
+    positive = [
+        (i, float(cost), score) for i, cost, score in points if isinstance(cost, float | int) and cost > 0 and score > 0
+    ]
+    front = pareto_front(positive)
+    drawn = list(dict.fromkeys([*front, *(i for i, _, _ in positive)]))[:DRAWN]
+    return {"column": key, "front": front, "drawn": sorted(drawn), "of": len(positive)} if len(positive) > 1 else None
+
+
+def pareto_front(points: Sequence[tuple[int, float, float]]) -> list[int]:
+    """The first entries of those (index, cost, score) that no other beats in both,
+    lower being better, in ascending cost.
+    """
+    front, lowest = [], float("inf")
+    for index, _, score in sorted(points, key=lambda point: (point[1], point[2])):
+        if score < lowest:
+            front.append(index)
+            lowest = score
+    return front
+
+
+def _floor(group: Group) -> float | None:
+    """What real images reach at the number of images of these rows, where the ranking distance has a floor."""
+    for row in group.ranked[:1]:
+        floor = row["metrics"].get("fd_floor")
+        if floor and floor.get("value_bc") is not None:
+            return floor_at(floor, row["metrics"][group.primary]["n"])
+    return None
+
+
+def score_curves(group: Group, measured: Mapping[str, Sequence[CurvePoint]]) -> list[dict[str, Any]]:
+    """Score against images seen and against training MACs, of the runs that were evaluated while they trained."""
+    found = []
+    for axis, label in (("images", "images seen"), ("train_macs", "training MACs")):
+        curves = [curve for curve in curves_of(group, axis, measured) if len(curve.points) > 1][:CURVES]  # type: ignore[arg-type]
+        lines = [
+            {"run": curve.name, "points": [[point.cost, point.value, point.error] for point in curve.points]}
+            for curve in curves
+        ]
+        if lines:
+            found.append({"label": label, "lines": lines})
+    return found
+
+
+def loss_curves(group: Group, folders: Mapping[str, Path], left_out: list[str]) -> list[dict[str, Any]]:
+    """The losses of the best runs over the images seen."""
+    lines = []
+    for row in group.rows[:CURVES]:
+        try:
+            curves = losses_of(row, folders[row["row_id"]]) if row["row_id"] in folders else {}
+        except UserError as error:
+            left_out.append(str(error))
+            continue
+        lines += [
+            {"run": row["name"] + (f", {name.rpartition('/')[0]}" if "/" in name else ""), "points": points}
+            for name, points in curves.items()
+        ]
+    return lines
+
+
+# -- sample grids ------------------------------------------------------------------------------------------------------
+
+
+def grids_data(found: Sequence[Section], folders: Mapping[str, Path], left_out: list[str]) -> list[dict[str, Any]]:
+    """For each data set the grids of the best run of each method, all from the same noise and labels."""
+    by_data: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
+    pairs = [(group, row) for section in found for group in section.groups for row in group.rows]
+    for group, row in pairs:
+        data, label = row["data"], f"{_method(row)}, {group.heading.lower()}"
+        figures = by_data.setdefault((data["name"], data["revision"], data["resolution"]), {})
+        if label in figures or len(figures) >= GRIDS or row["row_id"] not in folders:
+            continue
+        try:
+            grid = grid_of(row, folders[row["row_id"]])
+        except UserError as error:
+            left_out.append(str(error))
+            continue
+        if grid:
+            figures[label] = figure_data(row, group, label, grid)
+    return [
+        {"title": f"{name}, {resolution} px", "figures": list(figures.values())}
+        for (name, _, resolution), figures in by_data.items()
+        if figures
+    ]
+
+
+def claim_data(record: ClaimRecord, folder: Path, left_out: list[str]) -> dict[str, Any]:
+    """A checked claim: the sentences and tables of its record, and its picture."""
+    picture = None
+    try:
+        path = attachment(folder, PICTURE_FILE)
+        picture = grid_uri(path) if path else None
+    except UserError as error:
+        left_out.append(str(error))
+    cells = [
+        [each["text"], f"{each['value']:.4g}", f"{each['se']:.2g}" if each["n"] else ABSENT, each["verdict"]]
+        for each in record["criteria"]
+    ]
+    return {
+        **{name: record[name] for name in ("name", "verdict", "statement", "paper", "setting", "remarks")},
+        "amended": record.get("amended", ""),
+        "budget": ("quick run, " if record["quick"] else "")
+        + (f"{len(record['seeds'])} seeds" if record["seeds"] else "nothing random"),
+        "criteria": {"headers": ["criterion", "found", "standard error", "verdict"], "cells": cells},
+        "table": {"headers": record["table"]["headers"], "cells": record["table"]["rows"]},
+        "picture": picture,
+    }
+
+
+def figure_data(row: Record, group: Group, label: str, grid: tuple[str, int, int]) -> dict[str, Any]:
+    """A picture with what to say below it."""
+    uri, width, height = grid
+    style, metric = metric_style(group.primary), row["metrics"].get(group.primary)
+    score = f"{style.label} {style.text(metric['value'])}" if metric else ""
+    return {"src": uri, "width": width, "height": height, "method": label, "run": row["name"], "score": score}
+
+
+def _method(row: Record) -> str:
+    return " ".join(part for part in (row["system"]["method"], row["system"]["variant"], row["system"]["size"]) if part)

@@ -1,0 +1,1 @@
+"""From images to features and their sums: extractors, moments, and the statistics of real images."""

@@ -1,0 +1,233 @@
+"""NumPy archives made by somebody else: read without unpickling, a large array streamed and never held whole."""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pixlat.common.errors import UserError
+from pixlat.common.files import open_regular
+from pixlat.evaluation.features.collect import ImageBatch
+from pixlat.evaluation.features.ranks import rank_and_size
+
+IMAGES = "arr_0"  # where np.savez puts an array without a name
+MAX_IMAGES, MAX_RESOLUTION = 10**8, 8192
+MAX_CHUNK_BYTES = 2**28  # of images read at once
+MAX_HEADER_BYTES = 10_000  # of an array, as NumPy has it
+MAX_MEMBERS = 1000  # arrays of an archive
+KINDS = {
+    "ADM's reference (protocols adm256, adm512)": {"mu", "sigma", "mu_s", "sigma_s", IMAGES},
+    "JiT's or MAR's statistics (protocols jit256, jit512)": {"mu", "sigma"},
+    "pMF's statistics (protocols pmf256, pmf512)": {"ref_mu", "ref_sigma"},
+    "samples (npz= of evaluation/run.py)": {IMAGES},
+}
+
+
+class NpzImages:
+    """The images of an ADM-style .npz: `arr_0`, uint8 (N, H, W, 3), compressed or not.
+
+    Anything else is a UserError at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _member(path, IMAGES) as member:
+            shape, dtype = member.shape, member.dtype
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or 0 in shape:
+            raise UserError(
+                f"{path}: {IMAGES} is {dtype} {shape}; uint8 (number, height, width, 3) "
+                "with square images in [0, 255] is wanted."
+            )
+        if shape[0] > MAX_IMAGES or shape[1] > MAX_RESOLUTION:
+            raise UserError(
+                f"{path}: {IMAGES} is {shape}, and at most {MAX_IMAGES:,} images of {MAX_RESOLUTION:,} px are read."
+            )
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def resolution(self) -> int:
+        """Pixels."""
+        return self.shape[1]
+
+    def batches(self, size: int = 128, positions: NDArray[np.int64] | None = None) -> Iterator[ImageBatch]:
+        """This process's share of the images, or of those at ascending positions with their places among these;
+        `size` are read at a time.
+        """
+        rank, ranks = rank_and_size()
+        chosen = np.arange(len(self)) if positions is None else positions
+        place = np.full(len(self), -1)
+        place[chosen] = np.arange(len(chosen))
+        image_bytes = math.prod(self.shape[1:])
+        size = max(1, min(size, MAX_CHUNK_BYTES // image_bytes))
+        with _member(self.path, IMAGES) as member:
+            for chunk, start in enumerate(range(0, int(chosen[-1]) + 1, size)):
+                count = min(size, len(self) - start)
+                data = member.read(count * image_bytes)
+                kept = place[start : start + count] >= 0
+                if chunk % ranks == rank and kept.any():
+                    images = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(count, *self.shape[1:])[
+                        torch.from_numpy(kept)
+                    ]
+                    yield images.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(place[start : start + count][kept])
+            member.finish()
+
+
+def read_floats(path: Path, key: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """A finite floating-point array of this shape from an .npz, as float64."""
+    with _member(path, key) as member:
+        if member.shape != shape or member.dtype.kind != "f":
+            told = f"{member.dtype} {member.shape}, but floating point {shape} is wanted"
+            raise UserError(f"{path}: {key} is {told}. These are not statistics of this extractor.")
+        data, dtype = member.read(member.num_bytes), member.dtype
+        member.finish()
+    array = np.frombuffer(data, dtype=dtype).reshape(shape).astype(np.float64)
+    if not np.isfinite(array).all():
+        raise UserError(f"{path}: {key} holds {int((~np.isfinite(array)).sum())} values that are NaN or infinite.")
+    return array
+
+
+def describe_arrays(path: Path) -> list[str]:
+    """A line for each member: name, type, shape, or why it is no plain array; and what file this looks like."""
+    names = _names(path)
+    keys = {name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)}
+    lines = [_describe(path, name) for name in names]
+    for kind, wanted in KINDS.items():
+        if wanted <= keys:
+            return [*lines, f"looks like {kind}"]
+    return [*lines, "not a file of statistics or samples that is known here"]
+
+
+def _describe(path: Path, name: str) -> str:
+    shown = name if name.isprintable() else ascii(name)
+    if not name.endswith(SUFFIX):
+        return f"{shown}: not an array"
+    with _member(path, name.removesuffix(SUFFIX)) as member:
+        return f"{shown.removesuffix(SUFFIX)}: {member.dtype} {member.shape}"
+
+
+# -- an archive --------------------------------------------------------------------------------------------------------
+
+SUFFIX = ".npy"
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One array of an archive, its header read, its data in C order to come."""
+
+    path: Path
+    stream: IO[bytes]
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, count: int) -> bytes:
+        """The next bytes, exactly so many."""
+        with _sentences(self.path):
+            data = self.stream.read(count)
+        if len(data) != count:
+            raise UserError(f"{self.path} ends early: {count - len(data):,} bytes are missing. Copy the file again.")
+        return data
+
+    def finish(self) -> None:
+        """Reads to the end, where the archive's checksum is compared."""
+        with _sentences(self.path):
+            while self.stream.read(MAX_CHUNK_BYTES):
+                pass
+
+
+@contextmanager
+def _sentences(path: Path) -> Iterator[None]:
+    """Whatever fails within is a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # zipfile, its decompressors and NumPy's header meet damaged bytes with whatever they lead to
+        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        raise UserError(
+            f"{path} cannot be read as .npz: {reason}. Copy the file again, or save its arrays with np.savez."
+        ) from error
+
+
+def _names(path: Path) -> list[str]:
+    """The names of the members."""
+    with _sentences(path), open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+    if len(names) > MAX_MEMBERS:
+        raise UserError(f"{path} holds {len(names):,} files, and at most {MAX_MEMBERS:,} arrays are expected.")
+    return names
+
+
+@contextmanager
+def _member(path: Path, key: str) -> Iterator[_Member]:
+    """One array; damage that shows on opening, and data that are fewer or more than the header says,
+    are a UserError.
+    """
+    names = [name.removesuffix(SUFFIX) for name in _names(path) if name.endswith(SUFFIX)]
+    if key not in names:
+        held = ", ".join(name if name.isprintable() else ascii(name) for name in names[:8])
+        raise UserError(f"{path} has no array {key!r}. It holds: {held or 'nothing'}.")
+    with ExitStack() as stack:
+        with _sentences(path):
+            archive = stack.enter_context(zipfile.ZipFile(stack.enter_context(open_regular(path))))
+            info = archive.getinfo(f"{key}{SUFFIX}")
+            stream = stack.enter_context(archive.open(info))
+            (shape, dtype), header_bytes = _header(path, key, stream)
+        member = _Member(path, stream, shape, dtype)
+        if (missing := header_bytes + member.num_bytes - info.file_size) > 0:
+            raise UserError(f"{path} ends early: {missing:,} bytes are missing. Copy the file again.")
+        if missing < 0:
+            raise UserError(
+                f"{path} is damaged: {key} has {-missing:,} bytes more than its shape {shape} needs. "
+                "Copy the file again."
+            )
+        yield member
+
+
+def _header(path: Path, key: str, stream: IO[bytes]) -> tuple[tuple[tuple[int, ...], np.dtype[np.generic]], int]:
+    """((shape, dtype), its own bytes) of the array that follows, in C order.
+
+    An object array has no other form than a pickle and is refused.
+    """
+    start = stream.read(8)  # magic, and the version of the format
+    width, read = (
+        (2, np.lib.format.read_array_header_1_0) if start[6:7] == b"\1" else (4, np.lib.format.read_array_header_2_0)
+    )
+    length = stream.read(width)
+    told = int.from_bytes(length, "little")
+    if (
+        start[:6] != np.lib.format.MAGIC_PREFIX
+        or start[6:7] not in (b"\1", b"\2", b"\3")
+        or len(length) != width
+        or told > MAX_HEADER_BYTES
+    ):
+        raise UserError(f"{path}: {key} is not a NumPy array: it has no header of one. Save it again with np.savez.")
+    content = start + length + stream.read(told)
+    shape, fortran, dtype = read(io.BytesIO(content[8:]))
+    if dtype.hasobject:
+        raise UserError(
+            f"{path}: {key} holds Python objects, which would have to be unpickled; a plain array is wanted."
+        )
+    if fortran and len(shape) > 1:
+        raise UserError(f"{path}: {key} is stored column by column. Save it again with np.ascontiguousarray.")
+    if any(type(length) is not int or length < 0 for length in shape):
+        raise UserError(f"{path}: {key} has the shape {shape}, which no array has. Save it again with np.savez.")
+    return (shape, dtype), len(content)

@@ -1,0 +1,166 @@
+"""What generated images are measured against: features and moments of the training split,
+and of the held-out split for the floor.
+
+Every class weighs alike, whatever its number of images, because generated labels are balanced:
+against unweighted moments of an unbalanced data set even a perfect generator would stay at a distance (emoji32: 23,
+as much as the bias of 2000 samples).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch import Tensor
+
+from pixlat.common.seeds import derive
+from pixlat.common.weights.checkpoint import save_tensors
+from pixlat.evaluation.features.collect import ImageBatch, collect
+from pixlat.evaluation.features.extractor import Extractor
+from pixlat.evaluation.features.moments import Moments
+from pixlat.evaluation.features.ranks import rank_and_size, sum_over_ranks
+from pixlat.evaluation.protocols.identity import EVALUATOR_VERSION, JACKKNIFE_GROUPS, MAX_NEIGHBOURS, digest
+
+KINDS = {  # type and number of dimensions of each tensor of a feature set
+    "count": (torch.int64, 1), "weight": (torch.float64, 2), "first": (torch.float64, 2), "second": (torch.float64, 3),
+    "features": (torch.float32, 2), "labels": (torch.int64, 1),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of labelled real images."""
+
+    moments: Moments  # of all images, weighted as feature_set was told
+    features: Tensor  # (m, D) float32, of at most MAX_NEIGHBOURS images
+    labels: Tensor  # (m,) int64
+
+    @property
+    def weights(self) -> Tensor:
+        """(m,) float64, mean 1: classes weighted alike."""
+        return class_weights(self.labels)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As they are stored."""
+        return {**self.moments.tensors(), "features": self.features, "labels": self.labels}
+
+
+def class_weights(labels: Tensor) -> Tensor:
+    """(N,) float64 with mean 1: N / (classes * images of the own class)."""
+    _, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
+    return (len(labels) / (len(counts) * counts.double()))[inverse]
+
+
+def feature_set(
+    images: Iterable[ImageBatch],
+    labels: NDArray[np.int64],
+    extractor: Extractor,
+    data_digest: str,
+    cache: Path,
+    groups: int = JACKKNIFE_GROUPS,
+    balanced: bool = True,
+) -> FeatureSet:
+    """The features of a data set, from the cache folder if they are there, else extracted and stored.
+
+    images: batches of all N images, in the order of labels (N,);
+        an iterator is not touched where the cache holds the answer.
+    data_digest: determines images, labels and order. balanced: classes weigh alike in the moments, otherwise images do.
+    With several processes each brings its part of the images and gets the whole.
+    """
+    path = cache / f"{_cache_key(extractor, data_digest, groups, balanced)}.safetensors"
+    found = _read(path, len(labels))
+    if _everyone(found is not None) and found is not None:
+        return found
+    all_labels = torch.from_numpy(labels)
+    keep = sample_of(len(labels))
+    weights = class_weights(all_labels) if balanced else None
+    collected = collect(images, len(labels), extractor, weights, keep, groups)
+    result = FeatureSet(collected.moments, collected.features, all_labels[keep])
+    if rank_and_size()[0] == 0:
+        _write(result, path)
+    return result
+
+
+def sample_of(n: int) -> Tensor:
+    """(n,) bool: at most MAX_NEIGHBOURS images, the same ones every time."""
+    keep = torch.zeros(n, dtype=torch.bool)
+    rng = np.random.Generator(np.random.PCG64(derive("reference sample")))
+    keep[torch.from_numpy(rng.permutation(n)[:MAX_NEIGHBOURS])] = True
+    return keep
+
+
+def _everyone(condition: bool) -> bool:
+    """Whether the condition holds in all processes."""
+    failures = torch.tensor(int(not condition))
+    sum_over_ranks(failures)
+    return not int(failures)
+
+
+def _cache_key(extractor: Extractor, data_digest: str, groups: int, balanced: bool) -> str:
+    parts = [
+        extractor.id,
+        extractor.sha256,
+        extractor.layer,
+        extractor.resize,
+        extractor.scaling,
+        data_digest,
+        groups,
+        balanced,
+        EVALUATOR_VERSION,
+    ]
+    parts += [extractor.resize_digest] if extractor.resize_digest else []
+    return digest(parts)[:32]
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        hasher.update(tensors[name].contiguous().numpy().data)
+    return hasher.hexdigest()
+
+
+def _write(features: FeatureSet, path: Path) -> None:
+    """Whole or not at all, with a checksum."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tensors = features.tensors()
+    save_tensors(tensors, temporary, metadata={"sha256": checksum(tensors)})
+    temporary.replace(path)
+
+
+def _read(path: Path, num_images: int) -> FeatureSet | None:
+    """What `_write` wrote, or None where there is nothing, or something damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            expected = (file.metadata() or {}).get("sha256")
+        if not _is_feature_set(tensors, num_images) or checksum(tensors) != expected:
+            return None
+    except Exception:  # no file, or one whose damage leads the library to anything: the features are extracted again
+        return None
+    return FeatureSet(Moments.from_tensors(tensors), tensors["features"], tensors["labels"])
+
+
+def _is_feature_set(tensors: Mapping[str, Tensor], num_images: int) -> bool:
+    """Whether the tensors have the names, types and shapes of a feature set: the checksum is of their bytes only."""
+    kinds = {name: (tensor.dtype, tensor.ndim) for name, tensor in tensors.items()}
+    if kinds != KINDS:
+        return False
+    (groups, dims), kept = tensors["first"].shape, len(tensors["labels"])
+    shapes = {
+        "count": (groups,),
+        "weight": (groups, 2),
+        "first": (groups, dims),
+        "second": (groups, dims, dims),
+        "features": (kept, dims),
+        "labels": (kept,),
+    }
+    same = all(tuple(tensors[name].shape) == shape for name, shape in shapes.items())
+    return same and kept == min(num_images, MAX_NEIGHBOURS) and int(tensors["count"].sum()) == num_images

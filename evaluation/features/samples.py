@@ -1,0 +1,118 @@
+"""Finished images, whoever made them: a folder of files, or an ADM-style .npz (arrays.py).
+
+Both stream; neither is resized or cropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pixlat.common.errors import UserError
+from pixlat.common.images.archive import IMAGE_SUFFIXES
+from pixlat.common.images.crop import read_rgb
+from pixlat.common.images.splits import fixed_draw
+from pixlat.common.seeds import derive
+from pixlat.evaluation.features.arrays import MAX_CHUNK_BYTES, NpzImages
+from pixlat.evaluation.features.collect import ImageBatch, batches
+
+LOSSY = (".jpg", ".jpeg", ".webp")
+
+
+class Samples(Protocol):
+    """Square images of one size, in a fixed order."""
+
+    @property
+    def resolution(self) -> int: ...
+    def __len__(self) -> int: ...
+    def batches(self, size: int = 128, positions: NDArray[np.int64] | None = None) -> Iterator[ImageBatch]: ...
+
+
+class FolderSamples:
+    """Every image file below a folder, by name.
+
+    Another size than the first one's, or a file that cannot be decoded, is a UserError that names it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder} is not a folder. images= takes a folder of {', '.join(IMAGE_SUFFIXES)} files, "
+                "npz= a .npz file."
+            )
+        self.files = sorted(
+            path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not _hidden(path, folder)
+        )
+        if not self.files:
+            raise UserError(f"{folder} holds no image file ({', '.join(IMAGE_SUFFIXES)}).")
+        self.resolution = read_pixels(self.files[0]).shape[1]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether some file may have lost detail when it was written."""
+        return any(path.suffix.lower() in LOSSY for path in self.files)
+
+    def batches(self, size: int = 128, positions: NDArray[np.int64] | None = None) -> Iterator[ImageBatch]:
+        """This process's share of the images, or of those at ascending positions with their places among these;
+        no other file is opened.
+        """
+        chosen = np.arange(len(self)) if positions is None else positions
+        size = max(1, min(size, MAX_CHUNK_BYTES // (3 * self.resolution**2)))
+        return batches(lambda places: self._fetch(chosen[places.start : places.stop]), len(chosen), size)
+
+    def _fetch(self, indices: Iterable[int]) -> NDArray[np.uint8]:
+        images = [read_pixels(self.files[index]) for index in indices]
+        for index, image in zip(indices, images, strict=True):
+            if image.shape[1:] != (self.resolution, self.resolution):
+                height, width = image.shape[1:]
+                raise UserError(
+                    f"{self.files[index]} has {width} x {height} pixels, "
+                    f"the first image {self.resolution} x {self.resolution}."
+                )
+        return np.stack(images)
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def read_pixels(path: Path) -> NDArray[np.uint8]:
+    """The file as (3, H, W) uint8 RGB, opened within the limits of common/images/crop.py; it must be square,
+    because generated images are.
+    """
+    pixels = read_rgb(path).transpose(2, 0, 1)
+    if pixels.shape[1] != pixels.shape[2]:
+        raise UserError(f"{path} has {pixels.shape[2]} x {pixels.shape[1]} pixels; generated images are square.")
+    return np.ascontiguousarray(pixels)
+
+
+def drawn_images(samples: Samples, n: int, size: int, shuffled: bool = False) -> Iterator[ImageBatch]:
+    """Batches of n of the images, a fixed draw because files are sorted by class; all of them where there are no more.
+
+    They are numbered in their order, or, shuffled, in a fixed random one, where the first of them stand for all.
+    """
+    positions = fixed_draw(len(samples), n)
+    order = torch.from_numpy(
+        np.random.Generator(np.random.PCG64(derive("finished images"))).permutation(len(positions))
+    )
+    for images, indices in samples.batches(size, positions):
+        yield images, order[indices] if shuffled else indices
+
+
+def open_samples(folder: str | None, npz: str | None) -> Samples:
+    """The images of a folder or of an .npz."""
+    if npz is not None:
+        path = Path(npz).expanduser()
+        if not path.is_file():
+            raise UserError(f"npz={npz} does not exist or is not a file.")
+        return NpzImages(path)
+    assert folder is not None
+    return FolderSamples(Path(folder).expanduser())

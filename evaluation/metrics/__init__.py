@@ -1,0 +1,1 @@
+"""Metrics and error bars: pure mathematics on features and moments."""

@@ -1,0 +1,113 @@
+"""Kernel distance (KID): the squared maximum mean discrepancy with k(x, y) = (x.y / D + 1)^3:
+an unbiased estimate, summed in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pixlat.evaluation.features.extractor import exact_float32
+from pixlat.evaluation.metrics.frechet import jackknife
+from pixlat.evaluation.protocols.identity import (
+    JACKKNIFE_GROUPS,
+    KID_COMPLETE_LIMIT,
+    KID_SEED,
+    KID_SUBSET_SIZE,
+    KID_SUBSETS,
+)
+
+BLOCK = 2048  # rows and columns of a kernel matrix in memory at once
+
+
+@dataclass(frozen=True)
+class KernelDistance:
+    value: float
+    # over draws of the generated images, by the jackknife over groups of them;
+    # of subsets with the error of their choice
+    se: float
+    left_out: tuple[float, ...] = ()  # complete: the values with one group left out
+
+
+def kernel_distance(generated: Tensor, reference: Tensor, weights: Tensor | None = None) -> KernelDistance:
+    """KID of features (n, D) and (m, D) on one device; the reference's weights (m,) default to 1.
+
+    Up to KID_COMPLETE_LIMIT images a side every pair is used; beyond it the value is the mean over subsets drawn
+    with a fixed seed, as the protocols have it. How much those subsets differ says how well they stand for all pairs,
+    and not what other generated images would give: the error is the jackknife of the statistic of all pairs,
+    with the error of the choice of subsets.
+    """
+    w = (
+        torch.ones(len(reference), dtype=torch.float64, device=reference.device)
+        if weights is None
+        else weights.double()
+    )
+    groups = min(JACKKNIFE_GROUPS, len(generated) // 2)
+    if max(len(generated), len(reference)) <= KID_COMPLETE_LIMIT:
+        value, left_out = complete(generated.double(), reference.double(), w, groups)
+        return KernelDistance(value, jackknife(value, left_out).se, tuple(left_out))
+    value, choice = of_subsets(generated, reference, w)
+    with exact_float32():
+        every_pair, left_out = complete(generated.float(), reference.float(), w, groups)
+    return KernelDistance(value, math.hypot(jackknife(every_pair, left_out).se, choice))
+
+
+def of_subsets(generated: Tensor, reference: Tensor, w: Tensor) -> tuple[float, float]:
+    """The mean over KID_SUBSETS subsets of both sides, and the standard error that their choice leaves in it."""
+    x, y = generated.double(), reference.double()
+    rng = np.random.Generator(np.random.PCG64(KID_SEED))
+    size = min(KID_SUBSET_SIZE, len(x), len(y))
+    values = []
+    for _ in range(KID_SUBSETS):
+        some_x, some_y = (
+            torch.from_numpy(rng.choice(len(side), size, replace=False)).to(side.device) for side in (x, y)
+        )
+        values.append(complete(x[some_x], y[some_y], w[some_y], groups=1)[0])
+    return float(np.mean(values)), float(np.std(values, ddof=1)) / KID_SUBSETS**0.5
+
+
+def complete(x: Tensor, y: Tensor, w: Tensor, groups: int) -> tuple[float, list[float]]:
+    """The U-statistic mean k(x, x') + mean k(y, y') - 2 mean k(x, y)
+    over all pairs of different images, y weighted by w.
+
+    Also its values with each group (position mod `groups`) of x left out, none for a single group.
+    The products are of the features' precision, their sums of float64.
+    """
+    member = F.one_hot(torch.arange(len(x), device=x.device) % groups, groups).double()  # (n, K)
+    count = member.sum(0)
+    yy = (_pair_sums(y, y, w[:, None], w[:, None]) - w.square() @ _diagonal(y)) / (w.sum().square() - w.square().sum())
+    xx = _pair_sums(x, x, member, member) - torch.diag(member.T @ _diagonal(x))  # (K, K)
+    xy = _pair_sums(x, y, member, w[:, None] / w.sum())[:, 0]  # (K,)
+
+    def statistic(n: Tensor, pairs: Tensor, cross: Tensor) -> float:
+        return float(pairs / (n * (n - 1)) + yy - 2 * cross / n)
+
+    value = statistic(count.sum(), xx.sum(), xy.sum())
+    if groups == 1:
+        return value, []
+    pairs_without = xx.sum() - 2 * xx.sum(1) + xx.diagonal()
+    return value, [statistic(count.sum() - count[g], pairs_without[g], xy.sum() - xy[g]) for g in range(groups)]
+
+
+def _pair_sums(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """A^T k(x, y) B in float64 for columns of weights A (n, K) and B (m, L), block by block;
+    of a set with itself (then A is B) half of the blocks.
+    """
+    total = a.new_zeros(a.shape[1], b.shape[1])
+    for row in range(0, len(x), BLOCK):
+        for column in range(row if x is y else 0, len(y), BLOCK):
+            rows, columns = slice(row, row + BLOCK), slice(column, column + BLOCK)
+            kernel = (x[rows] @ y[columns].T / x.shape[1] + 1) ** 3
+            part = a[rows].T @ (kernel.double() @ b[columns])
+            total += part if x is not y or row == column else part + part.T
+    return total
+
+
+def _diagonal(x: Tensor) -> Tensor:
+    """k(x, x), (n,) float64."""
+    return ((x.square().sum(1) / x.shape[1] + 1) ** 3).double()

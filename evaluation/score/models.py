@@ -1,0 +1,269 @@
+"""A trained method, ready to sample: from a run folder, or from a released file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pixlat.common.config.identity import differences, identity, identity_of
+from pixlat.common.config.resolve import evaluated_ema, resolve, split_overrides, sweep
+from pixlat.common.config.saved import IMPORTED_IDENTITY, check_config, read_config
+from pixlat.common.config.schema import RunConfig, flatten, to_dict
+from pixlat.common.errors import UserError
+from pixlat.common.files import parse_json, read_text, split_rows
+from pixlat.evaluation.records.record import RESULT, Record, read_record
+from pixlat.methods import get_class, get_spec
+
+if TYPE_CHECKING:
+    import torch
+
+    from pixlat.methods.base import DataInfo, Method
+
+
+ADVICE = (
+    "`python evaluation/run.py --help` lists the command's keys, `python launch/run.py method=jit --help` "
+    "those of sample, model and data."
+)
+IMPORTED = "imported.json"  # in a run folder that was made of a released file: where the weights come from
+NUMBER_OR_NONE = (float, int, type(None))
+# what is read of it, and its types
+ORIGIN: dict[str, Any] = {"file": str, "sha256": str, "ema_decay": NUMBER_OR_NONE, "weights": str, "licence": str}
+MAX_IMPORTED_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Model:
+    """A method with its weights on a device, in evaluation mode."""
+
+    method: Method
+    run: RunConfig  # the settings that it was trained with, and those it samples with
+    info: DataInfo
+    name: str
+    checkpoint: dict[str, Any]  # as in records
+    record: Record | None  # of its run, where that is finished
+    dtype: str  # what its sampling executes: float32, tf32 or bfloat16
+
+
+def saved_run(folder: Path, overrides: Mapping[str, str]) -> RunConfig:
+    """The configuration of a run folder, with some keys set anew and the folders of earlier stages in place,
+    without what only training reads.
+    """
+    check_saved(folder)
+    settings = saved_settings(folder) | {"data.latents": "null"} | dict(overrides)
+    run = resolve(get_spec(str(json.loads(settings["method"]))), settings, ADVICE)
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, **stage_folders(folder, run)))
+
+
+def saved_settings(folder: Path) -> dict[str, str]:
+    """Every key of a folder's config.yaml, as on the command line."""
+    saved = read_config(folder)
+    return {key: json.dumps(value) for key, value in flatten(saved)} | {"preset": str(saved.get("preset"))}
+
+
+def check_saved(folder: Path) -> None:
+    """Refuses a config.yaml that is not its checkpoint's, before its settings are used and the large files are read."""
+    from pixlat.common.weights import checkpoint
+
+    saved = checkpoint.latest(folder / "checkpoints", stems=())
+    if saved is None:
+        return
+    settings, facts = read_config(folder), checkpoint.load_facts(saved)
+    try:
+        check_config(folder, settings, saved, facts)
+    except UserError as error:
+        changed = changed_settings(folder, settings, facts.get("config_identity", facts["identity"]))
+        found = f"Changed since: {'; '.join(changed[:8])}." if changed else "Which setting was changed cannot be told."
+        raise UserError(f"{error} {found}") from error
+
+
+def changed_settings(folder: Path, settings: Mapping[str, Any], expected: str) -> list[str]:
+    """`"model.clip: 0.05 -> 0.25"` for what was changed, found by the expected identity among the recorded commands
+    and the preset; else nothing.
+    """
+    for original in original_runs(folder, settings):
+        if identity(original) == expected:
+            return differences(to_dict(original), settings)
+        usual, now = dict(flatten(to_dict(original))), dict(flatten(settings))
+        for key in (key for key in now if key in usual and now[key] != usual[key]):
+            if identity_of(now | {key: usual[key]}) == expected:
+                return [f"{key}: {usual[key]} -> {now[key]}"]
+    return []
+
+
+def original_runs(folder: Path, settings: Mapping[str, Any]) -> Iterator[RunConfig]:
+    """Configurations that a folder may have had: those of the commands in starts.jsonl, and its preset's."""
+    commands = [str(row.get("command", "")) for row in split_rows(folder / "starts.jsonl")[0]]
+    for command in (*commands, f"run.py method={settings['method']} preset={settings.get('preset')}"):
+        # a command of another kind, or of another version of the code; a UserError is a ValueError
+        with contextlib.suppress(ValueError):
+            for overrides in sweep(split_overrides(shlex.split(command)[1:])):
+                yield resolve(
+                    get_spec(overrides.get("method", RunConfig.method)), {"preset": RunConfig.preset} | overrides
+                )
+
+
+def imported_facts(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What imported.json says of the released file behind a run folder, None for a run that was trained here.
+
+    facts: of the folder's checkpoint, which keeps the digest of imported.json; early imports keep none.
+    A changed file is a UserError.
+    """
+    file, imported = folder / IMPORTED, facts.get("identity") == IMPORTED_IDENTITY
+    if not imported and not file.exists():
+        return None
+    remedy = "Restore it from a copy, or import the released file again (python launch/prepare.py import)."
+    if not imported:
+        raise UserError(f"{file} does not belong to {folder}, which was trained here and not imported. Remove it.")
+    text = read_text(file, MAX_IMPORTED_BYTES)
+    expected = facts.get("imported_sha256", digest_of(text))
+    if digest_of(text) != expected:
+        raise UserError(
+            f"{file} was changed after the import: its sha256 is {digest_of(text)}, "
+            f"and the checkpoint keeps {expected}. {remedy}"
+        )
+    try:
+        told = parse_json(text)
+    except UserError as error:
+        raise UserError(f"{file} is damaged: {error}. {remedy}") from error
+    if not isinstance(told, dict) or any(
+        key not in told or not isinstance(told[key], kind) for key, kind in ORIGIN.items()
+    ):
+        raise UserError(f"{file} is damaged: it does not give {', '.join(ORIGIN)} of the released file. {remedy}")
+    return told
+
+
+def digest_of(text: str) -> str:
+    """Hex sha256 of a text's UTF-8 bytes."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stage_folders(folder: Path, run: RunConfig) -> dict[str, str]:
+    """Where the runs lie that were trained before this one because its configuration says `train`: beside it,
+    under the names in its record.
+    """
+    waiting = [stage.key for stage in get_spec(run.method).stages if getattr(run.model, stage.key) == "train"]
+    if not waiting:
+        return {}
+    parents = {parent["key"]: parent["name"] for parent in (finished(folder) or {}).get("parents", [])}
+    found = {key: folder.parent / parents[key] for key in waiting if key in parents}
+    for key in waiting:
+        if key not in found or not found[key].is_dir():
+            raise UserError(
+                f"{folder} was built on an earlier run that cannot be found. Give its folder as model.{key}=FOLDER."
+            )
+    return {key: str(path) for key, path in found.items()}
+
+
+def finished(folder: Path) -> Record | None:
+    """The record of a run folder, None while there is none."""
+    return read_record(folder / RESULT) if (folder / RESULT).exists() else None
+
+
+def load_run(folder: Path, overrides: Mapping[str, str], ema: str | None, device: torch.device) -> Model:
+    """The newest whole checkpoint of a run folder, with the average that the run evaluates, or another one."""
+    from pixlat.common.precision import executed_precision
+    from pixlat.common.training.ema import decays_by_name
+    from pixlat.common.training.state import load_own_state
+    from pixlat.common.weights.runs import run_weights
+
+    run = saved_run(folder, overrides)
+    weights = run_weights(folder, ema)
+    method, info = build(run)
+    load_own_state(method, weights.state)
+    name = ema or evaluated_ema(run)
+    decays = decays_by_name(run.train)
+    record = finished(folder)
+    step = (record or {}).get("checkpoint", {}).get("step")
+    checkpoint = {"sha256": weights.sha256, "step": step, "ema_decay": decays.get(name), "ema_kind": name}
+    if (origin := imported_facts(folder, weights.facts)) is not None:
+        checkpoint = {
+            "sha256": origin["sha256"],
+            "step": None,
+            "ema_decay": origin["ema_decay"],
+            "ema_kind": origin["weights"],
+        }
+    return Model(
+        method.to(device).eval(),
+        run,
+        info,
+        folder.name,
+        checkpoint,
+        record,
+        executed_precision(run.eval.precision, device),
+    )
+
+
+def load_released(
+    file: Path, method_name: str, preset: str, overrides: Mapping[str, str], device: torch.device
+) -> Model:
+    """Weights in their authors' format."""
+    from pixlat.common.files import sha256_of
+    from pixlat.common.precision import executed_precision
+    from pixlat.common.training.state import load_own_state
+    from pixlat.common.weights.tensors import read_tensors
+
+    run = resolve(get_spec(method_name), {**overrides, "preset": preset}, ADVICE)
+    method, info = build(run)
+    load_own_state(method, method.from_reference(read_tensors(file)))
+    checkpoint = {"sha256": sha256_of(file), "step": None, "ema_decay": None, "ema_kind": "released"}
+    return Model(
+        method.to(device).eval(), run, info, file.stem, checkpoint, None, executed_precision(run.eval.precision, device)
+    )
+
+
+def build(run: RunConfig) -> tuple[Method, DataInfo]:
+    """The method of a configuration, its external networks loaded and its own weights as initialised."""
+    from pixlat.common.datasets.load import summarise
+    from pixlat.methods.base import DataInfo
+
+    info = DataInfo.of(summarise(run.data))
+    method = get_class(run.method)(run.model, info)
+    method.load_external()
+    return method, info
+
+
+def sampling_fields(model: Model, sample: Any) -> dict[str, Any]:
+    """What a record says of the system, its size and the cost of a sample, with these sampling settings."""
+    from pixlat.common.accounting.macs import on_meta, parameter_counts, sampling_cost
+
+    told = model.method.describe(sample)
+    bare = on_meta(get_class(model.run.method), model.run.model, model.info)
+    cost = sampling_cost(bare, sample)
+    return {
+        "system": {
+            "method": model.run.method,
+            "variant": told.variant,
+            "size": told.size or model.run.preset,
+            "space": model.method.space,
+            "prediction": told.prediction,
+            "loss_space": told.loss_space,
+            "sampler": told.sampler,
+        },
+        "pretrained_components": [dataclasses.asdict(component) for component in told.pretrained],
+        "sampling": {
+            "steps": told.steps,
+            "nfe_evals": cost.nfe,
+            "net_forwards": sum(cost.net_forwards.values()),
+            "guidance": told.guidance,
+            "guidance_scale": told.guidance_scale,
+            "interval": None if told.interval is None else list(told.interval),
+            "dtype": model.dtype,
+        },
+        "params": dataclasses.asdict(parameter_counts(bare)),
+        "compute": {
+            "macs_per_forward": max(
+                (macs for name, macs in cost.macs_per_forward.items() if name != "decoder"), default=0
+            ),
+            "macs_decoder": cost.macs_decoder,
+            "macs_per_image": cost.macs_per_image,
+            "attention_counted": True,
+            "counter": "torch.utils.flop_counter on the meta device, 1 MAC = 1 multiply-accumulate",
+        },
+    }

@@ -1,0 +1,156 @@
+"""From an evaluation to a record beside the run, or of its own where the model was not trained here.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pixlat.common.errors import UserError
+from pixlat.common.origin import code_state
+from pixlat.evaluation.protocols.identity import digest, protocol_hash
+from pixlat.evaluation.records.record import RESULT, Record, build_record, write_record
+
+if TYPE_CHECKING:
+    from pixlat.evaluation.score.assess import Request
+    from pixlat.evaluation.score.embedded import Evaluation
+    from pixlat.evaluation.score.models import Model
+
+UNTRIED: dict[str, Any] = {"n_configs": 1, "n_samples": 0, "swept": []}
+
+
+def record_of_model(
+    model: Model, evaluation: Evaluation, request: Request, selection: Mapping[str, Any] = UNTRIED
+) -> Record:
+    """The run's record with this evaluation in the place of its own; of a model without one,
+    what is known of it (kind `evaluated`).
+    """
+    from pixlat.common.hardware import device_name
+    from pixlat.evaluation.score.models import sampling_fields
+
+    trained = model.record or {}
+    kept: dict[str, Any] = {
+        key: trained[key] for key in ("kind", "data", "code", "train", "parents", "memory") if key in trained
+    }
+    info = model.info
+    return build_record(
+        {
+            "kind": "evaluated",
+            "data": {
+                "name": info.name, "revision": "unknown", "resolution": info.image_size,
+                "num_classes": info.num_classes, "train_images": info.num_train,
+            },
+            **kept,
+            **sampling_fields(model, model.run.sample),
+            "speed": speed_fields(evaluation, request.batch, model.dtype, device_name(request.device)),
+            "scored_by": code_state(),
+            "name": model.name,
+            "checkpoint": model.checkpoint,
+            "seeds": {"train": model.run.seed, "sample": list(request.seeds)},
+            "protocol": evaluation.protocol,
+            "selection": dict(selection),
+            "metrics": evaluation.metrics,
+            "artifacts": {},
+            "notes": "",
+        }
+    )  # fmt: skip
+
+
+def speed_fields(
+    evaluation: Evaluation | None, batch: int, dtype: str, device: str, compiled: bool = False
+) -> dict[str, Any]:
+    """Sampling throughput of one device during an evaluation, in images/s;
+    `evaluation/speed.py` measures it on its own.
+
+    batch: images of one device at once. Each process knows only its own images and seconds,
+    so the rate is that of the process that writes the record.
+    """
+    from pixlat.evaluation.features.ranks import rank_and_size
+
+    rate = evaluation.images_made / evaluation.sampling_seconds if evaluation and evaluation.sampling_seconds else None
+    undrawn = evaluation.sampling_seconds - evaluation.drawing_seconds if evaluation else 0.0
+    computed = evaluation.images_made / undrawn if evaluation and undrawn > 0 else None
+    devices = rank_and_size()[1]
+    return {
+        "images_per_s": rate,
+        "images_per_s_without_draws": computed,
+        "devices": devices,
+        "latency_s_b1": None,
+        "batch": batch,
+        "dtype": dtype,
+        "device": device,
+        "compiled": compiled,
+    }
+
+
+UNKNOWN = "unknown"  # the method and the space of finished images where nobody tells them
+# where a method denoises, as the schema has them
+SPACES = ("pixel", "latent_vae", "latent_rae", "latent_self", UNKNOWN)
+
+
+def record_of_images(
+    name: str,
+    resolution: int,
+    evaluation: Evaluation,
+    npz_sha256: str | None,
+    method: str = UNKNOWN,
+    space: str = UNKNOWN,
+) -> Record:
+    """The record of images of which nothing is known but themselves,
+    and what their owner says of their method and its space.
+    """
+    unknown = {"variant": None, "size": None, "space": space, "prediction": None, "loss_space": None, "sampler": None}
+    return build_record(
+        {
+            "kind": "evaluated",
+            "name": name,
+            "system": {"method": method, **unknown},
+            "data": {
+                "name": evaluation.protocol["reference"]["id"],
+                "revision": "unknown",
+                "resolution": resolution,
+                "num_classes": 0,
+                "train_images": 0,
+            },
+            "scored_by": code_state(),
+            "protocol": evaluation.protocol,
+            "selection": dict(UNTRIED),
+            "metrics": evaluation.metrics,
+            "artifacts": {"samples_npz_sha256": npz_sha256},
+            "notes": "finished images: how they were made is not known here",
+        }
+    )
+
+
+def keep(record: Record, parent: Path, settings: Any) -> Path:
+    """Writes the record below `parent`, in a folder named after the protocol and the settings,
+    so that no other evaluation lies there.
+    """
+    protocol = record["protocol"]
+    name = protocol.get("name", protocol["extractor"]["id"])
+    folder = parent / f"{name}-{protocol_hash(protocol)[:6]}-{digest(settings)[:6]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_record(record, folder / RESULT)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}. Choose another out=.") from error
+    return folder / RESULT
+
+
+def table(record: Record) -> str:
+    """The metrics for a terminal."""
+    return "\n".join(f"  {name:<20} {_value(metric)}" for name, metric in record["metrics"].items())
+
+
+def _value(metric: Mapping[str, Any]) -> str:
+    parts = [f"{metric['value']:.5g}"]
+    if metric.get("se") is not None:
+        parts.append(f"± {metric['se']:.2g}")
+    if metric.get("value_bc") is not None:
+        parts.append(f"(bias-corrected {metric['value_bc']:.5g})")
+    if metric.get("sd_seeds") is not None:
+        parts.append(f"over {len(metric['values'])} seeds, sd {metric['sd_seeds']:.2g}")
+    return " ".join([*parts, f"n={metric['n']}"])

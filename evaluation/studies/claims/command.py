@@ -1,0 +1,193 @@
+"""The command behind `python evaluation/claims.py`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeAlias
+
+from pixlat.common.command_line import as_command
+from pixlat.common.errors import UserError
+from pixlat.common.files import write_whole
+from pixlat.evaluation.board.text import escape, pipe_table
+from pixlat.evaluation.records.claims import PICTURE_FILE, ClaimRecord, read_claims, write_claim
+from pixlat.evaluation.studies.claims.framework import all_claims, build_record, find
+
+REPORT = "claims.md"
+AMENDED = "**Amended after numbers had been seen:**"
+
+Task: TypeAlias = tuple[str, bool, Path]  # a claim's name, whether quick, the folder of its record
+Work: TypeAlias = Callable[[str, bool, Path], object]
+
+
+def listing() -> str:
+    """Every claim with its criteria and its cost."""
+    parts = []
+    for claim in all_claims().values():
+        quick, full = claim.minutes
+        lines = [f"{claim.name} ({claim.paper}; {full:g} min, quick {quick:g})", f"  {claim.statement}"]
+        parts.append("\n".join([*lines, *(f"  - {criterion}" for criterion in claim.criteria)]))
+    return "\n\n".join(parts)
+
+
+def run(names: Sequence[str], quick: bool, out: Path, jobs: int) -> int:
+    """Checks claims, `jobs` at a time on a core each; a record and a picture each, in a folder of its own.
+
+    Prints the report; 1 if a claim failed to run.
+    """
+    # the long ones first, so that no core waits at the end
+    chosen = sorted(find(names), key=lambda claim: -claim.minutes[0 if quick else 1])
+    tasks = [(claim.name, quick, out / f"{claim.name}{'-quick' if quick else ''}") for claim in chosen]
+    failed = [task[0] for task, done in zip(tasks, run_all(tasks, jobs), strict=True) if not done]
+    if failed:
+        print(f"error: not measured, for the reasons above: {', '.join(failed)}", file=sys.stderr)
+    if len(failed) < len(tasks):
+        print(report(out))
+    return 1 if failed else 0
+
+
+def run_all(tasks: Sequence[Task], jobs: int, work: Work | None = None) -> list[bool]:
+    """Whether each task could be done; one that fails, or whose process dies, does not stop the others.
+
+    `work`: instead of `check`.
+    """
+    if min(jobs, len(tasks)) <= 1:
+        return [attempt(work or check, task) for task in tasks]
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(partial(attempt_apart, work or check), tasks))
+
+
+def attempt(work: Work, task: Task) -> bool:
+    """Does it in this process."""
+    try:
+        work(*task)
+    except Exception:
+        traceback.print_exc()
+        return False
+    return True
+
+
+def attempt_apart(work: Work, task: Task) -> bool:
+    """Does it in a process of its own, which shows what it stumbles over."""
+    process = get_context("spawn").Process(target=work, args=task)
+    process.start()
+    process.join()
+    return process.exitcode == 0
+
+
+def check(name: str, quick: bool, folder: Path) -> ClaimRecord:
+    """Measures one claim on one thread, draws it and writes its record."""
+    import torch
+
+    from pixlat.common.hardware import device_name
+    from pixlat.common.pictures.curves import save_figure
+
+    torch.set_num_threads(1)
+    (claim,) = find([name])
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    evidence = claim.measure(claim.budget(quick, folder.parent / ".references"))
+    record = build_record(claim, evidence, quick, time.perf_counter() - start, device_name(torch.device("cpu")))
+    save_figure(evidence.figure, folder / PICTURE_FILE)
+    write_claim(record, folder)
+    print(f"{name}: {record['verdict']}, after {record['seconds']:.0f} s", file=sys.stderr)
+    return record
+
+
+def report(out: Path) -> str:
+    """The verdicts for a terminal; claims.md in `out` has everything."""
+    left_out: list[str] = []
+    found = read_claims(out, left_out)
+    for reason in left_out:
+        print(f"left out: {reason}", file=sys.stderr)
+    if not found:
+        raise UserError(f"no claim has been checked below {out}. Run `python evaluation/claims.py run --quick`.")
+    write_whole(out / REPORT, to_markdown(found, out))
+    rows = [
+        [record["name"], record["verdict"], "quick" if record["quick"] else "full", f"{record['seconds']:.0f} s"]
+        for record, _ in found
+    ]
+    return f"{pipe_table(rows, ['claim', 'verdict', 'budget', 'took'], 'simple')}\n\n{out / REPORT}"
+
+
+def to_markdown(found: Sequence[tuple[ClaimRecord, Path]], out: Path) -> str:
+    """All records as one page with their pictures."""
+    parts = [
+        "# Claims of the papers, checked",
+        (
+            "Criteria were written before the first run; where something was changed after numbers "
+            "had been seen, the claim says so."
+        ),
+    ]
+    for record, folder in found:
+        criteria = [
+            [escape(item["text"]), f"{item['value']:.4g}", f"{item['se']:.2g}" if item["n"] else "", item["verdict"]]
+            for item in record["criteria"]
+        ]
+        rows = [[escape(cell) for cell in row] for row in record["table"]["rows"]]
+        parts += [
+            f"## {escape(record['name'])}: {record['verdict']}",
+            f"*{escape(record['statement'])}* {escape(record['paper'])}.",
+            (
+                f"{escape(record['setting'])} {'Quick run.' if record['quick'] else ''} "
+                f"Seeds: {', '.join(map(str, record['seeds'])) or 'nothing is random'}."
+            ),
+            *([f"{AMENDED} {escape(record['amended'])}"] if record.get("amended") else []),
+            pipe_table(criteria, ["criterion", "found", "standard error", "verdict"]),
+            pipe_table(rows, [escape(header) for header in record["table"]["headers"]]),
+            *map(escape, record["remarks"]),
+        ]
+        if (folder / PICTURE_FILE).exists():
+            parts.append(f"![{escape(record['name'])}]({(folder / PICTURE_FILE).relative_to(out).as_posix()})")
+    return "\n\n".join(parts) + "\n"
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@as_command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 whatever the verdicts, 1 if a claim could not be measured,
+    2 for a mistake in the command.
+    """
+    parser = argparse.ArgumentParser(
+        prog="claims.py",
+        description=(
+            "Statements of the papers that a CPU can check. Without a command: lists them, or with --quick runs them."
+        ),
+    )
+    parser.add_argument("command", nargs="?", choices=("list", "run", "report"))
+    parser.add_argument("names", nargs="*", help="claims to run; none: all")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a smaller budget; all claims together take at most 15 minutes on two cores",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=cores(), help=f"claims at the same time, a core each (default: {cores()})"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/claims"),
+        help="where records, pictures and claims.md go (default: runs/claims)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "run" or (options.quick and options.command is None):
+            return run(options.names, options.quick, options.out, options.jobs)
+        print(report(options.out) if options.command == "report" else listing())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

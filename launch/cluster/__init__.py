@@ -1,0 +1,1 @@
+"""Runs as jobs: of Slurm, or of several processes on this machine, both through submitit."""

@@ -1,0 +1,1 @@
+"""What a run does, from its configuration to its record and pictures. Start with execute.py."""

@@ -1,0 +1,45 @@
+"""Where a run came from: command, code, packages, machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pixlat.common.files import append_row, write_whole
+from pixlat.common.hardware import processor_name
+from pixlat.common.origin import ROOT, git_diff, git_state, package_versions
+
+
+def provenance() -> dict[str, Any]:
+    """What the run folder keeps of its origin.
+
+    No environment variable beyond those that steer computation is recorded.
+    """
+    steering = ("CUDA_", "OMP_", "MKL_", "NCCL_", "PYTORCH_", "TORCH", "SLURM_", "ACCELERATE_")
+    return {
+        "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "directory": str(Path.cwd()),
+        "code_directory": str(ROOT),
+        "code": git_state(),
+        "packages": package_versions(),
+        "machine": {
+            "host": platform.node(),
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "processor": processor_name(),
+        },
+        "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(steering)},
+    }
+
+
+def record_start(folder: Path) -> None:
+    """Keeps where this start came from, beside the earlier ones."""
+    append_row(folder / "starts.jsonl", provenance())
+    if diff := git_diff():
+        write_whole(folder / "code.diff", diff)

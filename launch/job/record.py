@@ -1,0 +1,171 @@
+"""From a finished run to its row of the leaderboard (`evaluation/records/result.v1.schema.json`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pixlat.common.accounting.macs import TrainingCost, on_meta, parameter_counts, sampling_cost
+from pixlat.common.config.resolve import evaluated_ema, sampling_seeds
+from pixlat.common.config.schema import RunConfig
+from pixlat.common.datasets.batches import TrainingPlan
+from pixlat.common.datasets.load import DataSource
+from pixlat.common.files import read_rows
+from pixlat.common.hardware import device_name, peak_kind
+from pixlat.common.origin import code_state
+from pixlat.common.precision import executed_precision
+from pixlat.common.training.state import TrainState
+from pixlat.common.training.steps import split_batch
+from pixlat.common.weights import checkpoint
+from pixlat.evaluation.records.record import Record, build_record
+from pixlat.evaluation.score.embedded import Evaluation
+from pixlat.evaluation.score.outcome import speed_fields
+from pixlat.methods import get_class
+from pixlat.methods.base import DataInfo, Description
+
+
+def build(
+    run: RunConfig,
+    model: Any,
+    earlier: list[dict[str, Any]],
+    folder: Path,
+    source: DataSource,
+    info: DataInfo,
+    cost: TrainingCost,
+    state: TrainState,
+    evaluation: Evaluation | None,
+    peaks: tuple[int, int],
+    remarks: Sequence[str] = (),
+) -> Record:
+    """The validated record.
+
+    model: `run.model` with the folders of earlier stages in place; earlier:
+        what `launch.stages.earlier_runs` says of them;
+    peaks: bytes in training and in sampling; remarks: what is visibly wrong with the samples.
+    """
+    method_class = get_class(run.method)
+    method = on_meta(method_class, model, info)
+    told = state.method.describe(run.sample)
+    sampling, processes = sampling_cost(method, run.sample), state.accelerator.num_processes
+    where = state.accelerator.device
+    device, dtype = device_name(where), executed_precision(run.eval.precision, where)
+    images_seen = state.step * run.train.batch
+    assert state.saved is not None
+    fields: dict[str, Any] = {
+        "name": folder.name,
+        "system": system(run, method.space, told),
+        "data": {
+            "name": source.info.name,
+            "revision": source.info.digest,
+            "resolution": source.info.image_size,
+            "num_classes": source.info.num_classes,
+            "train_images": source.info.num_train,
+        },
+        "checkpoint": {
+            "sha256": checkpoint.digest(state.saved),
+            "step": state.step,
+            "ema_decay": next((ema.decay for ema in state.emas if ema.name == evaluated_ema(run)), None),
+            "ema_kind": evaluated_ema(run),
+        },
+        "code": code_state(),
+        "seeds": {"train": run.seed, "sample": sampling_seeds(run)},
+        "train": {
+            "epochs": images_seen / max(1, source.info.num_train),
+            "images_seen": images_seen,
+            "batch": run.train.batch,
+            "precision": executed_precision(run.train.precision, where),
+            "optimizer": ", ".join(
+                sorted({type(o).__name__ for optimizers in state.optimizers.values() for o in optimizers})
+            ),
+            "macs_total": training_macs(run, cost, source, state.step, processes),
+            "device_seconds": state.seconds * processes,
+            "device": device,
+            "images_per_s": images_seen / state.seconds if state.seconds else None,
+            "budget": dataclasses.asdict(run.budget),
+        },
+        "pretrained_components": [dataclasses.asdict(component) for component in told.pretrained],
+        "parents": earlier,
+        "sampling": {
+            "steps": told.steps,
+            "nfe_evals": sampling.nfe,
+            "net_forwards": sum(sampling.net_forwards.values()),
+            "guidance": told.guidance,
+            "guidance_scale": told.guidance_scale,
+            "interval": None if told.interval is None else list(told.interval),
+            "dtype": dtype,
+        },
+        "params": dataclasses.asdict(parameter_counts(method)),
+        "compute": {
+            "macs_per_forward": max(
+                (macs for name, macs in sampling.macs_per_forward.items() if name != "decoder"), default=0
+            ),
+            "macs_decoder": sampling.macs_decoder,
+            "macs_per_image": sampling.macs_per_image,
+            "attention_counted": True,
+            "counter": "torch.utils.flop_counter on the meta device, 1 MAC = 1 multiply-accumulate",
+        },
+        "speed": speed_fields(evaluation, run.eval.batch, dtype, device, run.train.compile),
+        "memory": {
+            "peak_bytes_train": peaks[0],
+            "peak_bytes_sample": peaks[1],
+            "kind": peak_kind(state.accelerator.device),
+        },
+        "protocol": evaluation.protocol if evaluation else None,
+        "selection": {"n_configs": 1, "n_samples": 0, "swept": []},
+        "metrics": evaluation.metrics if evaluation else {},
+        "artifacts": artifacts(folder, method_class.task == "generation", method.space != "pixel"),
+        "notes": " ".join(
+            [
+                *remarks,
+                *(
+                    [f"{len(source.train.broken)} unreadable training images were skipped."]
+                    if source.train.broken
+                    else []
+                ),
+            ]
+        ),
+    }
+    return build_record(fields)
+
+
+def training_macs(run: RunConfig, cost: TrainingCost, source: DataSource, step: int, processes: int) -> int:
+    """MACs of the first `step` steps on so many processes, in one go: after a stop,
+    what was remembered of images is asked for again.
+    """
+    encoded = 0
+    if cost.encoding:
+        plan = TrainingPlan(
+            source.train.labels, run.train.batch, run.seed, source.balanced, run.data.flip, run.data.crop == "random"
+        )
+        encoded = plan.distinct(step, split_batch(run.train, processes)[0], processes)
+    return cost.total(step * run.train.batch, encoded, run.train.batch)
+
+
+def artifacts(folder: Path, generates: bool, encodes: bool) -> dict[str, str | None]:
+    """The log, and the pictures that `launch.job.draw_job` draws once the record is written;
+    a start that lacks one of them draws it.
+    """
+    logged = bool(read_rows(folder / "metrics.jsonl"))
+    there = {
+        "grid_png": ("samples.png", generates),
+        "reconstruction_png": ("reconstruction.png", encodes),
+        "neighbours_png": ("neighbours.png", generates),
+        "curve_png": ("training.png", logged),
+        "log": ("metrics.jsonl", logged),
+    }
+    return {key: name if exists else None for key, (name, exists) in there.items()}
+
+
+def system(run: RunConfig, space: str, told: Description) -> dict[str, Any]:
+    """What was run."""
+    return {
+        "method": run.method,
+        "variant": told.variant,
+        "size": told.size or run.preset,
+        "space": space,
+        "prediction": told.prediction,
+        "loss_space": told.loss_space,
+        "sampler": told.sampler,
+    }

@@ -1,0 +1,138 @@
+"""Runs that must come first: `model.<key>=train` trains the earlier stage in a run folder of its own,
+with the preset of the same name.
+
+The later run's configuration keeps the word `train`, so its folder and identity do not depend on where the earlier run
+lies; `stages.json` in its folder keeps which checkpoint it was built on, and another one is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pixlat.common.config.identity import run_folder
+from pixlat.common.config.resolve import load_presets, resolve
+from pixlat.common.config.schema import RunConfig
+from pixlat.common.errors import UserError
+from pixlat.common.files import read_json, write_whole
+from pixlat.common.weights import checkpoint
+from pixlat.common.weights.runs import no_checkpoint
+from pixlat.evaluation.records.record import read_record
+from pixlat.launch.job.folder import RESULT
+from pixlat.methods import Stage, get_spec
+
+TRAIN = "train"  # the value of `model.<key>` that asks for the stage to be trained
+HANDED_DOWN = ("seed", "out", "dry_run", "train.precision", "train.threads", "train.trackers", "data.workers")
+OF_THE_STAGE = ("latents", "crop", "resize")  # keys of `data` that each stage has for itself
+STAGES = "stages.json"
+COST = ("images_seen", "macs_total", "device_seconds")  # of an earlier run, in the record
+
+
+def stage_runs(run: RunConfig) -> dict[str, RunConfig]:
+    """The runs that have to be finished before this one can start, by the key of `model` that waits for them."""
+    return {
+        stage.key: stage_run(run, stage)
+        for stage in get_spec(run.method).stages
+        if getattr(run.model, stage.key) == TRAIN
+    }
+
+
+def stage_run(run: RunConfig, stage: Stage) -> RunConfig:
+    """The earlier stage's configuration: the preset of the same name on the same data and seed."""
+    spec = get_spec(stage.method)
+    if run.preset not in load_presets(spec.presets):
+        raise UserError(
+            f"model.{stage.key}=train: method={stage.method} has no preset {run.preset!r}. Train it yourself (python "
+            f"launch/run.py method={stage.method} preset=...) and give its run folder as model.{stage.key}."
+        )
+    data = {
+        f"data.{field.name}": getattr(run.data, field.name)
+        for field in dataclasses.fields(run.data)
+        if field.name not in OF_THE_STAGE
+    }
+    handed = data | {key: _at(run, key) for key in HANDED_DOWN}
+    return resolve(spec, {"preset": run.preset} | {key: json.dumps(value) for key, value in handed.items()})
+
+
+def _at(run: RunConfig, key: str) -> Any:
+    value: Any = run
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def with_stages(run: RunConfig, train: Callable[[RunConfig], object]) -> Any:
+    """`run.model` with the folders of finished runs in the place of `train`;
+    `train` is called for each run that is not finished.
+    """
+    folders = {}
+    for key, earlier in stage_runs(run).items():
+        folders[key] = run_folder(earlier)
+        if not (folders[key] / RESULT).exists():
+            train(earlier)
+    return dataclasses.replace(run.model, **{key: str(folder) for key, folder in folders.items()})
+
+
+def earlier_runs(run: RunConfig, model: Any) -> list[dict[str, Any]]:
+    """What the record says of the runs that this one is built on (`parents` in the schema);
+    a file released by others is not a run.
+    """
+    found = []
+    for stage in get_spec(run.method).stages:
+        place = getattr(model, stage.key)
+        if place in stage.shipped:
+            found.append(shipped_run(stage, place))
+            continue
+        if place is None or not (Path(place) / "config.yaml").exists():
+            continue
+        folder = Path(place)
+        saved = checkpoint.latest(folder / "checkpoints")
+        if saved is None:
+            raise UserError(f"model.{stage.key}={folder}: {no_checkpoint(folder)} Or give another run.")
+        record: Mapping[str, Any] = read_record(folder / RESULT) if (folder / RESULT).exists() else {}
+        trained = record.get("train", {})
+        cost = {name: trained.get(name) for name in COST} | {
+            "pretrained_components": record.get("pretrained_components", [])
+        }
+        found.append(
+            {"key": stage.key, "name": folder.name, "method": stage.method, "row_id": record.get("row_id"), **cost}
+            | {"checkpoint_sha256": checkpoint.digest(saved)}
+        )
+    return found
+
+
+def shipped_run(stage: Stage, place: str) -> dict[str, Any]:
+    """The same of a run of ours whose weights are part of the package, from their card."""
+    file = Path(stage.shipped[place])
+    card = json.loads(file.read_text(encoding="utf-8"))
+    return {
+        "key": stage.key,
+        "name": f"{file.stem} (in the package)",
+        "method": stage.method,
+        "checkpoint_sha256": card["sha256"],
+    } | {name: card[name] for name in ("row_id", *COST, "pretrained_components")}
+
+
+def hold_to_stages(folder: Path, earlier: list[dict[str, Any]]) -> None:
+    """Keeps, at the first start, which checkpoints a run is built on; a later start on others is a UserError."""
+    file = folder / STAGES
+    digests = {entry["key"]: entry["checkpoint_sha256"] for entry in earlier}
+    if not file.exists():
+        if digests:
+            write_whole(file, json.dumps(digests, indent=1) + "\n")
+        return
+    known = read_json(file)
+    if not isinstance(known, dict):
+        raise UserError(
+            f"{file} is damaged: it does not hold the digests of earlier stages. Restore it from a copy, "
+            "or choose another name= for a new run."
+        )
+    if known != digests:
+        changed = sorted(key for key in {**known, **digests} if known.get(key) != digests.get(key))
+        raise UserError(
+            f"{folder} was built on another checkpoint of model.{', model.'.join(changed)} ({file} keeps its digest). "
+            "Restore that run, or choose another name= for a new one."
+        )
