@@ -107,7 +107,7 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
 def help_of(*arguments: str) -> str:
     """The help, from a process that must not import torch for it."""
     code = (
-        f"import sys, launch.run as r; t = r.help_for({arguments!r}); assert 'torch' not in sys.modules, "
+        f"import sys, pixlat.launch.run as r; t = r.help_for({arguments!r}); assert 'torch' not in sys.modules, "
         "'torch imported'; print(t)"
     )
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout

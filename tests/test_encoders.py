@@ -346,7 +346,7 @@ def test_unknown_names_and_sizes():
 
 def test_heavy_libraries_are_imported_late():
     code = (
-        "import sys, pixlat.common.frozen.encoders, pixlat.common.frozen.perceptual; sys.exit(bool({'transformers', 'diffusers', "
-        "'lpips'} & set(sys.modules)))"
+        "import sys, pixlat.common.frozen.encoders, pixlat.common.frozen.perceptual; "
+        "sys.exit(bool({'transformers', 'diffusers', 'lpips'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -434,5 +434,5 @@ def test_presets_resolve():
 
 
 def test_settings_do_not_import_torch():
-    script = "import sys, methods.pmf.config; sys.exit('torch' in sys.modules)"
+    script = "import sys, pixlat.methods.pmf.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
