@@ -229,7 +229,7 @@ def test_keys_that_came_later_leave_earlier_runs_what_they_were() -> None:
         ),
         (
             "sample.interval=0.1",
-            "the command line: sample.interval=0.1 does not fit: it must be a list in brackets, for example [a,b].",
+            "the command line: sample.interval=0.1 does not fit: it must be a list in brackets, for example [0.1,0.9].",
         ),
     ],
 )

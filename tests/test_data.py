@@ -234,7 +234,8 @@ def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
     path = tmp_path / "image.tif"
     image.save(path)
     with Image.open(path) as stored:
-        assert stored.mode == mode
+        # Pillow below 13 has converted a YCbCr file when it opens it
+        assert stored.mode == mode or (mode, stored.mode) == ("YCbCr", "RGB")
         assert to_rgb(stored).mode == "RGB"
     pixels = read_square(path, 4)
     assert pixels.shape == (3, 4, 4)

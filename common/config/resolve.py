@@ -9,7 +9,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -166,7 +166,8 @@ def misfit(error: OmegaConfBaseException, config: DictConfig, settings: Any) -> 
     value = dict(flatten(OmegaConf.to_container(settings))).get(key)
     wanted = KINDS.get(type(node).__name__, "another value")
     if wanted.endswith("for example"):
-        wanted += f" {EXAMPLES.get(getattr(getattr(node._metadata, 'element_type', None), '__name__', ''), '[a,b]')}"
+        of = next(iter(get_args(node._metadata.ref_type)), None)  # float for list[float] and for tuple[float, float]
+        wanted += f" {EXAMPLES.get(getattr(of, '__name__', ''), '[a,b]')}"
     given = "null" if value is None else str(value).replace("'", "")
     return f"{key}={given} does not fit: it must be {wanted}."
 
