@@ -59,6 +59,15 @@ class Component:
 
 
 @dataclass(frozen=True)
+class Pretrained:
+    """How records list one of a method's `external` sub-modules; the fields are those of `Component`."""
+
+    role: str
+    used_at: str
+    name: str | None = None  # None: the sub-module's own `name`, or else the name of its class
+
+
+@dataclass(frozen=True)
 class Description:
     """What the leaderboard says of a method and its sampler."""
 
@@ -72,6 +81,13 @@ class Description:
     size: str | None = None  # "B/16"
     variant: str | None = None
     pretrained: tuple[Component, ...] = ()
+
+
+def guidance_facts(config: Any, kind: str = "cfg") -> dict[str, Any]:
+    """The fields of a `Description` that say how a sample config guides: `guidance` (1: off) and maybe `interval`."""
+    if config.guidance == 1.0:
+        return {}
+    return {"guidance": kind, "guidance_scale": config.guidance, "interval": getattr(config, "interval", None)}
 
 
 @dataclass(frozen=True)
@@ -105,7 +121,8 @@ class Method(nn.Module):
     phases: tuple[str, ...] = ("main",)
     # or "reconstruction": a stage that is judged by encode and decode and has no `sample`
     task: ClassVar[str] = "generation"
-    external: tuple[str, ...] = ()  # sub-modules whose weights come from files (frozen encoders, another run's decoder)
+    # sub-modules whose weights come from files (frozen encoders, another run's decoder), by name
+    external: Mapping[str, Pretrained] = {}
     # whether training takes "moments" (B, 2 C, h, h) of stored latents from the batch (`data.latents`)
     takes_moments: ClassVar[bool] = False
     space: ClassVar[str] = "pixel"  # "pixel" | "latent_vae" | "latent_rae" | "latent_self", the leaderboard's column
@@ -131,7 +148,11 @@ class Method(nn.Module):
         Called once on a real device, after construction and before anything is trained or sampled;
         never on the meta device, where costs are counted, so construction must not need the files.
         A missing file is a UserError that says which repository and file is wanted.
+        By default each sub-module loads itself (`pixlat.common.frozen.base.Frozen.load`).
         """
+        for name in self.external:
+            network: Any = self.get_submodule(name)
+            network.load()
 
     def train(self, mode: bool = True) -> Method:
         """Training or evaluation mode; external sub-modules are frozen and stay in evaluation mode."""
@@ -268,6 +289,21 @@ class Method(nn.Module):
     def describe(self, config: Any) -> Description:
         """The method and this sample config in the leaderboard's words."""
         raise NotImplementedError
+
+    def components(self) -> tuple[Component, ...]:
+        """The external sub-modules as `Description.pretrained` lists them, in the order of their declaration."""
+        return tuple(self._component(module, listed) for module, listed in self.external.items())
+
+    def _component(self, module: str, listed: Pretrained) -> Component:
+        network = self.get_submodule(module)
+        name: str = listed.name or getattr(network, "name", None) or type(network).__name__
+        return Component(
+            name, listed.role, sum(p.numel() for p in network.parameters()), self.digest_of(module), listed.used_at
+        )
+
+    def digest_of(self, module: str) -> str | None:
+        """The SHA-256 of the file that an external sub-module was loaded from; None before `load_external`."""
+        return getattr(self.get_submodule(module), "sha256", None)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] to the space in which the method generates; the identity for pixel methods."""

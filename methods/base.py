@@ -11,7 +11,20 @@ from pixlat.common.method import (
     Method,
     OpenReleased,
     ParamGroup,
+    Pretrained,
     Released,
+    guidance_facts,
 )
 
-__all__ = ["Batch", "Component", "DataInfo", "Description", "Method", "OpenReleased", "ParamGroup", "Released"]
+__all__ = [
+    "Batch",
+    "Component",
+    "DataInfo",
+    "Description",
+    "Method",
+    "OpenReleased",
+    "ParamGroup",
+    "Pretrained",
+    "Released",
+    "guidance_facts",
+]

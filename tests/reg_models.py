@@ -72,9 +72,6 @@ class PatchTeacher(nn.Module):
         tokens = self.mix(images)
         return tokens, tokens.amax(dim=(2, 3))[:, : self.pooled_channels]
 
-    def component(self, used_at):
-        return "patches", 294, None
-
 
 CLASSES = {
     "sit": (SitMethod, SitConfig, {}),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from pixlat.common.gan_phases import GanPhases
 from pixlat.common.layers.discriminators import (
     FeatureDiscriminator,
     FeatureHead,
@@ -205,3 +206,34 @@ def test_a_feature_discriminator_has_a_head_for_each_map():
     assert logits.shape == (2, 64 + 16)
     hinge_generator(logits).backward()
     assert images.grad.abs().sum() > 0
+
+
+# -- the schedule ------------------------------------------------------------------------------------------------------
+
+
+def test_the_discriminator_and_the_adversarial_term_start_at_their_own_images():
+    gan = GanPhases()
+    gan.schedule_gan(has_discriminator=True, discriminator_start=10, adversarial_start=20)
+    states = []
+    for images_seen in (0, 9, 10, 19, 20):
+        gan.begin_step(images_seen)
+        assert (
+            gan.phase_active("generator", images_seen)
+            and gan.phase_active("discriminator", images_seen) == gan.discriminator_active
+        )
+        states.append((gan.discriminator_active, gan.adversarial_active))
+    assert states == [(False, False), (False, False), (True, False), (True, False), (True, True)]
+    assert gan.turning_points() == [10, 20] and gan.phases == ("generator", "discriminator")
+    assert gan.schedule_images("generator", 25) == 25 and gan.schedule_images("discriminator", 25) == 15
+
+
+def test_without_a_discriminator_only_the_generator_is_trained():
+    gan = GanPhases()
+    gan.schedule_gan(has_discriminator=False, discriminator_start=0, adversarial_start=0)
+    gan.begin_step(1000)
+    assert (
+        gan.phases == ("generator",)
+        and not gan.adversarial_active
+        and not gan.phase_active("discriminator", 1000)
+        and gan.turning_points() == []
+    )

@@ -194,17 +194,17 @@ def test_training_cost_covers_every_phase():
 
 
 class LateAndRemembering(TwoStage):
-    """The same, whose discriminator is trained from image 10 on and heard from image 20 on,
+    """The same, whose discriminator is trained from image 10 on and counts in the generator's loss from image 20 on,
     and whose teacher is remembered.
     """
 
     def __init__(self, config, data):
         super().__init__(config, data)
-        self.heard = True
+        self.adversarial_active = True
         self.taught = FeatureTable(lambda images: (self.teacher(images.flatten(1)[:, :12]),), data.num_train)
 
     def begin_step(self, images_seen):
-        self.heard = images_seen >= 20
+        self.adversarial_active = images_seen >= 20
 
     def phase_active(self, phase, images_seen):
         return phase == "generator" or images_seen >= 10
@@ -217,8 +217,10 @@ class LateAndRemembering(TwoStage):
         if phase == "generator":
             (taught,) = self.taught(batch)
             latents = torch.ones(len(taught), 4, device=taught.device)
-            heard = self.discriminator(self.decoder(self.generator(latents))).sum() if self.heard else 0.0
-            out["loss"] = self.generator(latents).sum() + taught.sum() + heard
+            opinion = (
+                self.discriminator(self.decoder(self.generator(latents))).sum() if self.adversarial_active else 0.0
+            )
+            out["loss"] = self.generator(latents).sum() + taught.sum() + opinion
         return out
 
 

@@ -100,7 +100,7 @@ def test_transformers_encoders_follow_raes_procedure(library, tmp_path, name, si
     assert torch.equal(encoder(images()), found.tokens) and torch.equal(encoder.pooled(images()), found.pooled)
     assert found.tokens.mean(1).abs().max() < 1e-5
     assert (found.tokens.var(1, unbiased=False) - 1).abs().max() < 1e-3
-    assert len(encoder.component("train").sha256) == 64 and not encoder.network.training
+    assert len(encoder.sha256) == 64 and not encoder.network.training
 
 
 def old_dinov2(name):
@@ -251,7 +251,7 @@ def test_embedded_encoder_is_the_normalised_fifth_stage(embedded):
     assert torch.equal(found.pooled, output.pooled) and embedded.pooled_channels == 320
     assert torch.equal(embedded(x), found.tokens) and torch.equal(embedded.pooled(x), found.pooled)
     assert torch.allclose(embedded(x[1:2]), found.tokens[1:2], atol=1e-5)
-    assert embedded.component("both") == ("embedded", 4_631_000, lite0.WEIGHTS_SHA256)
+    assert (embedded.name, embedded.num_parameters(), embedded.sha256) == ("embedded", 4_631_000, lite0.WEIGHTS_SHA256)
 
 
 def test_embedded_networks_stop_behind_what_is_asked_for():
@@ -301,7 +301,11 @@ def test_real_sizes_on_the_meta_device(name):
                 2,
                 encoder.pooled_channels,
             )
-    assert encoder.component("train") == (name, params, None) and encoder.channels == channels
+    assert (encoder.name, encoder.num_parameters(), encoder.sha256) == (
+        name,
+        params,
+        None,
+    ) and encoder.channels == channels
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -342,11 +342,12 @@ def test_the_description_says_what_guides_and_on_what_it_stands(method):
     assert [(c.name, c.used_at) for c in told.pretrained] == [("toy", "train"), ("decoder", "sample")]
     assert len(told.pretrained[1].sha256) == 64
     assert method.describe(RaeSample(guidance=2.0)).guidance == "cfg"
-    method.guide = Constant(0.0)
-    told = method.describe(RaeSample(guidance=2.0, ending="clean"))
+    with_guide = stage2(load=False, guide="guide.pt", guide_width=8, guide_heads=2, guide_depth=1)
+    told = with_guide.describe(RaeSample(guidance=2.0, ending="clean"))
     assert (
         told.guidance == "autoguidance" and told.pretrained[2].name == "guide" and told.sampler == "euler, clean ending"
     )
+    assert len(with_guide.describe(RaeSample()).pretrained) == 2  # the guide stands by, but nothing is guided
 
 
 # -- weights that come from elsewhere ----------------------------------------------------------------------------------

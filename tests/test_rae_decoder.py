@@ -359,7 +359,9 @@ def test_missing_and_unknown_names_are_refused():
     state = decoder_to_released(decoder.state_dict())
     del state["decoder_norm.bias"]
     state["disc.head"] = torch.zeros(1)
-    with pytest.raises(UserError, match=r"2 keys differ:\n  missing decoder_norm.bias\n  not known disc.head"):
+    with pytest.raises(
+        UserError, match=r"2 keys differ:\n  missing decoder_norm.bias \(16,\)\n  not known disc.head \(1,\)"
+    ):
         decoder_from_released(state, decoder.state_dict())
     state = decoder_to_released(decoder.state_dict())
     state["decoder_pos_embed"] = state["decoder_pos_embed"].flip(1)

@@ -207,7 +207,7 @@ def test_the_published_discriminator_has_five_heads_and_hides_its_features():
     assert sum(p.numel() for p in network.parameters() if p.requires_grad) == 7_386_245
     with torch.device("meta"):
         method = DecoderMethod(DecoderConfig(encoder="embedded", size="demo"), INFO)
-    assert method.external == ("encoder", "perceptual", "discriminator.features")
+    assert tuple(method.external) == ("encoder", "perceptual", "discriminator.features")
 
 
 def test_missing_dino_weights_name_their_repository(tmp_path):

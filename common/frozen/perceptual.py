@@ -245,5 +245,17 @@ class EmbeddedDistance(Frozen):
         return [stages[index] for index in EMBEDDED_STAGES]
 
 
+def build_distance(name: str, weights: str | None) -> Frozen | None:
+    """The perceptual distance of this name, not yet loaded: embedded, lpips or convnext; for none, None.
+
+    weights: the file of LPIPS's or ConvNeXt's network or its folder; None for the usual caches.
+    """
+    if name == "none":
+        return None
+    if name == "embedded":
+        return EmbeddedDistance()
+    return {"lpips": Lpips, "convnext": ConvNeXtDistance}[name](weights)
+
+
 def _unit_distance(a: Tensor, b: Tensor) -> Tensor:
     return (unit_channels(a) - unit_channels(b)).square().sum(dim=1).mean(dim=(1, 2))

@@ -21,14 +21,6 @@ class Representation(NamedTuple):
     pooled: Tensor  # (B, C'): the class token, or where there is none a mean over positions
 
 
-class Facts(NamedTuple):
-    """What a record keeps of an encoder."""
-
-    name: str
-    params: int
-    sha256: str | None  # of the weights' file, once loaded
-
-
 class RepresentationEncoder(Frozen):
     """Images (B, 3, S, S) in [-1, 1] to tokens. No gradient passes, and the blocks run under the caller's autocast."""
 
@@ -63,10 +55,6 @@ class RepresentationEncoder(Frozen):
     def pooled(self, images: Tensor) -> Tensor:
         """The pooled features (B, C') of images (B, 3, S, S) in [-1, 1]."""
         return self.represent(images).pooled
-
-    def component(self, used_at: str) -> Facts:
-        """Name, parameters and digest for the record; `used_at` ("train", "sample", "both") is the caller's to keep."""
-        return Facts(self.name, self.num_parameters(), self.sha256)
 
 
 def as_map(tokens: Tensor) -> Tensor:

@@ -50,8 +50,9 @@ class RotaryAttention(nn.Module):
 
 
 class AdaLNBlock(nn.Module):
-    """x += gate Attention(modulated norm(x)), then the same with SwiGLU;
-    shifts, scales and gates come from the condition (adaLN-zero).
+    """x += gate Attention(modulated norm(x)), then the same with SwiGLU (adaLN-zero).
+
+    The condition gives the shifts, scales and gates.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class AdaLNBlock(nn.Module):
         exact: bool = False,
         activate: bool = False,
     ) -> None:
-        """mlp_ratio: see `swiglu_hidden`; dropout: after the attention's projection and on SwiGLU's hidden vector;
-        activate: see `condition_activation`.
+        """mlp_ratio: see `swiglu_hidden`; activate: see `condition_activation`.
+
+        dropout, attn_dropout, exact: see `RotaryAttention`; dropout acts on SwiGLU's hidden vector as well.
         """
         super().__init__()
         self.norm1 = RMSNorm(width)
@@ -78,12 +80,9 @@ class AdaLNBlock(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, x: Tensor, condition: Tensor, rope: Tensor | None) -> Tensor:
-        """x (B, N, D); condition (B, D), the same for all tokens, or (B, N, D), one for each;
-        rope: see `RotaryAttention`.
-        """
-        shift1, scale1, gate1, shift2, scale2, gate2 = per_token(self.modulation(self.activation(condition))).chunk(
-            6, dim=-1
-        )
+        """x (B, N, D); condition (B, D), the same for all tokens, or (B, N, D); rope: see `RotaryAttention`."""
+        modulation = per_token(self.modulation(self.activation(condition)))
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), rope))
         return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 

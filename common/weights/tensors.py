@@ -64,6 +64,19 @@ def key_faults(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]])
     ]
 
 
+def check_released(
+    state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], what: str = "model", note: str = ""
+) -> None:
+    """Compares the keys of a released file with `shapes`, by the authors' names. UserError lists all that differ.
+
+    what: the network that the file is loaded into; note: is printed after the number of keys.
+    """
+    if faults := key_faults(state, shapes):
+        raise UserError(
+            "\n  ".join([f"The released weights do not fit this {what}, {len(faults)} keys differ{note}:", *faults])
+        )
+
+
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
     """Puts the tensors in the place of the module's parameters and buffers, which may be on the meta device;
     on the CPU, in the module's types.

@@ -45,6 +45,8 @@ PSNR_CAP = 100.0  # dB, of an image that is identical to its original
 SSIM_WINDOW = 11  # pixels
 SSIM_SIGMA = 1.5  # pixels
 SSIM_K1, SSIM_K2 = 0.01, 0.03
+# how Fréchet distances are estimated
+FRECHET_ENTRY = {"fd": "plugin", "cov_ddof": 1, "dtype": "float64", "jackknife_groups": JACKKNIFE_GROUPS}
 
 
 class Layer(Protocol):
@@ -102,19 +104,9 @@ def embedded_protocol(
             "weighting": "class_balanced",
             **decoding_entry(decoding),
         },
-        "samples": {
-            "n": num_images,
-            "label_law": "balanced",
-            "label_order": "shuffled",
-            "uint8_rule": uint8_rule,
-            "precision": precision,
-            "container": "memory",
-        },
+        "samples": samples_entry(num_images, "balanced", "shuffled", uint8_rule, precision),
         "estimator": {
-            "fd": "plugin",
-            "cov_ddof": 1,
-            "dtype": "float64",
-            "jackknife_groups": JACKKNIFE_GROUPS,
+            **FRECHET_ENTRY,
             "is": {"splits": IS_SPLITS, "shuffle_seed": IS_SHUFFLE_SEED, "bias": True},
             "kid": {"kernel": "(x.y/D+1)^3", **kid_entry(neighbours["n_ref"], num_images)},
             "prdc": {
@@ -160,19 +152,9 @@ def reconstruction_protocol(
             "weighting": "none",
             **decoding_entry(decoding),
         },
-        "samples": {
-            "n": num_images,
-            "label_law": "reconstruction",
-            "label_order": "reference",
-            "uint8_rule": uint8_rule,
-            "precision": precision,
-            "container": "memory",
-        },
+        "samples": samples_entry(num_images, "reconstruction", "reference", uint8_rule, precision),
         "estimator": {
-            "fd": "plugin",
-            "cov_ddof": 1,
-            "dtype": "float64",
-            "jackknife_groups": JACKKNIFE_GROUPS,
+            **FRECHET_ENTRY,
             "jackknife": "paired",
             "psnr": {**pixels, "cap_db": PSNR_CAP},
             **({"ssim": ssim} if resolution >= SSIM_WINDOW else {}),
@@ -180,6 +162,18 @@ def reconstruction_protocol(
         },
         "resolution": resolution,
         "evaluator_version": EVALUATOR_VERSION,
+    }
+
+
+def samples_entry(num_images: int, label_law: str, label_order: str, uint8_rule: str, precision: str) -> dict[str, Any]:
+    """What a protocol says of the images that are evaluated."""
+    return {
+        "n": num_images,
+        "label_law": label_law,
+        "label_order": label_order,
+        "uint8_rule": uint8_rule,
+        "precision": precision,
+        "container": "memory",
     }
 
 

@@ -49,7 +49,7 @@ class DsdConfig:
     perceptual_weight: float = 1.0
     perceptual_path: str | None = None  # file of the perceptual network's weights; none: the library's cache
     gan_weight: float = 0.1  # of the adversarial term; 0: no discriminator
-    gan_start: int = 0  # training images after which the discriminator is trained and heard
+    gan_start: int = 0  # training images after which the discriminator is trained and part of the loss
     gan_lr_scale: float = 1.0  # the discriminator's learning rate relative to train.lr
     #: channels of its layers; each but the first halves the side
     discriminator_widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 
 from pixlat.common.config.resolve import require
 from pixlat.common.errors import UserError
-from pixlat.common.frozen.base import Frozen
 from pixlat.common.frozen.encoders import build_encoder
-from pixlat.common.frozen.perceptual import EmbeddedDistance, Lpips
+from pixlat.common.frozen.perceptual import build_distance
 from pixlat.common.frozen.remember import FeatureTable
 from pixlat.common.frozen.representation import RepresentationEncoder
+from pixlat.common.gan_phases import GanPhases
 from pixlat.common.layers.discriminators import PatchDiscriminator, evaluating
 from pixlat.common.layers.dit import projector
 from pixlat.common.layers.transformer import drop_labels
@@ -32,7 +31,7 @@ from pixlat.common.maths.guidance import classifier_free
 from pixlat.common.maths.samplers import euler, euler_maruyama, heun, solver_evaluations
 from pixlat.common.maths.spectrum import between_images, effective_rank, latent_health
 from pixlat.common.seeds import Noise
-from pixlat.methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
+from pixlat.methods.base import Batch, DataInfo, Description, Method, ParamGroup, Pretrained, guidance_facts
 from pixlat.methods.dsd.config import DsdConfig, DsdSample
 from pixlat.methods.dsd.network import DecodePass, Denoised, DsdNetwork, Encoded
 from pixlat.methods.dsd.objective import (
@@ -52,10 +51,9 @@ LEAST_RANK = 0.2  # of the latents' effective rank, as a share of the channels
 LETTERS = {(20, 384): "S", (26, 576): "M", (25, 768): "B"}  # the names are ours
 
 
-class DsdMethod(Method):
+class DsdMethod(GanPhases, Method):
     """One network in three roles, its encoder's average as the target, and the auxiliary heads that training needs."""
 
-    phases: tuple[str, ...] = ("generator", "discriminator")
     space = "latent_self"
 
     def __init__(self, config: DsdConfig, data: DataInfo) -> None:
@@ -76,17 +74,15 @@ class DsdMethod(Method):
         self.features_of = FeatureTable(
             lambda images: (self.teach(images),), data.num_train if config.remember and self.teacher is not None else 0
         )
-        self.perceptual: Frozen | None = None
-        if config.perceptual != "none":
-            self.perceptual = Lpips(config.perceptual_path) if config.perceptual == "lpips" else EmbeddedDistance()
+        self.perceptual = build_distance(config.perceptual, config.perceptual_path)
         self.discriminator = (
             PatchDiscriminator(data.channels, config.discriminator_widths) if config.gan_weight else None
         )
-        # Which networks are trained and which are frozen depends on the terms of the loss.
-        self.phases = self.phases if self.discriminator else self.phases[:1]
-        self.external = tuple(name for name in ("teacher", "perceptual") if getattr(self, name) is not None)
-        self.adversarial_active = False  # whether the decoder's loss includes the adversarial term; `begin_step` tells
-        self.begin_step(images_seen=0)
+        # Which networks are frozen depends on the terms of the loss.
+        self.external = {
+            name: Pretrained(name, "train") for name in ("teacher", "perceptual") if getattr(self, name) is not None
+        }
+        self.schedule_gan(self.discriminator is not None, config.gan_start, config.gan_start)
 
     def build_teacher(self) -> tuple[RepresentationEncoder | None, nn.Module | None]:
         """The encoder that shallow features are aligned with, without its weights, and the map to its tokens."""
@@ -102,10 +98,6 @@ class DsdMethod(Method):
         require(grid % self.side == 0, "model.patch", config.patch, fits)
         self.pool = grid // self.side  # the teacher's tokens a side that ours stands for
         return teacher, projector(config.width, config.projector_width, teacher.channels)
-
-    def load_external(self) -> None:
-        for name in self.external:
-            cast("Frozen", self.get_submodule(name)).load()
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -242,18 +234,6 @@ class DsdMethod(Method):
         assert self.teacher is not None
         return F.avg_pool2d(self.teacher(images), self.pool).flatten(2).transpose(1, 2)
 
-    def begin_step(self, images_seen: int) -> None:
-        self.adversarial_active = self.phase_active("discriminator", images_seen)
-
-    def phase_active(self, phase: str, images_seen: int) -> bool:
-        return phase == "generator" or (self.discriminator is not None and images_seen >= self.config.gan_start)
-
-    def turning_points(self) -> list[int]:
-        return [self.config.gan_start] if self.discriminator else []
-
-    def schedule_images(self, phase: str, images_seen: int) -> int:
-        return images_seen if phase == "generator" else images_seen - self.config.gan_start
-
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Moves the target's encoder towards the online one.
@@ -300,10 +280,10 @@ class DsdMethod(Method):
         return [] if self.target_encoder is None else list(self.target_encoder.trunk.blocks)
 
     def look(self, images: Tensor, time: float) -> None:
-        """The blocks are heard as they denoise, then those of the diffusion and the velocity head;
+        """Hooks on the blocks run as these denoise, and those of the diffusion and the velocity head;
         not as they encode the clean images.
         """
-        z = self.network.encoder(images, heard=False).z
+        z = self.network.encoder(images, with_hooks=False).z
         t = torch.full((len(z),), time, device=z.device)
         self.denoise(
             flow.interpolate(z, torch.randn_like(z), t),
@@ -359,29 +339,17 @@ class DsdMethod(Method):
         return self.decoder(latents.flatten(2).transpose(1, 2))
 
     def describe(self, config: DsdSample) -> Description:
-        guided = config.guidance != 1.0
         letter = LETTERS.get((self.config.depth, self.config.width))
         return Description(
             prediction=SPACES[self.config.predict],
             loss_space=SPACES[self.config.predict],
             sampler=f"{config.solver}, {config.head} head",
             steps=config.steps,
-            guidance="cfg" if guided else "none",
-            guidance_scale=config.guidance if guided else None,
-            interval=config.interval if guided else None,
+            **guidance_facts(config),
             size=f"{letter}/{self.config.patch}" if letter else None,
             variant=variant(self.config),
             pretrained=self.components(),
         )
-
-    def components(self) -> tuple[Component, ...]:
-        """The frozen networks that training needs, with the digests of their files once they are loaded."""
-        found = []
-        for role in self.external:
-            frozen = cast("Frozen", self.get_submodule(role))
-            name = frozen.name if isinstance(frozen, RepresentationEncoder) else type(frozen).__name__
-            found.append(Component(name, role, frozen.num_parameters(), frozen.sha256, "train"))
-        return tuple(found)
 
     def from_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise UserError("no released weights of DSD are known. Give run= or checkpoint= of a run of this suite.")

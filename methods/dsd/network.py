@@ -74,12 +74,12 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.register_buffer("positions", sincos_table(grid, config.width)[None])
 
-    def forward(self, tokens: Tensor, heard: bool = True) -> Features:
-        """heard: whether those who listen to the blocks hear this pass."""
+    def forward(self, tokens: Tensor, with_hooks: bool = True) -> Features:
+        """with_hooks: whether forward hooks on the blocks, which record their outputs, run in this pass."""
         x = tokens + self.positions
         shallow = x
         for number, block in enumerate(self.blocks, 1):
-            x = block(x) if heard else block.forward(x)
+            x = block(x) if with_hooks else block.forward(x)
             shallow = x if number == self.aligned_block else shallow
         return Features(shallow, x)
 
@@ -115,15 +115,15 @@ class Encoder(nn.Module):
         self.out = nn.Linear(config.width, config.latent_channels)
         self.latent_norm = LatentNorm(config.latent_norm, config.latent_channels)
 
-    def forward(self, images: Tensor, hidden: Tensor | None = None, heard: bool = True) -> Encoded:
-        """(B, 3, S, S) in [-1, 1] to latents; hidden (B, N) bool:
-        patches that are replaced by the one learned token.
+    def forward(self, images: Tensor, hidden: Tensor | None = None, with_hooks: bool = True) -> Encoded:
+        """(B, 3, S, S) in [-1, 1] to latents; hidden (B, N) bool: patches that are replaced by the one learned token;
+        with_hooks: see `Trunk`.
         """
         tokens = self.patch_embed(images)
         if hidden is not None:
             assert self.mask_token is not None
             tokens = torch.where(hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
-        features = self.trunk(tokens + self.role, heard)
+        features = self.trunk(tokens + self.role, with_hooks)
         return Encoded(self.latent_norm(self.out(self.norm(features.last))), features)
 
 

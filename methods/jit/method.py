@@ -17,7 +17,7 @@ from pixlat.common.maths import flow
 from pixlat.common.maths.guidance import classifier_free
 from pixlat.common.maths.samplers import euler, heun, solver_evaluations
 from pixlat.common.seeds import Noise
-from pixlat.methods.base import Batch, DataInfo, Description, Method, ParamGroup
+from pixlat.methods.base import Batch, DataInfo, Description, Method, ParamGroup, guidance_facts
 from pixlat.methods.jit.config import JiTConfig, JiTSample
 from pixlat.methods.jit.network import JiT
 from pixlat.methods.jit.reference import from_released
@@ -114,15 +114,12 @@ class JiTMethod(Method):
         return {"network": self.network}
 
     def describe(self, config: JiTSample) -> Description:
-        guided = config.guidance != 1.0
         return Description(
             prediction=self.config.prediction,
             loss_space=self.config.loss_space,
             sampler=config.solver if config.ending == "official" else f"{config.solver}, clean ending",
             steps=config.steps,
-            guidance="cfg" if guided else "none",
-            guidance_scale=config.guidance if guided else None,
-            interval=config.interval if guided else None,
+            **guidance_facts(config),
             variant=None if self.config.preconditioner == "none" else f"{self.config.preconditioner} pre-conditioner",
         )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pixlat.common.errors import UserError, close_match
 from pixlat.common.layers.transformer import check_table, sincos_table
-from pixlat.common.weights.tensors import key_faults
+from pixlat.common.weights.tensors import check_released
 from pixlat.methods.base import Released
 
 FILE_NAME = "checkpoint-last.pth"
@@ -138,11 +138,7 @@ def from_released(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> di
     UserError lists every missing, extra and misshapen key; the fixed position table must equal ours.
     """
     shapes = {released_name(name): released_shape(name, tensor.shape) for name, tensor in ours.items()}
-    faults = key_faults(state, shapes)
-    if faults:
-        raise UserError(
-            "\n  ".join([f"The released weights do not fit this model, {len(faults)} keys differ:", *faults])
-        )
+    check_released(state, shapes)
     _, tokens, width = state[POSITIONS].shape
     check_table(POSITIONS, state[POSITIONS][0], sincos_table(round(tokens**0.5), width))
     return {name: state[released_name(name)].reshape(tensor.shape) for name, tensor in ours.items()}

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from pixlat.common.config.resolve import require
 from pixlat.common.errors import UserError
 from pixlat.common.frozen import perceptual
-from pixlat.common.frozen.base import Frozen
 from pixlat.common.maths.crops import paired_crop
 from pixlat.common.maths.flow import interpolate, match_dims
 from pixlat.common.seeds import Noise
-from pixlat.methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
+from pixlat.methods.base import Batch, DataInfo, Description, Method, ParamGroup, Pretrained, guidance_facts
 from pixlat.methods.pmf.config import PMFConfig, PMFSample
 from pixlat.methods.pmf.network import Condition, Head, PmfDiT, initialize, tail
 from pixlat.methods.pmf.objective import (
@@ -46,8 +45,6 @@ class PMFMethod(Method):
     `config` holds the paper's ablations.
     """
 
-    external = ("perceptual",)
-
     def __init__(self, config: PMFConfig, data: DataInfo) -> None:
         super().__init__(config, data)
         require(
@@ -60,10 +57,7 @@ class PMFMethod(Method):
         self.v_head = Head(config, data.channels)  # for the loss only
         initialize(self.network, self.v_head)
         self.perceptual = build_distances(config)
-
-    def load_external(self) -> None:
-        for network in self.perceptual.values():
-            cast(Frozen, network).load()
+        self.external = {f"perceptual.{name}": Pretrained("perceptual loss", "train", name) for name in self.perceptual}
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -235,17 +229,14 @@ class PMFMethod(Method):
         return {"network": self.network}
 
     def describe(self, config: PMFSample) -> Description:
-        guided = config.guidance != 1.0
         return Description(
             prediction=self.config.prediction,
             loss_space="v",
             sampler="average velocity",
             steps=config.steps,
-            guidance="cfg, as an input" if guided else "none",
-            guidance_scale=config.guidance if guided else None,
-            interval=config.interval if guided else None,
+            **guidance_facts(config, "cfg, as an input"),
             variant=self._variant(),
-            pretrained=tuple(component(name, cast(Frozen, network)) for name, network in self.perceptual.items()),
+            pretrained=self.components(),
         )
 
     def _variant(self) -> str | None:
@@ -259,11 +250,6 @@ class PMFMethod(Method):
 
     def from_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return from_released(state, self)
-
-
-def component(name: str, network: Frozen) -> Component:
-    """A perceptual network as the leaderboard shows it."""
-    return Component(name, "perceptual loss", network.num_parameters(), network.sha256, used_at="train")
 
 
 def build_distances(config: PMFConfig) -> nn.ModuleDict:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pixlat.common.errors import UserError
 from pixlat.common.layers.transformer import check_table
-from pixlat.common.weights.tensors import key_faults, read_tensors
+from pixlat.common.weights.tensors import check_released, read_tensors
 from pixlat.methods.base import Released
 from pixlat.methods.pmf.flax_archive import choose_weights, flatten, read_archive
 
@@ -182,12 +182,7 @@ def from_released(state: Mapping[str, Tensor], method: WithNetwork) -> dict[str,
     }
     if not from_flax:
         shapes[ROPE] = tuple(method.network.rope[method.config.prefix :].shape[:2])
-    faults = key_faults(state, shapes)
-    if faults:
-        names = " (PyTorch's names and shapes)" if from_flax else ""
-        raise UserError(
-            "\n  ".join([f"The released weights do not fit this model, {len(faults)} keys differ{names}:", *faults])
-        )
+    check_released(state, shapes, note=" (PyTorch's names and shapes)" if from_flax else "")
     if not (from_flax or method.network.rope.is_meta):
         check_table(ROPE, state[ROPE], rotation_table(method))
     return {

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pixlat.common.config.resolve import require
-from pixlat.common.frozen.base import Frozen
 from pixlat.common.frozen.encoders import build_encoder
-from pixlat.common.frozen.perceptual import EmbeddedDistance, Lpips
+from pixlat.common.frozen.perceptual import build_distance
 from pixlat.common.frozen.remember import FeatureTable
 from pixlat.common.frozen.representation import RepresentationEncoder
+from pixlat.common.gan_phases import GanPhases
 from pixlat.common.layers.discriminators import evaluating
 from pixlat.common.maths.adversarial import (
     Augmentation,
@@ -27,7 +27,7 @@ from pixlat.common.maths.adversarial import (
     hinge_generator,
     quantise,
 )
-from pixlat.methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
+from pixlat.methods.base import Batch, DataInfo, Description, Method, ParamGroup, Pretrained
 from pixlat.methods.rae.config import DECODERS, DecoderConfig, DecoderSample
 from pixlat.methods.rae.discriminator import build_discriminator
 from pixlat.methods.rae.reference import decoder_from_released
@@ -46,37 +46,31 @@ def build_decoder(size: str, encoder: RepresentationEncoder, image_size: int) ->
     return ViTDecoder(DECODERS[size], encoder.channels, grid, image_size // grid, encoder.pixel_mean, encoder.pixel_std)
 
 
-class DecoderMethod(Method):
+class DecoderMethod(GanPhases, Method):
     """A decoder D(E(x) + noise) against a discriminator that sees noise-free reconstructions."""
 
-    phases: tuple[str, ...] = ("generator", "discriminator")
     task = "reconstruction"
     space = "latent_rae"
 
     def __init__(self, config: DecoderConfig, data: DataInfo) -> None:
         super().__init__(config, data)
+        # which other frozen networks there are depends on the losses
+        external = {"encoder": Pretrained("encoder", "both")}
         self.encoder = build_encoder(config.encoder, config.encoder_weights)
         self.decoder = build_decoder(config.size, self.encoder, data.image_size)
-        self.perceptual: nn.Module | None = None
-        if config.perceptual != "none":
-            self.perceptual = Lpips(config.perceptual_weights) if config.perceptual == "lpips" else EmbeddedDistance()
+        self.perceptual = build_distance(config.perceptual, config.perceptual_weights)
+        if self.perceptual is not None:
+            external["perceptual"] = Pretrained("perceptual", "train")
         self.discriminator: nn.Module | None = None
         if config.discriminator != "none":
             self.discriminator = build_discriminator(config.discriminator, config.discriminator_weights)
-        # Which networks are trained and which are frozen depends on the losses.
-        self.phases = ("generator", "discriminator") if self.discriminator else ("generator",)
-        frozen = {"perceptual": self.perceptual is not None, "discriminator.features": config.discriminator == "dino"}
-        self.external = ("encoder", *(name for name, used in frozen.items() if used))
-        self.adversarial_active = False  # whether the decoder's loss includes the adversarial term; `begin_step` tells
-        self.discriminator_active = False  # whether the discriminator's phase follows
+        if config.discriminator == "dino":
+            external["discriminator.features"] = Pretrained("discriminator", "train")
+        self.external = external
         # a micro-batch's images -> their latents, from the generator's phase to the discriminator's
         self.latents_of_step = WeakTensorKeyDictionary()
-        self.begin_step(images_seen=0)
+        self.schedule_gan(self.discriminator is not None, config.discriminator_start, config.gan_start)
         self.latents_of = FeatureTable(lambda images: (self.encoder(images),), data.num_train if config.remember else 0)
-
-    def load_external(self) -> None:
-        for name in self.external:
-            cast("Frozen", self.get_submodule(name)).load()
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -150,20 +144,8 @@ class DecoderMethod(Method):
         return {"loss": hinge_discriminator(real, fake), "real": real.mean().detach(), "fake": fake.mean().detach()}
 
     def begin_step(self, images_seen: int) -> None:
-        self.adversarial_active = self.discriminator is not None and images_seen >= self.config.gan_start
-        self.discriminator_active = self.phase_active("discriminator", images_seen)
+        super().begin_step(images_seen)
         self.latents_of_step.clear()
-
-    def phase_active(self, phase: str, images_seen: int) -> bool:
-        return phase == "generator" or (
-            self.discriminator is not None and images_seen >= self.config.discriminator_start
-        )
-
-    def turning_points(self) -> list[int]:
-        return [self.config.discriminator_start, self.config.gan_start] if self.discriminator else []
-
-    def schedule_images(self, phase: str, images_seen: int) -> int:
-        return images_seen if phase == "generator" else images_seen - self.config.discriminator_start
 
     def parameters_of(self, phase: str) -> list[ParamGroup]:
         network = self.decoder if phase == "generator" else self.discriminator
@@ -200,17 +182,6 @@ class DecoderMethod(Method):
             size=self.config.size,
             pretrained=self.components(),
         )
-
-    def components(self) -> tuple[Component, ...]:
-        """The frozen networks, with the digests of their files once they are loaded."""
-        name, params, sha256 = self.encoder.component("both")
-        found = [Component(name, "encoder", params, sha256, "both")]
-        for role in self.external[1:]:
-            frozen = cast("Frozen", self.get_submodule(role))
-            found.append(
-                Component(type(frozen).__name__, role.split(".")[0], frozen.num_parameters(), frozen.sha256, "train")
-            )
-        return tuple(found)
 
     # -- released weights ----------------------------------------------------------------------------------------------
 

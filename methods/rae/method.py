@@ -22,7 +22,7 @@ from pixlat.common.maths.samplers import euler
 from pixlat.common.seeds import Noise
 from pixlat.common.weights.runs import RunWeights, run_weights
 from pixlat.common.weights.tensors import load_strictly
-from pixlat.methods.base import Batch, Component, DataInfo, Description, Method
+from pixlat.methods.base import Batch, DataInfo, Description, Method, Pretrained, guidance_facts
 from pixlat.methods.rae import diffusers_layout
 from pixlat.methods.rae.config import RaeConfig, RaeSample
 from pixlat.methods.rae.decoder import build_decoder
@@ -55,7 +55,8 @@ class RaeMethod(Method):
             if config.guide
             else None
         )
-        self.external = ("encoder", "decoder", "guide") if config.guide else ("encoder", "decoder")
+        external = {"encoder": Pretrained("encoder", "train"), "decoder": Pretrained("tokenizer", "sample", "decoder")}
+        self.external = external | ({"guide": Pretrained("guide", "sample", "guide")} if config.guide else {})
         self.register_buffer("latent_mean", torch.zeros(self.latent_shape))
         self.register_buffer("latent_var", torch.ones(self.latent_shape))
         self.shift = (self.latent_mean.numel() / config.shift_base) ** 0.5 if config.shift_base else 1.0
@@ -223,23 +224,13 @@ class RaeMethod(Method):
             loss_space="v",
             sampler="euler" if config.ending == "official" else "euler, clean ending",
             steps=config.steps,
-            guidance=("autoguidance" if self.guide is not None else "cfg") if guided else "none",
-            guidance_scale=config.guidance if guided else None,
-            interval=config.interval if guided else None,
+            **guidance_facts(config, "cfg" if self.guide is None else "autoguidance"),
             variant=None if self.config.head_depth else "LightningDiT",
-            pretrained=self.components(guided),
+            pretrained=tuple(part for part in self.components() if guided or part.role != "guide"),
         )
 
-    def components(self, guided: bool) -> tuple[Component, ...]:
-        """The networks that this one needs, with the digests of their files once they are loaded."""
-        name, params, sha256 = self.encoder.component("train")
-        found = [Component(name, "encoder", params, sha256, "train"), self.component("decoder", "tokenizer")]
-        return (*found, self.component("guide", "guide")) if guided and self.guide is not None else tuple(found)
-
-    def component(self, name: str, role: str) -> Component:
-        """One of the networks that sampling loads from a run or a file."""
-        params = sum(p.numel() for p in self.get_submodule(name).parameters())
-        return Component(name, role, params, self.digests.get(name), "sample")
+    def digest_of(self, module: str) -> str | None:
+        return self.digests.get(module) or super().digest_of(module)
 
     # -- released weights ----------------------------------------------------------------------------------------------
 

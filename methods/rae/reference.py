@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pixlat.common.errors import UserError
 from pixlat.common.layers.transformer import check_table, rope_table, sincos_table
-from pixlat.common.weights.tensors import read_tensors
+from pixlat.common.weights.tensors import check_released, read_tensors
 from pixlat.methods.base import Released
 from pixlat.methods.rae.config import DECODERS, NetworkShape
 
@@ -85,20 +85,9 @@ def matched(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], renames: Re
     UserError lists every key that differs.
     """
     theirs = {rename(name, renames): name for name in ours}
-    faults = [f"missing {name}" for name in theirs if name not in state]
-    faults += [f"not known {name} {tuple(tensor.shape)}" for name, tensor in state.items() if name not in theirs]
-    for name, our_name in theirs.items():
-        if name in state and squeezed(state[name]) != tuple(ours[our_name].shape):
-            faults.append(f"{name} is {tuple(state[name].shape)}, expected {tuple(ours[our_name].shape)}")
-    if faults:
-        raise UserError("\n  ".join([f"The weights do not fit this {what}, {len(faults)} keys differ:", *faults]))
-    return {our_name: state[name].reshape(ours[our_name].shape) for name, our_name in theirs.items()}
-
-
-def squeezed(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of a 1 x 1 convolution's kernel as a matrix; other shapes as they are."""
-    shape = tuple(tensor.shape)
-    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+    state = {name: tensor[:, :, 0, 0] if tensor.shape[2:] == (1, 1) else tensor for name, tensor in state.items()}
+    check_released(state, {name: ours[our_name].shape for name, our_name in theirs.items()}, what)
+    return {our_name: state[name] for name, our_name in theirs.items()}
 
 
 # -- decoders ----------------------------------------------------------------------------------------------------------

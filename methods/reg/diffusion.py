@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pixlat.common.maths.samplers import ancestral
 from pixlat.common.seeds import Noise
-from pixlat.methods.base import Batch, DataInfo, Description
+from pixlat.methods.base import Batch, DataInfo, Description, guidance_facts
 from pixlat.methods.reg.config import DitConfig, DitSample
 from pixlat.methods.reg.latent import LatentMethod
 from pixlat.methods.reg.network import Shape
@@ -182,14 +182,12 @@ class DitMethod(LatentMethod):
         return config.steps
 
     def describe(self, config: DitSample) -> Description:
-        guided = config.guidance != 1.0
         return Description(
             prediction="eps",
             loss_space="eps",
             sampler="ancestral",
             steps=config.steps,
-            guidance="cfg" if guided else "none",
-            guidance_scale=config.guidance if guided else None,
+            **guidance_facts(config),
             size=self.size(),
             variant="learned variance",
             pretrained=self.components(),

@@ -12,7 +12,7 @@ from pixlat.common.frozen.remember import FeatureTable
 from pixlat.common.frozen.store_latents import check_encoder
 from pixlat.common.frozen.tokenizer import build_tokenizer
 from pixlat.common.layers.transformer import drop_labels
-from pixlat.methods.base import Batch, Component, DataInfo, Method
+from pixlat.methods.base import Batch, DataInfo, Method, Pretrained
 from pixlat.methods.reg.config import LatentConfig
 from pixlat.methods.reg.network import LatentTransformer, Shape
 from pixlat.methods.reg.reference import from_released
@@ -24,7 +24,7 @@ class LatentMethod(Method):
     """Tokenizer and transformer; a subclass adds objective and sampler."""
 
     space = "latent_vae"
-    external: tuple[str, ...] = ("tokenizer",)
+    external: Mapping[str, Pretrained] = {"tokenizer": Pretrained("tokenizer", "both")}
     takes_moments = True
 
     def __init__(self, config: LatentConfig, data: DataInfo) -> None:
@@ -72,7 +72,7 @@ class LatentMethod(Method):
         )
 
     def load_external(self) -> None:
-        self.tokenizer.load()
+        super().load_external()
         if self.data.latents is not None:
             check_encoder(self.data.latents.encoder_sha256, self.tokenizer)
 
@@ -137,12 +137,6 @@ class LatentMethod(Method):
         """ "XL/2" where the sizes have a name."""
         letter = LETTERS.get((self.config.depth, self.config.width))
         return f"{letter}/{self.config.patch}" if letter else None
-
-    def components(self) -> tuple[Component, ...]:
-        """The frozen networks for the leaderboard."""
-        return (
-            Component(self.tokenizer.name, "tokenizer", self.tokenizer.num_parameters(), self.tokenizer.sha256, "both"),
-        )
 
     def from_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return from_released(state, self.own_tensors(), self.config.patch, align_after=0)

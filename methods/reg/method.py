@@ -22,7 +22,7 @@ from pixlat.common.frozen.remember import FeatureTable
 from pixlat.common.layers.dit import projector
 from pixlat.common.maths.samplers import euler, euler_maruyama, heun, solver_evaluations
 from pixlat.common.seeds import Noise
-from pixlat.methods.base import Batch, Component, DataInfo, Description
+from pixlat.methods.base import Batch, DataInfo, Description, Pretrained, guidance_facts
 from pixlat.methods.reg.config import RegConfig, RegSample, RepaConfig, SitConfig, SitSample
 from pixlat.methods.reg.latent import LatentMethod
 from pixlat.methods.reg.network import Prediction, Shape
@@ -142,15 +142,12 @@ class SitMethod(LatentMethod):
     # -- records -------------------------------------------------------------------------------------------------------
 
     def describe(self, config: SitSample) -> Description:
-        guided = config.guidance != 1.0
         return Description(
             prediction="v",
             loss_space="v",
             sampler=f"Euler-Maruyama, w = {config.diffusion:g} t" if config.solver == "sde" else config.solver,
             steps=config.steps,
-            guidance="cfg" if guided else "none",
-            guidance_scale=config.guidance if guided else None,
-            interval=config.interval if guided else None,
+            **guidance_facts(config),
             size=self.size(),
             variant=None if self.config.path == "linear" else f"{self.config.path} path",
             pretrained=self.components(),
@@ -160,7 +157,7 @@ class SitMethod(LatentMethod):
 class RepaMethod(SitMethod):
     """SiT whose tokens after one block, through an MLP, are aligned with a frozen encoder's patch tokens."""
 
-    external = ("tokenizer", "teacher")
+    external: Mapping[str, Pretrained] = {**LatentMethod.external, "teacher": Pretrained("teacher", "train")}
     data_time: ClassVar[float] = 0.0
     config: RepaConfig
 
@@ -181,10 +178,6 @@ class RepaMethod(SitMethod):
         super().build_frozen()
         self.teacher = build_encoder(self.config.teacher, self.config.teacher_path)
         self.teacher.requires_grad_(False)
-
-    def load_external(self) -> None:
-        super().load_external()
-        self.teacher.load()
 
     def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
         x = self.latents(batch)
@@ -217,10 +210,6 @@ class RepaMethod(SitMethod):
         assert predicted.hidden is not None
         projected = self.projectors[0](predicted.hidden[:, -target.shape[1] :])
         return -F.cosine_similarity(projected.float(), target.float(), dim=-1, eps=1e-12).mean()
-
-    def components(self) -> tuple[Component, ...]:
-        name, params, sha256 = self.teacher.component("train")
-        return (*super().components(), Component(name, "teacher", params, sha256, "train"))
 
     def from_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return from_released(state, self.own_tensors(), self.config.patch, self.config.align_after)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pixlat.common.errors import UserError
 from pixlat.common.layers.transformer import check_table, sincos_table
-from pixlat.common.weights.tensors import key_faults, read_tensors
+from pixlat.common.weights.tensors import check_released, read_tensors
 from pixlat.methods.base import Released
 
 HEAD = "final_layer.linear."
@@ -90,11 +90,7 @@ def from_released(
         name: own_head(tensor, shapes[name][0], patch) if name.startswith(HEAD) else tensor
         for name, tensor in state.items()
     }
-    faults = key_faults(state, shapes)
-    if faults:
-        raise UserError(
-            "\n  ".join([f"The released weights do not fit this model, {len(faults)} keys differ:", *faults])
-        )
+    check_released(state, shapes)
     check_positions(state[POSITIONS])
     return {name: state[released_name(name)] for name in ours}
 

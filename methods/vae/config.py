@@ -25,7 +25,7 @@ class VaeConfig:
     perceptual_weight: float = 0.1
     perceptual_path: str | None = None  # file of the perceptual network's weights; none: the usual caches
     adversarial: float = 0.0  # share of the discriminator's pull on the last layer; 0: no discriminator
-    adversarial_start: int = 0  # images after which it is trained and heard
+    adversarial_start: int = 0  # training images after which it is trained and part of the loss
     #: channels of its layers; each but the first halves the side
     discriminator_widths: list[int] = field(default_factory=lambda: [32, 64, 128])
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pixlat.common.config.resolve import require
-from pixlat.common.frozen.base import Frozen
-from pixlat.common.frozen.perceptual import ConvNeXtDistance, EmbeddedDistance, Lpips
+from pixlat.common.frozen.perceptual import build_distance
+from pixlat.common.gan_phases import GanPhases
 from pixlat.common.layers.autoencoder import Decoder, Encoder
 from pixlat.common.layers.discriminators import PatchDiscriminator, evaluating
 from pixlat.common.maths.adversarial import (
@@ -27,14 +27,14 @@ from pixlat.common.maths.adversarial import (
     quantise,
 )
 from pixlat.common.maths.float32 import without_autocast
-from pixlat.methods.base import Batch, Component, DataInfo, Description, Method, ParamGroup
+from pixlat.methods.base import Batch, DataInfo, Description, Method, ParamGroup, Pretrained
 from pixlat.methods.vae.config import VaeConfig, VaeSample
 
 STATISTICS_RATE = 0.005  # of the running moments of the latents; the last few hundred steps count
 MEASURED_IMAGES = 10_000  # at most, from which the moments of the latents are measured when the training is over
 
 
-class VaeMethod(Method):
+class VaeMethod(GanPhases, Method):
     """Encoder and decoder, trained on single draws from the posterior.
 
     The moments of the latents are followed during the training as batch norm follows its own,
@@ -59,19 +59,15 @@ class VaeMethod(Method):
         self.encoder, self.decoder = Encoder(*sizes), Decoder(*sizes)
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_square", torch.ones(config.latent_channels))
-        self.perceptual: Frozen | None = perceptual_distance(config)
-        self.external = ("perceptual",) if self.perceptual else ()  # which networks there are depends on the losses
+        self.perceptual = build_distance(config.perceptual, config.perceptual_path)
+        # Which networks there are depends on the losses.
+        self.external = (
+            {"perceptual": Pretrained("perceptual loss", "train", config.perceptual)} if self.perceptual else {}
+        )
         self.discriminator = (
             PatchDiscriminator(data.channels, config.discriminator_widths) if config.adversarial else None
         )
-        self.phases = self.phases if self.discriminator else self.phases[:1]
-        # whether the autoencoder's loss includes the adversarial term; `begin_step` tells
-        self.adversarial_active = False
-        self.begin_step(images_seen=0)
-
-    def load_external(self) -> None:
-        if self.perceptual is not None:
-            self.perceptual.load()
+        self.schedule_gan(self.discriminator is not None, config.adversarial_start, config.adversarial_start)
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -121,20 +117,6 @@ class VaeMethod(Method):
         return hinge_discriminator(
             self.discriminator(augment(x, augmentation)), self.discriminator(augment(y, augmentation))
         )
-
-    def begin_step(self, images_seen: int) -> None:
-        self.adversarial_active = self.phase_active("discriminator", images_seen)
-
-    def phase_active(self, phase: str, images_seen: int) -> bool:
-        return phase == "autoencoder" or (
-            self.discriminator is not None and images_seen >= self.config.adversarial_start
-        )
-
-    def turning_points(self) -> list[int]:
-        return [self.config.adversarial_start] if self.discriminator else []
-
-    def schedule_images(self, phase: str, images_seen: int) -> int:
-        return images_seen if phase == "autoencoder" else images_seen - self.config.adversarial_start
 
     @torch.no_grad()
     def follow(self, mean: Tensor, std: Tensor) -> None:
@@ -187,25 +169,7 @@ class VaeMethod(Method):
     def describe(self, config: VaeSample) -> Description:
         return Description(prediction="x", loss_space="x", sampler="none", steps=0, pretrained=self.components())
 
-    def components(self) -> tuple[Component, ...]:
-        """The frozen network of the perceptual term, where there is one."""
-        network, name = self.perceptual, self.config.perceptual
-        return (
-            ()
-            if network is None
-            else (Component(name, "perceptual loss", network.num_parameters(), network.sha256, used_at="train"),)
-        )
-
 
 def gaussian_kl(mean: Tensor, std: Tensor) -> Tensor:
     """KL(N(mean, std^2) || N(0, 1)) in nats for each number, of any shape."""
     return 0.5 * (mean.square() + std.square() - 1) - std.log()
-
-
-def perceptual_distance(config: VaeConfig) -> Frozen | None:
-    """The network that the configuration names, without its weights; none where it names none."""
-    if config.perceptual == "none":
-        return None
-    if config.perceptual == "embedded":
-        return EmbeddedDistance()
-    return (Lpips if config.perceptual == "lpips" else ConvNeXtDistance)(config.perceptual_path)
