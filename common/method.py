@@ -258,7 +258,7 @@ class Method(nn.Module):
 
     def look(self, images: Tensor, time: float) -> None:
         """One forward pass on images noised to `time` without their class,
-        for those who listen to `blocks()` (evaluation/hidden_states.py).
+        for those who listen to `blocks()` (`pixlat study hidden-states`).
         """
         raise UserError(
             f"{type(self).__name__} has no look(images, time), the forward pass on noised images "

@@ -1,7 +1,4 @@
-"""`python evaluation/claims.py [run | report]`: the papers' statements that a CPU can check.
-
-The claims are the files of claims/.
-"""
+"""`python evaluation/claims.py` is `pixlat claims`: see studies/claims/command.py."""
 
 import sys
 

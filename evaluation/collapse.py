@@ -1,4 +1,4 @@
-"""`python evaluation/collapse.py method=...` is `pixlat study collapse method=...`: see studies/collapse.py."""
+"""`python evaluation/collapse.py` is `pixlat study collapse`: see studies/collapse.py."""
 
 import sys
 

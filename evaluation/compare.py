@@ -1,11 +1,11 @@
 """What methods gain over the first one, with error bars, from the records of finished runs. Nothing is sampled again.
 
-    python evaluation/compare.py runs/sit-emoji32-demo-* runs/repa-emoji32-demo-* runs/reg-emoji32-demo-*
+  pixlat compare runs/sit-emoji32-demo-* runs/repa-emoji32-demo-* runs/reg-emoji32-demo-*
 
-Runs of one method that differ in the training seed are one entry, and a seed is compared with the same seed.
-Image i of every run was made from the same noise and label, so the error of one pair is the jackknife of the difference
-(of sampling alone); with several seeds it is that of the mean over them, which holds the training's randomness, too.
-Imports no torch until records are compared.
+Runs of one method that differ in the training seed are one entry, and a seed is compared with the
+same seed. Image i of every run was made from the same noise and label, so the error of one pair is
+the jackknife of the difference (of sampling alone). With several seeds it is the error of the mean
+over them, which includes the randomness of training. Imports no torch until records are compared.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from pathlib import Path
 from pixlat.common.command_line import as_command
 from pixlat.common.errors import UserError
 from pixlat.evaluation.board.gains import entries, table
-from pixlat.evaluation.command import run_command
+from pixlat.evaluation.command import Syntax, help_text, run_command
 from pixlat.evaluation.records.record import RESULT, read_record
+
+SYNTAX = Syntax(paths=True)
 
 
 def work(arguments: Sequence[str]) -> str:
@@ -30,9 +32,9 @@ def work(arguments: Sequence[str]) -> str:
 
 
 @as_command
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run_command(sys.argv[1:], lambda: str(__doc__), work)
+    return run_command(sys.argv[1:] if arguments is None else arguments, lambda: help_text(str(__doc__)), work)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""`python evaluation/hidden_states.py run=...` is `pixlat study hidden-states run=...`:
-see studies/hidden_states.py.
-"""
+"""`python evaluation/hidden_states.py` is `pixlat study hidden-states`: see studies/hidden_states.py."""
 
 import sys
 
 from pixlat.evaluation.studies.hidden_states import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,25 +1,25 @@
 """All records below a folder as tables and as one page.
 
-    python evaluation/leaderboard.py [--runs runs] [--out DIR]            leaderboard.html, .md, .csv, .json and .tex
-    python evaluation/leaderboard.py --matched train_macs [--at 0.01]     what the runs reach at equal cost,
-                                                                          in the terminal
-    python evaluation/leaderboard.py --update-readme                      the README's table, from the records
-                                                                          in evaluation/results
-    python evaluation/leaderboard.py --check                              fails if that table is stale
+  pixlat leaderboard runs=runs out=FOLDER            leaderboard.html, .md, .csv, .json and .tex
+  pixlat leaderboard matched=train_macs at=0.01      prints what the runs reach at equal cost
+  pixlat leaderboard update_readme=true              the README's table, from evaluation/results
+  pixlat leaderboard check=true                      fails if that table is stale
 
-One table per protocol hash: numbers of different protocols never meet.
-Guided and unguided rows stand apart. Imports no torch.
+Without keys it reads ./runs. Each protocol hash has a table of its own, because numbers of different
+protocols cannot be compared. Guided and unguided rows stand apart. Imports no torch.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pixlat.common.command_line import as_command
+from pixlat.common.config.resolve import one_of, require
 from pixlat.common.errors import UserError
 from pixlat.common.files import write_whole
 from pixlat.evaluation.board.groups import Records, read_records, sections
@@ -28,6 +28,7 @@ from pixlat.evaluation.board.page import to_html
 from pixlat.evaluation.board.published import from_record
 from pixlat.evaluation.board.render import rendered, say_left_out, summary
 from pixlat.evaluation.board.text import pipe_table, printable, to_latex, to_markdown, to_readme, with_table
+from pixlat.evaluation.command import Syntax, from_flags, help_text, parse, run_command
 from pixlat.evaluation.records.published import PublishedRow, read_published
 from pixlat.evaluation.records.record import RESULT, to_csv
 
@@ -37,10 +38,30 @@ RESULTS = Path(__file__).resolve().parent / "results"
 README = RESULTS.parent.parent / "README.md"
 
 
-def render(records: Records, published: Sequence[PublishedRow] = ()) -> dict[str, str]:
-    """The contents of leaderboard.md, .csv, .json, .tex and .html, by suffix.
+@dataclass
+class Keys:
+    """The command's keys."""
 
-    CSV and JSON hold the records, unrounded, and nothing else.
+    runs: str = "runs"  # the folder of the runs
+    out: str | None = None  # where the files go; none: into the folder of the runs
+    matched: str | None = (
+        None  # train_macs, images or sampling_macs: prints what runs reach at equal cost, writes nothing
+    )
+    at: float | None = (
+        None  # the cost for matched=, in PMACs, images, or GMACs an image; none: where most runs can be compared
+    )
+    check: bool = False  # fails if the README's table is stale; writes nothing
+    update_readme: bool = False  # writes the README's table
+    results: str = str(RESULTS)  # the records of the README's table
+    readme: str = str(README)  # the file with that table
+
+
+SYNTAX = Syntax(Keys)
+
+
+def render(records: Records, published: Sequence[PublishedRow] = ()) -> dict[str, str]:
+    """The contents of leaderboard.md, .csv, .json, .tex and .html, by suffix. CSV and JSON hold the records, unrounded,
+    and nothing else.
     """
     rows = [*published, *(from_record(row) for row in records.rows if row["kind"] == "published")]
     return {
@@ -60,21 +81,21 @@ def write(runs: Path, out: Path) -> list[Path]:
         out.mkdir(parents=True, exist_ok=True)
         return [write_whole(out / f"leaderboard.{suffix}", text) for suffix, text in contents.items()]
     except OSError as error:
-        raise UserError(f"cannot write into {out}: {error.strerror}. Choose a writable folder with --out.") from error
+        raise UserError(f"cannot write into {out}: {error.strerror}. Choose a writable folder with out=.") from error
 
 
 def _read(runs: Path, pattern: str = RESULT) -> Records:
     """The records; what is left out is named on stderr."""
     if not runs.is_dir():
-        raise UserError(f"--runs={runs} is not a folder. Give the folder that holds the runs, by default ./runs.")
+        raise UserError(f"runs={runs} is not a folder. Give the folder that holds the runs, by default ./runs.")
     records = read_records(runs, pattern)
     say_left_out(records.left_out)
     return records
 
 
 def matched(runs: Path, axis: str, at: float | None) -> str:
-    """The runs of each protocol at one cost, for a terminal. `at`: in the unit of the axis; none:
-    where most runs can be compared.
+    """The runs of each protocol at one cost, for a terminal. `at`: in the unit of the axis; none: where most runs can
+    be compared.
     """
     return (
         rendered(_read(runs), lambda records: _matched(records, axis, at))
@@ -104,48 +125,33 @@ def update_readme(results: Path, readme: Path, check: bool) -> str:
     if new == old:
         return f"{readme}: the table is up to date"
     if check:
-        raise UserError(
-            f"{readme}: the table is stale. Run `python evaluation/leaderboard.py --update-readme` and commit it."
-        )
+        raise UserError(f"{readme}: the table is stale. Run `pixlat leaderboard update_readme=true` and commit it.")
     write_whole(readme, new)
     return f"{readme}: table written"
 
 
+def usage() -> str:
+    """Examples and keys."""
+    return help_text(str(__doc__), Keys)
+
+
+def work(arguments: Sequence[str]) -> str:
+    """Does what the keys ask for and returns what to print. Broken records are named on stderr and left out."""
+    keys, _ = parse(Keys, from_flags(Keys, arguments))
+    require(keys.at is None or 0 < keys.at < math.inf, "at", keys.at, "must be positive")
+    if keys.check or keys.update_readme:
+        return update_readme(Path(keys.results).expanduser(), Path(keys.readme).expanduser(), keys.check)
+    runs = Path(keys.runs).expanduser()
+    if keys.matched is not None:
+        one_of("matched", keys.matched, list(AXES))
+        return matched(runs, keys.matched, keys.at)
+    return "\n".join(str(path) for path in write(runs, Path(keys.out).expanduser() if keys.out else runs))
+
+
 @as_command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the files and says so; broken records are named on stderr and do not stop the rest."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
-    parser.add_argument("--out", type=Path, help="where the files go (default: the folder of runs)")
-    parser.add_argument("--matched", choices=list(AXES), help="print what runs reach at equal cost; writes nothing")
-    parser.add_argument("--at", type=positive, help="the cost for --matched, in PMACs, images, or GMACs an image")
-    parser.add_argument("--check", action="store_true", help="fail if the README's table is stale; writes nothing")
-    parser.add_argument("--update-readme", action="store_true", help="write the README's table")
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="the records of the README's table (default: evaluation/results)"
-    )
-    parser.add_argument("--readme", type=Path, default=README, help="the file with that table (default: README.md)")
-    try:
-        print(_answer(parser.parse_args(arguments)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def positive(text: str) -> float:
-    """A number above zero."""
-    if not 0 < (value := float(text)) < float("inf"):
-        raise ValueError(text)
-    return value
-
-
-def _answer(options: argparse.Namespace) -> str:
-    if options.check or options.update_readme:
-        return update_readme(options.results, options.readme, options.check)
-    if options.matched:
-        return matched(options.runs, options.matched, options.at)
-    return "\n".join(str(path) for path in write(options.runs, options.out or options.runs))
+    """Entry point; returns the exit code."""
+    return run_command(sys.argv[1:] if arguments is None else arguments, usage, work, alone=True)
 
 
 if __name__ == "__main__":

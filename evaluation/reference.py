@@ -1,17 +1,16 @@
 """Reference statistics of real images, and the files that protocols need.
 
-  python evaluation/reference.py fetch-plan protocol=adm256          what to get, from where, its size and digest;
-                                                                     downloads nothing
-  python evaluation/reference.py verify protocol=adm256              whether those files are there and right
-  python evaluation/reference.py build protocol=clean images=/data/imagenet/train size=256 \\
-      id=imagenet256-train out=clean-reference.safetensors
-  python evaluation/reference.py show FILE.npz                       what an .npz of ADM, JiT or pMF,
-                                                                     or a built reference, holds
+  pixlat reference fetch-plan protocol=adm256    what to get, from where, its size and digest;
+                                                 downloads nothing
+  pixlat reference verify protocol=adm256        whether those files are there and right
+  pixlat reference build protocol=clean images=/data/imagenet/train size=256 \\
+                         id=imagenet256-train out=clean-reference.safetensors
+  pixlat reference show FILE.npz                 what an .npz of ADM, JiT or pMF, or a built
+                                                 reference, holds
 
-Files are looked for in $PIXLAT_EVAL_DIR and in torch's cache ($TORCH_HOME/hub/checkpoints),
-or given as weights= and reference=.
-`build` takes every image below the folder through ADM's centre crop to `size` pixels;
-with torchrun each process takes its share.
+Files are looked for in $PIXLAT_EVAL_DIR and in torch's cache ($TORCH_HOME/hub/checkpoints), or given
+as weights= and reference=. `build` takes every image below the folder through ADM's centre crop to
+`size` pixels; with torchrun each process takes its share.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pixlat.common.command_line import as_command
-from pixlat.common.errors import UserError, close_match
-from pixlat.evaluation.command import help_text, parse, run_command
+from pixlat.common.errors import UserError
+from pixlat.evaluation.command import Syntax, action_of, help_text, lines_of, parse, run_command
 from pixlat.evaluation.protocols.named import EMBEDDED, PROTOCOLS, NamedProtocol, get_protocol
 from pixlat.evaluation.protocols.needed_files import checked, fetch_plan, verify
 
@@ -47,23 +46,25 @@ class Keys:
     out: str | None = None  # for build: the file to write, .safetensors
 
 
+SYNTAX = Syntax(
+    Keys,
+    actions={"fetch-plan": Syntax(), "verify": Syntax(), "build": Syntax(), "show": Syntax(paths=True)},
+)
+
+
 def usage() -> str:
-    """Commands and keys."""
-    return help_text(str(__doc__), Keys, {}) + f"\n\nProtocols: {', '.join(PROTOCOLS)}"
+    """Actions, keys and protocols."""
+    return "\n".join([help_text(str(__doc__), Keys), "", *lines_of([("Protocols", ", ".join(PROTOCOLS))])])
 
 
 def work(arguments: Sequence[str]) -> str:
-    """Runs one command and returns what to tell."""
-    commands: dict[str, Callable[[Keys], str]] = {"fetch-plan": plan_files, "verify": verify_files, "build": build}
-    name, *rest = arguments
+    """Does one action and returns what to tell."""
+    actions: dict[str, Callable[[Keys], str]] = {"fetch-plan": plan_files, "verify": verify_files, "build": build}
+    name, rest = action_of("reference", SYNTAX.actions, arguments)
     if name == "show":
         return "\n\n".join(show(Path(file).expanduser()) for file in rest)
-    if name not in commands:
-        raise UserError(
-            f"{name!r} is not a command.{close_match(name, commands)} Commands: {', '.join((*commands, 'show'))}."
-        )
     keys, _ = parse(Keys, rest)
-    return commands[name](keys)
+    return actions[name](keys)
 
 
 def plan_files(keys: Keys) -> str:
@@ -98,7 +99,7 @@ def build(keys: Keys) -> str:
     protocol, out = _protocol(keys), Path(str(keys.out)).expanduser()
     for key in ("images", "size", "id", "out"):
         if getattr(keys, key) is None:
-            raise UserError(f"build needs {key}=. `python evaluation/reference.py --help` has an example.")
+            raise UserError(f"build needs {key}=. `pixlat reference --help` has an example.")
     if out.suffix != ".safetensors" or not out.parent.is_dir():
         raise UserError(f"out={keys.out} must end in .safetensors and lie in a folder that exists.")
     if out.exists():
@@ -176,9 +177,9 @@ def show(path: Path) -> str:
 
 
 @as_command
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run_command(sys.argv[1:], usage, work)
+    return run_command(sys.argv[1:] if arguments is None else arguments, usage, work)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""Evaluates a run, a released checkpoint, a folder of images or an .npz of samples under any protocol,
-and writes a record.
+"""Evaluates a run, a released checkpoint, a folder of images or an .npz of samples under any protocol, and writes a
+record.
 
-  python evaluation/run.py run=runs/my-run                                   the embedded protocol again,
-                                                                             as at the end of training
-  python evaluation/run.py run=runs/my-run protocol=adm256 seeds=[0,1,2]     ImageNet 256 as in the papers,
-                                                                             mean and spread of three seeds
-  python evaluation/run.py run=runs/my-run sample.guidance=2 ema=0.9996      other sampling settings, another average
-  python evaluation/run.py checkpoint=weights.pth method=... preset=imagenet256-b data=folder \\
-      data.num_classes=1000 data.image_size=256 protocol=jit256
-  python evaluation/run.py npz=samples.npz protocol=adm256 labels=balanced uint8=truncate
-  python evaluation/run.py images=folder protocol=clean
-  python evaluation/run.py run=runs/a against=runs/b seeds=[0,1,2]           the difference of two models on the same
-                                                                             seeds and labels
+  pixlat evaluate run=runs/my-run                                the embedded protocol again
+  pixlat evaluate run=runs/my-run protocol=adm256 seeds=[0,1,2]  ImageNet 256 as in the papers, mean
+                                                                 and spread of three seeds
+  pixlat evaluate run=runs/my-run sample.guidance=2 ema=0.9996   other sampling settings and average
+  pixlat evaluate run=runs/a against=runs/b seeds=[0,1,2]        how two models differ on the same
+                                                                 seeds and labels
+  pixlat evaluate checkpoint=weights.pth method=... preset=imagenet256-b protocol=jit256 \\
+                  data=folder data.num_classes=1000 data.image_size=256
+  pixlat evaluate npz=samples.npz protocol=adm256 labels=balanced uint8=truncate
+  pixlat evaluate images=folder protocol=clean
 
-`python evaluation/reference.py fetch-plan protocol=adm256` says what files a protocol needs. Nothing is downloaded.
-With several processes (`torchrun --nproc-per-node 8 evaluation/run.py ...`) each makes its share of the images.
+`pixlat reference fetch-plan protocol=adm256` says what files a protocol needs. Nothing is downloaded.
+With several processes (`torchrun --nproc-per-node 8 -m pixlat evaluate ...`) each makes its share of
+the images.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pixlat.common.command_line import as_command
 from pixlat.common.config.resolve import one_of, require
 from pixlat.common.config.schema import DataConfig
 from pixlat.common.errors import UserError
-from pixlat.evaluation.command import help_text, parse, run_command
+from pixlat.evaluation.command import Syntax, help_text, lines_of, parse, run_command
 from pixlat.evaluation.protocols.identity import protocol_name
 from pixlat.evaluation.protocols.named import EMBEDDED, PROTOCOLS, RECONSTRUCTIONS, check_request
 from pixlat.evaluation.records.record import Record
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from pixlat.evaluation.score.assess import Request
 
 GROUPS = {
-    "sample": "the method's sampler, as for launch/run.py",
+    "sample": "the method's sampler, as for `pixlat train`",
     "data": "the data set",
     "model": "the method, for instance where an earlier stage lies",
 }
@@ -78,15 +78,14 @@ class Keys:
     device: str = "auto"  # auto or cpu; auto: the accelerator where there is one
 
 
+SYNTAX = Syntax(Keys, GROUPS)
+
+
 def usage() -> str:
     """Examples, keys and protocols."""
-    lines = [
-        help_text(str(__doc__), Keys, GROUPS),
-        "",
-        "Protocols",
-        f"  {EMBEDDED:<16} the extractor in the package, against the run's own data",
-    ]
-    return "\n".join([*lines, *(f"  {name:<16} {protocol.about}" for name, protocol in PROTOCOLS.items())])
+    about = {EMBEDDED: "the extractor in the package, against the run's own data"}
+    about |= {name: protocol.about for name, protocol in PROTOCOLS.items()}
+    return "\n".join([help_text(str(__doc__), Keys, GROUPS), "", "Protocols", *lines_of(about.items())])
 
 
 def work(arguments: Sequence[str]) -> str:
@@ -171,7 +170,7 @@ def refuse_ignored(keys: Keys, source: str) -> None:
             if getattr(keys, key) != getattr(untouched, key):
                 raise UserError(
                     f"{key}={getattr(keys, key)} is not read with {reason}. Leave it out. "
-                    "`python evaluation/run.py --help` says what each key is for."
+                    "`pixlat evaluate --help` says what each key is for."
                 )
 
 
@@ -179,7 +178,7 @@ def make_request(keys: Keys, device: torch.device) -> Request:
     """The command as evaluation/score/assess.py takes it."""
     from pixlat.evaluation.score.assess import Request
 
-    # a run's is where launch/run.py has it
+    # a run's is where its training has it
     cache = (Path(keys.run).expanduser().parent if keys.run else Path(keys.out)) / ".references"
     shared = (keys.labels, keys.uint8, keys.precision, keys.weights, keys.reference)
     return Request(keys.protocol, keys.num_images, tuple(keys.seeds), keys.batch, *shared, cache, device)
@@ -244,9 +243,9 @@ def differences(records: Sequence[Record]) -> str:
 
 
 @as_command
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run_command(sys.argv[1:], usage, work)
+    return run_command(sys.argv[1:] if arguments is None else arguments, usage, work)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,30 @@
-"""Speed of a method on this machine: `python evaluation/speed.py method=jit preset=imagenet256-b
-speed.batch=2` prints one JSON object.
+"""Speed and memory of a method on this machine, as JSON on stdout.
 
-Takes the keys of launch/run.py, and speed.batch (images a training step and a sampling batch; default 8),
-speed.steps (timed steps; default 10) and speed.sample=false to time training only, as for a stage that does not sample.
-Weights are random: speed does not depend on them.
-Training is timed in train.precision, sampling in eval.precision, as in a run. A preset's train.compile=true holds
-on GPUs; on a CPU, where compiling takes minutes, only if the command asks for it. What is being done is told on stderr.
+  pixlat bench method=jit preset=imagenet256-b speed.batch=2
+      images/s, MACs/s and memory of training steps and of the sampler
+  pixlat bench memory method=jit speed.batch=8
+      memory of a training step, measured and predicted
+  pixlat bench knobs method=jit speed.batch=8
+      what recomputed blocks, compiled blocks, exact attention and kept outputs of frozen networks
+      change in speed and memory
+  pixlat bench data data=folder data.path=... data.image_size=256
+      images a second that one core reads, in the order of the files and at random; the images/s of
+      your GPUs divided by it is the number of loader processes that they need
+  pixlat bench frechet 2048
+      the Fréchet distance of 2048 dimensions beside torch-fidelity's and clean-fid's
+  pixlat bench neighbours 256 512
+      the search for the nearest training images of a run at these sizes, and its first version
 
-`python evaluation/speed.py memory method=... speed.batch=...` measures what a training step takes,
-beside what common/accounting/memory.py predicts.
-
-`python evaluation/speed.py knobs method=... speed.batch=...` tells what recomputed blocks, compiled blocks,
-exact attention and kept outputs of frozen networks do to speed and memory, each beside the plain run.
-
-`python evaluation/speed.py data data=folder data.path=... data.image_size=256` tells how many images
-a second one core reads, in the order of the files and at random as training does:
-divide what your GPUs take by it for the number of loader processes.
-
-`python evaluation/speed.py frechet [dims]` times the Fréchet distance against torch-fidelity's and clean-fid's,
-in one run on the same statistics.
-
-`python evaluation/speed.py neighbours 256 512` times the search for nearest training images (neighbours.png)
-of a whole run at these sizes, now and as it was first, on a GPU where there is one.
+Weights are random, because speed does not depend on them. Training is timed in train.precision,
+sampling in eval.precision, as in a run. A preset's train.compile=true holds on GPUs. On a CPU, where
+compiling takes minutes, it holds only if the command asks for it. Progress is told on stderr.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pixlat.common.command_line import as_command
@@ -36,27 +32,33 @@ from pixlat.common.config.resolve import resolve, split_overrides, sweep
 from pixlat.common.config.schema import RunConfig
 from pixlat.common.errors import UserError
 from pixlat.evaluation.bench.data import measure_data
-from pixlat.evaluation.bench.options import configurations
+from pixlat.evaluation.bench.options import GROUPS, Keys, configurations
 from pixlat.evaluation.bench.steps import measure
+from pixlat.evaluation.command import Syntax, action_of, help_text, run_command
 from pixlat.methods import get_spec
+
+ACTIONS = dict.fromkeys(("memory", "knobs", "data"), Syntax(Keys, GROUPS)) | dict.fromkeys(
+    ("frechet", "neighbours"), Syntax()
+)
+SYNTAX = Syntax(Keys, GROUPS, ACTIONS)
 
 
 @as_command
-def main(arguments: list[str]) -> int:
-    """Prints one JSON object for each configuration; the exit code is 2 for a mistake in the command."""
-    if not arguments or "--help" in arguments:
-        print(__doc__)
-        return 0
-    try:
-        for measured in measurements(arguments):
-            print(json.dumps(measured, indent=1))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command(
+        sys.argv[1:] if arguments is None else arguments, lambda: help_text(str(__doc__), Keys, GROUPS), work
+    )
+
+
+def work(arguments: Sequence[str]) -> int:
+    """Prints one JSON object for each measurement as soon as it is made. Returns the exit code 0."""
+    for measured in measurements(arguments):
+        print(json.dumps(measured, indent=1))
     return 0
 
 
-def measurements(arguments: list[str]) -> Iterator[dict[str, Any]]:
+def measurements(arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
     """What the command asks for, one after the other."""
     kind, rest = arguments[0], arguments[1:]
     if kind == "frechet":
@@ -73,16 +75,16 @@ def measurements(arguments: list[str]) -> Iterator[dict[str, Any]]:
         from pixlat.evaluation.bench.knobs import measure_memory, with_exact_allocator
 
         with_exact_allocator()
-        for run, options in configurations(rest):
-            yield measure_memory(run, int(options["speed.batch"]))
+        for run, speed in configurations(rest):
+            yield measure_memory(run, speed.batch)
+    elif "=" in kind:
+        for run, speed in configurations(arguments):
+            yield measure(run, speed.batch, speed.steps, speed.sample)
     else:
-        for run, options in configurations(arguments):
-            yield measure(
-                run, int(options["speed.batch"]), int(options["speed.steps"]), options["speed.sample"] == "true"
-            )
+        action_of("bench", SYNTAX.actions, arguments)
 
 
-def measure_frechet(arguments: list[str]) -> dict[str, Any]:
+def measure_frechet(arguments: Sequence[str]) -> dict[str, Any]:
     """The comparison of Fréchet distances at the given number of dimensions, 2048 if there is none."""
     from pixlat.evaluation.bench.frechet import compare
 
@@ -91,7 +93,7 @@ def measure_frechet(arguments: list[str]) -> dict[str, Any]:
     return compare(int(arguments[0]) if arguments else 2048)
 
 
-def measure_neighbours(arguments: list[str]) -> Iterator[dict[str, Any]]:
+def measure_neighbours(arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The comparison of searches at each of the given sizes."""
     import torch
 
@@ -104,4 +106,4 @@ def measure_neighbours(arguments: list[str]) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

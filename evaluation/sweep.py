@@ -1,10 +1,10 @@
 """Tries sampling settings of one checkpoint and evaluates the best one in full, with the number of tries in its record.
 
-  python evaluation/sweep.py run=runs/my-run sample.guidance=1,1.5,2,3 ema=0.999,0.9999 tries=1000 num_images=5000
+  pixlat sweep run=runs/my-run sample.guidance=1,1.5,2,3 ema=0.999,0.9999 tries=1000 num_images=5000
 
-Comma lists are tried in every combination, each on `tries` images; the lowest distance wins. Its record says how many
-settings were tried on how many samples (`selection`), because the best of many is better than it will be again:
-the full evaluation uses other seeds than the tries.
+Comma lists are tried in every combination, each on `tries` images, and the lowest distance wins.
+The best of many settings scores better than it will again. Therefore the full evaluation uses other
+seeds than the tries, and its record says how many settings were tried on how many samples.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pixlat.common.command_line import as_command
 from pixlat.common.config.resolve import split_overrides, sweep
 from pixlat.common.errors import UserError
 from pixlat.common.files import write_whole
-from pixlat.evaluation.command import help_text, parse, run_command
+from pixlat.evaluation.command import Syntax, help_text, parse, run_command
 from pixlat.evaluation.protocols.identity import protocol_name
 from pixlat.evaluation.protocols.named import EMBEDDED, check_request
 from pixlat.evaluation.run import sampling_keys
@@ -39,7 +39,7 @@ class Keys:
 
     run: str | None = None  # a run folder
     ema: str | None = None  # averages to try; none: the one it was evaluated with
-    protocol: str = EMBEDDED  # as for evaluation/run.py
+    protocol: str = EMBEDDED  # as for `pixlat evaluate`
     tries: int = 1000  # images a setting
     try_seed: int = 1_000_000  # of the tries
     num_images: int | None = None  # of the full evaluation; none: as the protocol says
@@ -52,13 +52,17 @@ class Keys:
     device: str = "auto"  # auto or cpu
 
 
+GROUPS = {
+    "sample": "the method's sampler, as for `pixlat train`; comma lists are tried",
+    "data": "the data set",
+    "model": "the method, for instance where an earlier stage lies",
+}
+SYNTAX = Syntax(Keys, GROUPS)
+
+
 def usage() -> str:
     """Example and keys."""
-    return help_text(
-        str(__doc__),
-        Keys,
-        {"sample": "the method's sampler, as for launch/run.py; comma lists are tried", "data": "the data set"},
-    )
+    return help_text(str(__doc__), Keys, GROUPS)
 
 
 def work(arguments: Sequence[str]) -> str:
@@ -171,9 +175,9 @@ def _ranked(settings: Sequence[dict[str, str]], scores: Sequence[float]) -> list
 
 
 @as_command
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run_command(sys.argv[1:], usage, work)
+    return run_command(sys.argv[1:] if arguments is None else arguments, usage, work)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ FILES = (WEIGHTS, "config.yaml", DATA, "README.md")
 
 
 def export_run(folder: Path, to: Path, ema: str | None, licence: str) -> str:
-    """Writes the files, with the class names where the run has kept them; `ema` as in evaluation/run.py.
+    """Writes the files, with the class names where the run has kept them; `ema` as in `pixlat evaluate`.
 
     Frozen networks stay outside, as in checkpoints.
     """
@@ -89,8 +89,8 @@ def card(
             *expected(spec, preset),
             "## Use",
             "",
-            f"    python launch/prepare.py import method={spec.name} file=FOLDER name={folder.name}",
-            f"    python evaluation/run.py run=runs/{folder.name}",
+            f"    pixlat import method={spec.name} file=FOLDER name={folder.name}",
+            f"    pixlat evaluate run=runs/{folder.name}",
             "",
             (
                 f"`{WEIGHTS}` (sha256 {sha256}) holds {len(weights.state)} tensors under pixlat's names, "

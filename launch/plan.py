@@ -1,13 +1,13 @@
-"""What a run will take: memory of each GPU, the largest micro-batch, images a second, days and GPU-hours,
-for training and for sampling.
+"""What a run will take: memory of each GPU, the largest micro-batch, images a second, days and GPU-hours, for training
+and for sampling.
 
-  python launch/plan.py method=jit preset=imagenet256-h hardware=h100 nodes=4 gpus=8
-  python launch/plan.py method=jit preset=imagenet256-h hardware=a100 sharding=fsdp2
-  train.recompute_blocks=true efficiency=0.4
+  pixlat plan method=jit preset=imagenet256-h hardware=h100 nodes=4 gpus=8
+  pixlat plan method=jit preset=imagenet256-h hardware=a100 sharding=fsdp2 \\
+              train.recompute_blocks=true efficiency=0.4
 
-Takes the keys of launch/run.py and those below.
-Multiply-accumulates and memory are counted without data or GPU; the share of a GPU's peak that is reached
-is an assumption until you give the one that `python evaluation/speed.py` measures on yours.
+Takes the keys of `pixlat train` and those below. Multiply-accumulates and memory are counted
+without data or GPU. The share of a GPU's peak that is reached is an assumption until you give the
+one that `pixlat bench` measures on yours.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from pixlat.common.config.resolve import one_of, published_score, require, resol
 from pixlat.common.config.schema import RunConfig
 from pixlat.common.errors import UserError
 from pixlat.evaluation.board.groups import network_name
-from pixlat.evaluation.command import help_text, parse, run_command
+from pixlat.evaluation.command import Syntax, help_text, parse, run_command
 from pixlat.methods import get_class, get_spec
 
 if TYPE_CHECKING:
     from pixlat.common.accounting.memory import StepMemory
     from pixlat.methods.base import DataInfo, Method
 
-GROUPS = dict.fromkeys(("method", "preset", "model", "data", "train", "sample"), "as for launch/run.py")
+GROUPS = dict.fromkeys(("method", "preset", "model", "data", "train", "sample"), "as for `pixlat train`")
 GIGA, PETA = 1e9, 1e15
 
 
@@ -65,13 +65,13 @@ USABLE = 0.92  # of a GPU's memory; the rest is the driver's, the libraries' wor
 ASSUMED = {"bf16": 0.35, "tf32": 0.4, "fp32": 0.6}  # share of the peak rate
 ASSUMED_SCALING = 0.95  # share of its speed that each of several nodes keeps
 SAMPLES = 50_000
-# Measured by `evaluation/speed.py data` (common/README.md): images a second of one core of an AMD EPYC.
+# Measured by `pixlat bench data` (common/README.md): images a second of one core of an AMD EPYC.
 DECODED_PER_CORE = {256: 250, 512: 150}  # by size in pixels, from photographs in folders, tars and tables
 TOKENIZER_SHARE = 0.22  # of the TF32 rate, which convolutions of an autoencoder reach
 NETWORK_GBPS = 400  # of each GPU to other machines
 NUMBERS_PER_CORE = 130e6  # normal ones a second: 1.5 ms for 3 x 256 x 256
 DRAWING_THREADS = 8  # at most, for each GPU (common/seeds.py)
-CACHED_PER_CORE = 80_000  # from the shards of `launch/prepare.py images`
+CACHED_PER_CORE = 80_000  # from the shards of `pixlat prepare images`
 
 
 @dataclass
@@ -87,6 +87,9 @@ class Keys:
     efficiency: float | None = None
     sampling_efficiency: float | None = None  # the same in sampling; none: that of training
     scaling: float | None = None  # share of a node's speed that each of several nodes keeps; none: 0.95, an assumption
+
+
+SYNTAX = Syntax(Keys, GROUPS)
 
 
 def work(arguments: Sequence[str]) -> str:
@@ -495,9 +498,11 @@ def clock(seconds: float) -> str:
 
 
 @as_command
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run_command(sys.argv[1:], lambda: help_text(str(__doc__), Keys, GROUPS), work)
+    return run_command(
+        sys.argv[1:] if arguments is None else arguments, lambda: help_text(str(__doc__), Keys, GROUPS), work
+    )
 
 
 if __name__ == "__main__":

@@ -1,25 +1,15 @@
-"""What is prepared once for many runs. `python launch/prepare.py COMMAND key=value ...`
+"""What is prepared once for many runs.
 
-  images     the training and held-out images, decoded and cropped once, in files that a later run reads
-             with data=shards data.path=FOLDER. Takes data.* keys, and to=FOLDER, workers=N (processes; all cores),
-             shard_images=8192 (a file). With data.crop=random the files also hold the whole training images,
-             of data.resize pixels, of which a run with the same two keys cuts
-                 python launch/prepare.py images data=tar data.path=/data/imagenet-wds \\
-                     data.image_size=256 to=/scratch/imagenet256
-  latents    the moments of every training image's latents, in files that a later run reads with data.latents=FOLDER.
-             Takes the keys of launch/run.py, and to=FOLDER, batch=64, dtype=float32 (or float16), device=auto
-                 python launch/prepare.py latents method=reg preset=imagenet256-xl \\
-                     data.path=/data/imagenet/train to=/scratch/latents
-  import     a run folder of a file that a method's authors released, for evaluation/run.py. Takes method=,
-             file= (or a folder), and name=, out=runs, preset= (none: the one with the file's architecture),
-             weights= (which of the file's), licence=, and keys of launch/run.py
-                 python launch/prepare.py import method=jit file=JiT-B-16/checkpoint-last.pth name=jit-b16-released
-  export     weights as safetensors, config and a model card of a run: from=, to=, ema=, licence=
-                 python launch/prepare.py export from=runs/my-run to=my-run-released licence=MIT
-  tokenizer  one file with the weights and one with the facts of an autoencoder that was trained here
-                 python launch/prepare.py tokenizer from=runs/my-autoencoder to=autoencoder.safetensors
+  pixlat prepare images     the training and held-out images, decoded and cropped once, in files
+                            that a run reads with data=shards data.path=FOLDER
+  pixlat prepare latents    the moments of every training image's latents, in files that a run
+                            reads with data.latents=FOLDER
+  pixlat prepare tokenizer  the weights and the facts of an autoencoder that was trained here
+  pixlat import             a run folder of a file that a method's authors released
+  pixlat export             weights as safetensors, config and a model card of a run
 
-The same command again goes on where it was stopped, or finds everything there.
+`pixlat prepare images --help` has examples and keys. The same command again goes on where it was
+stopped, or finds everything there.
 """
 
 from __future__ import annotations
@@ -28,43 +18,106 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from pixlat.common.command_line import as_command
 from pixlat.common.config.resolve import resolve, split_overrides
 from pixlat.common.config.schema import RunConfig
-from pixlat.common.errors import UserError, close_match
+from pixlat.common.errors import UserError
+from pixlat.evaluation.command import (
+    Syntax,
+    action_of,
+    asks_for_help,
+    groups_of_a_run,
+    help_text,
+    needed,
+    parse,
+    run_command,
+)
 from pixlat.methods import get_spec
 
 
-def images(options: dict[str, str]) -> str:
+@dataclass
+class ImagesKeys:
+    """The keys of `pixlat prepare images`."""
+
+    to: str | None = None  # the folder that is made
+    workers: int | None = None  # processes; none: one for each core
+    shard_images: int = 8192  # images of a file
+
+
+@dataclass
+class LatentsKeys:
+    """The keys of `pixlat prepare latents`."""
+
+    to: str | None = None  # the folder that is made
+    batch: int = 64  # images at once
+    dtype: str = "float32"  # float32 or float16
+    device: str = "auto"  # auto, cpu or cuda; auto: a GPU where there is one
+
+
+@dataclass
+class TokenizerKeys:
+    """The keys of `pixlat prepare tokenizer`."""
+
+    from_: str | None = None  # the folder of a finished run of method=vae
+    to: str | None = None  # the file of the weights; the facts go beside it, into a .json
+
+
+@dataclass
+class ImportKeys:
+    """The keys of `pixlat import`."""
+
+    method: str | None = None  # whose file it is
+    file: str | None = None  # the released file, or a folder that `pixlat export` wrote
+    name: str | None = None  # of the run folder; none: that of the file
+    out: str = RunConfig.out  # where the run folder is made
+    preset: str | None = None  # none: the one with the file's architecture
+    weights: str | None = None  # which weights of the file, where it holds several
+    licence: str | None = None  # of the weights, for the run's model card
+
+
+@dataclass
+class ExportKeys:
+    """The keys of `pixlat export`."""
+
+    from_: str | None = None  # a run folder
+    to: str | None = None  # the folder that is made
+    ema: str | None = None  # which average of the run; none: the one it was evaluated with; raw: the raw weights
+    licence: str = ""  # of the weights, for the model card
+
+
+def images(keys: ImagesKeys, rest: dict[str, str]) -> str:
     """Decodes and crops a data set."""
-    folder, workers = Path(_take(options, "to")), int(options.pop("workers", str(os.cpu_count() or 1)))
-    shard_images = int(options.pop("shard_images", "8192"))
-    if odd := [key for key in options if not key.startswith("data.")]:
-        raise UserError(f"unknown keys: {', '.join(odd)}. {__doc__}")
-    data = resolve(get_spec(RunConfig.method), options).data
+    folder, workers = (
+        Path(*needed(keys, "prepare images", "to")).expanduser(),
+        keys.workers if keys.workers is not None else os.cpu_count() or 1,
+    )
+    data = resolve(get_spec(RunConfig.method), rest).data
     from pixlat.common.datasets.load import load_data
     from pixlat.common.datasets.write_shards import write_shards
 
     source, start = load_data(data), time.perf_counter()
-    card = write_shards(folder, source, workers, shard_images, source.train.resize if data.crop == "random" else None)
+    card = write_shards(
+        folder, source, workers, keys.shard_images, source.train.resize if data.crop == "random" else None
+    )
     seconds, count = time.perf_counter() - start, source.info.num_train + source.info.num_heldout
     skipped = [reason for part in card.parts.values() for reason in part.skipped.values()]
     told = [f"  {reason}" for reason in skipped]
     made = (
-        f"{count} images of {card.image_size} px under {folder}, {count / seconds:.0f} images/s on {max(1, workers)} "
-        f"processes; {len(skipped)} skipped"
+        f"{count} images of {card.image_size} px under {folder}, {count / seconds:.0f} images/s on "
+        f"{max(1, workers)} processes; {len(skipped)} skipped"
     )
     crops = f" data.crop=random data.resize={card.resize}" if card.resize else ""
     return "\n".join([made, *told, f"Use them with data=shards data.path={folder}{crops}"])
 
 
-def latents(options: dict[str, str]) -> str:
+def latents(keys: LatentsKeys, rest: dict[str, str]) -> str:
     """Encodes a training set and its mirror images."""
-    folder, batch = Path(_take(options, "to")), int(options.pop("batch", "64"))
-    dtype, device_name = options.pop("dtype", "float32"), options.pop("device", "auto")
-    run = resolve(get_spec(options.get("method", RunConfig.method)), options)
+    folder = Path(*needed(keys, "prepare latents", "to")).expanduser()
+    run = resolve(get_spec(rest.get("method", RunConfig.method)), rest)
     if not hasattr(run.model, "tokenizer"):
         raise UserError(f"method={run.method} has no tokenizer, so it has no latents to prepare.")
     import torch
@@ -76,19 +129,18 @@ def latents(options: dict[str, str]) -> str:
     tokenizer = build_tokenizer(run.model.tokenizer, run.model.tokenizer_path)
     source = load_data(run.data)
     tokenizer.load()
-    device = device_name if device_name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    card = write_latents(folder, source.train, tokenizer.to(device), batch, dtype)
+    device = keys.device if keys.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    card = write_latents(folder, source.train, tokenizer.to(device), keys.batch, keys.dtype)
     made = (
-        f"{card.images} images and their mirror images, moments {card.shape}, "
-        f"in {len(card.shards)} files under {folder}."
+        f"{card.images} images and their mirror images, moments {card.shape}, in {len(card.shards)} files "
+        f"under {folder}."
     )
     return f"{made} Use them with data.latents={folder}"
 
 
-def tokenizer(options: dict[str, str]) -> str:
+def tokenizer(keys: TokenizerKeys, _: dict[str, str]) -> str:
     """Writes the weights of a run's autoencoder and what they do with the held-out images."""
-    folder, file = Path(_take(options, "from")), Path(_take(options, "to"))
-    _refuse(options)
+    folder, file = (Path(each).expanduser() for each in needed(keys, "prepare tokenizer", "from", "to"))
     from pixlat.common.config.saved import read_config
     from pixlat.common.frozen.export_tokenizer import export_tokenizer
     from pixlat.evaluation.records.record import RESULT, read_record
@@ -96,8 +148,8 @@ def tokenizer(options: dict[str, str]) -> str:
     read_config(folder)  # refuses what is not a run folder
     if not (folder / RESULT).is_file():
         raise UserError(
-            f"from={folder} has no {RESULT}, so what its training cost is not known. "
-            "Give the folder of a finished run of method=vae."
+            f"from={folder} has no {RESULT}, so what its training cost is not known. Give the folder of a "
+            "finished run of method=vae."
         )
     card = export_tokenizer(folder, file, read_record(folder / RESULT))
     return (
@@ -105,67 +157,130 @@ def tokenizer(options: dict[str, str]) -> str:
     )
 
 
-def import_file(options: dict[str, str]) -> str:
+def import_file(keys: ImportKeys, rest: dict[str, str]) -> str:
     """Makes a run folder of a released file, or of what `export` wrote."""
-    file, method = Path(_take(options, "file")).expanduser(), _take(options, "method")
-    name, out = options.pop("name", file.stem), options.pop("out", RunConfig.out)
-    weights, preset, licence = (options.pop(key, None) for key in ("weights", "preset", "licence"))
+    given, method = needed(keys, "import", "file", "method")
+    file = Path(given).expanduser()
     from pixlat.launch.released import import_released
 
-    return import_released(file, Path(out) / name, method, weights, preset, licence, options)
+    return import_released(
+        file,
+        Path(keys.out).expanduser() / (keys.name or file.stem),
+        method,
+        keys.weights,
+        keys.preset,
+        keys.licence,
+        rest,
+    )
 
 
-def export(options: dict[str, str]) -> str:
+def export(keys: ExportKeys, _: dict[str, str]) -> str:
     """Writes what can be given away of a run."""
-    folder, to = Path(_take(options, "from")), Path(_take(options, "to"))
-    ema, licence = options.pop("ema", None), options.pop("licence", "")
-    _refuse(options)
+    folder, to = (Path(each).expanduser() for each in needed(keys, "export", "from", "to"))
     from pixlat.launch.export import export_run
 
-    return export_run(folder, to, ema, licence)
+    return export_run(folder, to, keys.ema, keys.licence)
 
 
-COMMANDS: dict[str, Callable[[dict[str, str]], str]] = {
-    "images": images,
-    "latents": latents,
-    "import": import_file,
-    "export": export,
-    "tokenizer": tokenizer,
+IMAGES = Syntax(ImagesKeys, {"data": "the data set, as for `pixlat train`"})
+LATENTS = Syntax(LatentsKeys, groups_of_a_run())
+TOKENIZER = Syntax(TokenizerKeys)
+IMPORT = Syntax(ImportKeys, groups_of_a_run("method", "preset"))
+EXPORT = Syntax(ExportKeys)
+SYNTAX = Syntax(
+    actions={"images": IMAGES, "latents": LATENTS, "tokenizer": TOKENIZER, "import": IMPORT, "export": EXPORT}
+)
+
+IMAGES_HELP = """\
+The training and held-out images, decoded and cropped once.
+
+  pixlat prepare images data=tar data.path=/data/imagenet-wds data.image_size=256 to=/scratch/in256
+
+A run reads them with data=shards data.path=FOLDER. With data.crop=random the files also hold the whole
+training images, resized to data.resize pixels, which a run with the same two keys crops.
+"""
+LATENTS_HELP = """\
+The moments of the latents of every training image and of its mirror image.
+
+  pixlat prepare latents method=reg preset=imagenet256-xl data.path=/data/imagenet/train to=/latents
+
+A run reads them with data.latents=FOLDER.
+"""
+TOKENIZER_HELP = """\
+Two files of an autoencoder that was trained here: its weights, and its facts (recipe, digest, cost and errors).
+
+  pixlat prepare tokenizer from=runs/my-autoencoder to=autoencoder.safetensors
+"""
+IMPORT_HELP = """\
+A run folder of a file that a method's authors released, which `pixlat sample` and `pixlat evaluate` then take.
+
+  pixlat import method=jit file=JiT-B-16/checkpoint-last.pth name=jit-b16-released
+
+Settings that the file does not tell are given as keys of `pixlat train`.
+"""
+EXPORT_HELP = """\
+Weights as safetensors, config and a model card of a run.
+
+  pixlat export from=runs/my-run to=my-run-released licence=MIT
+"""
+
+Work: TypeAlias = Callable[[Any, dict[str, str]], str]
+ACTIONS: dict[str, tuple[Work, str]] = {
+    "images": (images, IMAGES_HELP),
+    "latents": (latents, LATENTS_HELP),
+    "tokenizer": (tokenizer, TOKENIZER_HELP),
+    "import": (import_file, IMPORT_HELP),
+    "export": (export, EXPORT_HELP),
 }
 
 
-def _take(options: dict[str, str], key: str) -> str:
-    if key not in options:
-        raise UserError(f"{key}= is missing. {__doc__}")
-    return options.pop(key)
+def usage(action: str) -> str:
+    """Example and keys of one action."""
+    syntax = SYNTAX.actions[action]
+    return help_text(ACTIONS[action][1], syntax.keys, syntax.groups)
 
 
-def _refuse(options: dict[str, str]) -> None:
-    if options:
-        raise UserError(f"unknown keys: {', '.join(options)}. {__doc__}")
+def do(action: str, arguments: Sequence[str]) -> str:
+    """Does one action and returns what to tell."""
+    if lists := [key for key, values in split_overrides(arguments).items() if len(values) > 1]:
+        raise UserError(
+            f"{', '.join(lists)}: one value each; this command prepares one thing, and comma lists are for "
+            "`pixlat train`."
+        )
+    syntax = SYNTAX.actions[action]
+    return ACTIONS[action][0](*parse(syntax.keys, arguments, tuple(syntax.groups)))
+
+
+def work(arguments: Sequence[str]) -> str:
+    """Does the action that the first word names."""
+    return do(*action_of("prepare", SYNTAX.actions, arguments))
+
+
+def run_action(action: str, arguments: Sequence[str]) -> int:
+    """An action as a command of its own. Returns the exit code."""
+    return run_command(arguments, lambda: usage(action), lambda given: do(action, given))
 
 
 @as_command
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 finished, 2 a mistake in the command or its inputs."""
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(__doc__)
-        return 0
-    try:
-        if arguments[0] not in COMMANDS:
-            raise UserError(
-                f"{arguments[0]!r} is not a command.{close_match(arguments[0], COMMANDS)} "
-                f"Commands: {', '.join(COMMANDS)}."
-            )
-        given = split_overrides(arguments[1:])
-        if swept := [key for key, values in given.items() if len(values) > 1]:
-            raise UserError(f"{', '.join(swept)}: one value each; nothing is swept here.")
-        print(COMMANDS[arguments[0]]({key: values[0] for key, values in given.items()}))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if asks_for_help(arguments) and arguments[0] in ACTIONS:
+        return run_action(arguments[0], arguments[1:])
+    return run_command(arguments, lambda: help_text(str(__doc__)), work)
+
+
+@as_command
+def main_import(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `pixlat import`; returns the exit code."""
+    return run_action("import", sys.argv[1:] if arguments is None else arguments)
+
+
+@as_command
+def main_export(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `pixlat export`; returns the exit code."""
+    return run_action("export", sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""From a file of a method's authors to a run folder that `evaluation/run.py` samples and evaluates,
+"""From a file of a method's authors to a run folder that `pixlat evaluate` samples and evaluates,
 without training.
 """
 
@@ -81,7 +81,7 @@ def import_released(
     )
     return (
         f"{folder}: {spec.title} ({shape}; preset {run.preset})\n  {found.weights}: {kept}\nEvaluate it with: "
-        f"python evaluation/run.py run={folder}"
+        f"pixlat evaluate run={folder}"
     )
 
 
@@ -156,8 +156,7 @@ def metadata_of(file: Path) -> dict[str, str]:
         r"(\d(\.\d+)?(e-\d+)?)?", origin["ema_decay"]
     ):
         raise UserError(
-            f"{file} does not say which average it holds, as files of `python launch/prepare.py export` do. "
-            "Export the run again."
+            f"{file} does not say which average it holds, as files of `pixlat export` do. Export the run again."
         )
     return dict(origin)
 

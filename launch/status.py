@@ -1,6 +1,8 @@
-"""How all runs are: `python launch/status.py [FOLDER]`, by default of `runs`.
+"""How all runs are: state, progress, time left, score, job and log.
 
-State, progress, time left, score, job and log.
+  pixlat status                    of the runs in ./runs
+  pixlat status FOLDER             of the runs in FOLDER
+  pixlat status FOLDER json=true   one JSON object a run
 
 It asks `squeue`, not the accounting.
 
@@ -9,16 +11,16 @@ running      a process holds the run's lock, or its job works
 waiting      its job is queued; Slurm's reason is behind it
 failed       its last job ended with an error, which is shown with its log
 stopped      nothing works on it; the same command again goes on
-damaged      a file of its folder cannot be read; it is named below the table, and the other runs are shown all the same
+damaged      a file of its folder cannot be read; it is named below the table, and the other runs
+             are shown all the same
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,19 @@ from pixlat.common.command_line import as_command
 from pixlat.common.config.saved import MAX_CONFIG_BYTES
 from pixlat.common.errors import UserError
 from pixlat.common.files import open_regular, read_json, read_rows, read_text
+from pixlat.evaluation.command import Syntax, from_flags, help_text, parse, run_command, split_words
 from pixlat.evaluation.records.record import read_record
 from pixlat.launch.cluster.slurm import JobState, job_states
 from pixlat.launch.job.folder import FAILURE, JOBS, LOCK, RESULT, is_locked
 
-# of a line of a log that says why a job ended
-SIGNS = ("error:", "Error", "slurmstepd:", "srun: error", "oom", "Killed")
+SIGNS = (
+    "error:",
+    "Error",
+    "slurmstepd:",
+    "srun: error",
+    "oom",
+    "Killed",
+)  # of a line of a log that says why a job ended
 
 
 LOG_END = 2**16  # bytes; a line has some hundred
@@ -56,34 +65,41 @@ class Row:
     score: str = ""
 
 
+@dataclass
+class Keys:
+    """The command's keys."""
+
+    out: str = "runs"  # the folder of the run folders, as in the runs' own out=; a plain word is it as well
+    json: bool = False  # one JSON object a run instead of the table
+
+
+SYNTAX = Syntax(Keys, paths=True)
+HEADERS = ("run", "state", "done", "images/s", "time left", "score", "job", "log")
+
+
 @as_command
-def main() -> int:
-    """Prints the table, and below it why runs failed or wait."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="?", default="runs", help="the folder of the run folders (out= of the runs)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a run")
-    arguments = parser.parse_args()
-    if not Path(arguments.out).is_dir():
-        print(f"error: there is no folder {arguments.out}. Give the out= of your runs.", file=sys.stderr)
-        return 2
-    rows = statuses(Path(arguments.out))
-    if arguments.json:
-        print("\n".join(json.dumps(vars(row)) for row in rows))
-        return 0
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command(
+        sys.argv[1:] if arguments is None else arguments, lambda: help_text(str(__doc__), Keys), work, alone=True
+    )
+
+
+def work(arguments: Sequence[str]) -> str:
+    """The table, and below it why runs failed or wait."""
+    words, given = split_words(from_flags(Keys, arguments))
+    keys, _ = parse(Keys, [*(f"out={word}" for word in words), *given])
+    folder = Path(keys.out).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {keys.out}. Give the out= of your runs.")
+    rows = statuses(folder)
+    if keys.json:
+        return "\n".join(json.dumps(vars(row)) for row in rows)
     shown = [
         (row.name, row.state, row.progress, row.images_per_s, row.left, row.score, row.job, row.log) for row in rows
     ]
-    print(
-        tabulate(
-            shown,
-            headers=("run", "state", "done", "images/s", "time left", "score", "job", "log"),
-            disable_numparse=True,
-        )
-    )
-    for row in rows:
-        if row.reason:
-            print(f"\n{row.name}: {row.reason}")
-    return 0
+    table = tabulate(shown, headers=HEADERS, disable_numparse=True)
+    return "\n\n".join([table, *(f"{row.name}: {row.reason}" for row in rows if row.reason)])
 
 
 def statuses(out: Path) -> list[Row]:
@@ -94,9 +110,7 @@ def statuses(out: Path) -> list[Row]:
 
 
 def guarded_status(folder: Path, jobs: Mapping[str, JobState] | None) -> Row:
-    """How one run is; whatever its files hold, the other runs must be shown,
-    so that any error becomes this run's row.
-    """
+    """How one run is. Any error becomes the row of this run, so that the other runs are shown whatever it holds."""
     try:
         return status(folder, jobs)
     except Exception as error:
@@ -134,8 +148,8 @@ def score(folder: Path) -> str:
 
 
 def damaged_checkpoint(folder: Path) -> str:
-    """What is wrong with the newest checkpoint by the sizes of its files, or an empty string;
-    digests are a start's business, since they take long.
+    """What is wrong with the newest checkpoint by the sizes of its files, or an empty string; digests are a start's
+    business, since they take long.
     """
     manifests = sorted(folder.glob("checkpoints/step-*/manifest.json"))
     if not manifests:
@@ -203,8 +217,8 @@ def progress(folder: Path, state: str) -> tuple[str, str, str]:
 
 
 def training_images(folder: Path) -> int:
-    """train.images of a config.yaml, by the fast reader:
-    whoever starts the run checks all of it (common/config/saved.py).
+    """train.images of a config.yaml, by the fast reader: whoever starts the run checks all of it
+    (common/config/saved.py).
     """
     file = folder / "config.yaml"
     try:
@@ -215,15 +229,14 @@ def training_images(folder: Path) -> int:
         )
     except (yaml.YAMLError, RecursionError, LookupError, TypeError, ValueError) as error:
         raise UserError(
-            f"{file} is damaged: {str(error).partition(chr(10))[0] or type(error).__name__}. "
-            "Restore it, or remove the folder."
+            f"{file} is damaged: {str(error).partition(chr(10))[0] or type(error).__name__}. Restore it, or "
+            "remove the folder."
         ) from error
 
 
 def last_row(file: Path) -> dict[str, Any] | None:
-    """The last whole line of a log, of which only the end is read; None where there is none.
-
-    A damaged one is a UserError.
+    """The last whole line of a log, of which only the end is read; None where there is none. A damaged one is a
+    UserError.
     """
     if not file.exists():
         return None

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, cast
 
 from pixlat.common.errors import UserError, close_match
+from pixlat.common.plugins import Plugin, load_plugin, plugins_of
 
 if TYPE_CHECKING:
     from pixlat.common.method import Method
 
 ENTRY_POINT_GROUP = "pixlat.methods"
-log = logging.getLogger("pixlat")
 
 # name -> "module:attribute" of a MethodSpec.
 # Another package registers its method through an entry point of the group above.
@@ -67,28 +64,15 @@ class MethodSpec:
 
 
 def registered() -> dict[str, str]:
-    """All methods, built in and from other packages' entry points, name -> "module:attribute";
-    a built-in name cannot be taken.
+    """All methods, built in and from other packages' entry points, name -> "module:attribute"; a built-in name cannot
+    be taken.
     """
-    return {**plugins(), **METHODS}
+    return {**{name: plugin.value for name, plugin in plugins().items()}, **METHODS}
 
 
-@functools.cache  # the packages of a process do not change, and the warning is given once
-def plugins() -> dict[str, str]:
-    """The methods of other packages. One that has the name of a built-in method is left out with a warning."""
-    found = {}
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        if point.name in METHODS:
-            package = point.dist.name if point.dist else point.value
-            log.warning(
-                "The package %s registers a method %r, which is the name of a built-in method. "
-                "It is ignored: rename it.",
-                package,
-                point.name,
-            )
-        else:
-            found[point.name] = point.value
-    return found
+def plugins() -> dict[str, Plugin]:
+    """The methods of other packages. What they register wrongly is left out with a warning."""
+    return plugins_of(ENTRY_POINT_GROUP, frozenset(METHODS), "method")
 
 
 def load_object(path: str) -> object:
@@ -98,25 +82,24 @@ def load_object(path: str) -> object:
 
 
 def get_spec(name: str) -> MethodSpec:
-    """The spec of a registered method. An unknown name, and a plug-in that cannot be imported, are UserErrors."""
+    """The spec of a registered method. An unknown name, and a plug-in that cannot be loaded, are UserErrors."""
     options = registered()
     if name not in options:
         raise UserError(
             f"method={name!r} is not registered.{close_match(name, options)} Methods: {', '.join(sorted(options))}."
         )
-    try:
-        spec = load_object(options[name])
-    except (ImportError, AttributeError) as error:
-        if name in METHODS:
-            raise
-        raise UserError(
-            f"method={name!r} is a plug-in that cannot be loaded from {options[name]!r} ({error}). "
-            "Install its package again."
-        ) from error
+    plugin = plugins().get(name)
+    spec = load_plugin(plugin, "method") if plugin else load_object(options[name])
+    package = f" by the package {plugin.package}" if plugin else ""
     if not isinstance(spec, MethodSpec):
         raise UserError(
-            f"method={name!r} is registered as {options[name]!r}, "
-            f"which is a {type(spec).__name__} and not a MethodSpec."
+            f"method={name!r} is registered{package} as {options[name]!r}, which is a {type(spec).__name__} and "
+            "not a MethodSpec."
+        )
+    if spec.name != name:
+        raise UserError(
+            f"method={name!r} is registered{package} as {options[name]!r}, whose spec has the name {spec.name!r}. "
+            "Both must be the same."
         )
     return spec
 

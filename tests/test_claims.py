@@ -168,7 +168,10 @@ def test_the_command_lists_and_refuses(tmp_path, capsys):
     assert (
         command.main(["run", "jit-manifol", "--out", str(tmp_path)]) == 2 and "jit-manifold" in capsys.readouterr().err
     )
-    assert command.main(["report", "--out", str(tmp_path)]) == 2 and "run --quick" in capsys.readouterr().err
+    assert (
+        command.main(["report", "--out", str(tmp_path)]) == 2
+        and "`pixlat claims run quick=true`" in capsys.readouterr().err
+    )
 
 
 def test_an_unknown_name_is_refused_before_torch_is_imported():
@@ -473,7 +476,7 @@ def test_a_class_token_agrees_with_its_own_image(monkeypatch):
 
 def test_results_in_the_repository_are_full_runs_of_the_claims_as_they_stand():
     """Whoever changes a setting or a criterion runs the claim again:
-    `python evaluation/claims.py run NAME --out evaluation/studies/claims/results`.
+    `pixlat claims run NAME out=evaluation/studies/claims/results`.
     """
     left_out = []
     found = read_claims(RESULTS, left_out)

@@ -2,6 +2,7 @@
 and a command line that answers before torch is imported.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from pixlat.common.config.identity import LATER_KEYS, chosen_settings, differenc
 from pixlat.common.config.resolve import resolve, split_overrides, sweep
 from pixlat.common.config.schema import RunConfig, to_dict
 from pixlat.common.errors import UserError
-from pixlat.launch.run import configurations, help_text
+from pixlat.common.plugins import plugins_of
+from pixlat.launch.run import configurations, help_for, help_text
 from pixlat.methods import get_spec, registered
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +56,10 @@ def test_mistakes_are_named_with_the_way_out(arguments, fragments):
         configurations(arguments)
     for fragment in fragments:
         assert fragment in str(error.value)
+
+
+def test_a_run_without_settings_is_the_default_one():
+    assert resolve(get_spec(RunConfig.method), {}) == one(f"method={RunConfig.method}")
 
 
 def test_comma_lists_sweep_and_brackets_do_not():
@@ -121,9 +127,23 @@ def test_help_is_short_and_names_every_method() -> None:
 
 def test_help_of_a_method_lists_its_presets_and_every_key_and_no_other_method() -> None:
     text = help_of("method=jit", "--help")
-    for expected in ("imagenet256-b", "train.lr (float", "sample.steps", "model.bottleneck", "dry_run"):
+    for expected in ("imagenet256-b", "sample.steps", "model.bottleneck", "data (13), train (24)"):
         assert expected in text
-    assert "model.tokenizer" not in text
+    assert "model.tokenizer" not in text and "train.lr" not in text
+    everything = help_of("method=jit", "--help", "all")
+    for expected in ("train.lr (float", "sample.steps", "model.bottleneck", "dry_run", "cluster.nodes"):
+        assert expected in everything
+    assert (
+        "train.lr" in help_of("--help", "train")
+        and "dry_run" in help_of("--help", "run")
+        and "train.lr" not in help_of("--help", "run")
+    )
+
+
+@pytest.mark.parametrize(("words", "message"), [(["trian"], "Did you mean 'train'?"), (["model"], "the method's")])
+def test_help_of_an_unknown_group_is_a_mistake(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        help_for(["--help", *words])
 
 
 def test_help_of_an_unknown_method_is_a_mistake() -> None:
@@ -140,15 +160,15 @@ def plugins_of_others(tmp_path, monkeypatch):
         (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
         (installed / "entry_points.txt").write_text(f"[{methods.ENTRY_POINT_GROUP}]\n{line}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    methods.plugins.cache_clear()
+    plugins_of.cache_clear()
     yield
-    methods.plugins.cache_clear()
+    plugins_of.cache_clear()
 
 
 def test_a_broken_plugin_is_named_and_hides_nothing(plugins_of_others) -> None:
     text = help_text()
     assert "broken_plugin" in text and "\n  jit " in text
-    with pytest.raises(UserError, match="method='broken' is a plug-in that cannot be loaded"):
+    with pytest.raises(UserError, match="method='broken' is a plug-in of the package broken that cannot be loaded"):
         get_spec("broken")
 
 

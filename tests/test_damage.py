@@ -199,7 +199,12 @@ def test_an_altered_configuration_is_not_used(finished, old, new):
         file.write_text(text)
 
 
-def test_what_was_changed_is_named(finished, tmp_path):
+@pytest.mark.parametrize(
+    "program",
+    [["launch/run.py"], ["/usr/bin/pixlat", "train"], ["/usr/bin/pixlat"]],
+    ids=["script", "command", "old command"],
+)
+def test_what_was_changed_is_named(finished, tmp_path, program):
     """By the command that starts.jsonl keeps, or by the preset where one key differs from it."""
     run = saved_run(finished, {})
     shutil.copytree(finished, tmp_path / "mine")
@@ -217,7 +222,7 @@ def test_what_was_changed_is_named(finished, tmp_path):
     ]
     damaged = '{"command": 5}\n{"command": "x \\\\"}\n[]\n{"command": "x y"}\n'
     (tmp_path / "mine" / "starts.jsonl").write_text(
-        damaged + json.dumps({"command": shlex.join(["launch/run.py", *settings])}) + "\n"
+        damaged + json.dumps({"command": shlex.join([*program, *settings])}) + "\n"
     )
     with pytest.raises(
         UserError, match=r"Changed since: train.weight_decay: 0.0 -> 0.5; sample.guidance: 1.5 -> 2.0\."
@@ -335,7 +340,7 @@ def test_damaged_digests_of_earlier_stages_are_refused_in_a_sentence(tmp_path, c
 
 @pytest.fixture(scope="module")
 def imported(finished) -> Path:
-    """A run folder as `prepare.py import` makes it."""
+    """A run folder as `pixlat import` makes it."""
     model = load_run(finished, {}, None, CPU)
     facts = {
         "file": "/x/w.pth",

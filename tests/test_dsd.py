@@ -23,7 +23,7 @@ from pixlat.common.seeds import Noise, seed_step
 from pixlat.common.training import compiled
 from pixlat.common.training.setup import prepare_blocks
 from pixlat.common.weights import checkpoint
-from pixlat.evaluation.studies.hidden_states import block_features
+from pixlat.evaluation.studies.block_features import block_features
 from pixlat.methods import get_spec
 from pixlat.methods.base import DataInfo
 from pixlat.methods.dsd.config import DsdConfig, DsdSample

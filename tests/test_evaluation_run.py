@@ -1,4 +1,4 @@
-"""evaluation/run.py: a run, finished images and pairs of runs, from the command to the record."""
+"""`pixlat evaluate`: a run, finished images and pairs of runs, from the command to the record."""
 
 import json
 import subprocess
@@ -76,7 +76,7 @@ def test_a_run_is_rebuilt_as_it_was(place):
     assert not average.method.training
     changed = load_run(place / "first", {"sample.steps": "3"}, None, torch.device("cpu"))
     assert changed.run.sample.steps == 3
-    with pytest.raises(UserError, match=r"unknown key 'sample.stepz'.* `python evaluation/run.py --help`"):
+    with pytest.raises(UserError, match=r"unknown key 'sample.stepz'.* `pixlat train method=[a-z]+ --help all`"):
         load_run(place / "first", {"sample.stepz": "3"}, None, torch.device("cpu"))
     with pytest.raises(UserError, match=r"has no average '0.5'"):
         load_run(place / "first", {}, "0.5", torch.device("cpu"))

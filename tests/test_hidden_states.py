@@ -14,15 +14,8 @@ from pixlat.common.datasets.load import DataSource
 from pixlat.common.datasets.summary import DataSummary
 from pixlat.common.errors import UserError
 from pixlat.common.images.image_set import ArrayImages
-from pixlat.evaluation.studies.hidden_states import (
-    OPTIONS,
-    block_features,
-    cknna,
-    image_mean,
-    linear_probe,
-    measure,
-    tapped,
-)
+from pixlat.evaluation.studies.block_features import block_features, cknna, image_mean, linear_probe, tapped
+from pixlat.evaluation.studies.hidden_states import Keys, measure
 
 
 def cknna_by_hand(x, y, k):
@@ -119,7 +112,7 @@ class ClassesInOrder(torch.nn.Module):
         return self.token(images)[:, :, None, None]
 
 
-@pytest.mark.parametrize("images", ["2000", "60"])
+@pytest.mark.parametrize("images", [2000, 60])
 def test_the_probe_learns_and_tests_every_class_of_images_sorted_by_class(monkeypatch, images):
     """As the embedded set and every folder are sorted.
 
@@ -140,7 +133,7 @@ def test_the_probe_learns_and_tests_every_class_of_images_sorted_by_class(monkey
         "pixlat.evaluation.score.models.load_run",
         lambda *_: SimpleNamespace(method=ClassesInOrder(), run=SimpleNamespace(data=None)),
     )
-    [block] = measure(Path("run"), OPTIONS | {"images": images}, {})["blocks"]
+    [block] = measure(Path("run"), Keys(images=images), {})["blocks"]
     assert block["probe_accuracy"] == 1.0
     # of all classes: the images of one class have no spread, and their alignment is not a number
     assert block["cknna"] > 0.999

@@ -1,4 +1,4 @@
-"""`launch/prepare.py import` and `export`: from a file laid out like a released one to a run folder that samples
+"""`pixlat import` and `pixlat export`: from a file laid out like a released one to a run folder that samples
 and is evaluated, and out again.
 """
 

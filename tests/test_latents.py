@@ -495,7 +495,7 @@ def test_latents_that_do_not_fit_are_refused(tmp_path, cache):
         (["latents", "method=jit", "to=x"], "no tokenizer"),
         (["latents", "method=sit", "to=x,y"], "one value each"),
         (["tokenizer", "to=x"], "from= is missing"),
-        (["tokenizer", "to=x", "from=nowhere", "size=3"], "unknown keys: size"),
+        (["tokenizer", "to=x", "from=nowhere", "size=3"], "unknown key 'size'"),
         (["tokenizer", "to=x", "from=nowhere"], "not a run folder"),
     ],
 )

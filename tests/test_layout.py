@@ -38,8 +38,8 @@ RANKS = (
     "evaluation.metrics",
     "evaluation.score",
     "evaluation.board",
-    "evaluation.bench",
     "evaluation.command",
+    "evaluation.bench",
     "evaluation.studies",
     "evaluation",  # the commands
     "launch.job",
@@ -76,8 +76,13 @@ def imports_of(path: Path) -> Iterator[str]:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module:
             inner = (f"{node.module}.{alias.name}" for alias in node.names)
-            names = [name if name.removeprefix("pixlat.") in MODULES else node.module for name in inner]
-        yield from (name.removeprefix("pixlat.") for name in names if name.split(".")[0] == "pixlat")
+            names = [name if short(name) in MODULES else node.module for name in inner]
+        yield from (short(name) for name in names if name.split(".")[0] == "pixlat")
+
+
+def short(name: str) -> str:
+    """The name of a module as MODULES has it."""
+    return name if name in MODULES else name.removeprefix("pixlat.")
 
 
 GRAPH = {module: set(imports_of(path)) - {module} for module, path in MODULES.items()}

@@ -6,6 +6,10 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 
 def field_comments(source: str) -> Iterator[tuple[str, str]]:
@@ -14,6 +18,23 @@ def field_comments(source: str) -> Iterator[tuple[str, str]]:
     for above, name, behind in re.findall(field, source, flags=re.MULTILINE):
         if help_text := " ".join(re.findall(r"#:\s*(.+)", above)) or behind:
             yield name, help_text
+
+
+def preset_notes(path: str) -> dict[str, str]:
+    """What each preset of a presets.yaml says of itself; one that `extends` another and says nothing says the same."""
+    text, loader = Path(path).read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    raw: dict[str, Any] = yaml.load(text, Loader=loader)
+
+    def note(name: str) -> str:
+        preset = raw[name]
+        return str(preset["about"] if "about" in preset else note(preset["extends"]) if "extends" in preset else "")
+
+    return {name: note(name) for name in raw}
+
+
+def type_name(annotation: Any) -> str:
+    """ "int" of a field's type, which is a string where its module postpones annotations, and a class elsewhere."""
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def describe(config: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
@@ -25,5 +46,5 @@ def describe(config: type, prefix: str = "") -> Iterator[tuple[str, str, str, st
         default = item.default_factory() if callable(item.default_factory) else item.default
         if dataclasses.is_dataclass(default):
             yield from describe(type(default), key)
-        elif item.name not in ("model", "sample"):
-            yield key, str(item.type), "none" if default is None else str(default), comments.get(item.name, "")
+        elif key not in ("model", "sample"):  # whose fields are the method's
+            yield key, type_name(item.type), "none" if default is None else str(default), comments.get(item.name, "")

@@ -81,7 +81,7 @@ def published_score(spec: Spec, preset: str) -> str:
     return f"{told} ({source})" if told and source else told
 
 
-HELP = "`python launch/run.py method=jit --help` lists every key."
+HELP = "`pixlat train method={method} --help all` lists every key."
 
 
 def resolve(spec: Spec, overrides: Mapping[str, str], advice: str = HELP) -> RunConfig:
@@ -89,7 +89,7 @@ def resolve(spec: Spec, overrides: Mapping[str, str], advice: str = HELP) -> Run
 
     Unknown presets and keys and wrong types are UserErrors with the nearest valid word.
     """
-    presets = load_presets(spec.presets)
+    presets, advice = load_presets(spec.presets), advice.format(method=spec.name)
     preset_name = overrides.get("preset", RunConfig.preset)
     if preset_name not in presets:
         raise UserError(
@@ -100,7 +100,7 @@ def resolve(spec: Spec, overrides: Mapping[str, str], advice: str = HELP) -> Run
     config.model = OmegaConf.structured(spec.config)
     config.sample = OmegaConf.structured(spec.sample)
     settings = {k: v for k, v in presets[preset_name].items() if k not in ("about", "expected")}
-    config = _merge(config, settings, where=f"preset {preset_name} in {spec.presets}")
+    config = _merge(config, settings, where=f"preset {preset_name} in {spec.presets}", advice=advice)
     config.method = spec.name
     config = _merge(config, _parsed(overrides), where="the command line", advice=advice)
     try:
@@ -128,8 +128,10 @@ def _parsed(overrides: Mapping[str, str]) -> DictConfig:
         raise UserError(f"{shown} cannot be read: {str(error).partition(chr(10))[0] or 'it is no YAML'}.") from error
 
 
-def _merge(config: DictConfig, settings: Any, where: str, advice: str = HELP) -> DictConfig:
+def _merge(config: DictConfig, settings: Any, where: str, advice: str) -> DictConfig:
     settings = OmegaConf.create(settings)
+    if not settings:
+        return config
     known = dict(flatten(OmegaConf.to_container(config)))
     for key, _ in flatten(OmegaConf.to_container(settings)):
         if inside := next((name for name in known if name.startswith(f"{key}.")), None):

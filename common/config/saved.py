@@ -33,7 +33,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.exists():
         raise UserError(
-            f"{folder} is not a run folder: it has no {CONFIG}. Give the folder that launch/run.py printed, "
+            f"{folder} is not a run folder: it has no {CONFIG}. Give the folder that `pixlat train` printed, "
             "such as runs/<name>."
         )
     text = read_text(file, MAX_CONFIG_BYTES)

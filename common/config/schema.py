@@ -25,7 +25,7 @@ class DataConfig:
     resize: int | None = None  # pixels of the shorter side of which random crops are cut; none: image_size
     balanced: bool | None = None  # draw classes uniformly; none: yes for emoji32, no otherwise
     holdout: float = 0.05  # held-out share of a folder that has no val/ of its own
-    #: folder of stored latents of the training images: of `launch/prepare.py latents`, or in REPA's released layout
+    #: folder of stored latents of the training images: of `pixlat prepare latents`, or in REPA's released layout
     latents: str | None = None
     workers: int = 0  # loader processes; 0 loads in the training process
     #: images that cannot be read: error, or skip (named and counted; the next of its class stands in for it)

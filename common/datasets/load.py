@@ -4,7 +4,7 @@ of labelled square uint8 images.
 emoji32    the embedded data set (emoji32.py, data/README.md), in memory
 folder     any folder of images with one sub-folder a class, decoded on demand
 tar, parquet, arrow    images inside WebDataset tars or the tables of Hugging Face, decoded on demand (archives.py)
-shards     any of these, cropped once by `launch/prepare.py images` (shards.py)
+shards     any of these, cropped once by `pixlat prepare images` (shards.py)
 synthetic  coloured shapes of any size, drawn on demand
 
 Nothing here is random: order, split and pixels depend on the configuration and the files alone.
@@ -196,11 +196,11 @@ def _load_archive(config: DataSettings) -> DataSource:
 
 
 def _load_shards(config: DataSettings) -> DataSource:
-    """What `launch/prepare.py images` made, with the classes,
+    """What `pixlat prepare images` made, with the classes,
     the split and the digests of the data that it was made of.
     """
     if not config.path:
-        raise UserError("data=shards needs data.path=FOLDER: what `python launch/prepare.py images` made.")
+        raise UserError("data=shards needs data.path=FOLDER: what `pixlat prepare images` made.")
     card = shards.read_card(Path(config.path).expanduser())
     if config.image_size not in (None, card.image_size):
         raise UserError(

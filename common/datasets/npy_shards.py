@@ -194,12 +194,12 @@ def text_map(value: Any) -> bool:
 def read_card(
     file: Path, version: int, what: str, rules: Mapping[str, Rule], later: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The card of a folder that `launch/prepare.py` made of images or latents (`what`); a UserError if it is missing,
+    """The card of a folder that `pixlat prepare` made of images or latents (`what`); a UserError if it is missing,
     damaged or of another format.
 
     later: fields that earlier versions did not write, with what they mean where they are missing.
     """
-    again = f"Make the folder with `python launch/prepare.py {what}`, or let it finish."
+    again = f"Make the folder with `pixlat prepare {what}`, or let it finish."
     try:
         if file.stat().st_size > CARD_BYTES:
             raise UserError(f"{file} has {file.stat().st_size:,} bytes, and a card at most {CARD_BYTES:,}. {again}")

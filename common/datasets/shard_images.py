@@ -34,7 +34,7 @@ class ShardImages(ImageSet):
             asked = f" data.resize={wanted}" if wanted else ""
             raise UserError(
                 (
-                    f"data.crop=random{asked}: {folder} holds {holds}. Prepare shards with `python launch/prepare.py "
+                    f"data.crop=random{asked}: {folder} holds {holds}. Prepare shards with `pixlat prepare "
                     f"images data.crop=random{asked} ...`"
                 )
                 + (f", or set data.resize={found}." if found else ".")

@@ -29,7 +29,7 @@ CARD = "images.json"
 FORMAT = 1
 PARTS = ("train", "heldout")
 
-AGAIN = f"Remove it and {CARD}, and run the same `python launch/prepare.py images` again: it makes what is missing."
+AGAIN = f"Remove it and {CARD}, and run the same `pixlat prepare images` again: it makes what is missing."
 log = logging.getLogger("pixlat")
 
 CARD_RULES: dict[str, mapped.Rule] = {
@@ -123,7 +123,7 @@ class Part:
         elif self.name == "train":  # told once for both parts
             log.warning(
                 "%s holds no digests, so damage of its images would go unnoticed. "
-                "The `python launch/prepare.py images` that made it adds them to the files that are there.",
+                "The `pixlat prepare images` that made it adds them to the files that are there.",
                 self.folder / CARD,
             )
 

@@ -180,14 +180,13 @@ def open_latents(
     """
     if not folder.is_dir():
         raise UserError(
-            f"data.latents={str(folder)!r} is not a folder. "
-            f"Make one with `python launch/prepare.py latents to={folder}`."
+            f"data.latents={str(folder)!r} is not a folder. Make one with `pixlat prepare latents to={folder}`."
         )
     latents = ReleasedLatents(folder) if (folder / "dataset.json").exists() else LatentShards(folder)
     if mirrored and isinstance(latents, ReleasedLatents):
         raise UserError(
             f"data.latents={folder} holds no mirror images. Set data.flip=false, "
-            "or prepare latents with `python launch/prepare.py latents`."
+            "or prepare latents with `pixlat prepare latents`."
         )
     latents.check(images)
     if verify and isinstance(latents, LatentShards):

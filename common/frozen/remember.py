@@ -55,7 +55,7 @@ class FeatureTable:
             raise UserError(
                 f"model.remember=true would keep {size / 2**30:.1f} GiB for {count} images; "
                 f"at most {LARGEST_BYTES / 2**30:.0f} are allowed. Set model.remember=false, "
-                "and prepare the latents in files (`python launch/prepare.py latents`)."
+                "and prepare the latents in files (`pixlat prepare latents`)."
             )
         self.tables = tuple(
             torch.empty(count, *value.shape[1:], dtype=value.dtype, device=value.device) for value in example

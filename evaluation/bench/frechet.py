@@ -1,5 +1,5 @@
 """The Fréchet distance against those of other packages,
-on the same statistics in one run: `python evaluation/speed.py frechet`.
+on the same statistics in one run: `pixlat bench frechet`.
 """
 
 from __future__ import annotations

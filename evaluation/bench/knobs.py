@@ -35,7 +35,7 @@ VARIANTS = {
 def with_exact_allocator() -> None:
     """Starts this process again with the allocator that measuring needs, unless it has it."""
     if not EXACT_ALLOCATOR.keys() <= os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | EXACT_ALLOCATOR)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | EXACT_ALLOCATOR)
 
 
 def measure_memory(run: RunConfig, batch: int) -> dict[str, Any]:
@@ -98,8 +98,10 @@ def possible(run: RunConfig) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def measured(*arguments: str) -> dict[str, Any]:
-    """What this command prints for these arguments, in a process of its own."""
-    ended = subprocess.run([sys.executable, sys.argv[0], *arguments], capture_output=True, text=True)
+    """What `pixlat bench` prints for these arguments, in a process of its own."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "pixlat.evaluation.speed", *arguments], capture_output=True, text=True
+    )
     if ended.returncode:
         raise UserError(ended.stderr.strip().removeprefix("error: "))
     found: dict[str, Any] = json.loads(ended.stdout)

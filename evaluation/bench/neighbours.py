@@ -1,5 +1,5 @@
 """The search for nearest training images against its first version,
-on the same images in one run: `python evaluation/speed.py neighbours 256`.
+on the same images in one run: `pixlat bench neighbours 256`.
 """
 
 from __future__ import annotations

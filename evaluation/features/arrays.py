@@ -29,7 +29,7 @@ KINDS = {
     "ADM's reference (protocols adm256, adm512)": {"mu", "sigma", "mu_s", "sigma_s", IMAGES},
     "JiT's or MAR's statistics (protocols jit256, jit512)": {"mu", "sigma"},
     "pMF's statistics (protocols pmf256, pmf512)": {"ref_mu", "ref_sigma"},
-    "samples (npz= of evaluation/run.py)": {IMAGES},
+    "samples (npz= of `pixlat evaluate`)": {IMAGES},
 }
 
 

@@ -1,5 +1,5 @@
 """Statistics of real images in files: ADM's, JiT's and pMF's .npz,
-and our own .safetensors that evaluation/reference.py builds.
+and our own .safetensors that `pixlat reference build` makes.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def facts_of(path: Path) -> dict[str, Any]:
     """What a built reference says of itself: extractor, resolution, and its entry in protocols."""
     metadata, _ = _opened(path)
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is not a reference that evaluation/reference.py built.")
+        raise UserError(f"{path} is not a reference that `pixlat reference build` made.")
     text = metadata.get("facts", "")
     # early references have no such digest
     if metadata.get("facts_sha256", found := hashlib.sha256(text.encode()).hexdigest()) != found:
@@ -175,7 +175,7 @@ def _opened(path: Path, tensors: bool = False) -> tuple[dict[str, str], dict[str
             return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118 (not a dict)
     except Exception as error:  # damage leads the library to errors of many types
         raise UserError(
-            f"{path} cannot be read as a reference: {error}. Build it with evaluation/reference.py."
+            f"{path} cannot be read as a reference: {error}. Build it with `pixlat reference build`."
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 FD = |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2).
 With S1 = L L^T the last trace is the sum of the square roots of the eigenvalues of the symmetric matrix L^T S2 L:
-real by construction, and far cheaper than general eigenvalues or a matrix root (`python evaluation/speed.py frechet`).
+real by construction, and far cheaper than general eigenvalues or a matrix root (`pixlat bench frechet`).
 
 Cholesky, congruence and eigenvalues are LAPACK's through SciPy: NumPy's and PyTorch's BLAS have threads of their own,
 which spin for a while after a product and would take the cores from SciPy's. Since the matrices are symmetric,

@@ -87,7 +87,7 @@ def paired_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> l
     shared = [name for name in shared if name != "fd_floor"]
     if not shared:
         raise UserError(
-            "no metric of these records keeps its jackknife values. Evaluate both again with evaluation/run.py."
+            "no metric of these records keeps its jackknife values. Evaluate both again with `pixlat evaluate`."
         )
     return [difference(name, first["metrics"][name], second["metrics"][name]) for name in shared]
 

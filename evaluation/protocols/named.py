@@ -58,7 +58,7 @@ class ReferenceRule:
 
     id: str
     # "adm" (mu, sigma, mu_s, sigma_s and 10,000 images), "mu_sigma", "ref_mu_sigma" (.npz files);
-    # "built" (by evaluation/reference.py)
+    # "built" (by `pixlat reference build`)
     kind: str
     split: str
     file: NeededFile
@@ -165,8 +165,8 @@ def _pmf(size: int) -> ReferenceRule:
 
 def _built(name: str) -> ReferenceRule:
     command = (
-        f"build it: python evaluation/reference.py build protocol={name} images=FOLDER "
-        f"size=PIXELS out={name}-reference.safetensors"
+        f"build it: pixlat reference build protocol={name} images=FOLDER size=PIXELS id=NAME "
+        f"out={name}-reference.safetensors"
     )
     return ReferenceRule(
         "built", "built", "train", NeededFile("reference", (f"{name}-reference.safetensors",), command)

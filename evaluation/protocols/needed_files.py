@@ -21,7 +21,7 @@ FOLDER_VARIABLE = "PIXLAT_EVAL_DIR"
 class NeededFile:
     """One file that the user brings."""
 
-    role: str  # "weights" or "reference": the key of evaluation/run.py that names it
+    role: str  # "weights" or "reference": the key of `pixlat evaluate` that names it
     names: tuple[str, ...]  # base names under which it is known, the usual one first
     source: str  # an address, or what to do
     size: int | None = None  # bytes, where known

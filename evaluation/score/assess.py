@@ -1,6 +1,6 @@
 """One evaluation under any protocol: of a model that samples, or of images that somebody made.
 
-What evaluation/run.py and sweep.py share.
+What `pixlat evaluate` and `pixlat sweep` share.
 """
 
 from __future__ import annotations

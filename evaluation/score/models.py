@@ -27,10 +27,7 @@ if TYPE_CHECKING:
     from pixlat.methods.base import DataInfo, Method
 
 
-ADVICE = (
-    "`python evaluation/run.py --help` lists the command's keys, `python launch/run.py method=jit --help` "
-    "those of sample, model and data."
-)
+ADVICE = "`--help` lists the command's keys, `pixlat train method={method} --help all` those of sample, model and data."
 IMPORTED = "imported.json"  # in a run folder that was made of a released file: where the weights come from
 NUMBER_OR_NONE = (float, int, type(None))
 # what is read of it, and its types
@@ -103,7 +100,9 @@ def original_runs(folder: Path, settings: Mapping[str, Any]) -> Iterator[RunConf
     for command in (*commands, f"run.py method={settings['method']} preset={settings.get('preset')}"):
         # a command of another kind, or of another version of the code; a UserError is a ValueError
         with contextlib.suppress(ValueError):
-            for overrides in sweep(split_overrides(shlex.split(command)[1:])):
+            # Both `pixlat train method=...` and `launch/run.py method=...`
+            words = [word for word in shlex.split(command)[1:] if word != "train"]
+            for overrides in sweep(split_overrides(words)):
                 yield resolve(
                     get_spec(overrides.get("method", RunConfig.method)), {"preset": RunConfig.preset} | overrides
                 )
@@ -118,7 +117,7 @@ def imported_facts(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any] | N
     file, imported = folder / IMPORTED, facts.get("identity") == IMPORTED_IDENTITY
     if not imported and not file.exists():
         return None
-    remedy = "Restore it from a copy, or import the released file again (python launch/prepare.py import)."
+    remedy = "Restore it from a copy, or import the released file again (`pixlat import`)."
     if not imported:
         raise UserError(f"{file} does not belong to {folder}, which was trained here and not imported. Remove it.")
     text = read_text(file, MAX_IMPORTED_BYTES)

@@ -63,7 +63,7 @@ def speed_fields(
     evaluation: Evaluation | None, batch: int, dtype: str, device: str, compiled: bool = False
 ) -> dict[str, Any]:
     """Sampling throughput of one device during an evaluation, in images/s;
-    `evaluation/speed.py` measures it on its own.
+    `pixlat bench` measures it on its own.
 
     batch: images of one device at once. Each process knows only its own images and seconds,
     so the rate is that of the process that writes the record.

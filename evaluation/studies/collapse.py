@@ -1,13 +1,13 @@
 """The collapse study: how the latents of a method that trains its own encoder fare under each of its losses.
 
-  python evaluation/collapse.py method=... [out=runs/collapse] [seeds=[0,1,2]] [presets=[...]] \\
-      [train.images=... model.KEY=...]
+  pixlat study collapse method=NAME out=runs/collapse seeds=[0,1,2]
 
-Each preset is trained from each seed with the suite's trainer, and its raw weights are measured on held-out images
-before the training and at every `train.preview_images`: effective rank and spread of the latents, and the share
-of the pixels' variance that encoding and decoding loses. Four presets are held to the claims of the method that avoids
-collapse, in this order: naive joint training, + stop-gradient, + clean-latent loss, + average and masking.
-Writes collapse.json, collapse.md and collapse.png; a trained run is kept in OUT/rows and not repeated.
+Each preset is trained from each seed with the suite's trainer. Its raw weights are measured on
+held-out images before the training and at every `train.preview_images`: effective rank and spread of
+the latents, and the share of the pixels' variance that encoding and decoding loses. Four presets are
+held to the claims of the method that avoids collapse, in this order: naive joint training,
++ stop-gradient, + clean-latent loss, + average and masking. Writes collapse.json, collapse.md and
+collapse.png; a trained run is kept in OUT/rows and not repeated.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pixlat.common.config.resolve import resolve
 from pixlat.common.config.schema import RunConfig
 from pixlat.common.errors import UserError
 from pixlat.common.files import read_rows, write_whole
-from pixlat.evaluation.command import help_text, parse, run_command
+from pixlat.evaluation.command import Syntax, help_text, parse, run_command
 from pixlat.methods import get_spec
 
 if TYPE_CHECKING:
@@ -53,6 +53,10 @@ class Keys:
     presets: list[str] = field(default_factory=lambda: list(PRESETS))  # the four losses, in the order of the claims
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of weights, data order and noise
     heldout: int = 500  # held-out images measured, drawn from all classes
+
+
+GROUPS = dict.fromkeys(("data", "train", "model"), "over the presets, as for `pixlat train`")
+SYNTAX = Syntax(Keys, GROUPS)
 
 
 def study(run: RunConfig, heldout: int) -> list[Row]:
@@ -296,7 +300,7 @@ def draw(runs: Runs, presets: Sequence[str], path: Path) -> None:
 
 def usage() -> str:
     """Example and keys."""
-    return help_text(str(__doc__), Keys, {"data, train, model": "over the presets, as for launch/run.py"})
+    return help_text(str(__doc__), Keys, GROUPS)
 
 
 def trained(run: RunConfig, heldout: int, file: Path) -> list[Row]:
@@ -320,7 +324,7 @@ def trained(run: RunConfig, heldout: int, file: Path) -> list[Row]:
 
 def work(arguments: Sequence[str]) -> str:
     """Trains what is missing, writes the results, and returns the tables."""
-    keys, passed = parse(Keys, arguments, ("data", "train", "model"))
+    keys, passed = parse(Keys, arguments, tuple(GROUPS))
     if keys.method is None or not keys.presets or not keys.seeds:
         raise UserError(
             f"give method=, and at least one of presets= and seeds=; now method={keys.method}, "
@@ -352,6 +356,6 @@ def report(runs: Runs, found: Sequence[Claim]) -> Mapping[str, Any]:
 
 
 @as_command
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run_command(sys.argv[1:], usage, work)
+    return run_command(sys.argv[1:] if arguments is None else arguments, usage, work)

@@ -1,186 +1,70 @@
 """What a generator's blocks know: CKNNA with a frozen encoder, and a linear probe of the classes.
 
-    python evaluation/hidden_states.py run=runs/FOLDER [encoder=embedded] [time=0.5] [images=2000] \\
-        [neighbours=10] [batch=50] [model.KEY=...]
+  pixlat study hidden-states run=runs/NAME
+  pixlat study hidden-states run=runs/NAME time=0.3 images=1000 encoder=embedded
 
-prints one JSON object with both numbers for every block of `method.blocks()`.
-The held-out images are a fixed draw from all classes. They are noised to `time` (1 is noise), the class is withheld,
-and a block's features are the mean of its image tokens (arXiv 2410.06940, section 3 and appendix).
-CKNNA compares with the encoder's tokens, averaged alike. The probe learns on a fixed draw of training images.
+Prints one JSON object with both numbers for every block of `method.blocks()`. The held-out images are
+a fixed draw from all classes. They are noised to `time`, the class is withheld, and a block's features
+are the mean of its image tokens (arXiv 2410.06940, section 3 and appendix). CKNNA compares them with
+the encoder's tokens, averaged alike. The probe learns on a fixed draw of training images.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from typing import Any
 
 from pixlat.common.command_line import as_command
-from pixlat.common.config.resolve import split_overrides
-from pixlat.common.errors import UserError
-from pixlat.common.images.splits import fixed_draw
-from pixlat.common.seeds import derive
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from pixlat.common.images.image_set import ImageSet
-    from pixlat.methods.base import Method
-
-    Positions = NDArray[np.int64]  # of images in a set
+from pixlat.common.config.resolve import require
+from pixlat.evaluation.command import Syntax, groups_of_a_run, help_text, needed, parse, run_command
 
 
-NEIGHBOURS = 10
-PROBE_EPOCHS, PROBE_BATCH, PROBE_LR = 90, 16_384, 1e-3
-OPTIONS = {"encoder": "embedded", "time": "0.5", "images": "2000", "neighbours": str(NEIGHBOURS), "batch": "50"}
+@dataclass
+class Keys:
+    """The command's keys."""
+
+    run: str | None = None  # a run folder
+    encoder: str = "embedded"  # the frozen encoder that the blocks are compared with
+    time: float = 0.5  # to which the images are noised: 0 is data, 1 is noise
+    images: int = 2000  # of each split
+    neighbours: int = 10  # of CKNNA
+    batch: int = 50  # images at once
 
 
-def cknna(x: Tensor, y: Tensor, neighbours: int = NEIGHBOURS) -> float:
-    """Alignment of two sets of features (n, D) and (n, D') of the same n images, in [-1, 1]; 1 for equal sets.
-
-    K, L: inner products of unit-length features. Align(K, L) = 1 / (n - 1)^2 sum_ij a_ij (K_ij - mean_j K_ij)
-    (L_ij - mean_j L_ij), where a_ij is 1 if j is among the nearest neighbours of i in both, without i itself;
-    CKNNA = Align(K, L) / sqrt(Align(K, K) Align(L, L)).
-    """
-    if not len(x) == len(y) > neighbours:
-        raise UserError(
-            f"CKNNA needs as many features of one set as of the other, and more than the {neighbours} neighbours; "
-            f"there are {len(x)} and {len(y)}."
-        )
-    (k, near_x), (m, near_y) = (_kernel(features, neighbours) for features in (x, y))
-    both = (k * m)[near_x & near_y].sum()
-    return (both / (k.square()[near_x].sum() * m.square()[near_y].sum()).sqrt()).item()
+GROUPS = groups_of_a_run()
+SYNTAX = Syntax(Keys, GROUPS)
 
 
-def _kernel(features: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
-    """The inner products less their row means (n, n), and whether a column is a near neighbour
-    of the row's image (n, n) bool.
-    """
-    unit = F.normalize(features.float(), dim=1)
-    products = unit @ unit.T
-    nearest = products.clone().fill_diagonal_(-torch.inf).topk(neighbours, dim=1).indices
-    return products - products.mean(dim=1, keepdim=True), torch.zeros_like(products, dtype=torch.bool).scatter_(
-        1, nearest, True
-    )
-
-
-def linear_probe(
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    num_classes: int,
-    epochs: int = PROBE_EPOCHS,
-    seed: int = 0,
-) -> float:
-    """Share of test images whose class a linear map of their features names, features (n, D) and classes (n,) int64.
-
-    As REPA's probes: features whitened a channel by the training set's moments (batch norm without parameters),
-    Adam from 1e-3 along a cosine.
-    """
-    mean, std = train[0].mean(dim=0), train[0].std(dim=0).clamp(min=1e-6)
-    (x, labels), (x_test, labels_test) = (((features - mean) / std, classes) for features, classes in (train, test))
-    generator = torch.Generator().manual_seed(derive("probe", seed))
-    weight = torch.zeros(num_classes, x.shape[1], device=x.device, requires_grad=True)
-    bias = torch.zeros(num_classes, device=x.device, requires_grad=True)
-    batch = min(PROBE_BATCH, max(1, len(x) // 8))
-    optimizer = torch.optim.Adam([weight, bias], lr=PROBE_LR)
-    steps = epochs * -(-len(x) // batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    with torch.enable_grad():
-        for _ in range(epochs):
-            for chosen in torch.randperm(len(x), generator=generator).to(x.device).split(batch):
-                optimizer.zero_grad()
-                F.cross_entropy(x[chosen] @ weight.T + bias, labels[chosen]).backward()
-                optimizer.step()
-                schedule.step()
-    return ((x_test @ weight.T + bias).argmax(dim=1) == labels_test).float().mean().item()
-
-
-@contextmanager
-def tapped(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Within the block of code, the list fills with the outputs of the modules, of several each one's first,
-    in the order in which they run.
-    """
-    seen: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
-
-    handles = [block.register_forward_hook(keep) for block in blocks]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def image_mean(tokens: Tensor) -> Tensor:
-    """The mean (B, D) over image tokens (B, N, D): the last ones, as many as fill a square;
-    class and context tokens stand before them.
-    """
-    return tokens[:, -(int(tokens.shape[1] ** 0.5) ** 2) :].float().mean(dim=1)
-
-
-@torch.no_grad()
-def block_features(
-    method: Method, images: ImageSet, positions: Positions, time: float, batch: int, device: torch.device
-) -> list[Tensor]:
-    """For each of the method's blocks the features (n, D) of the images at n positions, noised to `time`;
-    the noise is the same for every method.
-    """
-    method.eval()
-    parts: list[list[Tensor]] = []
-    for start in range(0, len(positions), batch):
-        torch.manual_seed(derive("hidden", start))
-        with tapped(method.blocks()) as seen:
-            method.look(_pixels(images, positions[start : start + batch], device), time)
-        parts.append([image_mean(tokens) for tokens in seen])
-    return [torch.cat(features) for features in zip(*parts, strict=True)]
-
-
-@torch.no_grad()
-def encoder_features(encoder: Any, images: ImageSet, positions: Positions, batch: int, device: torch.device) -> Tensor:
-    """The encoder's tokens of the images at n positions, averaged over the tokens' places, (n, C)."""
-    parts = [
-        encoder(_pixels(images, positions[start : start + batch], device)) for start in range(0, len(positions), batch)
-    ]
-    return torch.cat([part.mean(dim=(2, 3)) for part in parts])
-
-
-def _pixels(images: ImageSet, indices: Positions, device: torch.device) -> Tensor:
-    return torch.from_numpy(images.fetch(indices)).to(device).float() / 127.5 - 1
-
-
-def measure(folder: Path, options: dict[str, str], overrides: dict[str, str]) -> dict[str, Any]:
+def measure(folder: Path, keys: Keys, overrides: dict[str, str]) -> dict[str, Any]:
     """Both measures for every block of a run's network."""
+    import torch
+
     from pixlat.common.datasets.load import load_data
     from pixlat.common.frozen.encoders import build_encoder
+    from pixlat.common.images.splits import fixed_draw
     from pixlat.evaluation.score.models import load_run
+    from pixlat.evaluation.studies.block_features import block_features, cknna, encoder_features, linear_probe
 
-    time, neighbours, batch = float(options["time"]), int(options["neighbours"]), int(options["batch"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_run(folder, overrides, None, device)
     method, source = model.method, load_data(model.run.data)
-    encoder = build_encoder(options["encoder"])
+    encoder = build_encoder(keys.encoder)
     encoder.load()
     encoder = encoder.to(device)
     features, labels = {}, {}
     for part, images in (("train", source.train), ("heldout", source.heldout)):
-        positions = fixed_draw(len(images), int(options["images"]))
-        features[part] = block_features(method, images, positions, time, batch, device)
+        positions = fixed_draw(len(images), keys.images)
+        features[part] = block_features(method, images, positions, keys.time, keys.batch, device)
         labels[part] = torch.from_numpy(images.labels[positions]).to(device)
-    reference = encoder_features(encoder, source.heldout, positions, batch, device)
+    reference = encoder_features(encoder, source.heldout, positions, keys.batch, device)
     blocks = [
         {
             "block": number,
-            "cknna": cknna(heldout, reference, neighbours),
+            "cknna": cknna(heldout, reference, keys.neighbours),
             "probe_accuracy": linear_probe(
                 (train, labels["train"]), (heldout, labels["heldout"]), source.info.num_classes
             ),
@@ -189,28 +73,31 @@ def measure(folder: Path, options: dict[str, str], overrides: dict[str, str]) ->
     ]
     return {
         "run": folder.name,
-        "encoder": options["encoder"],
-        "time": time,
-        "neighbours": neighbours,
+        "encoder": keys.encoder,
+        "time": keys.time,
+        "neighbours": keys.neighbours,
         "images": len(reference),
         "blocks": blocks,
     }
 
 
+def work(arguments: Sequence[str]) -> str:
+    """The measures as JSON."""
+    keys, overrides = parse(Keys, arguments, tuple(GROUPS))
+    (folder,) = needed(keys, "study hidden-states", "run")
+    require(0 <= keys.time <= 1, "time", keys.time, "must be between 0 (data) and 1 (noise)")
+    for key in ("images", "neighbours", "batch"):
+        require(getattr(keys, key) >= 1, key, getattr(keys, key), "must be at least 1")
+    return json.dumps(measure(Path(folder).expanduser(), keys, overrides), indent=1)
+
+
 @as_command
-def main(arguments: Sequence[str]) -> int:
-    """Prints the measures as JSON; the exit code is 2 for a mistake in the command."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    try:
-        given = {key: values[0] for key, values in split_overrides(arguments).items()}
-        if "run" not in given:
-            raise UserError(f"run=FOLDER is missing. {__doc__}")
-        folder = Path(given.pop("run"))
-        options = {key: given.pop(key, default) for key, default in OPTIONS.items()}
-        print(json.dumps(measure(folder, options, given), indent=1))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the measures as JSON. Returns the exit code, which is 2 for a mistake in the command."""
+    return run_command(
+        sys.argv[1:] if arguments is None else arguments, lambda: help_text(str(__doc__), Keys, GROUPS), work
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -102,7 +102,7 @@ def outcome(each: Planned, job: Job[Any]) -> int:
         )
         return 130
     if (each.folder / RESULT).exists():
-        print(f"  finished; python evaluation/leaderboard.py --runs {each.run.out}")
+        print(f"  finished; pixlat leaderboard runs={each.run.out}")
         return 0
     failure = each.folder / FAILURE
     reason = json.loads(failure.read_text())["reason"] if failure.exists() else "it ended without a reason"

@@ -2,7 +2,7 @@
 and each submission has a copy of the code.
 
 Every run folder is made here, so a mistake is told now and not tomorrow;
-`launch/cluster/worker.py` is what the jobs do, `launch/status.py` tells how they are.
+`launch/cluster/worker.py` is what the jobs do, `pixlat status` tells how they are.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def submit_all(runs: Sequence[RunConfig]) -> int:
         if waiting:
             ids |= submit(waiting, [ids[path] for path in waiting[0].after if path in ids])
     if ids:
-        print(f"how they are: python launch/status.py {runs[0].out}")
+        print(f"how they are: pixlat status {runs[0].out}")
     return 0
 
 

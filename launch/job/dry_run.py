@@ -96,7 +96,7 @@ def memory_line(run: RunConfig, method: Method, method_class: type[Method], info
     advice = (
         f". That is more than a GPU of {LARGE_GPU_BYTES / GIGA:.0f} GB holds: "
         "use more processes, a smaller train.micro_batch or train.recompute_blocks=true; "
-        "`python launch/plan.py` with the same keys finds the largest micro-batch"
+        "`pixlat plan` with the same keys finds the largest micro-batch"
         if weights + activations > LARGE_GPU_BYTES
         else ""
     )

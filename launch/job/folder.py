@@ -48,7 +48,7 @@ FAILURE = "failure.json"
 LOCK = ".lock"
 # what a start writes before it trains
 BEGINNING = {"config.yaml", DATA, "stages.json", "starts.jsonl", "code.diff", LOCK}
-PATIENCE_S = 1.0  # `launch/status.py` holds the lock for a moment when it looks
+PATIENCE_S = 1.0  # `pixlat status` holds the lock for a moment when it looks
 RESTART_PATIENCE_S = 300.0
 log = logging.getLogger("pixlat")
 

@@ -45,8 +45,8 @@ def stage_run(run: RunConfig, stage: Stage) -> RunConfig:
     spec = get_spec(stage.method)
     if run.preset not in load_presets(spec.presets):
         raise UserError(
-            f"model.{stage.key}=train: method={stage.method} has no preset {run.preset!r}. Train it yourself (python "
-            f"launch/run.py method={stage.method} preset=...) and give its run folder as model.{stage.key}."
+            f"model.{stage.key}=train: method={stage.method} has no preset {run.preset!r}. Train it yourself "
+            f"(`pixlat train method={stage.method} preset=...`) and give its run folder as model.{stage.key}."
         )
     data = {
         f"data.{field.name}": getattr(run.data, field.name)

@@ -31,7 +31,7 @@ def summary(job: Job) -> str:
             *(["\nwarnings", *warnings] if warnings else []),
             "\nfiles",
             *(f"  {path}" for path in [*made, *([newest] if newest else [])]),
-            f"all runs: python evaluation/leaderboard.py --runs {job.run.out}",
+            f"all runs: pixlat leaderboard runs={job.run.out}",
         ]
     )
 

@@ -112,7 +112,7 @@ def recognise(state: Mapping[str, Tensor]) -> Architecture:
 
 
 def open_released(path: Path, weights: str | None = None) -> Released:
-    """A released file for `launch/prepare.py import`."""
+    """A released file for `pixlat import`."""
     weights = weights or next(iter(WEIGHTS))
     state, decay = open_checkpoint(path, weights)
     model = asdict(recognise(state))

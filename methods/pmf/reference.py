@@ -135,7 +135,7 @@ def recognise(state: Mapping[str, Tensor]) -> Architecture:
 
 
 def open_released(path: Path, weights: str | None = None) -> Released:
-    """A released file for `launch/prepare.py import`: PyTorch's, which does not tell its average,
+    """A released file for `pixlat import`: PyTorch's, which does not tell its average,
     or an archive of flax, whose weights are chosen by name.
     """
     name = None

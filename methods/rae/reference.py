@@ -179,7 +179,7 @@ def why_choose(state: Mapping[str, Tensor]) -> str:
 
 
 def open_released(path: Path, weights: str | None = None) -> Released:
-    """A released network, or a training checkpoint's average, for `launch/prepare.py import`."""
+    """A released network, or a training checkpoint's average, for `pixlat import`."""
     if weights is not None:
         raise UserError(
             f"weights={weights!r}: a released network is one set of weights, "

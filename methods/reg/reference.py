@@ -53,7 +53,7 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], int, int]:
 
 
 def open_released(licence: str, path: Path, weights: str | None = None) -> Released:
-    """A released file for `launch/prepare.py import`: a plain average,
+    """A released file for `pixlat import`: a plain average,
     or a training checkpoint whose average is taken.
     """
     if weights is not None:

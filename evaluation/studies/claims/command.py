@@ -1,14 +1,22 @@
-"""The command behind `python evaluation/claims.py`."""
+"""The papers' statements that a CPU can check.
+
+  pixlat claims                         lists them with their criteria and cost
+  pixlat claims run quick=true          all of them on a small budget, 15 minutes on two cores
+  pixlat claims run NAME ... jobs=2     some of them in full, each on a core of its own
+  pixlat claims report                  the verdicts of those that were checked
+
+A claim's criteria were written before its first run. What was changed later says so.
+"""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,6 +26,7 @@ from pixlat.common.command_line import as_command
 from pixlat.common.errors import UserError
 from pixlat.common.files import write_whole
 from pixlat.evaluation.board.text import escape, pipe_table
+from pixlat.evaluation.command import Syntax, action_of, from_flags, help_text, parse, run_command, split_words
 from pixlat.evaluation.records.claims import PICTURE_FILE, ClaimRecord, read_claims, write_claim
 from pixlat.evaluation.studies.claims.framework import all_claims, build_record, find
 
@@ -39,12 +48,12 @@ def listing() -> str:
 
 
 def run(names: Sequence[str], quick: bool, out: Path, jobs: int) -> int:
-    """Checks claims, `jobs` at a time on a core each; a record and a picture each, in a folder of its own.
-
-    Prints the report; 1 if a claim failed to run.
+    """Checks claims, `jobs` at a time on a core each; a record and a picture each, in a folder of its own. Prints the
+    report; 1 if a claim failed to run.
     """
-    # the long ones first, so that no core waits at the end
-    chosen = sorted(find(names), key=lambda claim: -claim.minutes[0 if quick else 1])
+    chosen = sorted(
+        find(names), key=lambda claim: -claim.minutes[0 if quick else 1]
+    )  # the long ones first, so that no core waits at the end
     tasks = [(claim.name, quick, out / f"{claim.name}{'-quick' if quick else ''}") for claim in chosen]
     failed = [task[0] for task, done in zip(tasks, run_all(tasks, jobs), strict=True) if not done]
     if failed:
@@ -55,9 +64,8 @@ def run(names: Sequence[str], quick: bool, out: Path, jobs: int) -> int:
 
 
 def run_all(tasks: Sequence[Task], jobs: int, work: Work | None = None) -> list[bool]:
-    """Whether each task could be done; one that fails, or whose process dies, does not stop the others.
-
-    `work`: instead of `check`.
+    """Whether each task could be done; one that fails, or whose process dies, does not stop the others. `work`: instead
+    of `check`.
     """
     if min(jobs, len(tasks)) <= 1:
         return [attempt(work or check, task) for task in tasks]
@@ -109,7 +117,7 @@ def report(out: Path) -> str:
     for reason in left_out:
         print(f"left out: {reason}", file=sys.stderr)
     if not found:
-        raise UserError(f"no claim has been checked below {out}. Run `python evaluation/claims.py run --quick`.")
+        raise UserError(f"no claim has been checked below {out}. Run `pixlat claims run quick=true`.")
     write_whole(out / REPORT, to_markdown(found, out))
     rows = [
         [record["name"], record["verdict"], "quick" if record["quick"] else "full", f"{record['seconds']:.0f} s"]
@@ -122,10 +130,8 @@ def to_markdown(found: Sequence[tuple[ClaimRecord, Path]], out: Path) -> str:
     """All records as one page with their pictures."""
     parts = [
         "# Claims of the papers, checked",
-        (
-            "Criteria were written before the first run; where something was changed after numbers "
-            "had been seen, the claim says so."
-        ),
+        "Criteria were written before the first run; where something was changed after numbers had been seen, "
+        "the claim says so.",
     ]
     for record, folder in found:
         criteria = [
@@ -136,10 +142,8 @@ def to_markdown(found: Sequence[tuple[ClaimRecord, Path]], out: Path) -> str:
         parts += [
             f"## {escape(record['name'])}: {record['verdict']}",
             f"*{escape(record['statement'])}* {escape(record['paper'])}.",
-            (
-                f"{escape(record['setting'])} {'Quick run.' if record['quick'] else ''} "
-                f"Seeds: {', '.join(map(str, record['seeds'])) or 'nothing is random'}."
-            ),
+            f"{escape(record['setting'])} {'Quick run.' if record['quick'] else ''} Seeds: "
+            f"{', '.join(map(str, record['seeds'])) or 'nothing is random'}.",
             *([f"{AMENDED} {escape(record['amended'])}"] if record.get("amended") else []),
             pipe_table(criteria, ["criterion", "found", "standard error", "verdict"]),
             pipe_table(rows, [escape(header) for header in record["table"]["headers"]]),
@@ -155,39 +159,41 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@dataclass
+class Keys:
+    """The command's keys."""
+
+    quick: bool = False  # a smaller budget; without an action it runs all claims
+    jobs: int = field(default_factory=cores)  # claims at the same time, each on a core of its own
+    out: str = "runs/claims"  # where records, pictures and claims.md go
+
+
+SYNTAX = Syntax(Keys, actions={"list": Syntax(), "run": Syntax(), "report": Syntax()})
+
+
+def work(arguments: Sequence[str]) -> str | int:
+    """Lists, runs or reports claims. Returns the text, or of a run the exit code, which is 1 if a claim could not be
+    measured.
+    """
+    words, given = split_words(from_flags(Keys, arguments))
+    keys, _ = parse(Keys, given)
+    out = Path(keys.out).expanduser()
+    action, names = action_of("claims", SYNTAX.actions, words or ["run" if keys.quick else "list"])
+    if names and action != "run":
+        raise UserError(
+            f"`pixlat claims {action}` takes no names, and {', '.join(names)} is given. `pixlat claims run "
+            f"{' '.join(names)}` checks claims."
+        )
+    if action == "run":
+        return run(names, keys.quick, out, keys.jobs)
+    return report(out) if action == "report" else listing()
+
+
 @as_command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 whatever the verdicts, 1 if a claim could not be measured,
-    2 for a mistake in the command.
+    """Entry point; returns the exit code: 0 whatever the verdicts, 1 if a claim could not be measured, 2 for a mistake
+    in the command.
     """
-    parser = argparse.ArgumentParser(
-        prog="claims.py",
-        description=(
-            "Statements of the papers that a CPU can check. Without a command: lists them, or with --quick runs them."
-        ),
+    return run_command(
+        sys.argv[1:] if arguments is None else arguments, lambda: help_text(str(__doc__), Keys), work, alone=True
     )
-    parser.add_argument("command", nargs="?", choices=("list", "run", "report"))
-    parser.add_argument("names", nargs="*", help="claims to run; none: all")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="a smaller budget; all claims together take at most 15 minutes on two cores",
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=cores(), help=f"claims at the same time, a core each (default: {cores()})"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/claims"),
-        help="where records, pictures and claims.md go (default: runs/claims)",
-    )
-    options = parser.parse_args(arguments)
-    try:
-        if options.command == "run" or (options.quick and options.command is None):
-            return run(options.names, options.quick, options.out, options.jobs)
-        print(report(options.out) if options.command == "report" else listing())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

@@ -14,7 +14,7 @@ HELD_OUT = 200  # images measured, of all classes
 
 
 def measure(budget: Budget) -> Evidence:
-    """The study of evaluation/collapse.py; its statements about single seeds become estimates over seeds."""
+    """The study of `pixlat study collapse`; its statements about single seeds become estimates over seeds."""
     images = budget.choose(4800, 6400)
     runs: collapse.Runs = {}
     for preset in collapse.PRESETS:

@@ -16,10 +16,10 @@ from pixlat.common.frozen.encoders import build_encoder
 from pixlat.common.images.splits import fixed_draw
 from pixlat.common.seeds import Noise, image_seeds
 from pixlat.evaluation.score.generate import balanced_labels
+from pixlat.evaluation.studies.block_features import block_features, cknna, encoder_features
 from pixlat.evaluation.studies.claims.emoji_runs import SAMPLES, emoji, emoji_distance, few, fit_on, ratio, untrained
 from pixlat.evaluation.studies.claims.framework import Budget, Claim, Criterion, Estimate, Evidence
 from pixlat.evaluation.studies.claims.training import bars, line, panels
-from pixlat.evaluation.studies.hidden_states import block_features, cknna, encoder_features
 from pixlat.methods.reg.config import RegSample
 from pixlat.methods.reg.method import RegMethod
 

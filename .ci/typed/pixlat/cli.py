@@ -1,0 +1,1 @@
+../../../pixlat/cli.py

@@ -1,0 +1,1 @@
+../../../pixlat/completion.py
