@@ -64,6 +64,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "reference": Command("pixlat.evaluation.reference:main", "statistics of real images, files of protocols", "files"),
     "bench": Command("pixlat.evaluation.speed:main", "speed and memory of a method on this machine", "machine"),
+    "doctor": Command("pixlat.launch.doctor:main", "will pixlat work here, and how fast?", "machine"),
     "completion": Command("pixlat.completion:main", "a script for bash or zsh"),
     "complete": Command("pixlat.completion:main_complete", "what may follow a line; the script asks it"),
 }
