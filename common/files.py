@@ -26,7 +26,7 @@ def write_whole(path: Path, text: str) -> Path:
     return temporary.replace(path)
 
 
-def hold_to(file: Path, facts: Mapping[str, object], otherwise: str) -> None:
+def write_or_compare(file: Path, facts: Mapping[str, object], otherwise: str) -> None:
     """Keeps what a folder is for, at the first start; a later start for something else is a UserError
     that calls the contents `otherwise`.
     """

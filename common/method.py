@@ -256,12 +256,12 @@ class Method(nn.Module):
         """
         return []
 
-    def look(self, images: Tensor, time: float) -> None:
+    def probe(self, images: Tensor, time: float) -> None:
         """One forward pass on images noised to `time` without their class,
         for those who listen to `blocks()` (`pixlat study hidden-states`).
         """
         raise UserError(
-            f"{type(self).__name__} has no look(images, time), the forward pass on noised images "
+            f"{type(self).__name__} has no probe(images, time), the forward pass on noised images "
             "whose blocks are listened to."
         )
 

@@ -21,7 +21,7 @@ from pixlat.common.config.saved import IMPORTED_IDENTITY, check_config, read_con
 from pixlat.common.config.schema import RunConfig
 from pixlat.common.errors import UserError
 from pixlat.common.files import write_whole
-from pixlat.common.training.state import load_own_state, own_state
+from pixlat.common.training.state import load_state_without_external, state_without_external
 from pixlat.common.weights import checkpoint
 from pixlat.common.weights.tensors import key_faults, read_tensors
 from pixlat.evaluation.score.models import IMPORTED, build, digest_of, saved_settings
@@ -73,7 +73,7 @@ def import_released(
         "preset": run.preset,
         "imported_utc": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_folder(folder, run, own_state(built), facts)
+    write_folder(folder, run, state_without_external(built), facts)
     shape = ", ".join(f"{key}={value}" for key, value in architecture.items())
     kept = (
         f"{facts['tensors']} tensors, every one accounted for, sha256 {facts['sha256']}, "
@@ -104,9 +104,9 @@ def from_file(
             f"({type(error).__name__}: {error})."
         ) from error
     found = decided(found, settings)
-    run = resolve(spec, {**told(found), "preset": preset or fitting_preset(spec, found), **settings})
+    run = resolve(spec, {**facts_of_file(found), "preset": preset or fitting_preset(spec, found), **settings})
     built, _ = build(run)
-    load_own_state(built, built.from_reference(found.state))
+    load_state_without_external(built, built.from_reference(found.state))
     return run, built, found
 
 
@@ -139,11 +139,11 @@ def from_export(spec: MethodSpec, folder: Path, settings: Mapping[str, str]) -> 
     if run.method != spec.name:
         raise UserError(f"{folder} holds a model of method={run.method}, not of method={spec.name}.")
     built, info = build(run)
-    if faults := key_faults(state, {name: tensor.shape for name, tensor in own_state(built).items()}):
+    if faults := key_faults(state, {name: tensor.shape for name, tensor in state_without_external(built).items()}):
         raise UserError(
             f"{file} does not fit the config.yaml beside it, {len(faults)} keys differ: {'; '.join(faults[:5])}."
         )
-    load_own_state(built, state)
+    load_state_without_external(built, state)
     decay = None if origin["ema_decay"] == "" else float(origin["ema_decay"])
     return run, built, Released(state, {}, info.num_classes, info.image_size, origin["ema"], decay, origin["licence"])
 
@@ -182,7 +182,7 @@ def weights_file(file: Path) -> Path:
 ALONE = {"train.ema_decay": "[]", "train.ema_halflife_images": "[]", "eval.ema": "raw"}
 
 
-def told(found: Released) -> dict[str, str]:
+def facts_of_file(found: Released) -> dict[str, str]:
     """What the file tells, as overrides."""
     data = {"data.num_classes": found.num_classes, "data.image_size": found.image_size}
     model = {f"model.{key}": value for key, value in found.model.items()}

@@ -125,7 +125,7 @@ def status(folder: Path, jobs: Mapping[str, JobState] | None) -> Row:
     submitted = next(iter(read_rows(folder / JOBS)[-1:]), {})
     job_id, log = submitted.get("job", ""), submitted.get("log", "")
     job = (jobs or {}).get(job_id)
-    state, reason = judge(folder, job, log)
+    state, reason = explain_state(folder, job, log)
     if jobs is None and submitted.get("cluster") == "slurm" and state == "stopped":
         state, reason = "unknown", "the scheduler does not answer"
     reasons = [each for each in (reason, damaged_checkpoint(folder)) if each]
@@ -165,7 +165,7 @@ def damaged_checkpoint(folder: Path) -> str:
     return ""
 
 
-def judge(folder: Path, job: JobState | None, log: str) -> tuple[str, str]:
+def explain_state(folder: Path, job: JobState | None, log: str) -> tuple[str, str]:
     """(state, reason), from what is in the folder and what the scheduler says of the last job."""
     if (folder / RESULT).exists():
         read_record(folder / RESULT)  # an empty or altered one is no result

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from pixlat.common.training.muon import Muon
-from pixlat.common.training.sharding import whole
+from pixlat.common.training.sharding import gathered
 
 # a process has no row of (1, 9); the last one consists of 3
 SHAPES = [(24, 16), (16, 40), (24, 16), (5, 3), (1, 9), (24, 16), (36, 20)]
@@ -38,7 +38,7 @@ def steps(spread: bool, bf16: bool) -> list[torch.Tensor]:
         for k, p in enumerate(params):
             p.grad = placed(100 * step + k + 7, SHAPES[k])
         optimizer.step()
-    return [whole(p.detach()) for p in params]
+    return [gathered(p.detach()) for p in params]
 
 
 def together(folder: Path, size: int = 2) -> list[dict[str, object]]:

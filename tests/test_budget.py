@@ -14,7 +14,7 @@ from pixlat.common.accounting.macs import training_cost
 from pixlat.common.config.identity import identity, run_folder
 from pixlat.common.datasets.load import summarise
 from pixlat.common.errors import UserError
-from pixlat.common.frozen.tokenizer import read_card
+from pixlat.common.frozen.tokenizer import read_autoencoder_card
 from pixlat.common.training.optim import learning_rate
 from pixlat.common.training.steps import total_steps
 from pixlat.common.weights.checkpoint import latest
@@ -130,14 +130,18 @@ def test_earlier_stages_are_part_of_the_budget(tmp_path):
 def test_the_autoencoder_in_the_package_is_part_of_the_budget_and_of_the_record(method):
     """It was trained here, so what it cost is in the budget, in the record's parents and in the price of the row."""
     (run,) = configurations((f"method={method}",))
-    cost = read_card()["macs_total"]
+    cost = read_autoencoder_card()["macs_total"]
     assert cost > 1e13 and run.model.tokenizer == "embedded"
     budgeted = within_budget(configurations((f"method={method}", f"budget.train_macs={cost + macs_of(run)}"))[0])
     assert run.train.images - run.train.batch <= budgeted.train.images <= run.train.images
     with pytest.raises(UserError, match="what the earlier stages alone cost"):
         within_budget(configurations((f"method={method}", f"budget.train_macs={0.9 * cost}"))[0])
     (parent,) = earlier_runs(run, run.model)
-    assert (parent["key"], parent["method"], parent["checkpoint_sha256"]) == ("tokenizer", "vae", read_card()["sha256"])
+    assert (parent["key"], parent["method"], parent["checkpoint_sha256"]) == (
+        "tokenizer",
+        "vae",
+        read_autoencoder_card()["sha256"],
+    )
     assert training_macs({"train": {"macs_total": 7}, "parents": [parent]}) == cost + 7
     released = dataclasses.replace(run.model, tokenizer="sd-ft-ema")
     assert earlier_runs(run, released) == []

@@ -47,7 +47,7 @@ from pixlat.evaluation.studies.claims.framework import (
     build_record,
     claim_modules,
     find,
-    judge,
+    verdicts_of,
 )
 from pixlat.evaluation.studies.claims.swiss_roll import lifted, off_plane, plane, roll, sliced_distance
 from pixlat.methods import get_class, get_spec
@@ -97,13 +97,15 @@ def claim(name="toy", measure=lambda budget: evidence(Estimate(0.5, 0.01, 3), Es
     ],
 )
 def test_a_verdict_follows_from_the_intervals(a, b, verdict):
-    assert judge(claim(), evidence(a, b))[0] == verdict
+    assert verdicts_of(claim(), evidence(a, b))[0] == verdict
 
 
 @pytest.mark.parametrize(("needed", "verdict"), [(0.5, Verdict.FAILS), (0.9, Verdict.OPEN), (2.0, Verdict.OPEN)])
 def test_a_claim_stays_open_where_what_it_needs_is_not_met(needed, verdict):
     criteria = (replace(PAIR[0], needed=True), PAIR[1])
-    assert judge(claim(criteria=criteria), evidence(Estimate(needed, 0.1, 3), Estimate(9.0, 0.1, 3)))[0] == verdict
+    assert (
+        verdicts_of(claim(criteria=criteria), evidence(Estimate(needed, 0.1, 3), Estimate(9.0, 0.1, 3)))[0] == verdict
+    )
 
 
 def test_error_bars_are_those_of_the_mean_over_seeds():
@@ -464,7 +466,9 @@ def test_a_class_token_agrees_with_its_own_image(monkeypatch):
 
     def perfect(labels, noise, sample):
         state = solve(labels, noise, sample)
-        token = method.standardised(method.teach(method.decode(method.image_of(state)).float().clamp(-1, 1))[1])
+        token = method.standardised(
+            method.teacher_targets(method.decode(method.image_of(state)).float().clamp(-1, 1))[1]
+        )
         return torch.cat((state[:, : -method.token_width], token.to(state)), dim=1)
 
     monkeypatch.setattr(method, "solve", perfect)
@@ -488,7 +492,7 @@ def test_results_in_the_repository_are_full_runs_of_the_claims_as_they_stand():
             c.estimate: Estimate(item["value"], item["se"], item["n"])
             for c, item in zip(each.criteria, record["criteria"], strict=True)
         }
-        assert judge(each, Evidence(estimates, [], [], Figure()))[0] == record["verdict"], name
+        assert verdicts_of(each, Evidence(estimates, [], [], Figure()))[0] == record["verdict"], name
         assert [item["text"] for item in record["criteria"]] == [str(criterion) for criterion in each.criteria], name
         assert (record["paper"], record["statement"], record["setting"]) == (
             each.paper,

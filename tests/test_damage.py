@@ -24,7 +24,7 @@ from pixlat.common.config.saved import check_config, read_config
 from pixlat.common.config.schema import flatten, to_dict
 from pixlat.common.errors import UserError
 from pixlat.common.training.meters import read_rows, truncate_rows
-from pixlat.common.training.state import own_state
+from pixlat.common.training.state import state_without_external
 from pixlat.common.weights import checkpoint
 from pixlat.common.weights.checkpoint import Checkpoint
 from pixlat.common.weights.runs import run_weights
@@ -351,7 +351,7 @@ def imported(finished) -> Path:
         "tensors": 3,
     }
     run = dataclasses.replace(model.run, train=dataclasses.replace(model.run.train, ema_decay=[]))
-    write_folder(finished.parent / "imported", run, own_state(model.method), facts)
+    write_folder(finished.parent / "imported", run, state_without_external(model.method), facts)
     return finished.parent / "imported"
 
 
@@ -514,7 +514,7 @@ import numpy as np, torch
 from PIL import Image
 from evaluated_run import image_folder, run_folder
 from test_damaged_files import SimpleNamespace, Reference, features, feature_sets, write_built
-from pixlat.common.files import append_row, hold_to, write_whole
+from pixlat.common.files import append_row, write_or_compare, write_whole
 from pixlat.common.pictures.grids import save_png
 from pixlat.launch.export import export_run
 place = Path(sys.argv[2])
@@ -524,7 +524,7 @@ feature_sets._write(features(), place / "cache" / "x.safetensors")
 extractor = SimpleNamespace(id="x", sha256="0" * 64, layer="p", resize="n", scaling="s", dims=2)
 reference = Reference(features().moments.total(), None, features().features, {"n_images": 4})
 write_built(reference, place / "own.safetensors", extractor, 8)
-hold_to(place / "held" / "facts.json", {"a": 1}, "something")
+write_or_compare(place / "held" / "facts.json", {"a": 1}, "something")
 write_whole(place / "text.md", "text")
 append_row(place / "rows.jsonl", {"a": 1})
 save_png(Image.new("RGB", (8, 8)), place / "picture.png")

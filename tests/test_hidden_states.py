@@ -105,7 +105,7 @@ class ClassesInOrder(torch.nn.Module):
     def token(self, images):
         return F.one_hot(((images[:, 0, 0, 0] + 1) * 127.5).round().long(), self.num_classes).float()
 
-    def look(self, images, time):
+    def probe(self, images, time):
         self.block(self.token(images)[:, None])
 
     def forward(self, images):

@@ -18,7 +18,7 @@ from torch import Tensor
 from pixlat.common.config.resolve import load_presets, resolve
 from pixlat.common.errors import UserError
 from pixlat.common.files import sha256_of
-from pixlat.common.training.state import own_state
+from pixlat.common.training.state import state_without_external
 from pixlat.evaluation import run
 from pixlat.evaluation.records.record import read_record
 from pixlat.evaluation.score import assess
@@ -231,7 +231,7 @@ def test_released_latent_transformers(name, tmp_path):
     align |= {"class_token": "mean"} if name == "reg" else {}
     method = built(name, info, **SMALL, **align)
     method.load_external()
-    state = {key.removeprefix("network."): tensor for key, tensor in own_state(method).items()}
+    state = {key.removeprefix("network."): tensor for key, tensor in state_without_external(method).items()}
     torch.save(
         {"ema": state, "model": {key: tensor + 1 for key, tensor in state.items()}, "opt": {}}, tmp_path / "last.pt"
     )
@@ -380,7 +380,7 @@ def test_an_exported_run_says_what_it_is_and_comes_back(tmp_path, capsys):
     ):
         assert text in card, text
     state = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(state[name], tensor) for name, tensor in own_state(method).items())
+    assert all(torch.equal(state[name], tensor) for name, tensor in state_without_external(method).items())
     assert imported("method=jit", f"file={tmp_path}/out", "name=back", f"out={tmp_path}") == 0, capsys.readouterr().err
     assert_same_images(tmp_path / "back", method)
     assert prepare.main(["export", f"from={tmp_path}/mine", f"to={tmp_path}/out"]) == 2

@@ -17,7 +17,7 @@ from pixlat.common.config.resolve import resolve
 from pixlat.common.config.schema import DataConfig
 from pixlat.common.datasets.batches import TrainingPlan, training_batches
 from pixlat.common.datasets.load import load_data
-from pixlat.common.datasets.stored_latents import CARD, LatentShards, open_latents, read_card
+from pixlat.common.datasets.stored_latents import CARD, LatentShards, open_latents, read_latent_card
 from pixlat.common.errors import UserError
 from pixlat.common.files import read_rows
 from pixlat.common.frozen.remember import FeatureTable
@@ -197,7 +197,7 @@ def test_another_format_is_refused(shards):
     content = json.loads((folder / CARD).read_text())
     (folder / CARD).write_text(json.dumps(content | {"format": 99}))
     with pytest.raises(UserError, match="format 99"):
-        read_card(folder)
+        read_latent_card(folder)
 
 
 # -- the released layout -----------------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ def test_two_reads_draw_twice(shards, monkeypatch):
 def test_prepare_command(tmp_path, capsys):
     arguments = ["latents", "method=sit", "data=synthetic", f"to={tmp_path / 'cache'}", "device=cpu", "dtype=float16"]
     assert prepare([*arguments, "data.image_size=8"]) == 0
-    assert "4600 images" in capsys.readouterr().out and read_card(tmp_path / "cache").dtype == "float16"
+    assert "4600 images" in capsys.readouterr().out and read_latent_card(tmp_path / "cache").dtype == "float16"
 
 
 RUN = {

@@ -197,14 +197,14 @@ def test_cost_is_counted_and_evaluations_are_those_executed(run, method):
 def test_the_blocks_of_every_generator_can_be_listened_to(method):
     images = batch(4)["image"]
     if method.task == "reconstruction":
-        with pytest.raises(UserError, match="no look"):
-            method.look(images, 0.5)
+        with pytest.raises(UserError, match="no probe"):
+            method.probe(images, 0.5)
         return
     seen = {}
     for time in (0.1, 0.9):
         torch.manual_seed(0)
         with tapped(method.eval().blocks()) as outputs, torch.no_grad():
-            method.look(images, time)
+            method.probe(images, time)
         seen[time] = [image_mean(tokens) for tokens in outputs]
     assert len(seen[0.1]) == len(method.blocks()) > 0
     assert all(

@@ -23,7 +23,7 @@ from pixlat.methods import get_spec
 from pixlat.methods.base import DataInfo
 from pixlat.methods.pmf.config import SPEC, PMFConfig, PMFSample
 from pixlat.methods.pmf.method import PMFMethod
-from pixlat.methods.pmf.network import Condition, norm_tangent, tail
+from pixlat.methods.pmf.network import Condition, last_samples, norm_tangent
 from pixlat.methods.pmf.objective import draw_times
 
 BATCH = {"image": torch.linspace(-1, 1, 6 * 192).reshape(6, 3, 8, 8), "label": torch.tensor([0, 1, 2, 0, 1, 2])}
@@ -140,7 +140,9 @@ def test_tangents_of_layers_match_differences():
         torch.testing.assert_close(tangent, quotient, atol=1e-8, rtol=1e-7)
         assert torch.equal(value, layer(x)[0]) and value.requires_grad and not tangent.requires_grad
     quotient = (block.norm1(x + 1e-6 * step) - block.norm1(x - 1e-6 * step))[1:] / 2e-6
-    torch.testing.assert_close(norm_tangent(block.norm1, tail(x, step[1:]), step[1:]), quotient, atol=1e-8, rtol=1e-7)
+    torch.testing.assert_close(
+        norm_tangent(block.norm1, last_samples(x, step[1:]), step[1:]), quotient, atol=1e-8, rtol=1e-7
+    )
 
 
 def test_separate_heads_share_nothing():

@@ -15,7 +15,7 @@ from pixlat.common.training.ema import Ema
 from pixlat.common.weights.tensors import read_tensors
 from pixlat.methods.base import DataInfo
 from pixlat.methods.pmf.config import SPEC, PMFConfig, PMFSample
-from pixlat.methods.pmf.flax_archive import flatten
+from pixlat.methods.pmf.flax_archive import flatten_tree
 from pixlat.methods.pmf.method import PMFMethod
 from pixlat.methods.pmf.network import Condition
 from pixlat.methods.pmf.objective import power_law, squared_error
@@ -226,7 +226,7 @@ def test_flax_names_and_shapes():
 
 def test_a_tree_of_arrays_is_flattened():
     tree = {"net": {"class_tokens": torch.ones(1, 2, 3), "u_heads_0": {"attn_scale": torch.zeros(3)}}}
-    flat = flatten(tree)
+    flat = flatten_tree(tree)
     assert flat.keys() == {"net/class_tokens", "net/u_heads_0/attn_scale"} and flat["net/class_tokens"].shape == (
         1,
         2,

@@ -19,7 +19,7 @@ from pixlat.common.config.resolve import resolve
 from pixlat.common.errors import UserError
 from pixlat.common.seeds import Noise, seed_step
 from pixlat.common.training.optim import learning_rate
-from pixlat.common.training.state import load_own_state, own_state
+from pixlat.common.training.state import load_state_without_external, state_without_external
 from pixlat.methods.rae.config import SPEC, RaeConfig, RaeSample
 from pixlat.methods.rae.method import RaeMethod, shifted, time_grid
 from pixlat.methods.rae.reference import decoder_to_released, network_to_released
@@ -166,7 +166,7 @@ def test_before_training_the_latents_are_measured_into_the_checkpoint(decoder_fi
     z = torch.cat([method.encoder(b["image"]) for b in seen[:2]])
     torch.testing.assert_close(method.latent_mean, z.mean(0))
     torch.testing.assert_close(method.latent_var, z.var(0, correction=0), atol=1e-6, rtol=1e-5)
-    assert {"latent_mean", "latent_var"} <= own_state(method).keys()
+    assert {"latent_mean", "latent_var"} <= state_without_external(method).keys()
     normalised = method.encode(torch.cat([b["image"] for b in seen[:2]]))
     assert normalised.mean(0).abs().max() < 1e-5 and (normalised.var(0, correction=0) - 1).abs().max() < 0.01
     torch.testing.assert_close(method.decode(normalised), method.decoder(z), atol=1e-5, rtol=1e-5)
@@ -372,7 +372,7 @@ def test_the_decoder_of_a_run_is_its_average(tmp_path):
     assert not torch.equal(method.decoder.out.weight, first.decoder.out.weight) and not torch.equal(
         method.decoder.out.weight, start
     )
-    assert not any(name.startswith(("decoder", "encoder")) for name in own_state(method))
+    assert not any(name.startswith(("decoder", "encoder")) for name in state_without_external(method))
     assert not any(p.requires_grad for p in method.decoder.parameters())
     assert len(method.digests["decoder"]) == 64
 
@@ -401,7 +401,10 @@ def test_a_guide_from_a_run_brings_its_statistics(tmp_path, decoder_file):
     method = stage2(decoder=decoder_file, guide=folder, guide_width=8, guide_depth=1, guide_heads=2)
     assert torch.equal(method.latent_var, weak.latent_var) and method.latent_var.std() > 0
     method.before_training(iter(()))
-    assert not any(name.startswith("guide") for name in own_state(method)) and not method.train().guide.training
+    assert (
+        not any(name.startswith("guide") for name in state_without_external(method))
+        and not method.train().guide.training
+    )
     with pytest.raises(UserError, match=r"model.width=8, but here model.guide_width=12"):
         stage2(decoder=decoder_file, guide=folder, guide_width=12, guide_depth=1, guide_heads=1)
 
@@ -413,7 +416,7 @@ def test_a_released_guide_and_network_load(tmp_path, decoder_file, method):
         decoder=decoder_file, guide=str(tmp_path / "stage2_model.pt"), guide_width=16, guide_depth=1, guide_heads=2
     )
     assert torch.equal(other.guide.final.linear.weight, method.network.final.linear.weight)
-    load_own_state(other, other.from_reference(state))
+    load_state_without_external(other, other.from_reference(state))
     assert all(torch.equal(a, b) for a, b in zip(other.network.parameters(), method.network.parameters(), strict=True))
     with pytest.raises(UserError, match="guide's width=8, the file has 16"):
         stage2(

@@ -14,7 +14,7 @@ from pixlat.common.accounting.macs import count_macs
 from pixlat.common.errors import UserError
 from pixlat.common.maths.adversarial import augment, quantise
 from pixlat.common.seeds import seed_step
-from pixlat.common.training.state import load_own_state, own_state
+from pixlat.common.training.state import load_state_without_external, state_without_external
 from pixlat.methods.rae.config import DECODERS, DecoderConfig, DecoderShape
 from pixlat.methods.rae.decoder import build_decoder
 from pixlat.methods.rae.reference import decoder_from_released, decoder_to_released, read_released
@@ -219,7 +219,7 @@ def test_averages_follow_the_decoder_only_and_checkpoints_leave_frozen_networks_
     method = stage1()
     names = dict(method.named_parameters())
     assert method.averaged_parameters().keys() == {name for name in names if name.startswith("decoder.")}
-    assert {name.split(".")[0] for name in own_state(method)} == {"decoder", "discriminator"}
+    assert {name.split(".")[0] for name in state_without_external(method)} == {"decoder", "discriminator"}
 
 
 def test_noise_is_for_training_the_decoder_only():
@@ -374,7 +374,7 @@ def test_a_released_decoder_loads_into_the_method_and_leaves_its_discriminator()
     with torch.no_grad():
         for p in source.decoder.parameters():
             p.normal_()
-    load_own_state(method, method.from_reference(decoder_to_released(source.decoder.state_dict())))
+    load_state_without_external(method, method.from_reference(decoder_to_released(source.decoder.state_dict())))
     assert torch.equal(method.decoder.out.weight, source.decoder.out.weight)
 
 

@@ -8,7 +8,7 @@ from reg_models import INFO, batch, make, randomized
 
 from pixlat.common.config.resolve import load_presets, resolve
 from pixlat.common.errors import UserError
-from pixlat.common.training.state import load_own_state, own_state
+from pixlat.common.training.state import load_state_without_external, state_without_external
 from pixlat.common.weights.tensors import read_tensors
 from pixlat.methods import get_spec
 from pixlat.methods.reg.network import LatentTransformer, Shape
@@ -19,12 +19,12 @@ METHODS = ("dit", "sit", "repa", "reg")
 def released(method) -> dict[str, torch.Tensor]:
     """A state dict as the authors would save this method's networks."""
     torch.manual_seed(7)
-    names = {name.removeprefix("network."): tensor for name, tensor in own_state(method).items()}
+    names = {name.removeprefix("network."): tensor for name, tensor in state_without_external(method).items()}
     return {name: tensor if name == "pos_embed" else torch.randn_like(tensor) for name, tensor in names.items()}
 
 
 def outputs(method, state):
-    load_own_state(method, method.from_reference(state))
+    load_state_without_external(method, method.from_reference(state))
     z, token = torch.linspace(-1, 1, 2 * 4 * 8 * 8).view(2, 4, 8, 8), torch.linspace(-1, 1, 12).view(2, 6)
     with torch.no_grad():
         return method.network(
@@ -36,8 +36,8 @@ def outputs(method, state):
 def test_released_names_load_and_come_back(monkeypatch, name):
     method = make(name, monkeypatch)
     state = released(method)
-    load_own_state(method, method.from_reference(state))
-    for key, tensor in own_state(method).items():
+    load_state_without_external(method, method.from_reference(state))
+    for key, tensor in state_without_external(method).items():
         assert torch.equal(tensor, state[key.removeprefix("network.")]), key
     assert {key.partition(".")[0] for key in method.from_reference(state)} <= {"network", "projectors"}
 
@@ -129,7 +129,7 @@ def test_another_layout_of_tokens_is_refused(monkeypatch, name):
 def test_loaded_weights_leave_the_frozen_networks_alone(monkeypatch):
     method = make("repa", monkeypatch)
     before = method.teacher.mix.weight.clone()
-    load_own_state(method, method.from_reference(released(method)))
+    load_state_without_external(method, method.from_reference(released(method)))
     assert torch.equal(method.teacher.mix.weight, before)
     assert method("main", batch(), 0)["loss"].isfinite() and INFO.num_classes == 3
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pixlat import methods
 from pixlat.common.config.identity import run_folder
 from pixlat.common.config.resolve import resolve
-from pixlat.common.training.state import own_state
+from pixlat.common.training.state import state_without_external
 from pixlat.common.weights.runs import run_weights
 from pixlat.launch.job.execute import run_all
 from pixlat.methods import MethodSpec, Stage, get_spec
@@ -179,7 +179,7 @@ def test_the_average_of_the_earlier_run_is_loaded_and_not_kept_again(chain):
     method = Latent(LatentConfig(str(codec)), DataInfo("synthetic", 10, 16, 1))
     method.load_external()
     assert torch.equal(method.codec.encoder.weight, averaged.state["encoder.weight"])
-    assert set(own_state(method)) == {"means"} and not method.train().codec.training
+    assert set(state_without_external(method)) == {"means"} and not method.train().codec.training
 
 
 def test_a_finished_chain_is_not_trained_again(chain, capsys):

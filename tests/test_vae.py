@@ -15,7 +15,7 @@ from pixlat.common.config.resolve import load_presets, resolve
 from pixlat.common.datasets.batches import TrainingPlan
 from pixlat.common.datasets.load import load_data, summarise
 from pixlat.common.errors import UserError
-from pixlat.common.frozen.tokenizer import EMBEDDED, build_tokenizer, read_card
+from pixlat.common.frozen.tokenizer import EMBEDDED, build_tokenizer, read_autoencoder_card
 from pixlat.common.layers.autoencoder import Decoder, Encoder
 from pixlat.common.seeds import seed_step
 from pixlat.common.weights.runs import run_weights
@@ -237,12 +237,12 @@ def test_presets_resolve():
 
 
 def test_embedded_tokenizer_is_small():
-    assert EMBEDDED.stat().st_size == read_card()["bytes"] <= 4 * 2**20
+    assert EMBEDDED.stat().st_size == read_autoencoder_card()["bytes"] <= 4 * 2**20
     assert str(EMBEDDED.relative_to(ROOT)) == "common/data/autoencoder32.safetensors"
 
 
 def test_embedded_tokenizer_is_of_the_preset():
-    card = read_card()
+    card = read_autoencoder_card()
     run = resolve(get_spec("vae"), {"method": "vae", "preset": "demo"})
     assert card["model"] == {name: getattr(run.model, name) for name in card["model"]}
     assert {key: card["train"][key] for key in ("images", "batch", "lr")} == {
@@ -252,7 +252,7 @@ def test_embedded_tokenizer_is_of_the_preset():
 
 def test_embedded_tokenizer_tells_what_its_training_costs():
     """As the suite counts its preset today, and which network of others took part."""
-    card, run = read_card(), resolve(get_spec("vae"), {"method": "vae", "preset": "demo"})
+    card, run = read_autoencoder_card(), resolve(get_spec("vae"), {"method": "vae", "preset": "demo"})
     assert card["images_seen"] == run.train.images and card["macs_total"] == macs_of(run)(run.train.images)
     assert [part["role"] for part in card["pretrained_components"]] == ["perceptual loss"]
     method = get_class("vae")(run.model, DataInfo.of(summarise(run.data)))
@@ -271,7 +271,7 @@ def test_embedded_tokenizer_rebuilds_held_out_emoji():
     latents = tokenizer.normalise(mean)
     rebuilt = tokenizer.decode(latents).clamp(-1, 1)
     psnr = (-10 * ((rebuilt - pixels) / 2).square().mean(dim=(1, 2, 3)).log10()).mean().item()
-    assert psnr >= 24 and psnr == pytest.approx(read_card()["psnr_heldout"], abs=0.01)
+    assert psnr >= 24 and psnr == pytest.approx(read_autoencoder_card()["psnr_heldout"], abs=0.01)
     variance = latents.var(dim=(0, 2, 3)) + (std * tokenizer.scale).square().mean(dim=(0, 2, 3))
     # held-out images are not the training images
     torch.testing.assert_close(variance, torch.ones(tokenizer.channels), atol=0.1, rtol=0)

@@ -87,7 +87,7 @@ def training_cost(method_class: type[Method], config: Any, data: DataInfo) -> Tr
     method = on_meta(method_class, config, data).train()
     batch = empty_batch(data, TRAINING_BATCH, "meta", method.needs_images(data))
     encoding = sum(
-        take_encoding_out(table, batch)
+        count_and_skip_encoding(table, batch)
         for table in vars(method).values()
         if isinstance(table, FeatureTable) and table.num_images
     )
@@ -112,7 +112,7 @@ def tokenizer_macs(method_class: type[Method], config: Any, data: DataInfo) -> i
     method = on_meta(method_class, config, data).train()
     batch = empty_batch(data, TRAINING_BATCH, "meta", method.needs_images(data))
     for table in [table for table in vars(method).values() if isinstance(table, FeatureTable) and table.num_images]:
-        take_encoding_out(table, batch)
+        count_and_skip_encoding(table, batch)
     encoders = [module.encoder for module in method.modules() if isinstance(module, Tokenizer)]
     with recorded({str(number): encoder for number, encoder in enumerate(encoders)}) as found:
         begin_last_part(method)
@@ -128,7 +128,7 @@ def begin_last_part(method: Method) -> None:
     method.begin_step(max([0, *method.turning_points()]))
 
 
-def take_encoding_out(table: FeatureTable, batch: Batch) -> int:
+def count_and_skip_encoding(table: FeatureTable, batch: Batch) -> int:
     """MACs of the table's network for a batch on the meta device; the table answers with shapes alone from then on."""
     outputs: list[tuple[Tensor, ...]] = []
     with torch.no_grad():

@@ -201,7 +201,7 @@ def _load_shards(config: DataSettings) -> DataSource:
     """
     if not config.path:
         raise UserError("data=shards needs data.path=FOLDER: what `pixlat prepare images` made.")
-    card = shards.read_card(Path(config.path).expanduser())
+    card = shards.read_shard_card(Path(config.path).expanduser())
     if config.image_size not in (None, card.image_size):
         raise UserError(
             f"data.image_size={config.image_size}, but {config.path} holds images of {card.image_size} pixels. "

@@ -171,7 +171,7 @@ def new_shard(file: Path, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[
 Rule = Callable[[Any], bool]
 
 
-def whole(low: int, high: int = 2**53) -> Rule:
+def whole_number(low: int, high: int = 2**53) -> Rule:
     """A whole number within bounds."""
     return lambda value: type(value) is int and low <= value <= high
 

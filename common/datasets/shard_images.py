@@ -13,7 +13,7 @@ from pixlat.common.images.image_set import ImageSet
 class ShardImages(ImageSet):
     """Images that were cropped before, read as they are."""
 
-    def __init__(self, part: shards.Part, image_size: int) -> None:
+    def __init__(self, part: shards.StoredPart, image_size: int) -> None:
         super().__init__(part.labels(), image_size, part.identity)
         self.part = part
 

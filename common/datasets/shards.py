@@ -33,13 +33,13 @@ AGAIN = f"Remove it and {CARD}, and run the same `pixlat prepare images` again: 
 log = logging.getLogger("pixlat")
 
 CARD_RULES: dict[str, mapped.Rule] = {
-    "format": mapped.whole(FORMAT, FORMAT), "name": mapped.text,
-    "class_names": mapped.texts, "image_size": mapped.whole(1, 2**16),
-    "shard_images": mapped.whole(1), "resize": lambda size: size is None or mapped.whole(1, 2**16)(size),
+    "format": mapped.whole_number(FORMAT, FORMAT), "name": mapped.text,
+    "class_names": mapped.texts, "image_size": mapped.whole_number(1, 2**16),
+    "shard_images": mapped.whole_number(1), "resize": lambda size: size is None or mapped.whole_number(1, 2**16)(size),
     "parts": lambda parts: isinstance(parts, dict) and tuple(parts) == PARTS,
 }  # fmt: skip
 PART_RULES: dict[str, mapped.Rule] = {
-    "images": mapped.whole(0), "identity": mapped.text,
+    "images": mapped.whole_number(0), "identity": mapped.text,
     "skipped": mapped.text_map, "sha256": lambda found: found is None or mapped.text_map(found),
     "decoding": lambda found: found is None or mapped.text(found),
 }  # fmt: skip
@@ -57,7 +57,7 @@ class PartCard:
 
 
 @dataclass(frozen=True)
-class Card:
+class ShardCard:
     """images.json."""
 
     format: int
@@ -69,15 +69,15 @@ class Card:
     folder: Path
     resize: int | None = None  # pixels of the shorter side of the whole training images; None: there are only squares
 
-    def part(self, name: str) -> Part:
+    def part(self, name: str) -> StoredPart:
         """The images of "train" or "heldout"."""
-        return Part(self, name)
+        return StoredPart(self, name)
 
 
-class Part:
+class StoredPart:
     """Reads what was written; everything that the card says is held against the files before memory is taken."""
 
-    def __init__(self, card: Card, name: str) -> None:
+    def __init__(self, card: ShardCard, name: str) -> None:
         self.folder, self.name, self.shard_images, self.resize = card.folder, name, card.shard_images, card.resize
         self.images, self.identity, self.digests = (
             card.parts[name].images,
@@ -147,7 +147,7 @@ class Part:
 class WholeImages:
     """The resized images of which random crops are cut."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: StoredPart) -> None:
         ranges, self.shard_images = part._ranges("bin", f"{part.name}-resized"), part.shard_images
         self.sizes_file = sizes = part.folder / f"{part.name}-resized-sizes.npy"
         mapped.check_header(sizes, (part.images, 2), [np.int32], AGAIN)
@@ -183,7 +183,7 @@ class WholeImages:
         return np.frombuffer(content, dtype=np.uint8).reshape(height, width, 3)
 
 
-def read_card(folder: Path) -> Card:
+def read_shard_card(folder: Path) -> ShardCard:
     """The card of a finished folder; a UserError where there is none or where it is damaged."""
     content = mapped.read_card(folder / CARD, FORMAT, "images", CARD_RULES, later={"resize": None})
     where = f"{folder / CARD}, parts"
@@ -191,7 +191,7 @@ def read_card(folder: Path) -> Card:
         name: PartCard(**mapped.check_fields(_with_later_fields(part), PART_RULES, where, AGAIN))
         for name, part in content["parts"].items()
     }
-    return Card(**{**content, "class_names": tuple(content["class_names"]), "parts": parts, "folder": folder})
+    return ShardCard(**{**content, "class_names": tuple(content["class_names"]), "parts": parts, "folder": folder})
 
 
 def _with_later_fields(part: object) -> object:

@@ -29,7 +29,7 @@ DTYPES = ("float32", "float16")
 
 
 @dataclass(frozen=True)
-class Card:
+class LatentCard:
     """latents.json: what the shards hold and where they come from."""
 
     format: int
@@ -44,11 +44,11 @@ class Card:
 
 
 CARD_RULES: dict[str, mapped.Rule] = {
-    "format": mapped.whole(FORMAT, FORMAT), "tokenizer": mapped.text,
+    "format": mapped.whole_number(FORMAT, FORMAT), "tokenizer": mapped.text,
     "encoder_sha256": mapped.text, "data_digest": mapped.text,
-    "images": mapped.whole(1),
-    "shape": lambda found: isinstance(found, list) and len(found) == 3 and all(map(mapped.whole(1, 2**20), found)),
-    "dtype": lambda found: found in DTYPES, "shard_images": mapped.whole(1), "shards": mapped.text_map,
+    "images": mapped.whole_number(1),
+    "shape": lambda size: isinstance(size, list) and len(size) == 3 and all(map(mapped.whole_number(1, 2**20), size)),
+    "dtype": lambda found: found in DTYPES, "shard_images": mapped.whole_number(1), "shards": mapped.text_map,
 }  # fmt: skip
 
 
@@ -57,7 +57,7 @@ class LatentShards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.card = card = read_card(folder)
+        self.card = card = read_latent_card(folder)
         self.facts = LatentFacts(card.shape, card.encoder_sha256)
         files = [folder / name for name in card.shards]
         ranges = mapped.shard_ranges(card.images, card.shard_images)
@@ -94,7 +94,7 @@ class LatentShards:
         return f"Remove {self.folder / CARD} and {file}, and prepare the latents again."
 
 
-def read_card(folder: Path) -> Card:
+def read_latent_card(folder: Path) -> LatentCard:
     """latents.json of a folder; a UserError if it is missing, damaged or of another format."""
     content = mapped.read_card(folder / CARD, FORMAT, "latents", CARD_RULES)
     count = mapped.shard_count(content["images"], content["shard_images"])
@@ -104,7 +104,7 @@ def read_card(folder: Path) -> Card:
             f"and it lists {len(content['shards']):,}"
         )
         raise UserError(f"{folder / CARD} is damaged: {told}. Remove it, and prepare the latents again.")
-    return Card(**{**content, "shape": tuple(content["shape"])})
+    return LatentCard(**{**content, "shape": tuple(content["shape"])})
 
 
 def shard_name(number: int) -> str:

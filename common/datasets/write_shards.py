@@ -14,13 +14,13 @@ import numpy as np
 
 from pixlat.common.datasets import npy_shards as mapped
 from pixlat.common.errors import UserError
-from pixlat.common.files import hold_to, write_whole
+from pixlat.common.files import write_or_compare, write_whole
 from pixlat.common.progress import progress_bar
 
 if TYPE_CHECKING:
     from pixlat.common.datasets.load import DataSource
     from pixlat.common.images.image_set import ImageSet
-from pixlat.common.datasets.shards import CARD, FORMAT, Card, PartCard
+from pixlat.common.datasets.shards import CARD, FORMAT, PartCard, ShardCard
 
 BATCH = 64  # images decoded before they are written
 
@@ -42,7 +42,9 @@ class Written(NamedTuple):
     sizes: list[tuple[int, int]]  # heights and widths of whole images
 
 
-def write_shards(folder: Path, source: DataSource, workers: int, shard_images: int, resize: int | None = None) -> Card:
+def write_shards(
+    folder: Path, source: DataSource, workers: int, shard_images: int, resize: int | None = None
+) -> ShardCard:
     """Decodes and crops every image on `workers` processes (0: in this one).
 
     Whole shards are kept, so the command can be repeated.
@@ -57,7 +59,7 @@ def write_shards(folder: Path, source: DataSource, workers: int, shard_images: i
         len(source.train) * 3 * resize**2 if resize else 0
     )
     _check_room(folder, smallest)
-    hold_to(folder / "plan.json", facts, "cropped images of other data or in another layout")
+    write_or_compare(folder / "plan.json", facts, "cropped images of other data or in another layout")
     tasks = [
         task
         for part in sets
@@ -72,7 +74,7 @@ def write_shards(folder: Path, source: DataSource, workers: int, shard_images: i
         part: _finish_part(folder, part, images, {task: done for task, done in written.items() if task.part == part})
         for part, images in sets.items()
     }
-    card = Card(
+    card = ShardCard(
         FORMAT, source.info.name, source.info.class_names, source.info.image_size, shard_images, parts, folder, resize
     )
     for part in parts.values():

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from pixlat.common.datasets import npy_shards as mapped
 from pixlat.common.errors import UserError
-from pixlat.common.files import hold_to, write_whole
+from pixlat.common.files import write_or_compare, write_whole
 
 if TYPE_CHECKING:
     from pixlat.common.frozen.tokenizer import Tokenizer
     from pixlat.common.images.image_set import ImageSet
-from pixlat.common.datasets.stored_latents import CARD, DTYPES, FORMAT, Card, shard_name
+from pixlat.common.datasets.stored_latents import CARD, DTYPES, FORMAT, LatentCard, shard_name
 
 SHARD_IMAGES = 16_384
 
@@ -40,7 +40,7 @@ def write_latents(
     batch: int = 64,
     dtype: str = "float32",
     shard_images: int = SHARD_IMAGES,
-) -> Card:
+) -> LatentCard:
     """Encodes every image and its mirror image on the tokenizer's device.
 
     Shards that are whole are kept, so the command can be repeated.
@@ -61,7 +61,7 @@ def write_latents(
         "dtype": dtype,
         "shard_images": shard_images,
     }
-    hold_to(folder / "plan.json", facts, "latents of other images, of another encoder or in another layout")
+    write_or_compare(folder / "plan.json", facts, "latents of other images, of another encoder or in another layout")
     digests = {}
     for number, positions in mapped.shard_ranges(len(images), shard_images):
         file = folder / shard_name(number)
@@ -69,7 +69,7 @@ def write_latents(
             _write_shard(file, images, tokenizer, np.array(positions), batch, dtype)
         digests[file.name] = mapped.sha256_of(file)
     mapped.keep_verified(folder, digests)
-    card = Card(**facts, shards=digests)  # type: ignore[arg-type]
+    card = LatentCard(**facts, shards=digests)  # type: ignore[arg-type]
     write_whole(folder / CARD, json.dumps(asdict(card), indent=1) + "\n")
     return card
 

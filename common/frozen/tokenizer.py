@@ -134,7 +134,7 @@ class EmbeddedWeights:
     sha256: str
 
 
-def read_card() -> dict[str, Any]:
+def read_autoencoder_card() -> dict[str, Any]:
     """What is known of the embedded tokenizer: shape, recipe, scores, digest, moments of its latents."""
     card: dict[str, Any] = json.loads(CARD.read_text(encoding="utf-8"))
     return card
@@ -142,7 +142,7 @@ def read_card() -> dict[str, Any]:
 
 def read_embedded() -> EmbeddedWeights:
     """The package's weights as float32, their digest checked."""
-    card, digest = read_card(), sha256_of(EMBEDDED)
+    card, digest = read_autoencoder_card(), sha256_of(EMBEDDED)
     if digest != card["sha256"]:
         raise UserError(f"{EMBEDDED} has sha256 {digest}, expected {card['sha256']}. Reinstall the package.")
     state = {key: tensor.float() for key, tensor in read_tensors(EMBEDDED).items()}
@@ -206,7 +206,7 @@ def build_tokenizer(name: str, path: str | None = None) -> Tokenizer:
     if name in SD_REPOSITORIES:
         return SdTokenizer(name, path)
     if name in ("embedded", TRAIN):
-        return OwnTokenizer(name, read_card()["model"])
+        return OwnTokenizer(name, read_autoencoder_card()["model"])
     if (Path(name) / "config.yaml").is_file():
         return OwnTokenizer(name, run_shape(Path(name)))
     names: Sequence[str] = ("embedded", *SD_REPOSITORIES)

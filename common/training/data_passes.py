@@ -29,7 +29,7 @@ def prepare_batch(batch: dict[str, Tensor], device: torch.device) -> Batch:
     }
 
 
-def everyones(batches: Iterator[Batch], processes: int) -> Generator[Batch, None, None]:
+def batches_of_all_ranks(batches: Iterator[Batch], processes: int) -> Generator[Batch, None, None]:
     """The micro-batches of all processes, in the order in which one process would see them:
     statistics must not depend on the number of processes.
     """
@@ -43,7 +43,7 @@ def everyones(batches: Iterator[Batch], processes: int) -> Generator[Batch, None
         yield from ({name: values[rank] for name, values in gathered.items()} for rank in range(processes))
 
 
-def look_at_the_data(
+def run_before_training(
     method: Method, make_batches: MakeBatches, micro_batches_a_step: int, accelerator: Accelerator
 ) -> None:
     """`before_training` with the training's own batches from step 0 on, in the training's precision,
@@ -69,7 +69,7 @@ def batches_of_all_processes(
         for batches in make_batches(start_step, micro_batches_a_step):
             yield from (prepare_batch(batch, accelerator.device) for batch in batches)
 
-    with contextlib.closing(everyones(own(), accelerator.num_processes)) as batches:
+    with contextlib.closing(batches_of_all_ranks(own(), accelerator.num_processes)) as batches:
         yield batches
 
 

@@ -20,15 +20,15 @@ from pixlat.common.training.ema import build_emas
 from pixlat.common.training.meters import Meters
 from pixlat.common.training.optim import build_optimizers, learning_rate, set_learning_rate
 from pixlat.common.training.resume import newest_checkpoint
-from pixlat.common.training.sharding import communicating, hollow, shard, whole, whole_parameters
+from pixlat.common.training.sharding import communicating, gathered, meta_copy, shard, whole_parameters
 from pixlat.common.training.signals import StopRequest
 
 if TYPE_CHECKING:
     from pixlat.common.method import Method
-from pixlat.common.training.data_passes import MakeBatches, look_at_the_data, measure_at_the_end, prepare_batch
+from pixlat.common.training.data_passes import MakeBatches, measure_at_the_end, prepare_batch, run_before_training
 from pixlat.common.training.log import TrainingLog
 from pixlat.common.training.setup import implements, prepare_blocks, replicate
-from pixlat.common.training.state import TrainState, load_own_state
+from pixlat.common.training.state import TrainState, load_state_without_external
 from pixlat.common.training.steps import due, split_batch, total_steps
 
 # (every so many images, what is done then). It is also done at a start that takes up a checkpoint of such a moment,
@@ -80,11 +80,11 @@ def train(
     )
     method.check_micro_batch(micro_batch)
     if resumed:
-        load_own_state(method, dict(resumed.tensors("model")))
+        load_state_without_external(method, dict(resumed.tensors("model")))
     else:
-        look_at_the_data(method, make_batches, micro_batches_a_step, accelerator)
+        run_before_training(method, make_batches, micro_batches_a_step, accelerator)
     spread = sharding == "fsdp2" and accelerator.num_processes > 1
-    blank = hollow(method) if spread else None
+    blank = meta_copy(method) if spread else None
     prepare_blocks(method, settings)
     model: nn.Module = shard(method, accelerator) if spread else replicate(method, accelerator)
     bf16 = accelerator.mixed_precision == "bf16"
@@ -108,7 +108,7 @@ def train(
     logger = TrainingLog(state, steps)
 
     with StopRequest() as request, logger.progress_bar():
-        with logger.paused(), request.lifted():
+        with logger.paused(), request.signals_as_before():
             for interlude in due_interludes(interludes, state):
                 interlude(state)
         loader = make_batches(state.step, micro_batches_a_step) if state.step < steps else iter(())
@@ -137,7 +137,7 @@ def train(
                         for p in group["params"]
                     ]
                     state.meters.add(
-                        {prefix + "grad_norm": whole(accelerator.clip_grad_norm_(trained, settings.clip_grad))}
+                        {prefix + "grad_norm": gathered(accelerator.clip_grad_norm_(trained, settings.clip_grad))}
                     )
                 for optimizer in optimizers[phase]:
                     optimizer.step()
@@ -160,7 +160,7 @@ def train(
             if stop:
                 assert state.saved is not None
                 raise Stopped(stop, state.saved)
-            with logger.paused(), request.lifted() if pause else contextlib.nullcontext():
+            with logger.paused(), request.signals_as_before() if pause else contextlib.nullcontext():
                 for interlude in pause:
                     interlude(state)
     if state.saved is None:

@@ -60,7 +60,7 @@ def communicating(model: nn.Module, accelerator: Accelerator, last: bool) -> Ite
             yield
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """The tensor with the parts of all processes, who must all ask for it; a whole tensor is returned as it is.
 
     Rows are gathered by one blocking collective: in the gloo thread of `DTensor.full_tensor`'s asynchronous
@@ -122,8 +122,8 @@ def whole_parameters(method: Method) -> Iterator[None]:
             module.reshard()
 
 
-def hollow(method: Method) -> Method:
-    """A copy without the memory of its parameters, for `filled`; it shares the external networks."""
+def meta_copy(method: Method) -> Method:
+    """A copy without the memory of its parameters, for `with_weights`; it shares the external networks."""
     outside = [method.get_submodule(name) for name in method.external]
     shared = {id(p) for module in outside for p in module.parameters()}
     memo: dict[int, object] = {id(module): module for module in outside}
@@ -134,7 +134,7 @@ def hollow(method: Method) -> Method:
 
 
 @contextlib.contextmanager
-def filled(blank: Method, state: Mapping[str, Tensor]) -> Iterator[Method]:
+def with_weights(blank: Method, state: Mapping[str, Tensor]) -> Iterator[Method]:
     """A hollow copy with this state (without external networks) for the length of the block;
     its memory is given back afterwards.
     """

@@ -43,7 +43,7 @@ class StopRequest:
             signal.raise_signal(self.received)
 
     @contextmanager
-    def lifted(self) -> Iterator[None]:
+    def signals_as_before(self) -> Iterator[None]:
         """Within the block signals do what they did before: for long work after everything is saved,
         which nobody should have to wait for.
         """

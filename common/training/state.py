@@ -23,7 +23,7 @@ from pixlat.common.training.ema import START_SHARE, Ema
 from pixlat.common.training.meters import Meters
 from pixlat.common.training.optim import load_optimizer_state, optimizer_state
 from pixlat.common.training.resume import Found, last_good_checkpoint
-from pixlat.common.training.sharding import all_finite, filled, placed_like, whole
+from pixlat.common.training.sharding import all_finite, gathered, placed_like, with_weights
 from pixlat.common.weights import checkpoint
 from pixlat.common.weights.checkpoint import Checkpoint
 
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from pixlat.common.method import Method
 
 
-def own_state(method: Method) -> dict[str, Tensor]:
+def state_without_external(method: Method) -> dict[str, Tensor]:
     """The method's state without its external networks, which come from files of their own."""
     outside = tuple(f"{name}." for name in method.external)
     return {key: value for key, value in method.state_dict().items() if not key.startswith(outside)}
 
 
-def load_own_state(method: Method, state: Mapping[str, Tensor]) -> None:
-    """The inverse of `own_state`; a missing, extra or misshapen key is an error."""
+def load_state_without_external(method: Method, state: Mapping[str, Tensor]) -> None:
+    """The inverse of `state_without_external`; a missing, extra or misshapen key is an error."""
     outside = tuple(f"{name}." for name in method.external)
     method.load_state_dict(
         {**state, **{key: value for key, value in method.state_dict().items() if key.startswith(outside)}}
@@ -58,7 +58,7 @@ class TrainState:
     accelerator: Accelerator
     meters: Meters
     micro_batch: int  # images a process takes at once: draws depend on it, so a resumed run keeps it
-    blank: Method | None = None  # where `method` is spread over the processes: its hollow copy, to sample with
+    blank: Method | None = None  # where `method` is spread over the processes: its copy without memory, to sample with
     step: int = 0
     start: int = 0  # the step that this start took up
     seconds: float = 0.0  # in the loop, over all resumed parts; interludes and checkpoints not counted
@@ -107,8 +107,8 @@ class TrainState:
     @contextlib.contextmanager
     def _whole_method(self, average: Ema | None) -> Iterator[Method]:
         assert self.blank is not None
-        state = own_state(self.method) | (average.average if average else {})
-        with filled(self.blank, {name: whole(value) for name, value in state.items()}) as method:
+        state = state_without_external(self.method) | (average.average if average else {})
+        with with_weights(self.blank, {name: gathered(value) for name, value in state.items()}) as method:
             yield method
 
     def check_finite(self) -> dict[str, float]:
@@ -129,7 +129,8 @@ class TrainState:
 
         One host sync.
         """
-        tensors = list(own_state(self.method).values()) + [value for ema in self.emas for value in ema.average.values()]
+        averages = [value for ema in self.emas for value in ema.average.values()]
+        tensors = [*state_without_external(self.method).values(), *averages]
         if not all_finite(tensors, self.accelerator):
             raise self._spoilt(
                 f"the weights became non-finite at or before step {self.step}, though the losses were not."
@@ -166,7 +167,7 @@ class TrainState:
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         """By file stem, as this process has them."""
         names = {p: name for name, p in self.method.named_parameters()}
-        tensors = {"model": own_state(self.method)}
+        tensors = {"model": state_without_external(self.method)}
         tensors |= {f"ema-{ema.name}": ema.average for ema in self.emas}
         return tensors | {stem: optimizer_state(optimizer, names) for stem, optimizer in self._optimizer_stems()}
 
@@ -176,8 +177,8 @@ class TrainState:
         """
         if self.blank is None:
             return dict(tensors)
-        gathered = ((name, whole(value)) for name, value in tensors.items())
-        return {name: value.cpu() for name, value in gathered if keep}
+        pairs = ((name, gathered(value)) for name, value in tensors.items())
+        return {name: value.cpu() for name, value in pairs if keep}
 
     def restore(self, found: Found) -> None:
         """Takes up a checkpoint whose weights the method has already."""

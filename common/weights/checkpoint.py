@@ -82,13 +82,13 @@ def save(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         if not _is_write_error(error):
             raise
-        last = next(whole(folder), None)
+        last = next(intact(folder), None)
         raise UserError(
             f"cannot write the checkpoint {final}: {error}. "
             f"{f'The last good checkpoint is {last}.' if last else 'There is no earlier checkpoint.'} "
             "Make room or mend the permissions and run the same command again; it resumes."
         ) from error
-    for old in list(whole(folder, verify=False))[keep:]:
+    for old in list(intact(folder, verify=False))[keep:]:
         shutil.rmtree(old)
 
 
@@ -102,7 +102,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     path.chmod(mode)
 
 
-def whole(folder: Path, verify: bool = True, stems: Collection[str] | None = None) -> Iterator[Path]:
+def intact(folder: Path, verify: bool = True, stems: Collection[str] | None = None) -> Iterator[Path]:
     """Checkpoint folders, newest first, that carry a manifest; with `verify`, only those whose files match it,
     as `find_damage` says.
     """
@@ -117,7 +117,7 @@ def whole(folder: Path, verify: bool = True, stems: Collection[str] | None = Non
 
 def latest(folder: Path, stems: Collection[str] | None = None) -> Path | None:
     """The newest whole checkpoint, or None. stems: as for `find_damage`."""
-    return next(whole(folder, stems=stems), None)
+    return next(intact(folder, stems=stems), None)
 
 
 def find_damage(path: Path, stems: Collection[str] | None = None) -> str | None:

@@ -118,7 +118,7 @@ def read_record(path: Path) -> Record:
 
 def to_csv(records: Iterable[Record]) -> str:
     """The records flattened; `from_csv` gives them back unchanged."""
-    rows = [flatten(record) for record in records]
+    rows = [flatten_record(record) for record in records]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
@@ -136,17 +136,17 @@ def from_csv(text: str) -> list[Record]:
     ]
 
 
-def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_record(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}; empty objects and lists are leaves."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
         name = prefix + key.replace("\\", "\\\\").replace(".", "\\.")
-        flat |= flatten(item, f"{name}.") if isinstance(item, Mapping) and item else {name: item}
+        flat |= flatten_record(item, f"{name}.") if isinstance(item, Mapping) and item else {name: item}
     return flat
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """The inverse of `flatten_record`."""
     nested: dict[str, Any] = {}
     for name, item in flat.items():
         *parents, last = _split_name(name)

@@ -169,13 +169,13 @@ def load_run(folder: Path, overrides: Mapping[str, str], ema: str | None, device
     """The newest whole checkpoint of a run folder, with the average that the run evaluates, or another one."""
     from pixlat.common.precision import executed_precision
     from pixlat.common.training.ema import decays_by_name
-    from pixlat.common.training.state import load_own_state
+    from pixlat.common.training.state import load_state_without_external
     from pixlat.common.weights.runs import run_weights
 
     run = saved_run(folder, overrides)
     weights = run_weights(folder, ema)
     method, info = build(run)
-    load_own_state(method, weights.state)
+    load_state_without_external(method, weights.state)
     name = ema or evaluated_ema(run)
     decays = decays_by_name(run.train)
     record = finished(folder)
@@ -205,12 +205,12 @@ def load_released(
     """Weights in their authors' format."""
     from pixlat.common.files import sha256_of
     from pixlat.common.precision import executed_precision
-    from pixlat.common.training.state import load_own_state
+    from pixlat.common.training.state import load_state_without_external
     from pixlat.common.weights.tensors import read_tensors
 
     run = resolve(get_spec(method_name), {**overrides, "preset": preset}, ADVICE)
     method, info = build(run)
-    load_own_state(method, method.from_reference(read_tensors(file)))
+    load_state_without_external(method, method.from_reference(read_tensors(file)))
     checkpoint = {"sha256": sha256_of(file), "step": None, "ema_decay": None, "ema_kind": "released"}
     return Model(
         method.to(device).eval(), run, info, file.stem, checkpoint, None, executed_precision(run.eval.precision, device)

@@ -127,7 +127,7 @@ def block_features(
     for start in range(0, len(positions), batch):
         torch.manual_seed(derive("hidden", start))
         with tapped(method.blocks()) as seen:
-            method.look(_pixels(images, positions[start : start + batch], device), time)
+            method.probe(_pixels(images, positions[start : start + batch], device), time)
         parts.append([image_mean(tokens) for tokens in seen])
     return [torch.cat(features) for features in zip(*parts, strict=True)]
 

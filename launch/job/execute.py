@@ -37,7 +37,7 @@ from pixlat.launch.job.job import Job, agreed
 from pixlat.launch.job.pictures import draw_job, draw_preview, final_grid
 from pixlat.launch.job.provenance import record_start
 from pixlat.launch.job.scores import evaluate_job, score_preview
-from pixlat.launch.job.stages import hold_to_stages, stage_runs, with_stages
+from pixlat.launch.job.stages import record_or_check_stages, stage_runs, with_stages
 from pixlat.launch.job.summary import summary
 from pixlat.methods import get_class
 from pixlat.methods.base import DataInfo
@@ -133,7 +133,7 @@ def finish(job: Job) -> None:
     if job.main:
         for note in data_notes(job.info, job.run.train.images, job.run.data.path, job.run.data.name in ON_DISK):
             print(f"note: {note}", file=sys.stderr)
-        hold_to_stages(job.folder, job.earlier)
+        record_or_check_stages(job.folder, job.earlier)
         record_data(job.folder, job.source.info)
         record_start(job.folder)
     recorded = agreed((job.folder / RESULT).exists())

@@ -116,7 +116,7 @@ def shipped_run(stage: Stage, place: str) -> dict[str, Any]:
     } | {name: card[name] for name in ("row_id", *COST, "pretrained_components")}
 
 
-def hold_to_stages(folder: Path, earlier: list[dict[str, Any]]) -> None:
+def record_or_check_stages(folder: Path, earlier: list[dict[str, Any]]) -> None:
     """Keeps, at the first start, which checkpoints a run is built on; a later start on others is a UserError."""
     file = folder / STAGES
     digests = {entry["key"]: entry["checkpoint_sha256"] for entry in earlier}

@@ -72,7 +72,8 @@ class DsdMethod(GanPhases, Method):
         self.classifier = nn.Linear(config.width, data.num_classes) if config.cls_weight else None
         self.teacher, self.projector = self.build_teacher()
         self.features_of = FeatureTable(
-            lambda images: (self.teach(images),), data.num_train if config.remember and self.teacher is not None else 0
+            lambda images: (self.teacher_targets(images),),
+            data.num_train if config.remember and self.teacher is not None else 0,
         )
         self.perceptual = build_distance(config.perceptual, config.perceptual_path)
         self.discriminator = (
@@ -104,7 +105,7 @@ class DsdMethod(GanPhases, Method):
     def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
         images, draws = batch["image"], self.draw(batch)
         if phase == "discriminator":
-            return self.judge(images, draws)
+            return self.discriminator_loss(images, draws)
         taught = self.features_of(batch)[0] if self.teacher is not None else None
         return self.objective(images, batch["label"], draws, taught, step % self.config.health_every == 0)
 
@@ -217,7 +218,7 @@ class DsdMethod(GanPhases, Method):
         weights |= {"self": config.self_weight, "cls": config.cls_weight}
         return weights[term]
 
-    def judge(self, images: Tensor, draws: Draws) -> dict[str, Tensor]:
+    def discriminator_loss(self, images: Tensor, draws: Draws) -> dict[str, Tensor]:
         """The discriminator's hinge loss on images and on what the decoder makes of their noisy latents,
         rounded to 8 bits and augmented alike.
         """
@@ -229,7 +230,7 @@ class DsdMethod(GanPhases, Method):
         return {"loss": hinge_discriminator(real, fake), "real": real.mean().detach(), "fake": fake.mean().detach()}
 
     @torch.no_grad()
-    def teach(self, images: Tensor) -> Tensor:
+    def teacher_targets(self, images: Tensor) -> Tensor:
         """The aligned encoder's tokens on our grid, (B, N, C')."""
         assert self.teacher is not None
         return F.avg_pool2d(self.teacher(images), self.pool).flatten(2).transpose(1, 2)
@@ -279,7 +280,7 @@ class DsdMethod(GanPhases, Method):
     def frozen_blocks(self) -> list[nn.Module]:
         return [] if self.target_encoder is None else list(self.target_encoder.trunk.blocks)
 
-    def look(self, images: Tensor, time: float) -> None:
+    def probe(self, images: Tensor, time: float) -> None:
         """Hooks on the blocks run as these denoise, and those of the diffusion and the velocity head;
         not as they encode the clean images.
         """

@@ -84,7 +84,7 @@ class JiTMethod(Method):
     def blocks(self) -> list[nn.Module]:
         return list(self.network.blocks)
 
-    def look(self, images: Tensor, time: float) -> None:
+    def probe(self, images: Tensor, time: float) -> None:
         times = torch.full((len(images),), time, device=images.device)
         z = flow.interpolate(images, self.noise_scale * torch.randn_like(images), times)
         self.predict(z, times, torch.full((len(z),), self.data.num_classes, device=z.device))

@@ -104,9 +104,9 @@ def choose_weights(state: Mapping[str, Any], weights: str | None) -> tuple[str, 
     return name, trees[name]
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
     """A tree of tensors as one dict with keys joined by "/"."""
     flat: dict[str, Tensor] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= flatten_tree(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat

@@ -17,7 +17,7 @@ from pixlat.common.maths.flow import interpolate, match_dims
 from pixlat.common.seeds import Noise
 from pixlat.methods.base import Batch, DataInfo, Description, Method, ParamGroup, Pretrained, guidance_facts
 from pixlat.methods.pmf.config import PMFConfig, PMFSample
-from pixlat.methods.pmf.network import Condition, Head, PmfDiT, initialize, tail
+from pixlat.methods.pmf.network import Condition, Head, PmfDiT, initialize, last_samples
 from pixlat.methods.pmf.objective import (
     Draws,
     adaptive,
@@ -135,7 +135,7 @@ class PMFMethod(Method):
         output, doutput = network.head(tokens, network.rope, dtokens)
         v_output, _ = self.v_head(tokens, network.rope)
         with torch.no_grad():
-            inputs = tail(output, dz), tail(z, dz), tail(t, dz)
+            inputs = last_samples(output, dz), last_samples(z, dz), last_samples(t, dz)
             du = torch.func.jvp(
                 lambda *values: to_velocity(self.config, *values), inputs, (doutput, dz, torch.ones_like(inputs[2]))
             )[1]
@@ -154,7 +154,7 @@ class PMFMethod(Method):
 
         moves = torch.cat((torch.zeros_like(z[len(dz) :]), dz)), torch.ones_like(t), torch.ones_like(t)
         u, du, v = cast("tuple[Tensor, Tensor, Tensor]", torch.func.jvp(run, (z, t, condition.h), moves, has_aux=True))
-        return u, tail(du, dz), v
+        return u, last_samples(du, dz), v
 
     def distances(self, fields: Fields, x: Tensor, draws: Draws) -> dict[str, Tensor]:
         """Perceptual distances (B,) between crops of the image that u points to and of the true one;
@@ -197,7 +197,7 @@ class PMFMethod(Method):
     def blocks(self) -> list[nn.Module]:
         return [*self.network.blocks, *self.network.head.blocks, *self.v_head.blocks]
 
-    def look(self, images: Tensor, time: float) -> None:
+    def probe(self, images: Tensor, time: float) -> None:
         times, ones = (
             torch.full((len(images),), time, device=images.device),
             torch.ones(len(images), device=images.device),

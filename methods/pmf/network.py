@@ -45,7 +45,7 @@ class Condition(NamedTuple):
     t: Tensor | None = None
 
 
-def tail(x: Tensor, dx: Tensor) -> Tensor:
+def last_samples(x: Tensor, dx: Tensor) -> Tensor:
     """The samples of x that dx is the tangent of, without their graph."""
     return x.detach()[len(x) - len(dx) :]
 
@@ -84,10 +84,16 @@ class Attention(nn.Module):
         if dx is None:
             return y, None
         with torch.no_grad():
-            dq = rotate(norm_tangent(self.q_norm, tail(q_raw, dx), self.split(self.q(dx))), rope)
-            dk = rotate(norm_tangent(self.k_norm, tail(k_raw, dx), self.split(self.k(dx))), rope)
+            dq = rotate(norm_tangent(self.q_norm, last_samples(q_raw, dx), self.split(self.q(dx))), rope)
+            dk = rotate(norm_tangent(self.k_norm, last_samples(k_raw, dx), self.split(self.k(dx))), rope)
             dmixed = attention_tangent(
-                tail(q, dx), tail(k, dx), tail(v, dx), tail(mixed, dx), dq, dk, self.split(self.v(dx))
+                last_samples(q, dx),
+                last_samples(k, dx),
+                last_samples(v, dx),
+                last_samples(mixed, dx),
+                dq,
+                dk,
+                self.split(self.v(dx)),
             )
             return y, self.out(dmixed.transpose(1, 2).flatten(2))
 
@@ -121,7 +127,7 @@ class SwiGLU(nn.Module):
         if dx is None:
             return y, None
         with torch.no_grad():
-            a, b, da, db = tail(a, dx), tail(b, dx), self.w1(dx), self.w3(dx)
+            a, b, da, db = last_samples(a, dx), last_samples(b, dx), self.w1(dx), self.w3(dx)
             gate = torch.sigmoid(a)
             silu = a * gate
             return y, self.w2((gate + silu * (1 - gate)) * da * b + silu * db)
@@ -146,7 +152,7 @@ class Block(nn.Module):
     @staticmethod
     def _normed(norm: RMSNorm, x: Tensor, dx: Tensor | None) -> Tensor | None:
         with torch.no_grad():
-            return None if dx is None else norm_tangent(norm, tail(x, dx), dx)
+            return None if dx is None else norm_tangent(norm, last_samples(x, dx), dx)
 
     @staticmethod
     def _added(
@@ -179,7 +185,7 @@ class Head(nn.Module):
             if dx is None:
                 return image, None
             with torch.no_grad():
-                dx = norm_tangent(self.norm, tail(x, dx), dx[:, self.prefix :])
+                dx = norm_tangent(self.norm, last_samples(x, dx), dx[:, self.prefix :])
                 return image, unpatchify(F.linear(at_least_float32(dx), self.linear.weight), self.patch, self.channels)
 
 
@@ -241,7 +247,7 @@ class PmfDiT(nn.Module):
         """The tangent of the sequence for the last samples, where z moves along dz and h along 1:
         all but h and patches stand still.
         """
-        h = tail(h, dz)
+        h = last_samples(h, dz)
         dh = torch.func.jvp(self.h_embed, (h,), (torch.ones_like(h),))[1]
         moved = dh[:, None].expand(-1, self.h_tokens.shape[1], -1)
         still = moved.new_zeros(len(dz), self.head.prefix - moved.shape[1], moved.shape[2])

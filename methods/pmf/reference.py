@@ -19,7 +19,7 @@ from pixlat.common.errors import UserError
 from pixlat.common.layers.transformer import check_table
 from pixlat.common.weights.tensors import check_released, read_tensors
 from pixlat.methods.base import Released
-from pixlat.methods.pmf.flax_archive import choose_weights, flatten, read_archive
+from pixlat.methods.pmf.flax_archive import choose_weights, flatten_tree, read_archive
 
 if TYPE_CHECKING:
     from pixlat.methods.pmf.config import PMFConfig
@@ -141,7 +141,7 @@ def open_released(path: Path, weights: str | None = None) -> Released:
     name = None
     if path.suffix == ".zip":
         name, tree = choose_weights(read_archive(path), weights)
-        state = flatten(tree)
+        state = flatten_tree(tree)
     elif weights is not None:
         raise UserError(
             f"weights={weights!r}: a released PyTorch file of pMF holds one set of weights. Leave the key out."

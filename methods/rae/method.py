@@ -171,7 +171,7 @@ class RaeMethod(Method):
     def blocks(self) -> list[nn.Module]:
         return list(self.network.blocks)
 
-    def look(self, images: Tensor, time: float) -> None:
+    def probe(self, images: Tensor, time: float) -> None:
         x, times = self.encode(images), torch.full((len(images),), time, device=images.device)
         self.network(
             flow.interpolate(x, torch.randn_like(x), times),

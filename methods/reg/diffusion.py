@@ -152,7 +152,7 @@ class DitMethod(LatentMethod):
         noise, fraction = self.network(z, times.float(), labels).image.float().chunk(2, dim=1)
         return noise, fraction
 
-    def look_at(self, x: Tensor, images: Tensor, time: float, labels: Tensor) -> None:
+    def probe_latents(self, x: Tensor, images: Tensor, time: float, labels: Tensor) -> None:
         times = torch.full((len(x),), round(time * (TIMES - 1)), device=x.device)
         s = self.training_schedule(x.device).at(times)
         self.predict(s.data * x + s.noise * torch.randn_like(x), s.original, labels)

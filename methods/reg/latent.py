@@ -92,16 +92,16 @@ class LatentMethod(Method):
     def blocks(self) -> list[nn.Module]:
         return list(self.network.blocks)
 
-    def look(self, images: Tensor, time: float) -> None:
+    def probe(self, images: Tensor, time: float) -> None:
         """One forward pass on images (B, 3, S, S) noised to `time` (1 is noise), without their classes:
         for those who listen to the blocks.
         """
         nulls = torch.full((len(images),), self.data.num_classes, device=images.device)
         moments = torch.cat(self.tokenizer.encode_moments(images), dim=1)
-        self.look_at(self.latents({"moments": moments}), images, time, nulls)
+        self.probe_latents(self.latents({"moments": moments}), images, time, nulls)
 
-    def look_at(self, x: Tensor, images: Tensor, time: float, labels: Tensor) -> None:
-        """The forward pass of `look` for the images' latents."""
+    def probe_latents(self, x: Tensor, images: Tensor, time: float, labels: Tensor) -> None:
+        """The forward pass of `probe` for the images' latents."""
         raise NotImplementedError
 
     # -- sampling ------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ class SitMethod(LatentMethod):
         image = -image if towards_data else image
         return Prediction(image.float(), None if token is None else token.float(), hidden)
 
-    def look_at(self, x: Tensor, images: Tensor, time: float, labels: Tensor) -> None:
+    def probe_latents(self, x: Tensor, images: Tensor, time: float, labels: Tensor) -> None:
         t = torch.full((len(x),), time, device=x.device)
         self.predict(mix(self.config.path, t).position(x, torch.randn_like(x)), t, labels)
 
@@ -168,7 +168,7 @@ class RepaMethod(SitMethod):
         require(grid % ours == 0, "model.patch", config.patch, fits)
         self.pool = grid // ours  # the teacher's tokens a side that ours stands for
         self.projectors = nn.ModuleList([projector(config.width, config.projector_width, self.teacher.channels)])
-        self.features_of = FeatureTable(self.teach, data.num_train if config.remember else 0)
+        self.features_of = FeatureTable(self.teacher_targets, data.num_train if config.remember else 0)
 
     @classmethod
     def needs_images(cls, data: DataInfo) -> bool:
@@ -185,7 +185,7 @@ class RepaMethod(SitMethod):
         return self.aligned_objective(x, self.draw(x, batch["label"]), target)
 
     @torch.no_grad()
-    def teach(self, images: Tensor) -> tuple[Tensor, ...]:
+    def teacher_targets(self, images: Tensor) -> tuple[Tensor, ...]:
         """The teacher's patch tokens (B, N, C) for images in [-1, 1], averaged where its grid is finer than ours."""
         return (self.on_our_grid(self.teacher(images)),)
 
@@ -256,13 +256,13 @@ class RegMethod(RepaMethod):
         """The class token (B, T) as it is denoised."""
         return (token - self.class_mean) / self.class_std if self.config.standardise else token
 
-    def look_at(self, x: Tensor, images: Tensor, time: float, labels: Tensor) -> None:
-        t, token = torch.full((len(x),), time, device=x.device), self.standardised(self.teach(images)[1])
+    def probe_latents(self, x: Tensor, images: Tensor, time: float, labels: Tensor) -> None:
+        t, token = torch.full((len(x),), time, device=x.device), self.standardised(self.teacher_targets(images)[1])
         path = mix(self.config.path, t)
         self.predict(path.position(x, torch.randn_like(x)), t, labels, path.position(token, torch.randn_like(token)))
 
     @torch.no_grad()
-    def teach(self, images: Tensor) -> tuple[Tensor, ...]:
+    def teacher_targets(self, images: Tensor) -> tuple[Tensor, ...]:
         """The targets (B, 1 + N, C) with the class token first, or (B, N, C) where it is not as wide as a patch token;
         the class token (B, T).
         """

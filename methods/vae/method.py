@@ -77,7 +77,7 @@ class VaeMethod(GanPhases, Method):
             with torch.no_grad():
                 _, _, z, augmentation = self.draw(x)
                 y = quantise(self.decoder(z))
-            return {"loss": self.judge(x, y, augmentation)}
+            return {"loss": self.discriminator_loss(x, y, augmentation)}
         mean, std, z, augmentation = self.draw(x)
         if self.training:
             self.follow(mean, std)
@@ -111,7 +111,7 @@ class VaeMethod(GanPhases, Method):
             loss = loss + self.config.adversarial * weight * terms["adversarial"]
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
-    def judge(self, x: Tensor, y: Tensor, augmentation: Augmentation) -> Tensor:
+    def discriminator_loss(self, x: Tensor, y: Tensor, augmentation: Augmentation) -> Tensor:
         """The discriminator's hinge loss on real and rebuilt images, augmented alike."""
         assert self.discriminator is not None
         return hinge_discriminator(

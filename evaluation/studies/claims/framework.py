@@ -79,7 +79,7 @@ class Criterion:
     # networks that have learned nothing, say
     needed: bool = False
 
-    def judge(self, estimate: Estimate) -> Verdict:
+    def verdict_on(self, estimate: Estimate) -> Verdict:
         """HOLDS or FAILS where the whole interval is on one side of the bound. What is not a number met no bound."""
         distance = estimate.value - self.bound if self.sense == "at least" else self.bound - estimate.value
         if math.isnan(distance) or distance < -estimate.margin:
@@ -135,11 +135,11 @@ class Claim:
         return Budget(quick, tuple(range(self.num_seeds[0 if quick else 1])), cache)
 
 
-def judge(claim: Claim, evidence: Evidence) -> tuple[Verdict, list[Verdict]]:
+def verdicts_of(claim: Claim, evidence: Evidence) -> tuple[Verdict, list[Verdict]]:
     """The verdict and that of each criterion: all met, or one missed; inconclusive where neither is so,
     and where one that is needed is not met.
     """
-    each = [criterion.judge(evidence.estimates[criterion.estimate]) for criterion in claim.criteria]
+    each = [criterion.verdict_on(evidence.estimates[criterion.estimate]) for criterion in claim.criteria]
     if any(
         criterion.needed and verdict != Verdict.HOLDS for criterion, verdict in zip(claim.criteria, each, strict=True)
     ):
@@ -151,7 +151,7 @@ def judge(claim: Claim, evidence: Evidence) -> tuple[Verdict, list[Verdict]]:
 
 def build_record(claim: Claim, evidence: Evidence, quick: bool, seconds: float, device: str) -> ClaimRecord:
     """The record of a measured claim, validated."""
-    verdict, each = judge(claim, evidence)
+    verdict, each = verdicts_of(claim, evidence)
     criteria = []
     for criterion, outcome in zip(claim.criteria, each, strict=True):
         estimate = evidence.estimates[criterion.estimate]

@@ -80,7 +80,9 @@ def token_agreement(method: RegMethod, sample: RegSample, seed: int) -> float:
     labels = torch.from_numpy(balanced_labels(SAMPLES, method.data.num_classes, seed)).sort().values
     state = method.solve(labels, Noise(image_seeds(seed, range(SAMPLES))), sample)
     images = method.decode(method.image_of(state))
-    theirs = torch.cat([method.standardised(method.teach(part)[1]) for part in images.float().clamp(-1, 1).split(50)])
+    theirs = torch.cat(
+        [method.standardised(method.teacher_targets(part)[1]) for part in images.float().clamp(-1, 1).split(50)]
+    )
     ours = state[:, -method.token_width :].to(theirs)
     others = torch.cat([part.roll(1, dims=0) for part in theirs.split(labels.bincount().tolist())])
     return (F.cosine_similarity(ours, theirs) - F.cosine_similarity(ours, others)).mean().item()
