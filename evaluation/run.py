@@ -19,6 +19,7 @@ the images.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from pixlat.evaluation.command import Syntax, help_text, lines_of, parse, run_co
 from pixlat.evaluation.protocols.identity import protocol_name
 from pixlat.evaluation.protocols.named import EMBEDDED, PROTOCOLS, RECONSTRUCTIONS, check_request
 from pixlat.evaluation.records.record import Record
+from pixlat.evaluation.sample_facts import facts_of
 from pixlat.evaluation.score.outcome import SPACES, UNKNOWN, keep, record_of_images, record_of_model, table
 
 if TYPE_CHECKING:
@@ -64,7 +66,9 @@ class Keys:
     ema: str | None = None  # which average of the run; none: the one it was evaluated with; raw: the raw weights
     num_images: int | None = None  # none: as the protocol says, or all finished images; fewer of these are a fixed draw
     seeds: list[int] = field(default_factory=lambda: [0])  # sampling seeds; several give mean and spread
-    labels: str | None = None  # balanced or random; none: as the protocol says, and unknown for finished images
+    #: balanced or random; none: as the protocol says; of finished images:
+    #: as samples.json beside an .npz says, or unknown
+    labels: str | None = None
     #: auto, bf16, tf32 or fp32: what a model samples in; none: its eval.precision.
     #: Of finished images: what they were made in
     precision: str | None = None
@@ -210,12 +214,21 @@ def images_record(keys: Keys, rest: dict[str, str], request: Request) -> Record:
     from pixlat.evaluation.features.samples import open_samples
     from pixlat.evaluation.score.assess import assess_images
 
-    data, _ = parse(DataConfig, [f"{key.removeprefix('data.')}={value}" for key, value in rest.items()])
     samples = open_samples(keys.images, keys.npz)
     npz = None if keys.npz is None else sha256_of(Path(keys.npz).expanduser())
+    facts = None if keys.npz is None or npz is None else facts_of(Path(keys.npz).expanduser(), npz)
+    data, _ = parse(DataConfig, [f"{key.removeprefix('data.')}={value}" for key, value in rest.items()])
+    method, space = keys.method, keys.space
+    if facts is not None:
+        facts.check(labels=keys.labels, uint8=keys.uint8, precision=keys.precision, method=method, space=space)
+        drawn = facts.labels is not None
+        request = dataclasses.replace(
+            request, labels=facts.labels, uint8=facts.uint8, precision=facts.precision, in_random_order=drawn
+        )
+        data, method, space = data if rest else facts.data, facts.method, facts.space
     name = keys.name or Path(str(keys.npz or keys.images)).stem
     found = assess_images(samples, request, data)
-    return record_of_images(name, samples.resolution, found, npz, keys.method or UNKNOWN, keys.space or UNKNOWN)
+    return record_of_images(name, samples.resolution, found, npz, method or UNKNOWN, space or UNKNOWN)
 
 
 def save(keys: Keys, rest: dict[str, str], record: Record, folder: str | None) -> str:

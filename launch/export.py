@@ -19,10 +19,9 @@ from pixlat.common.weights.checkpoint import save_tensors
 from pixlat.common.weights.runs import RunWeights, run_weights
 from pixlat.evaluation.records.record import RESULT, Record, read_record
 from pixlat.evaluation.score.models import imported_facts, saved_run
-from pixlat.launch.job.folder import DATA
+from pixlat.launch.job.folder import DATA, WEIGHTS
 from pixlat.methods import MethodSpec, get_spec
 
-WEIGHTS = "model.safetensors"
 FILES = (WEIGHTS, "config.yaml", DATA, "README.md")
 
 

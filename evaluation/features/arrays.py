@@ -21,6 +21,7 @@ from pixlat.evaluation.features.collect import ImageBatch
 from pixlat.evaluation.features.ranks import rank_and_size
 
 IMAGES = "arr_0"  # where np.savez puts an array without a name
+LABELS = "labels"  # beside them in what `pixlat sample` writes
 MAX_IMAGES, MAX_RESOLUTION = 10**8, 8192
 MAX_CHUNK_BYTES = 2**28  # of images read at once
 MAX_HEADER_BYTES = 10_000  # of an array, as NumPy has it
@@ -61,6 +62,19 @@ class NpzImages:
     def resolution(self) -> int:
         """Pixels."""
         return self.shape[1]
+
+    def labels(self) -> NDArray[np.int64] | None:
+        """(N,) the class that each image should show, where the file has them (`labels`); None where it has not."""
+        if f"{LABELS}{SUFFIX}" not in _names(self.path):
+            return None
+        with _member(self.path, LABELS) as member:
+            if member.dtype.kind not in "iu" or member.shape != (len(self),):
+                raise UserError(
+                    f"{self.path}: {LABELS} is {member.dtype} {member.shape}; whole numbers ({len(self)},) are wanted."
+                )
+            data = member.read(member.num_bytes)
+            member.finish()
+        return np.frombuffer(data, dtype=member.dtype).astype(np.int64)
 
     def batches(self, size: int = 128, positions: NDArray[np.int64] | None = None) -> Iterator[ImageBatch]:
         """This process's share of the images, or of those at ascending positions with their places among these;

@@ -30,6 +30,7 @@ class Samples(Protocol):
     @property
     def resolution(self) -> int: ...
     def __len__(self) -> int: ...
+    def labels(self) -> NDArray[np.int64] | None: ...
     def batches(self, size: int = 128, positions: NDArray[np.int64] | None = None) -> Iterator[ImageBatch]: ...
 
 
@@ -54,6 +55,9 @@ class FolderSamples:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def labels(self) -> None:
+        """No file says what its image should show."""
 
     @property
     def lossy(self) -> bool:
@@ -100,11 +104,25 @@ def drawn_images(samples: Samples, n: int, size: int, shuffled: bool = False) ->
     They are numbered in their order, or, shuffled, in a fixed random one, where the first of them stand for all.
     """
     positions = fixed_draw(len(samples), n)
-    order = torch.from_numpy(
-        np.random.Generator(np.random.PCG64(derive("finished images"))).permutation(len(positions))
-    )
+    order = torch.from_numpy(_shuffle(len(positions)))
     for images, indices in samples.batches(size, positions):
         yield images, order[indices] if shuffled else indices
+
+
+def drawn_labels(samples: Samples, n: int, shuffled: bool = False) -> NDArray[np.int64] | None:
+    """The labels of what `drawn_images` yields, by the images' numbers; None where they are not known."""
+    labels = samples.labels()
+    if labels is None:
+        return None
+    chosen = labels[fixed_draw(len(samples), n)]
+    if shuffled:
+        chosen[_shuffle(len(chosen))] = chosen.copy()
+    return chosen
+
+
+def _shuffle(count: int) -> NDArray[np.int64]:
+    """Position -> number, the same each time."""
+    return np.random.Generator(np.random.PCG64(derive("finished images"))).permutation(count)
 
 
 def open_samples(folder: str | None, npz: str | None) -> Samples:

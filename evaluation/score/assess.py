@@ -22,13 +22,12 @@ from pixlat.common.errors import UserError
 from pixlat.common.images.decoding import decoding_digest
 from pixlat.common.images.splits import fixed_draw
 from pixlat.common.precision import EXECUTED
-from pixlat.common.seeds import derive
 from pixlat.evaluation.features.collect import ImageBatch
 from pixlat.evaluation.features.extractor import EmbeddedExtractor
 from pixlat.evaluation.features.networks import CardExtractor, build_extractor
 from pixlat.evaluation.features.ranks import rank_and_size
 from pixlat.evaluation.features.reference_files import Reference, read_reference
-from pixlat.evaluation.features.samples import FolderSamples, Samples, drawn_images
+from pixlat.evaluation.features.samples import FolderSamples, Samples, drawn_images, drawn_labels
 from pixlat.evaluation.metrics.spread import over_seeds
 from pixlat.evaluation.protocols.identity import MAX_NEIGHBOURS, UINT8_RULES, decoding_entry
 from pixlat.evaluation.protocols.named import EMBEDDED, NamedProtocol, SampleRule, describe, get_protocol
@@ -42,7 +41,7 @@ from pixlat.evaluation.score.embedded import (
     load_reference,
     progress,
 )
-from pixlat.evaluation.score.generate import balanced_labels, generate
+from pixlat.evaluation.score.generate import draw_labels, generate
 from pixlat.evaluation.score.models import Model
 from pixlat.evaluation.score.named import measure
 from pixlat.evaluation.score.reconstruction import evaluate_rebuilt, evaluate_reconstruction
@@ -64,6 +63,7 @@ class Request:
     reference: str | None
     cache: Path
     device: torch.device
+    in_random_order: bool = False  # finished images whose labels were drawn, so that the first of them stand for all
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,6 @@ def sample_and_measure(model: Model, run: RunConfig, n: int, request: Request) -
     return Evaluation(tools.describe(rule), over_seeds(parts), clock.seconds, clock.images, clock.drawing.seconds)
 
 
-def draw_labels(law: str, n: int, num_classes: int, seed: int) -> NDArray[np.int64]:
-    """(n,) labels: equally many of each class in random order, or each at random."""
-    if law == "balanced":
-        return balanced_labels(n, num_classes, seed)
-    return np.random.Generator(np.random.PCG64(derive("random labels", seed))).integers(num_classes, size=n)
-
-
 # -- finished images ---------------------------------------------------------------------------------------------------
 
 
@@ -184,9 +177,9 @@ def assess_images(samples: Samples, request: Request, data: DataConfig) -> Evalu
     rule = SampleRule(
         n, request.labels or "unknown", made[0], stored, made[1], decoding_digest() if stored == "lossy" else None
     )
-    # its neighbours are sought among the first MAX_NEIGHBOURS images
-    of_the_data = request.protocol == EMBEDDED and n > MAX_NEIGHBOURS
-    stream = progress(drawn_images(samples, n, request.batch, shuffled=of_the_data), n, "evaluating")
+    # The embedded protocol seeks neighbours among the first MAX_NEIGHBOURS images.
+    shuffled = request.protocol == EMBEDDED and n > MAX_NEIGHBOURS and not request.in_random_order
+    stream = progress(drawn_images(samples, n, request.batch, shuffled), n, "evaluating")
     if request.protocol == "rfid":
         return evaluate_rebuilt(
             samples.batches(request.batch),
@@ -199,16 +192,41 @@ def assess_images(samples: Samples, request: Request, data: DataConfig) -> Evalu
     if request.protocol == EMBEDDED:
         source = load_data(data)
         introduce(samples, n, source, data)
-        return against_data(stream, source, rule, request)
+        return against_data(stream, known_labels(samples, n, shuffled, source), source, rule, request)
     tools = prepare(request, samples.resolution)
     return Evaluation(tools.describe(rule), measure(stream, n, tools.extractor, tools.reference, tools.protocol), 0.0)
 
 
-def against_data(stream: Iterator[ImageBatch], source: DataSource, rule: SampleRule, request: Request) -> Evaluation:
-    """The embedded protocol. Which image should show what is not known, so there is no class accuracy."""
+def known_labels(samples: Samples, n: int, shuffled: bool, source: DataSource) -> NDArray[np.int64] | None:
+    """(n,) the class that each image should show, None where that is not known or the classes
+    are not those of the data.
+    """
+    labels = drawn_labels(samples, n, shuffled)
+    if labels is None or (labels.min() >= 0 and labels.max() < source.info.num_classes):
+        return labels
+    if rank_and_size()[0] == 0:
+        told = (
+            f"the labels in the file go from {labels.min()} to {labels.max()}, "
+            f"and {source.info.name} has {source.info.num_classes} classes"
+        )
+        print(f"note: {told}, so class accuracy is left out", file=sys.stderr)
+    return None
+
+
+def against_data(
+    stream: Iterator[ImageBatch],
+    labels: NDArray[np.int64] | None,
+    source: DataSource,
+    rule: SampleRule,
+    request: Request,
+) -> Evaluation:
+    """The embedded protocol.
+
+    Where labels are None, it is not known which image should show what, and there is no class accuracy.
+    """
     extractor = EmbeddedExtractor(request.device)
     reference = load_reference(source, extractor, request.cache)
-    metrics = evaluate(stream, rule.n, extractor, reference)
+    metrics = evaluate(stream, rule.n if labels is None else labels, extractor, reference)
     protocol = data_protocol(extractor, source, reference, rule.n, rule.uint8_rule, rule.precision)
     stored = "memory" if rule.container == "lossless" else rule.container
     protocol["samples"] |= {"label_law": rule.label_law, "container": stored, **decoding_entry(rule.decoding)}

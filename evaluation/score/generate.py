@@ -4,7 +4,7 @@ so the images do not depend on batch size or number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,13 @@ def balanced_labels(num_images: int, num_classes: int, seed: int) -> NDArray[np.
     return rng.permutation(labels)
 
 
+def draw_labels(law: str, n: int, num_classes: int, seed: int) -> NDArray[np.int64]:
+    """(n,) labels: equally many of each class in random order (balanced), or each drawn alone (random)."""
+    if law == "balanced":
+        return balanced_labels(n, num_classes, seed)
+    return np.random.Generator(np.random.PCG64(derive("random labels", seed))).integers(num_classes, size=n)
+
+
 @dataclass
 class Drawing:
     """Time spent on random numbers."""
@@ -61,13 +68,28 @@ def generate(
     Image i has its own generator, seeded by (seed, i). Chunk c of `batch_size` images is the work of process c mod
     number of processes; with distributed=False this process does all of it.
     """
-    device = torch.device(device)
     rank, ranks = rank_and_size() if distributed else (0, 1)
+    starts = range(rank * batch_size, len(labels), ranks * batch_size)
+    chunks = [torch.arange(start, min(start + batch_size, len(labels))) for start in starts]
+    return generate_batches(method, sample_config, labels, seed, chunks, device, precision, uint8, drawing)
+
+
+def generate_batches(
+    method: Method,
+    sample_config: Any,
+    labels: NDArray[np.int64],
+    seed: int,
+    chunks: Sequence[Tensor],
+    device: torch.device | str,
+    precision: str = "fp32",
+    uint8: str = "round",
+    drawing: Drawing | None = None,
+) -> Iterator[ImageBatch]:
+    """The same for chosen chunks, each the indices (B,) int64 of its images. This process makes all of them."""
+    device = torch.device(device)
     was_training = method.training
     method.eval()
     try:
-        starts = range(rank * batch_size, len(labels), ranks * batch_size)
-        chunks = [torch.arange(start, min(start + batch_size, len(labels))) for start in starts]
         with noise_ahead((image_seeds(seed, indices.tolist()) for indices in chunks), device) as noises:
             for indices, noise in zip(chunks, noises, strict=True):
                 wanted = torch.from_numpy(labels[indices.numpy()]).to(device)

@@ -29,7 +29,7 @@ def explain(error: BaseException, folder: Path) -> str | None:
     """One sentence or two on what ended the run of a folder, what is kept and what to do;
     None where the machine is not to blame.
     """
-    disk, memory = _disk_fault(error), _is_memory_fault(error)
+    disk, memory = _disk_fault(error), is_memory_fault(error)
     if not (disk or memory):
         return None
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -51,8 +51,8 @@ def _disk_fault(error: BaseException) -> str | None:
     return next((DISK[number] for number, texts in signs.items() if any(text in str(error) for text in texts)), None)
 
 
-def _is_memory_fault(error: BaseException) -> bool:
-    """torch says it as RuntimeError, with a type of its own on GPUs."""
+def is_memory_fault(error: BaseException) -> bool:
+    """Whether the error says that memory ran out. torch says it as RuntimeError, with a type of its own on GPUs."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, RuntimeError) and (

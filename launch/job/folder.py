@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 RESULT = "result.json"
 DATA = "data.json"
+WEIGHTS = "model.safetensors"  # of what `export` writes beside config.yaml and data.json
 JOBS = "jobs.jsonl"
 FAILURE = "failure.json"
 LOCK = ".lock"
@@ -162,10 +163,12 @@ def read_data(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, enabled: bool = True) -> Iterator[None]:
+def locked(folder: Path, enabled: bool = True, choice: str = "another name=") -> Iterator[None]:
     """Keeps a second run out of the folder; the lock ends with the process, however it ends.
 
     Only the main process of a run locks (`enabled`).
+
+    choice: what the user may choose to work in another folder, for the message of the UserError.
 
     A requeued job waits for the processes of its earlier start, which a lost machine may still be running.
     """
@@ -177,9 +180,7 @@ def locked(folder: Path, enabled: bool = True) -> Iterator[None]:
     with (folder / LOCK).open("w") as lock:
         while is_locked(lock):
             if time.monotonic() > deadline:
-                raise UserError(
-                    f"another process is working in {folder}. Wait for it, stop it, or choose another name=."
-                )
+                raise UserError(f"another process is working in {folder}. Wait for it, stop it, or choose {choice}.")
             time.sleep(0.1)
         if not (folder / LOCK).exists():
             raise UserError(

@@ -38,8 +38,8 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def record_start(folder: Path) -> None:
-    """Keeps where this start came from, beside the earlier ones."""
-    append_row(folder / "starts.jsonl", provenance())
+def record_start(folder: Path, **more: str) -> None:
+    """Keeps where this start came from, beside the earlier ones; `more` facts of it are kept as well."""
+    append_row(folder / "starts.jsonl", provenance() | more)
     if diff := git_diff():
         write_whole(folder / "code.diff", diff)
