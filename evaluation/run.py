@@ -34,8 +34,8 @@ from pixlat.evaluation.command import Syntax, help_text, lines_of, parse, run_co
 from pixlat.evaluation.protocols.identity import protocol_name
 from pixlat.evaluation.protocols.named import EMBEDDED, PROTOCOLS, RECONSTRUCTIONS, check_request
 from pixlat.evaluation.records.record import Record
-from pixlat.evaluation.sample_facts import facts_of
 from pixlat.evaluation.score.outcome import SPACES, UNKNOWN, keep, record_of_images, record_of_model, table
+from pixlat.evaluation.score.sample_facts import facts_of
 
 if TYPE_CHECKING:
     import torch
@@ -66,8 +66,7 @@ class Keys:
     ema: str | None = None  # which average of the run; none: the one it was evaluated with; raw: the raw weights
     num_images: int | None = None  # none: as the protocol says, or all finished images; fewer of these are a fixed draw
     seeds: list[int] = field(default_factory=lambda: [0])  # sampling seeds; several give mean and spread
-    #: balanced or random; none: as the protocol says; of finished images:
-    #: as samples.json beside an .npz says, or unknown
+    #: balanced or random; none: as the protocol says; of finished images: as samples.json says, or unknown
     labels: str | None = None
     #: auto, bf16, tf32 or fp32: what a model samples in; none: its eval.precision.
     #: Of finished images: what they were made in

@@ -20,12 +20,12 @@ import torch
 from evaluated_run import MODEL, Projections, image_folder, run_folder
 from PIL import Image
 
-from pixlat.common import hub
 from pixlat.common.config.identity import to_yaml
 from pixlat.common.config.resolve import resolve
 from pixlat.common.errors import UserError
 from pixlat.common.files import sha256_of
 from pixlat.common.seeds import image_seeds
+from pixlat.common.weights import fetch as hub
 from pixlat.evaluation import run
 from pixlat.evaluation.records.record import read_record
 from pixlat.evaluation.score import assess

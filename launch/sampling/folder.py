@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from pixlat.common.errors import UserError
 from pixlat.common.files import read_json, write_whole
-from pixlat.evaluation.sample_facts import SAMPLES
+from pixlat.evaluation.score.sample_facts import SAMPLES
 from pixlat.launch.sampling.files import read_png, write_png, write_whole_file
 from pixlat.launch.sampling.request import changes
 

@@ -16,7 +16,7 @@ from pixlat.common.config.resolve import resolve
 from pixlat.common.config.saved import CONFIG, read_config
 from pixlat.common.config.schema import RunConfig
 from pixlat.common.errors import UserError
-from pixlat.common.hub import HubFolder, fetch, is_hub_name
+from pixlat.common.weights.fetch import HubFolder, fetch, is_hub_name
 from pixlat.evaluation.score.models import saved_settings
 from pixlat.launch.job.folder import DATA, WEIGHTS, read_data
 from pixlat.methods import get_spec

@@ -23,9 +23,9 @@ from pixlat.common.hardware import device_name
 from pixlat.common.origin import code_state
 from pixlat.common.progress import progress_bar
 from pixlat.common.seeds import image_seeds
-from pixlat.evaluation.sample_facts import SAMPLES
 from pixlat.evaluation.score.generate import generate_batches
 from pixlat.evaluation.score.models import Model
+from pixlat.evaluation.score.sample_facts import SAMPLES
 from pixlat.launch.job.failures import DISK, is_memory_fault
 from pixlat.launch.job.folder import locked
 from pixlat.launch.job.provenance import record_start
