@@ -1,10 +1,10 @@
 """pixlat sample: images from a trained model, as files.
 
   pixlat sample run=runs/my-run n=64 class=vehicle seed=3 sample.guidance=2 to=vehicles/
-  pixlat sample run=runs/my-run n=20 class=vehicle,flag as=png to=two/    classes by name or number take turns
-  pixlat sample run=runs/my-run class=wishes.txt to=wishes/      a list: a class name or number on each line
-  pixlat sample run=runs/my-run like=evaluation to=scored/       the images that the run was scored on
-  pixlat sample run=hf:owner/name@revision to=out/               what `pixlat export` wrote, from the hub
+  pixlat sample run=runs/my-run n=20 class=vehicle,flag as=png to=two/  classes take turns
+  pixlat sample run=runs/my-run class=wishes.txt to=wishes/     a class name or number a line
+  pixlat sample run=runs/my-run like=evaluation to=scored/      the images that were scored
+  pixlat sample run=hf:owner/name@revision to=out/              an export on the hub
   pixlat sample checkpoint=weights.pth method=NAME preset=NAME to=out/
   torchrun --nproc-per-node 8 -m pixlat sample run=runs/my-run n=50000 class=random as=npz to=big/
 
