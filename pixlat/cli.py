@@ -42,6 +42,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "train": Command("pixlat.launch.run:main", "train a method, then sample, score and rank it", "runs"),
+    "sample": Command("pixlat.launch.sample:main", "images from a trained model, as files", "runs"),
     "evaluate": Command("pixlat.evaluation.run:main", "score a run, a checkpoint or finished images", "runs"),
     "sweep": Command("pixlat.evaluation.sweep:main", "try sampling settings, score the best one", "runs"),
     "plan": Command("pixlat.launch.plan:main", "memory, days and GPU-hours of a run on a cluster", "runs"),

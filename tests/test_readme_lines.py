@@ -112,7 +112,6 @@ def named_commands() -> Iterator[tuple[str, str, str]]:
             yield str(file.relative_to(ROOT)), name, word
 
 
-ON_THEIR_WAY = ("sample",)  # commands that land with their modules
 WORDS = ("help",)  # what else may stand in the place of a command
 
 
@@ -120,7 +119,7 @@ def test_every_command_that_is_named_exists() -> None:
     found = list(named_commands())
     assert len(found) > 30
     for file, name, word in found:
-        assert name in (*cli.COMMANDS, *ON_THEIR_WAY, *WORDS), (file, name)
+        assert name in (*cli.COMMANDS, *WORDS), (file, name)
         actions = (
             cli.STUDIES
             if name == "study"

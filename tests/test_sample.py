@@ -321,7 +321,7 @@ def start(place, folder, rank):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "pixlat.launch.sample", f"run={place}/first", "to=out", "device=cpu", *ASKED]
+    command = [sys.executable, "-m", "pixlat", "sample", f"run={place}/first", "to=out", "device=cpu", *ASKED]
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -340,7 +340,7 @@ def test_after_kill_9_the_same_command_ends_in_the_same_files(place, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for folder in ("killed", "whole"):
         (tmp_path / folder).mkdir()
-    command = [sys.executable, "-m", "pixlat.launch.sample", *argv]
+    command = [sys.executable, "-m", "pixlat", "sample", *argv]
     child = subprocess.Popen(command, cwd=tmp_path / "killed", env=environment, stderr=subprocess.DEVNULL)
     unfinished = tmp_path / "killed/out/.unfinished"
     deadline = time.monotonic() + 120
