@@ -1,0 +1,23 @@
+"""`check_wheel.py FILE`: a wheel holds pixlat/ and its metadata, and all files of our folders but READMEs' pictures."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+FOLDERS = ("common", "evaluation", "launch", "methods")
+
+
+def main(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"pixlat"}, tops
+    tracked = subprocess.run(["git", "ls-files", "--", *FOLDERS, "pixlat"], capture_output=True, text=True, check=True)
+    files = [name if name.startswith("pixlat/") else f"pixlat/{name}" for name in tracked.stdout.split()]
+    pictures = [name for name in files if name.startswith("pixlat/methods/") and name.endswith(".png")]
+    missing = sorted({*files} - {*pictures} - names)
+    assert not missing, f"not in the wheel, see [tool.setuptools] in pyproject.toml: {missing}"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
