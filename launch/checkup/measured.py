@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "tf32", "bf16")
 SECONDS = 0.4  # of measuring, a precision
 SIDES = {"cuda": 4096, "cpu": 1024}  # of the square matrices
+PRODUCTS = {
+    "cuda": 10,
+    "cpu": 1,
+}  # timed together; the fastest time counts
 SLOW_SHARE = 0.4  # of a data sheet's rate; large products reach 60 to 90 % of it
 MEETING_SECONDS = 60  # for two processes to start, meet and end; about 3 s where nothing else runs
 BUSY_LOAD = 1.3  # processes that want to work, for each CPU, from which the figures are too low
@@ -87,7 +91,7 @@ def busy() -> Iterator[Finding]:
     load, cpus = os.getloadavg()[0], os.cpu_count() or 1
     if load > BUSY_LOAD * cpus:
         yield note(
-            f"Other programs are working: the load is {load:.1f} on {cpus} CPUs, so the figures below are too low.",
+            f"Other programs are working: the load is {load:.1f} on {cpus} CPUs, so the figures below may be too low.",
             "uptime",
             load=load,
         )
@@ -97,14 +101,14 @@ def tflops(device: torch.device, precision: str) -> float:
     """10^12 floating-point operations a second (2 for each multiply-accumulate) of square matrix products."""
     import torch
 
-    side = SIDES[device.type]
+    side, number = SIDES[device.type], PRODUCTS[device.type]
     left, right = torch.randn(2, side, side, device=device)
     with torch.no_grad(), computing_in(precision, device):
-        seconds, products, number = 0.0, 0, 1
-        torch.mm(left, right)  # the first product loads libraries
-        while seconds < SECONDS:
-            seconds, products, number = timed(left, right, number), number, 2 * number
-    return 2 * side**3 * products / seconds / 1e12
+        timed(left, right, 1)  # the first product loads libraries
+        end, seconds = time.monotonic() + SECONDS, timed(left, right, number)
+        while time.monotonic() < end:
+            seconds = min(seconds, timed(left, right, number))
+    return 2 * side**3 * number / seconds / 1e12
 
 
 def timed(left: torch.Tensor, right: torch.Tensor, number: int) -> float:
