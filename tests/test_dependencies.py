@@ -39,7 +39,7 @@ def test_a_missing_and_a_contradicting_line_are_noticed():
         "numpy has no line.",
         "pillow has no line.",
     ]
-    assert "matplotlib: numpy has no line." in constraints.unlisted(wrong)
+    assert "foolbox: numpy has no line." in constraints.unlisted(wrong)
 
 
 def range_of(name):
