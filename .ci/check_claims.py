@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from pixlat.evaluation.records.claims import PICTURE_FILE, read_claims
-from pixlat.evaluation.studies.claims.framework import all_claims
+from pixlat.evaluation.studies.claim_tools.framework import all_claims
 
 
 def main(folder: Path) -> None:

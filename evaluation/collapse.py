@@ -1,4 +1,4 @@
-"""`python evaluation/collapse.py` is `pixlat study collapse`: see studies/collapse.py."""
+"""`python evaluation/collapse.py` does the same as `pixlat study collapse`; studies/collapse.py holds the code."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`python evaluation/hidden_states.py` is `pixlat study hidden-states`: see studies/hidden_states.py."""
+"""`python evaluation/hidden_states.py` does the same as `pixlat study hidden-states`; see studies/hidden_states.py."""
 
 import sys
 

@@ -51,7 +51,7 @@ COMMANDS: dict[str, Command] = {
     "compare": Command("pixlat.evaluation.compare:main", "what methods gain, with error bars", "results"),
     "study": Command("pixlat.cli:study", "experiments that look into trained networks", "results"),
     "claims": Command(
-        "pixlat.evaluation.studies.claims.command:main", "the papers' statements that a CPU can check", "results"
+        "pixlat.evaluation.studies.claim_tools.command:main", "the papers' statements that a CPU can check", "results"
     ),
     "prepare": Command("pixlat.launch.prepare:main", "images or latents, made once for many runs", "files"),
     "import": Command(

@@ -22,21 +22,8 @@ from pixlat.evaluation import leaderboard
 from pixlat.evaluation.board import page
 from pixlat.evaluation.records.claims import read_claim, read_claims, write_claim
 from pixlat.evaluation.studies import collapse
-from pixlat.evaluation.studies.claims import (
-    command,
-    cost,
-    dsd_collapse,
-    emoji_runs,
-    jit_combinations,
-    jit_manifold,
-    jit_resolution,
-    pmf_manifold,
-    rae_noise,
-    rae_shift,
-    rae_width,
-    reg_gain,
-)
-from pixlat.evaluation.studies.claims.framework import (
+from pixlat.evaluation.studies.claim_tools import command, emoji_runs
+from pixlat.evaluation.studies.claim_tools.framework import (
     Budget,
     Claim,
     Criterion,
@@ -49,7 +36,19 @@ from pixlat.evaluation.studies.claims.framework import (
     find,
     verdicts_of,
 )
-from pixlat.evaluation.studies.claims.swiss_roll import lifted, off_plane, plane, roll, sliced_distance
+from pixlat.evaluation.studies.claim_tools.swiss_roll import lifted, off_plane, plane, roll, sliced_distance
+from pixlat.evaluation.studies.claims import (
+    cost,
+    dsd_collapse,
+    jit_combinations,
+    jit_manifold,
+    jit_resolution,
+    pmf_manifold,
+    rae_noise,
+    rae_shift,
+    rae_width,
+    reg_gain,
+)
 from pixlat.methods import get_class, get_spec
 from pixlat.methods.base import DataInfo
 
@@ -178,7 +177,8 @@ def test_the_command_lists_and_refuses(tmp_path, capsys):
 
 def test_an_unknown_name_is_refused_before_torch_is_imported():
     code = (
-        "import sys; from pixlat.evaluation.studies.claims.command import main; assert main(['run', 'nosuch']) == 2; "
+        "import sys; from pixlat.evaluation.studies.claim_tools.command import main; "
+        "assert main(['run', 'nosuch']) == 2; "
         "print('torch' in sys.modules)"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -240,7 +240,7 @@ def test_what_failed_is_named_and_the_exit_code_says_so(tmp_path, monkeypatch, c
     told = capsys.readouterr()
     assert (
         "ZeroDivisionError" in told.err
-        and "not measured, for the reasons above: broken" in told.err
+        and "these claims failed for the reasons above: broken" in told.err
         and "toy" in told.out
         and "broken" not in told.out
     )

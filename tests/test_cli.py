@@ -20,7 +20,7 @@ from pixlat.completion import SCRIPTS, candidates
 from pixlat.evaluation import leaderboard
 from pixlat.evaluation.command import NoKeys, Syntax, from_flags, parse, run_command
 from pixlat.evaluation.records.record import write_record
-from pixlat.evaluation.studies.claims import command as claims
+from pixlat.evaluation.studies.claim_tools import command as claims
 from pixlat.launch import run as train
 from pixlat.launch import status
 from pixlat.methods import registered

@@ -119,12 +119,8 @@ def test_rooms_are_small():
         for path in MODULES.values()
         for folder in [path.parent]
     }
-    large = {
-        str(folder.relative_to(ROOT)): size
-        for folder, size in sizes.items()
-        if size > LARGEST_ROOM and folder.name != "claims"
-    }
-    assert not large  # a claim is a module, and there are as many as there are claims
+    large = {str(folder.relative_to(ROOT)): size for folder, size in sizes.items() if size > LARGEST_ROOM}
+    assert not large
 
 
 def test_methods_do_not_import_each_other():

@@ -17,7 +17,7 @@ from records import metric, record
 from pixlat.evaluation import leaderboard
 from pixlat.evaluation.records.claims import write_claim
 from pixlat.evaluation.records.record import write_record
-from pixlat.evaluation.studies.claims.framework import Claim, Criterion, Estimate, Evidence, build_record
+from pixlat.evaluation.studies.claim_tools.framework import Claim, Criterion, Estimate, Evidence, build_record
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None

@@ -1,1 +1,1 @@
-"""The papers' falsifiable statements that a CPU can check, one file each; `framework.py` says what a claim is."""
+"""Falsifiable statements of the papers that a CPU can check, one module each. `../claim_tools/` defines a claim."""

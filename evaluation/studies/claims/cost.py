@@ -16,8 +16,8 @@ from pixlat.common.accounting.macs import BATCH, on_meta, sampling_cost
 from pixlat.common.config.resolve import resolve
 from pixlat.common.datasets.load import summarise
 from pixlat.common.seeds import Noise
-from pixlat.evaluation.studies.claims.framework import Budget, Claim, Criterion, Estimate, Evidence
-from pixlat.evaluation.studies.claims.training import panels
+from pixlat.evaluation.studies.claim_tools.framework import Budget, Claim, Criterion, Estimate, Evidence
+from pixlat.evaluation.studies.claim_tools.training import panels
 from pixlat.methods import get_class, get_spec
 from pixlat.methods.base import DataInfo, Method
 from pixlat.methods.rae.network import macs_per_forward

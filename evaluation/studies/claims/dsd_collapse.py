@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from pixlat.common.config.resolve import resolve
 from pixlat.evaluation.studies import collapse
-from pixlat.evaluation.studies.claims.framework import Budget, Claim, Criterion, Estimate, Evidence
-from pixlat.evaluation.studies.claims.training import line, panels
+from pixlat.evaluation.studies.claim_tools.framework import Budget, Claim, Criterion, Estimate, Evidence
+from pixlat.evaluation.studies.claim_tools.training import line, panels
 from pixlat.methods import get_spec
 
 HELD_OUT = 200  # images measured, of all classes

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pixlat.evaluation.studies.claims.emoji_runs import LEARNED, SAMPLES, jit_distance, ratio
-from pixlat.evaluation.studies.claims.framework import Budget, Claim, Criterion, Estimate, Evidence
-from pixlat.evaluation.studies.claims.training import bars, panels
+from pixlat.evaluation.studies.claim_tools.emoji_runs import LEARNED, SAMPLES, jit_distance, ratio
+from pixlat.evaluation.studies.claim_tools.framework import Budget, Claim, Criterion, Estimate, Evidence
+from pixlat.evaluation.studies.claim_tools.training import bars, panels
 
 NONE, NARROWEST = 0, 4  # a 48th of a patch's 192 numbers, as 16 of 768 in the paper
 PAPERS = 32  # a sixth, as 128 of 768

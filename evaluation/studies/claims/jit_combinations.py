@@ -6,9 +6,9 @@ What the network predicts decides once a patch has more numbers than the network
 from __future__ import annotations
 
 from pixlat.common.maths.flow import SPACES
-from pixlat.evaluation.studies.claims.emoji_runs import LEARNED, SAMPLES, jit_distance, ratio
-from pixlat.evaluation.studies.claims.framework import Budget, Claim, Criterion, Estimate, Evidence
-from pixlat.evaluation.studies.claims.training import bars, panels
+from pixlat.evaluation.studies.claim_tools.emoji_runs import LEARNED, SAMPLES, jit_distance, ratio
+from pixlat.evaluation.studies.claim_tools.framework import Budget, Claim, Criterion, Estimate, Evidence
+from pixlat.evaluation.studies.claim_tools.training import bars, panels
 
 SMALL, LARGE = 16, 32  # pixels of an image: patches of 4 and of 8 pixels, 48 and 192 numbers
 Combination = tuple[int, str, str]  # image size, prediction, loss space

@@ -4,9 +4,9 @@ and does not help where the network cannot predict its target.
 
 from __future__ import annotations
 
-from pixlat.evaluation.studies.claims.emoji_runs import LEARNED, SAMPLES, jit_distance, ratio
-from pixlat.evaluation.studies.claims.framework import Budget, Claim, Criterion, Estimate, Evidence
-from pixlat.evaluation.studies.claims.training import line, panels
+from pixlat.evaluation.studies.claim_tools.emoji_runs import LEARNED, SAMPLES, jit_distance, ratio
+from pixlat.evaluation.studies.claim_tools.framework import Budget, Claim, Criterion, Estimate, Evidence
+from pixlat.evaluation.studies.claim_tools.training import line, panels
 
 BEST, NONE = -0.8, 0.0  # the paper's choice; no shift
 PREDICTIONS = ("x", "eps")

@@ -7,9 +7,17 @@ from functools import partial
 from pixlat.common.accounting.macs import on_meta, sampling_cost
 from pixlat.common.config.resolve import resolve
 from pixlat.common.config.schema import RunConfig
-from pixlat.evaluation.studies.claims.emoji_runs import LEARNED, SAMPLES, SIZE, TINY_JIT, emoji, jit_distance, ratio
-from pixlat.evaluation.studies.claims.framework import Budget, Claim, Criterion, Estimate, Evidence
-from pixlat.evaluation.studies.claims.training import bars, panels
+from pixlat.evaluation.studies.claim_tools.emoji_runs import (
+    LEARNED,
+    SAMPLES,
+    SIZE,
+    TINY_JIT,
+    emoji,
+    jit_distance,
+    ratio,
+)
+from pixlat.evaluation.studies.claim_tools.framework import Budget, Claim, Criterion, Estimate, Evidence
+from pixlat.evaluation.studies.claim_tools.training import bars, panels
 from pixlat.methods import get_class, get_spec
 from pixlat.methods.base import DataInfo
 

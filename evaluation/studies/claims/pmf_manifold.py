@@ -13,9 +13,17 @@ from torch import Tensor, nn
 
 from pixlat.common.config.schema import TrainConfig
 from pixlat.common.seeds import Noise, image_seeds
-from pixlat.evaluation.studies.claims.framework import Budget, Claim, Criterion, Estimate, Evidence
-from pixlat.evaluation.studies.claims.swiss_roll import POINTS, lifted, mlp, off_plane, plane, roll, sliced_distance
-from pixlat.evaluation.studies.claims.training import fit, panels
+from pixlat.evaluation.studies.claim_tools.framework import Budget, Claim, Criterion, Estimate, Evidence
+from pixlat.evaluation.studies.claim_tools.swiss_roll import (
+    POINTS,
+    lifted,
+    mlp,
+    off_plane,
+    plane,
+    roll,
+    sliced_distance,
+)
+from pixlat.evaluation.studies.claim_tools.training import fit, panels
 from pixlat.methods.base import DataInfo
 from pixlat.methods.pmf.config import PMFConfig, PMFSample
 from pixlat.methods.pmf.method import PMFMethod

@@ -9,10 +9,10 @@ from collections import defaultdict
 
 import torch
 
-from pixlat.evaluation.studies.claims.framework import Budget, Claim, Criterion, Estimate, Evidence
+from pixlat.evaluation.studies.claim_tools.framework import Budget, Claim, Criterion, Estimate, Evidence
+from pixlat.evaluation.studies.claim_tools.swiss_roll import plane, roll, sliced_distance
+from pixlat.evaluation.studies.claim_tools.training import panels
 from pixlat.evaluation.studies.claims.pmf_manifold import trained
-from pixlat.evaluation.studies.claims.swiss_roll import plane, roll, sliced_distance
-from pixlat.evaluation.studies.claims.training import panels
 
 DIMS = 16
 WORSE = 0.176  # powers of ten: half as far again

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pixlat.common.config.resolve import resolve
 from pixlat.common.images.splits import fixed_draw
-from pixlat.evaluation.studies.claims.emoji_runs import SIZE, emoji, few, pixels, ratio
-from pixlat.evaluation.studies.claims.framework import Budget, Claim, Criterion, Estimate, Evidence
-from pixlat.evaluation.studies.claims.training import fit, line, panels
+from pixlat.evaluation.studies.claim_tools.emoji_runs import SIZE, emoji, few, pixels, ratio
+from pixlat.evaluation.studies.claim_tools.framework import Budget, Claim, Criterion, Estimate, Evidence
+from pixlat.evaluation.studies.claim_tools.training import fit, line, panels
 from pixlat.methods import get_class, get_spec
 from pixlat.methods.base import DataInfo
 from pixlat.methods.rae.config import DecoderShape

@@ -14,9 +14,9 @@ from pixlat.common.seeds import Noise, image_seeds
 from pixlat.evaluation.features.moments import Gaussian, Moments
 from pixlat.evaluation.metrics.frechet import factorise, frechet_distance
 from pixlat.evaluation.score.generate import balanced_labels
-from pixlat.evaluation.studies.claims.emoji_runs import emoji, few, pixels, ratio
-from pixlat.evaluation.studies.claims.framework import Budget, Claim, Criterion, Estimate, Evidence
-from pixlat.evaluation.studies.claims.training import bars, fit, panels
+from pixlat.evaluation.studies.claim_tools.emoji_runs import emoji, few, pixels, ratio
+from pixlat.evaluation.studies.claim_tools.framework import Budget, Claim, Criterion, Estimate, Evidence
+from pixlat.evaluation.studies.claim_tools.training import bars, fit, panels
 from pixlat.methods import get_class, get_spec
 from pixlat.methods.base import DataInfo
 from pixlat.methods.rae.method import RaeMethod, time_grid

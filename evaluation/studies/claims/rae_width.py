@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pixlat.common.config.schema import TrainConfig
-from pixlat.evaluation.studies.claims.framework import Budget, Claim, Criterion, Estimate, Evidence
-from pixlat.evaluation.studies.claims.training import fit, panels
+from pixlat.evaluation.studies.claim_tools.framework import Budget, Claim, Criterion, Estimate, Evidence
+from pixlat.evaluation.studies.claim_tools.training import fit, panels
 from pixlat.methods.base import DataInfo
 from pixlat.methods.rae.config import NetworkShape, RaeConfig
 from pixlat.methods.rae.method import RaeMethod

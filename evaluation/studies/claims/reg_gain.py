@@ -17,9 +17,17 @@ from pixlat.common.images.splits import fixed_draw
 from pixlat.common.seeds import Noise, image_seeds
 from pixlat.evaluation.score.generate import balanced_labels
 from pixlat.evaluation.studies.block_features import block_features, cknna, encoder_features
-from pixlat.evaluation.studies.claims.emoji_runs import SAMPLES, emoji, emoji_distance, few, fit_on, ratio, untrained
-from pixlat.evaluation.studies.claims.framework import Budget, Claim, Criterion, Estimate, Evidence
-from pixlat.evaluation.studies.claims.training import bars, line, panels
+from pixlat.evaluation.studies.claim_tools.emoji_runs import (
+    SAMPLES,
+    emoji,
+    emoji_distance,
+    few,
+    fit_on,
+    ratio,
+    untrained,
+)
+from pixlat.evaluation.studies.claim_tools.framework import Budget, Claim, Criterion, Estimate, Evidence
+from pixlat.evaluation.studies.claim_tools.training import bars, line, panels
 from pixlat.methods.reg.config import RegSample
 from pixlat.methods.reg.method import RegMethod
 

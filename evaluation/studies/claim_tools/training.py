@@ -1,6 +1,4 @@
-"""Training and drawing that claims share: the suite's optimizers, schedules and seeds around a loss,
-without run folders.
-"""
+"""Training and drawing that claims share. `fit` uses the suite's optimizers, schedules and seeds but no run folder."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from torch import Tensor
 from pixlat.common.config.schema import TrainConfig
 from pixlat.common.seeds import seed_step
 from pixlat.common.training.optim import build_optimizers, learning_rate, set_learning_rate
-from pixlat.evaluation.studies.claims.framework import Estimate
+from pixlat.evaluation.studies.claim_tools.framework import Estimate
 from pixlat.methods.base import Method, ParamGroup
 
 if TYPE_CHECKING:
@@ -27,16 +25,15 @@ def fit(
     seed: int,
     watch: Callable[[int], object] = lambda step: None,
 ) -> list[float]:
-    """Trains all of the method's parameters with one Adam and returns the loss of every step.
+    """Trains all trainable parameters of the method with one Adam optimizer and returns the loss of every step.
 
-    loss: from the step, which seeds its draws. watch: called with every step before it begins,
-    and may look at the method.
+    loss: maps the step to the loss; the step seeds the random draws. watch: called before every step with the step;
+    it may inspect the method.
     """
     method.train()
-    optimizers, losses = (
-        build_optimizers([ParamGroup([p for p in method.parameters() if p.requires_grad])], settings),
-        [],
-    )
+    parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    optimizers = build_optimizers([ParamGroup(parameters)], settings)
+    losses = []
     for step in range(settings.images // settings.batch):
         watch(step)
         seed_step(seed, step, 0)
@@ -52,7 +49,7 @@ def fit(
 
 
 def panels(rows: int, columns: int, size: tuple[float, float] = (3.0, 3.0)) -> tuple[Figure, list[list[Axes]]]:
-    """An empty figure and its axes; matplotlib is imported here, with the first drawing."""
+    """An empty figure and its axes, `size` inches each. Imports matplotlib only here, because the import is slow."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), dpi=110, layout="constrained")
@@ -62,11 +59,11 @@ def panels(rows: int, columns: int, size: tuple[float, float] = (3.0, 3.0)) -> t
 def line(
     axes: Axes, places: Sequence[float], values: Sequence[Estimate], color: int, label: str, style: str = "o-"
 ) -> None:
-    """Estimates with their standard errors, in the palette's colour of this number."""
+    """Draws estimates with their standard errors, in colour number `color` of matplotlib's palette."""
     axes.errorbar(
         places,
-        [each.value for each in values],
-        yerr=[each.se for each in values],
+        [estimate.value for estimate in values],
+        yerr=[estimate.se for estimate in values],
         fmt=style,
         capsize=3,
         color=f"C{color}",
@@ -77,17 +74,11 @@ def line(
 def bars(
     axes: Axes, names: Sequence[str], values: Sequence[Estimate], title: str, colors: Sequence[str] | str = "C0"
 ) -> None:
-    """One bar an estimate, with its standard error and its number above it."""
-    places = range(len(names))
-    drawn = axes.bar(
-        places, [each.value for each in values], yerr=[each.se for each in values], capsize=3, color=colors
-    )
-    axes.bar_label(
-        drawn,
-        [f"{each.value:,.0f}" if each.value >= 1000 else f"{each.value:.3g}" for each in values],
-        padding=2,
-        fontsize=7,
-    )
+    """Draws one bar for each estimate, with its standard error and with its value as text above it."""
+    places, heights = range(len(names)), [estimate.value for estimate in values]
+    drawn = axes.bar(places, heights, yerr=[estimate.se for estimate in values], capsize=3, color=colors)
+    labels = [f"{height:,.0f}" if height >= 1000 else f"{height:.3g}" for height in heights]
+    axes.bar_label(drawn, labels, padding=2, fontsize=7)
     axes.set_xticks(places, names, fontsize=8)
     axes.set_title(title, fontsize=10)
     axes.margins(y=0.12)

@@ -3,9 +3,9 @@
   pixlat claims                         lists them with their criteria and cost
   pixlat claims run quick=true          all of them on a small budget, 15 minutes on two cores
   pixlat claims run NAME ... jobs=2     some of them in full, each on a core of its own
-  pixlat claims report                  the verdicts of those that were checked
+  pixlat claims report                  the verdicts of the claims that were checked
 
-A claim's criteria were written before its first run. What was changed later says so.
+The authors wrote each claim's criteria before its first run. If something was changed later, the claim says so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pixlat.common.files import write_whole
 from pixlat.evaluation.board.text import escape, pipe_table
 from pixlat.evaluation.command import Syntax, action_of, from_flags, help_text, parse, run_command, split_words
 from pixlat.evaluation.records.claims import PICTURE_FILE, ClaimRecord, read_claims, write_claim
-from pixlat.evaluation.studies.claims.framework import all_claims, build_record, find
+from pixlat.evaluation.studies.claim_tools.framework import all_claims, build_record, find
 
 REPORT = "claims.md"
 AMENDED = "**Amended after numbers had been seen:**"
@@ -48,24 +48,25 @@ def listing() -> str:
 
 
 def run(names: Sequence[str], quick: bool, out: Path, jobs: int) -> int:
-    """Checks claims, `jobs` at a time on a core each; a record and a picture each, in a folder of its own. Prints the
-    report; 1 if a claim failed to run.
+    """Checks claims, `jobs` at a time on one core each, and prints the report.
+
+    Each claim gets a folder with its record and its picture. Returns 1 if a claim failed to run, else 0.
     """
-    chosen = sorted(
-        find(names), key=lambda claim: -claim.minutes[0 if quick else 1]
-    )  # the long ones first, so that no core waits at the end
+    # the longest claims start first, so that no core waits at the end
+    chosen = sorted(find(names), key=lambda claim: -claim.minutes[0 if quick else 1])
     tasks = [(claim.name, quick, out / f"{claim.name}{'-quick' if quick else ''}") for claim in chosen]
     failed = [task[0] for task, done in zip(tasks, run_all(tasks, jobs), strict=True) if not done]
     if failed:
-        print(f"error: not measured, for the reasons above: {', '.join(failed)}", file=sys.stderr)
+        print(f"error: these claims failed for the reasons above: {', '.join(failed)}", file=sys.stderr)
     if len(failed) < len(tasks):
         print(report(out))
     return 1 if failed else 0
 
 
 def run_all(tasks: Sequence[Task], jobs: int, work: Work | None = None) -> list[bool]:
-    """Whether each task could be done; one that fails, or whose process dies, does not stop the others. `work`: instead
-    of `check`.
+    """Runs every task and returns for each whether it succeeded.
+
+    A task that fails, or whose process dies, does not stop the others. `work` replaces `check` (for tests).
     """
     if min(jobs, len(tasks)) <= 1:
         return [attempt(work or check, task) for task in tasks]
@@ -74,7 +75,7 @@ def run_all(tasks: Sequence[Task], jobs: int, work: Work | None = None) -> list[
 
 
 def attempt(work: Work, task: Task) -> bool:
-    """Does it in this process."""
+    """Runs a task in this process and returns whether it succeeded."""
     try:
         work(*task)
     except Exception:
@@ -84,7 +85,7 @@ def attempt(work: Work, task: Task) -> bool:
 
 
 def attempt_apart(work: Work, task: Task) -> bool:
-    """Does it in a process of its own, which shows what it stumbles over."""
+    """Runs a task in a new process, which prints its own traceback, and returns whether it succeeded."""
     process = get_context("spawn").Process(target=work, args=task)
     process.start()
     process.join()
@@ -92,7 +93,7 @@ def attempt_apart(work: Work, task: Task) -> bool:
 
 
 def check(name: str, quick: bool, folder: Path) -> ClaimRecord:
-    """Measures one claim on one thread, draws it and writes its record."""
+    """Measures one claim on one thread, saves its figure and writes its record."""
     import torch
 
     from pixlat.common.hardware import device_name
@@ -111,29 +112,32 @@ def check(name: str, quick: bool, folder: Path) -> ClaimRecord:
 
 
 def report(out: Path) -> str:
-    """The verdicts for a terminal; claims.md in `out` has everything."""
+    """The verdicts for a terminal. Also writes claims.md in `out`, which has all details."""
     left_out: list[str] = []
-    found = read_claims(out, left_out)
+    records = read_claims(out, left_out)
     for reason in left_out:
         print(f"left out: {reason}", file=sys.stderr)
-    if not found:
+    if not records:
         raise UserError(f"no claim has been checked below {out}. Run `pixlat claims run quick=true`.")
-    write_whole(out / REPORT, to_markdown(found, out))
+    write_whole(out / REPORT, to_markdown(records, out))
     rows = [
         [record["name"], record["verdict"], "quick" if record["quick"] else "full", f"{record['seconds']:.0f} s"]
-        for record, _ in found
+        for record, _ in records
     ]
     return f"{pipe_table(rows, ['claim', 'verdict', 'budget', 'took'], 'simple')}\n\n{out / REPORT}"
 
 
-def to_markdown(found: Sequence[tuple[ClaimRecord, Path]], out: Path) -> str:
-    """All records as one page with their pictures."""
+def to_markdown(records: Sequence[tuple[ClaimRecord, Path]], out: Path) -> str:
+    """One Markdown page with all records and their pictures.
+
+    records: (record, its folder). out: the folder of the page, to which the links to pictures are relative.
+    """
     parts = [
         "# Claims of the papers, checked",
         "Criteria were written before the first run; where something was changed after numbers had been seen, "
         "the claim says so.",
     ]
-    for record, folder in found:
+    for record, folder in records:
         criteria = [
             [escape(item["text"]), f"{item['value']:.4g}", f"{item['se']:.2g}" if item["n"] else "", item["verdict"]]
             for item in record["criteria"]
@@ -155,7 +159,7 @@ def to_markdown(found: Sequence[tuple[ClaimRecord, Path]], out: Path) -> str:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -163,17 +167,18 @@ def cores() -> int:
 class Keys:
     """The command's keys."""
 
-    quick: bool = False  # a smaller budget; without an action it runs all claims
-    jobs: int = field(default_factory=cores)  # claims at the same time, each on a core of its own
-    out: str = "runs/claims"  # where records, pictures and claims.md go
+    quick: bool = False  # uses a smaller budget; without an action it runs all claims
+    jobs: int = field(default_factory=cores)  # how many claims run at the same time, each on its own core
+    out: str = "runs/claims"  # folder for records, pictures and claims.md
 
 
 SYNTAX = Syntax(Keys, actions={"list": Syntax(), "run": Syntax(), "report": Syntax()})
 
 
 def work(arguments: Sequence[str]) -> str | int:
-    """Lists, runs or reports claims. Returns the text, or of a run the exit code, which is 1 if a claim could not be
-    measured.
+    """Lists, runs or reports claims.
+
+    Returns the text to print, or the exit code of a run, which is 1 if a claim failed to run.
     """
     words, given = split_words(from_flags(Keys, arguments))
     keys, _ = parse(Keys, given)
@@ -181,8 +186,8 @@ def work(arguments: Sequence[str]) -> str | int:
     action, names = action_of("claims", SYNTAX.actions, words or ["run" if keys.quick else "list"])
     if names and action != "run":
         raise UserError(
-            f"`pixlat claims {action}` takes no names, and {', '.join(names)} is given. `pixlat claims run "
-            f"{' '.join(names)}` checks claims."
+            f"`pixlat claims {action}` takes no names, but you gave {', '.join(names)}. To check claims, use "
+            f"`pixlat claims run {' '.join(names)}`."
         )
     if action == "run":
         return run(names, keys.quick, out, keys.jobs)
@@ -191,9 +196,7 @@ def work(arguments: Sequence[str]) -> str | int:
 
 @as_command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 whatever the verdicts, 1 if a claim could not be measured, 2 for a mistake
-    in the command.
-    """
+    """Entry point. Exit codes: 0 for any verdicts, 1 if a claim failed to run, 2 for a mistake in the command."""
     return run_command(
         sys.argv[1:] if arguments is None else arguments, lambda: help_text(str(__doc__), Keys), work, alone=True
     )

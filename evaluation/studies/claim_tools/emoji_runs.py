@@ -1,4 +1,4 @@
-"""Training on the embedded emoji, at any size, and the distance that samples reach there, for claims about images."""
+"""For claims about images: trains a method on the embedded emoji at any size and measures its samples' distance."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from pixlat.evaluation.features.feature_sets import feature_set
 from pixlat.evaluation.metrics.frechet import Factored, factorise, frechet_distance_few
 from pixlat.evaluation.score.embedded import EmbeddedExtractor
 from pixlat.evaluation.score.generate import balanced_labels, generate
-from pixlat.evaluation.studies.claims.framework import Estimate
-from pixlat.evaluation.studies.claims.training import fit
+from pixlat.evaluation.studies.claim_tools.framework import Estimate
+from pixlat.evaluation.studies.claim_tools.training import fit
 from pixlat.methods import get_class, get_spec
 from pixlat.methods.base import Batch, DataInfo, Method
 
-EVERY = 3  # of the training images, each third is in the reference: 1,533, more than the features' 320 dimensions
+# Every third training image is in the reference. These are 1,533 images, more than the 320 dimensions of the features.
+EVERY = 3
 SAMPLES = 200
 SIZE = 32
-# a distance that shows some learning: untrained networks sample noise, which is 2,240 away at 32 pixels
+# A distance below this shows some learning: untrained networks sample noise, whose distance is 2,240 at 32 pixels.
 LEARNED = 2000.0
 
-# A JiT for minutes: 16 tokens, two blocks of width 64; a short sampler without guidance.
+# A JiT that trains in minutes: 16 tokens, two blocks of width 64, and a short sampler without guidance.
 TINY_JIT = {
     "preset": "demo", "model.depth": "2", "model.width": "64", "model.heads": "4", "model.bottleneck": "0",
     "train.batch": "32", "train.lr": "2e-3",
@@ -43,14 +44,14 @@ TINY_JIT = {
 
 
 def trained(name: str, settings: Mapping[str, str], seed: int, source: DataSource) -> tuple[Method, RunConfig]:
-    """A method after its training, with the last weights, not an average; and its settings."""
+    """A trained method and its settings. The method has the weights of the last step, not their average."""
     method, run = untrained(name, settings, seed, source)
     fit_on(method, source, run.train, seed)
     return method, run
 
 
 def untrained(name: str, settings: Mapping[str, str], seed: int, source: DataSource) -> tuple[Method, RunConfig]:
-    """The same before its training."""
+    """The method with its initial weights, and its settings."""
     run = resolve(get_spec(name), {**settings, "seed": str(seed)})
     torch.manual_seed(seed)
     method = get_class(name)(run.model, DataInfo.of(source.info))
@@ -65,9 +66,7 @@ def fit_on(
     seed: int,
     watch: Callable[[int], object] = lambda step: None,
 ) -> list[float]:
-    """Trains as `fit` does, on the images that a run of this seed would see,
-    after what the method does before its training.
-    """
+    """Calls the method's `before_training`, then `fit` on the same batches as a run with this seed."""
     plan = TrainingPlan(source.train.labels, settings.batch, seed, source.balanced)
 
     def batch(step: int) -> Batch:
@@ -83,15 +82,13 @@ def fit_on(
 
 
 def pixels(images: ImageSet, indices: NDArray[np.int64]) -> torch.Tensor:
-    """(B, 3, S, S) in [-1, 1]."""
+    """The images of these indices as (B, 3, S, S) in [-1, 1]."""
     return torch.from_numpy(images.fetch(indices)).float() / 127.5 - 1
 
 
 @cache
 def emoji(size: int = SIZE) -> DataSource:
-    """The embedded data set; other sizes than 32 are resized from it (bicubic,
-    with a low pass where they are smaller).
-    """
+    """The embedded data set. For a size other than 32 it is resized (bicubic, with antialiasing when it shrinks)."""
     source = load_data(DataConfig())
     if size == SIZE:
         return source
@@ -100,7 +97,7 @@ def emoji(size: int = SIZE) -> DataSource:
 
 
 def few(source: DataSource, number: int) -> DataSource:
-    """The data set with this many training images, spread evenly over the order in which they are stored."""
+    """The data set with `number` training images, evenly spaced in storage order."""
     images = source.train
     chosen = np.linspace(0, len(images) - 1, number).astype(np.int64)
     part = ArrayImages(images.fetch(chosen), images.labels[chosen], f"{images.identity}/{number} of them")
@@ -109,17 +106,16 @@ def few(source: DataSource, number: int) -> DataSource:
 
 def resized(images: ImageSet, size: int) -> ArrayImages:
     """The same images at another size."""
-    whole = torch.from_numpy(images.fetch(np.arange(len(images)))).float()
-    scaled = (
-        F.interpolate(whole, size=(size, size), mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
-    )
-    return ArrayImages(scaled.numpy(), images.labels, f"{images.identity}/bicubic {size}")
+    original = torch.from_numpy(images.fetch(np.arange(len(images)))).float()
+    scaled = F.interpolate(original, size=(size, size), mode="bicubic", antialias=True).round().clamp(0, 255)
+    return ArrayImages(scaled.to(torch.uint8).numpy(), images.labels, f"{images.identity}/bicubic {size}")
 
 
 @cache
 def emoji_reference(size: int, folder: Path) -> tuple[EmbeddedExtractor, Factored]:
-    """The embedded extractor and the moments of a third of the training emoji, classes weighted alike;
-    their features are kept in `folder`.
+    """The embedded extractor and the moments of a third of the training emoji, with equal weight for every class.
+
+    Caches the features in `folder`.
     """
     extractor, images = EmbeddedExtractor("cpu"), emoji(size).train
     chosen = np.arange(0, len(images), EVERY)
@@ -130,9 +126,7 @@ def emoji_reference(size: int, folder: Path) -> tuple[EmbeddedExtractor, Factore
 
 
 def emoji_distance(method: Method, run: RunConfig, folder: Path) -> float:
-    """Embedded Fréchet distance of `run.eval.num_images` samples with `run.sample` to the reference,
-    without the other metrics of an evaluation.
-    """
+    """Embedded Fréchet distance between `run.eval.num_images` samples, made with `run.sample`, and the reference."""
     extractor, reference = emoji_reference(method.data.image_size, folder)
     labels = balanced_labels(run.eval.num_images, method.data.num_classes, run.seed)
     images = generate(method, run.sample, labels, run.seed, run.eval.batch, "cpu")
@@ -140,13 +134,14 @@ def emoji_distance(method: Method, run: RunConfig, folder: Path) -> float:
 
 
 def jit_distance(changes: Mapping[str, str], images: int, seed: int, folder: Path, size: int = SIZE) -> float:
-    """What the tiny JiT with these changes reaches after so many images;
-    patches and noise grow with the images, as in the paper.
+    """The distance that the tiny JiT with these changes reaches after training on `images` images.
+
+    Patch size and noise scale grow with the image size, as in the paper.
     """
     scaled = {"model.patch": str(size // 4), "model.noise_scale": str(size / SIZE), "train.images": str(images)}
     return emoji_distance(*trained("jit", {**TINY_JIT, **scaled, **changes}, seed, emoji(size)), folder)
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Estimate:
-    """Of two settings' distances, seed by seed."""
-    return Estimate.over([one / other for one, other in zip(above, below, strict=True)])
+    """The ratio of the distances of two settings, seed by seed."""
+    return Estimate.over([numerator / denominator for numerator, denominator in zip(above, below, strict=True)])

@@ -1,10 +1,11 @@
-"""What a claim is: a statement of a paper, criteria, a measurement with error bars, and the verdict that follows.
+"""Defines a claim: a statement of a paper, its criteria, a measurement with error bars, and the resulting verdict.
 
-Criteria are written before the first run. What was changed after numbers had been seen, a claim tells as `amended`.
+A claim is a module of `studies/claims/` that defines `CLAIM`. It measures with the methods, losses and samplers of
+this suite. Its author writes the criteria before the first run. If the author changes something after seeing numbers,
+the field `amended` says what and why.
 
-A claim is one module of this package with a `CLAIM`. It measures with the suite's own methods, losses and samplers.
-Nobody decides a verdict: each criterion bounds one estimate, and it is met or missed where the estimate's 95 %
-interval lies on one side of the bound.
+The numbers alone decide the verdict. Each criterion bounds one estimate. A criterion is met or missed if the whole
+95 % interval of the estimate lies on one side of the bound.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from pixlat.evaluation.records.claims import ClaimRecord, validate
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Student's t at 97.5 % by degrees of freedom; beyond, the normal's.
+# The 97.5 % quantiles of Student's t distribution by degrees of freedom. Above 9 we use the normal distribution's.
 T_QUANTILES = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 NORMAL_QUANTILE = 1.96
 
 
 class Verdict(StrEnum):
-    """What a measurement says of a statement."""
+    """The result of checking a statement."""
 
     HOLDS = "holds"
     FAILS = "does not hold at this scale"
@@ -40,7 +41,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its standard error over `n` seeds; a count that depends on none has n = 0 and no error."""
+    """A number with its standard error over `n` seeds. A number that depends on no seed has n = 0 and no error."""
 
     value: float
     se: float
@@ -48,14 +49,14 @@ class Estimate:
 
     @classmethod
     def over(cls, values: Sequence[float]) -> Estimate:
-        """The mean over seeds. One seed has no error bar, which is a ValueError."""
+        """The mean over seeds. Raises ValueError for fewer than two seeds, because they give no error bar."""
         if len(values) < 2:
             raise ValueError("an error bar needs at least two seeds")
         return cls(fmean(values), stdev(values) / math.sqrt(len(values)), len(values))
 
     @classmethod
     def exact(cls, value: float) -> Estimate:
-        """A number without chance in it."""
+        """A number that involves no randomness."""
         return cls(value, 0.0, 0)
 
     @property
@@ -71,16 +72,16 @@ class Estimate:
 class Criterion:
     """A bound on one estimate."""
 
-    estimate: str  # its name in Evidence.estimates
-    text: str  # what it is, so that "TEXT is at most BOUND" is a sentence
+    estimate: str  # the estimate's name in Evidence.estimates
+    text: str  # describes the estimate, so that "TEXT is at most BOUND" is a sentence
     sense: Literal["at most", "at least"]
     bound: float
-    # where it is not met, what the others say means nothing, and the claim stays open:
-    # networks that have learned nothing, say
+    # If a needed criterion is not met, the other criteria mean nothing and the claim stays inconclusive. An example
+    # is a criterion which checks that the networks have learned something.
     needed: bool = False
 
     def verdict_on(self, estimate: Estimate) -> Verdict:
-        """HOLDS or FAILS where the whole interval is on one side of the bound. What is not a number met no bound."""
+        """HOLDS or FAILS if the whole interval is on one side of the bound, else OPEN. NaN is always FAILS."""
         distance = estimate.value - self.bound if self.sense == "at least" else self.bound - estimate.value
         if math.isnan(distance) or distance < -estimate.margin:
             return Verdict.FAILS
@@ -92,24 +93,24 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is spent on a claim."""
+    """How much computation a claim may use."""
 
     quick: bool
     seeds: tuple[int, ...]
-    # for what several claims compute alike, such as the features of real images
+    # a folder for results that several claims share, such as the features of real images
     cache: Path = Path("runs/claims/.references")
 
     def choose(self, quick: int, full: int) -> int:
-        """One number for the quick run, another for the full one."""
+        """Returns `quick` in a quick run and `full` in a full run."""
         return quick if self.quick else full
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a measurement found."""
+    """The results of a measurement."""
 
-    estimates: Mapping[str, Estimate]  # one for each criterion, by its name
-    headers: Sequence[str]  # of the table of everything that was measured
+    estimates: Mapping[str, Estimate]  # one for each criterion, keyed by `Criterion.estimate`
+    headers: Sequence[str]  # column names of the table of all measured numbers
     rows: Sequence[Sequence[str]]
     figure: Figure
     remarks: Sequence[str] = ()
@@ -117,17 +118,17 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement and how it is checked."""
+    """A statement and how we check it."""
 
     name: str
     paper: str  # with the section or figure
     statement: str
-    setting: str  # how it is checked here, and what differs from the paper
+    setting: str  # how we check it here, and what differs from the paper
     criteria: tuple[Criterion, ...]
     measure: Callable[[Budget], Evidence]
     minutes: tuple[float, float]  # quick and full, on one core
-    num_seeds: tuple[int, int] = field(default=(3, 3))  # quick and full; 0 where nothing is random
-    # what of criteria, budget or measurement was changed after numbers had been seen, and why; "" where nothing was
+    num_seeds: tuple[int, int] = field(default=(3, 3))  # quick and full; 0 if nothing is random
+    # what the author changed (criteria, budget, measurement) after seeing numbers, and why; "" for no change
     amended: str = ""
 
     def budget(self, quick: bool, cache: Path = Budget.cache) -> Budget:
@@ -136,24 +137,26 @@ class Claim:
 
 
 def verdicts_of(claim: Claim, evidence: Evidence) -> tuple[Verdict, list[Verdict]]:
-    """The verdict and that of each criterion: all met, or one missed; inconclusive where neither is so,
-    and where one that is needed is not met.
+    """The verdict of the claim and the verdict of each criterion.
+
+    The claim is OPEN if a needed criterion is not met. Otherwise it FAILS if one criterion is missed, HOLDS if all
+    criteria are met, and is OPEN in all other cases.
     """
-    each = [criterion.verdict_on(evidence.estimates[criterion.estimate]) for criterion in claim.criteria]
-    if any(
-        criterion.needed and verdict != Verdict.HOLDS for criterion, verdict in zip(claim.criteria, each, strict=True)
-    ):
-        return Verdict.OPEN, each
-    if Verdict.FAILS in each:
-        return Verdict.FAILS, each
-    return (Verdict.HOLDS if all(verdict == Verdict.HOLDS for verdict in each) else Verdict.OPEN), each
+    by_criterion = [criterion.verdict_on(evidence.estimates[criterion.estimate]) for criterion in claim.criteria]
+    pairs = zip(claim.criteria, by_criterion, strict=True)
+    if any(criterion.needed and verdict != Verdict.HOLDS for criterion, verdict in pairs):
+        return Verdict.OPEN, by_criterion
+    if Verdict.FAILS in by_criterion:
+        return Verdict.FAILS, by_criterion
+    all_met = all(verdict == Verdict.HOLDS for verdict in by_criterion)
+    return (Verdict.HOLDS if all_met else Verdict.OPEN), by_criterion
 
 
 def build_record(claim: Claim, evidence: Evidence, quick: bool, seconds: float, device: str) -> ClaimRecord:
-    """The record of a measured claim, validated."""
-    verdict, each = verdicts_of(claim, evidence)
+    """Builds and validates the record of a measured claim."""
+    verdict, by_criterion = verdicts_of(claim, evidence)
     criteria = []
-    for criterion, outcome in zip(claim.criteria, each, strict=True):
+    for criterion, outcome in zip(claim.criteria, by_criterion, strict=True):
         estimate = evidence.estimates[criterion.estimate]
         criteria.append(
             {
@@ -186,24 +189,24 @@ def build_record(claim: Claim, evidence: Evidence, quick: bool, seconds: float, 
 
 
 def claim_modules() -> dict[str, str]:
-    """The module of every claim by its name, which is the file's with hyphens.
+    """The module of every claim, keyed by the claim's name: the name of its file with hyphens for underscores.
 
-    Files are read and not imported, as most of them need torch.
+    This reads the files and does not import them, because most of them import torch.
     """
-    files = sorted(
-        file for file in Path(__file__).parent.glob("*.py") if "\nCLAIM = " in file.read_text(encoding="utf-8")
-    )
+    folder = Path(__file__).parent.with_name("claims")
+    files = sorted(file for file in folder.glob("*.py") if "\nCLAIM = " in file.read_text(encoding="utf-8"))
     return {file.stem.replace("_", "-"): f"pixlat.evaluation.studies.claims.{file.stem}" for file in files}
 
 
 def all_claims() -> dict[str, Claim]:
-    """Every claim by name: those modules of this package that have a `CLAIM`."""
+    """Every claim by name."""
     return {claim.name: claim for claim in find([])}
 
 
 def find(names: Sequence[str]) -> list[Claim]:
-    """The claims of these names, all of them for no name;
-    an unknown one is a UserError before any claim is imported.
+    """The claims with these names, or all claims if no name is given.
+
+    Raises UserError for an unknown name before it imports any claim.
     """
     known = claim_modules()
     for name in names:
