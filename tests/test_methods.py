@@ -149,6 +149,17 @@ def test_to_ask_which_phases_are_active_changes_no_loss(full_method):
     assert losses([])[0] != losses([])[1]  # the adversarial term has come
 
 
+def test_components_are_the_external_networks_with_their_digests(method):
+    """Decoders and guides of other runs, which are not loaded here, have no digest yet."""
+    components = method.components()
+    assert len(components) == len(method.external)
+    for module, component in zip(method.external, components, strict=True):
+        network = method.get_submodule(module)
+        assert component.params == sum(p.numel() for p in network.parameters()) > 0 and component.name
+        assert component.used_at in ("train", "sample", "both")
+        assert (component.sha256 is not None) == isinstance(network, Frozen)
+
+
 def test_every_trainable_parameter_belongs_to_exactly_one_phase(method):
     owned = [id(p) for phase in method.phases for group in method.parameters_of(phase) for p in group.params]
     assert sorted(owned) == sorted(id(p) for p in method.parameters() if p.requires_grad)

@@ -293,6 +293,12 @@ def require(holds: bool, where: str, value: object, rule: str) -> None:
         raise UserError(f"{where}={value!r}: {rule}.")
 
 
+def patches_a_side(image_size: int, patch: int) -> int:
+    """Patches of `model.patch` pixels along a side of a square image; UserError if they do not divide it."""
+    require(image_size % patch == 0, "model.patch", patch, f"must divide the image size {image_size}")
+    return image_size // patch
+
+
 def checked_interval(where: str, interval: Sequence[float]) -> tuple[float, float]:
     """A guidance interval as a pair with 0 <= low < high <= 1; anything else is a UserError."""
     require(len(interval) == 2, where, interval, "must be two numbers, [low, high]")

@@ -24,7 +24,8 @@ from pixlat.methods import get_class, get_spec
 if TYPE_CHECKING:
     import torch
 
-    from pixlat.methods.base import DataInfo, Method
+    from pixlat.common.accounting.macs import SamplingCost
+    from pixlat.methods.base import DataInfo, Description, Method
 
 
 ADVICE = "`--help` lists the command's keys, `pixlat train method={method} --help all` those of sample, model and data."
@@ -230,22 +231,39 @@ def build(run: RunConfig) -> tuple[Method, DataInfo]:
 
 def sampling_fields(model: Model, sample: Any) -> dict[str, Any]:
     """What a record says of the system, its size and the cost of a sample, with these sampling settings."""
-    from pixlat.common.accounting.macs import on_meta, parameter_counts, sampling_cost
+    from pixlat.common.accounting.macs import on_meta, sampling_cost
 
     told = model.method.describe(sample)
     bare = on_meta(get_class(model.run.method), model.run.model, model.info)
     cost = sampling_cost(bare, sample)
     return {
-        "system": {
-            "method": model.run.method,
-            "variant": told.variant,
-            "size": told.size or model.run.preset,
-            "space": model.method.space,
-            "prediction": told.prediction,
-            "loss_space": told.loss_space,
-            "sampler": told.sampler,
-        },
+        "system": system_fields(model.run, told, model.method.space),
         "pretrained_components": [dataclasses.asdict(component) for component in told.pretrained],
+        **cost_fields(bare, told, cost, model.dtype),
+    }
+
+
+def system_fields(run: RunConfig, told: Description, space: str) -> dict[str, Any]:
+    """What a record says of the method and its sampler; space: in which it generates (`Method.space`)."""
+    return {
+        "method": run.method,
+        "variant": told.variant,
+        "size": told.size or run.preset,
+        "space": space,
+        "prediction": told.prediction,
+        "loss_space": told.loss_space,
+        "sampler": told.sampler,
+    }
+
+
+def cost_fields(method: Method, told: Description, cost: SamplingCost, dtype: str) -> dict[str, Any]:
+    """What a record says of an image's cost and of the parameters.
+
+    method: on the meta device; cost: of one image; dtype: the precision of sampling.
+    """
+    from pixlat.common.accounting.macs import parameter_counts
+
+    return {
         "sampling": {
             "steps": told.steps,
             "nfe_evals": cost.nfe,
@@ -253,9 +271,9 @@ def sampling_fields(model: Model, sample: Any) -> dict[str, Any]:
             "guidance": told.guidance,
             "guidance_scale": told.guidance_scale,
             "interval": None if told.interval is None else list(told.interval),
-            "dtype": model.dtype,
+            "dtype": dtype,
         },
-        "params": dataclasses.asdict(parameter_counts(bare)),
+        "params": dataclasses.asdict(parameter_counts(method)),
         "compute": {
             "macs_per_forward": max(
                 (macs for name, macs in cost.macs_per_forward.items() if name != "decoder"), default=0

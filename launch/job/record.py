@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pixlat.common.accounting.macs import TrainingCost, on_meta, parameter_counts, sampling_cost
+from pixlat.common.accounting.macs import TrainingCost, on_meta, sampling_cost
 from pixlat.common.config.resolve import evaluated_ema, sampling_seeds
 from pixlat.common.config.schema import RunConfig
 from pixlat.common.datasets.batches import TrainingPlan
@@ -21,9 +21,10 @@ from pixlat.common.training.steps import split_batch
 from pixlat.common.weights import checkpoint
 from pixlat.evaluation.records.record import Record, build_record
 from pixlat.evaluation.score.embedded import Evaluation
+from pixlat.evaluation.score.models import cost_fields, system_fields
 from pixlat.evaluation.score.outcome import speed_fields
 from pixlat.methods import get_class
-from pixlat.methods.base import DataInfo, Description
+from pixlat.methods.base import DataInfo
 
 
 def build(
@@ -55,7 +56,7 @@ def build(
     assert state.saved is not None
     fields: dict[str, Any] = {
         "name": folder.name,
-        "system": system(run, method.space, told),
+        "system": system_fields(run, told, method.space),
         "data": {
             "name": source.info.name,
             "revision": source.info.digest,
@@ -87,25 +88,7 @@ def build(
         },
         "pretrained_components": [dataclasses.asdict(component) for component in told.pretrained],
         "parents": earlier,
-        "sampling": {
-            "steps": told.steps,
-            "nfe_evals": sampling.nfe,
-            "net_forwards": sum(sampling.net_forwards.values()),
-            "guidance": told.guidance,
-            "guidance_scale": told.guidance_scale,
-            "interval": None if told.interval is None else list(told.interval),
-            "dtype": dtype,
-        },
-        "params": dataclasses.asdict(parameter_counts(method)),
-        "compute": {
-            "macs_per_forward": max(
-                (macs for name, macs in sampling.macs_per_forward.items() if name != "decoder"), default=0
-            ),
-            "macs_decoder": sampling.macs_decoder,
-            "macs_per_image": sampling.macs_per_image,
-            "attention_counted": True,
-            "counter": "torch.utils.flop_counter on the meta device, 1 MAC = 1 multiply-accumulate",
-        },
+        **cost_fields(method, told, sampling, dtype),
         "speed": speed_fields(evaluation, run.eval.batch, dtype, device, run.train.compile),
         "memory": {
             "peak_bytes_train": peaks[0],
@@ -156,16 +139,3 @@ def artifacts(folder: Path, generates: bool, encodes: bool) -> dict[str, str | N
         "log": ("metrics.jsonl", logged),
     }
     return {key: name if exists else None for key, (name, exists) in there.items()}
-
-
-def system(run: RunConfig, space: str, told: Description) -> dict[str, Any]:
-    """What was run."""
-    return {
-        "method": run.method,
-        "variant": told.variant,
-        "size": told.size or run.preset,
-        "space": space,
-        "prediction": told.prediction,
-        "loss_space": told.loss_space,
-        "sampler": told.sampler,
-    }

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixlat.common.config.resolve import require
+from pixlat.common.config.resolve import patches_a_side, require
 from pixlat.common.errors import UserError
 from pixlat.common.frozen.encoders import build_encoder
 from pixlat.common.frozen.perceptual import build_distance
@@ -58,13 +58,7 @@ class DsdMethod(GanPhases, Method):
 
     def __init__(self, config: DsdConfig, data: DataInfo) -> None:
         super().__init__(config, data)
-        require(
-            data.image_size % config.patch == 0,
-            "model.patch",
-            config.patch,
-            f"must divide the image size {data.image_size}",
-        )
-        self.side = data.image_size // config.patch
+        self.side = patches_a_side(data.image_size, config.patch)
         self.network = DsdNetwork(config, data.image_size, data.channels, data.num_classes)
         self.decoder = DecodePass(self.network)
         self.target_encoder = copy.deepcopy(self.network.encoder).requires_grad_(False) if config.ema else None

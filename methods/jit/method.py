@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from pixlat.common.config.resolve import require
+from pixlat.common.config.resolve import patches_a_side
 from pixlat.common.layers.transformer import drop_labels
 from pixlat.common.maths import flow
 from pixlat.common.maths.guidance import classifier_free
@@ -32,12 +32,7 @@ class JiTMethod(Method):
 
     def __init__(self, config: JiTConfig, data: DataInfo) -> None:
         super().__init__(config, data)
-        require(
-            data.image_size % config.patch == 0,
-            "model.patch",
-            config.patch,
-            f"must divide the image size {data.image_size}",
-        )
+        patches_a_side(data.image_size, config.patch)  # before anything is built
         self.noise_scale = data.image_size / 256 if config.noise_scale is None else config.noise_scale
         self.network = JiT(config, data.image_size, data.channels, data.num_classes)
 

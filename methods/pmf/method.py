@@ -9,7 +9,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from pixlat.common.config.resolve import require
+from pixlat.common.config.resolve import patches_a_side
 from pixlat.common.errors import UserError
 from pixlat.common.frozen import perceptual
 from pixlat.common.maths.crops import paired_crop
@@ -47,12 +47,7 @@ class PMFMethod(Method):
 
     def __init__(self, config: PMFConfig, data: DataInfo) -> None:
         super().__init__(config, data)
-        require(
-            data.image_size % config.patch == 0,
-            "model.patch",
-            config.patch,
-            f"must divide the image size {data.image_size}",
-        )
+        patches_a_side(data.image_size, config.patch)  # before anything is built
         self.network = PmfDiT(config, data.image_size, data.channels, data.num_classes)
         self.v_head = Head(config, data.channels)  # for the loss only
         initialize(self.network, self.v_head)
