@@ -470,6 +470,21 @@ def test_without_git_everything_but_caches_is_copied(checkout):
     assert {file.name for file in code_files(checkout)} == {"__init__.py", "a.py", "b.py", "new.py", "some.log"}
 
 
+def test_the_copy_of_an_installed_package_is_laid_out_alike(checkout, tmp_path, monkeypatch):
+    """In a wheel the folders lie in pixlat/, with no git that knows them."""
+    installed = tmp_path / "site-packages" / "pixlat"
+    shutil.copytree(checkout / "launch", installed / "launch")
+    shutil.copy(checkout / "pixlat/__init__.py", installed)
+    for module in ("pixlat.launch.cluster.snapshot", "pixlat.common.origin"):
+        monkeypatch.setattr(f"{module}.ROOT", installed)
+    monkeypatch.setattr("pixlat.common.origin.IN_CHECKOUT", False)
+    copy = take_snapshot(tmp_path)
+    assert {path.relative_to(copy).as_posix() for path in copy.rglob("*.py")} == {
+        "pixlat/__init__.py", "pixlat/launch/a.py", "pixlat/launch/b.py", "pixlat/launch/new.py",
+    }  # fmt: skip
+    assert json.loads((copy / "pixlat/snapshot.json").read_text())["git_sha"] == "unknown"
+
+
 def test_a_job_runs_the_copy_and_tells_its_origin(tmp_path):
     copy = take_snapshot(tmp_path)
     code = "import pixlat.launch.job.provenance as p; print(p.__file__); print(p.git_state()['git_sha'])"

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -147,6 +148,17 @@ def test_only_the_studies_name_methods():
                 if isinstance(node, ast.Constant) and isinstance(node.value, str)
             }
             assert not words & set(names), module
+
+
+def test_the_wheel_lists_every_package():
+    """setuptools finds packages below one folder, and ours lie in five; so pyproject.toml lists them."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    folders = {
+        module if module == "pixlat" else f"pixlat.{module}"
+        for module, path in MODULES.items()
+        if path.name == "__init__.py"
+    }
+    assert set(listed) == folders and len(listed) == len(folders)
 
 
 @pytest.mark.parametrize("package", PACKAGES[:4])
