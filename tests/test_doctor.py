@@ -21,6 +21,7 @@ from pixlat.launch.checkup.finding import NOTE, OK, PROBLEM, Finding, note, ok, 
 ROOT = Path(__file__).resolve().parent.parent
 A100 = SimpleNamespace(name="NVIDIA A100-SXM4-80GB", total_memory=80e9, major=8, minor=0)
 V100 = SimpleNamespace(name="Tesla V100-PCIE-32GB", total_memory=32e9, major=7, minor=0)
+INDEX = "--index-url https://download.pytorch.org/whl"
 SMI = "NVIDIA A100-SXM4-80GB, 81920, 8.0\nNVIDIA A100-SXM4-80GB, 81920, 8.0\n"
 
 
@@ -247,34 +248,34 @@ def test_a_machine_without_gpus_is_no_problem(monkeypatch):
 @pytest.mark.parametrize(
     ("machine_settings", "why", "mend"),
     [
+        ({"cuda": None, "smi": SMI}, "This torch is a build for CPUs.", f"{INDEX}/cu126"),
+        ({"cuda": None, "smi": SMI, "driver": "580.65"}, "This torch is a build for CPUs.", "torch torchvision"),
+        ({"cuda": "13.2", "smi": SMI}, "CUDA 13.2 needs a driver of version 580 or newer; 560.35 is loaded.", "cu126"),
         (
-            {"cuda": None, "smi": SMI},
-            "This torch is a build for CPUs.",
-            "--index-url https://download.pytorch.org/whl/cu126",
+            {"smi": SMI, "driver": "470.1"},
+            "CUDA 12.6 needs a driver of version 525 or newer",
+            "to version 525 or newer",
         ),
-        (
-            {"cuda": None, "driver": "580.65"},
-            "This torch is a build for CPUs.",
-            "pip install --force-reinstall torch torchvision",
-        ),
-        (
-            {"cuda": "13.2", "smi": SMI},
-            "torch's CUDA 13.2 needs a driver of version 580 or newer, and 560.35 is loaded.",
-            "cu126",
-        ),
-        (
-            {"cuda": "12.6", "driver": "470.1"},
-            "torch's CUDA 12.6 needs a driver of version 525 or newer, and 470.1 is loaded.",
-            "cu118",
-        ),
-        ({"driver": None, "pci": ["NVIDIA"]}, "The NVIDIA driver is not loaded.", "--gpus all"),
-        ({"driver": None, "pci": ["AMD"]}, "torch is not built for ROCm", "rocm"),
+        ({"driver": None, "pci": ["NVIDIA"]}, "1 from NVIDIA. The NVIDIA driver is not loaded.", "modprobe nvidia"),
     ],
 )
 def test_gpus_that_torch_cannot_use_have_a_reason(monkeypatch, machine_settings, why, mend):
     system(monkeypatch, **machine_settings)
     _, found = gpus.findings()
     assert found.level == PROBLEM and why in found.text and mend in found.mend
+
+
+def test_gpus_of_others_are_no_problem(monkeypatch, tmp_path):
+    system(monkeypatch, driver=None, pci=["AMD"])
+    assert list(gpus.findings())[1].level == NOTE
+    system(monkeypatch, pci=["NVIDIA"])  # a login node, or a container that was given none
+    monkeypatch.setattr(gpus, "DEVICES", tmp_path)
+    found = list(gpus.findings())[1]
+    assert found.level == NOTE and "this process was given no GPU" in found.text
+    (tmp_path / "nvidia0").touch()
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    assert gpus.openable_devices() == ["nvidia0"] and list(gpus.findings())[1].level == PROBLEM
 
 
 def test_gpus_that_the_environment_hides(monkeypatch):

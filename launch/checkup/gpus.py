@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 PCI = Path("/sys/bus/pci/devices")
+DEVICES = Path("/dev")
 VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD"}
 DISPLAY_CLASS = "0x03"  # PCI class of graphics and compute devices
 # The oldest driver that runs any CUDA of a major version (NVIDIA, "CUDA compatibility", minor version compatibility).
@@ -112,54 +113,45 @@ def pci_gpus() -> list[str]:
 
 
 def without_gpus(installed: Sequence[InstalledGpu], driver: str | None) -> Iterator[Finding]:
-    """Why torch uses no GPU: there is none, or the first thing that is in its way."""
+    """Why torch uses no GPU: there is none, this process was given none, or something is in its way."""
     import torch
 
     makers = pci_gpus() or ["NVIDIA"] * max(len(installed), int(driver is not None))
-    shown = (
-        ", ".join(f"{gpu.name} ({gpu.memory_gb:.0f} GB)" for gpu in installed)
-        or f"{len(makers)} from {' and '.join(sorted(set(makers)))}"
-    )
     if not makers:
         yield ok("No GPU is here. pixlat computes on the CPU, which is enough for the demos and for tests.", gpus=0)
-        return
-    yield problem(
-        f"GPUs are here that torch cannot use: {shown}. {reason(makers, driver)[0]}",
-        reason(makers, driver)[1],
-        torch=torch.__version__,
-    )
+    elif "NVIDIA" not in makers:  # often the graphics of an AMD processor, which torch never uses
+        text = "An AMD GPU is here. This torch is not built for ROCm, so pixlat computes on the CPU."
+        yield note(text, f"pip install torch torchvision {CUDA_INDEX}rocmX.Y  # pytorch.org names X.Y")
+    elif driver is not None and not (installed or openable_devices()):
+        text = f"The NVIDIA driver {driver} is here, but this process was given no GPU. pixlat computes on the CPU."
+        yield note(text, "ask the scheduler for GPUs. In a container: docker run --gpus all, singularity --nv")
+    else:
+        shown = ", ".join(f"{gpu.name} ({gpu.memory_gb:.0f} GB)" for gpu in installed) or f"{len(makers)} from NVIDIA"
+        why, mend = reason(driver)
+        yield problem(f"GPUs are here that torch cannot use: {shown}. {why}", mend, torch=torch.__version__)
 
 
-def reason(makers: Sequence[str], driver: str | None) -> tuple[str, str]:
-    """(why torch uses none of the GPUs, what mends it)."""
+def openable_devices() -> list[str]:
+    """The names of the GPUs' device files that this process may open; containers and Slurm hide or lock the others."""
+    return [path.name for path in DEVICES.glob("nvidia[0-9]*") if os.access(path, os.R_OK | os.W_OK)]
+
+
+def reason(driver: str | None) -> tuple[str, str]:
+    """(why torch uses none of the NVIDIA GPUs, what mends it)."""
     import torch
 
-    cuda = torch.version.cuda
-    if "NVIDIA" not in makers:
-        return (
-            "torch is not built for ROCm, or ROCm's driver is missing.",
-            f"pip install torch torchvision {CUDA_INDEX}rocmX.Y  # pytorch.org names X.Y",
-        )
     if driver is None:
-        return (
-            "The NVIDIA driver is not loaded.",
-            "install the driver, or load it: modprobe nvidia. In a container: docker run --gpus all, singularity --nv",
-        )
-    if cuda is None:
-        return (
-            "This torch is a build for CPUs.",
-            f"pip install --force-reinstall torch torchvision{index_for(driver)}",
-        )
-    if too_old(driver, cuda):
-        needed = OLDEST_DRIVER[int(cuda.partition(".")[0])]
-        sentence = f"torch's CUDA {cuda} needs a driver of version {needed} or newer, and {driver} is loaded."
-        return sentence, f"update the driver, or: pip install --force-reinstall torch torchvision{index_for(driver)}"
+        return "The NVIDIA driver is not loaded.", "install the driver, or load it: modprobe nvidia"
+    if torch.version.cuda is None:
+        return "This torch is a build for CPUs.", torch_for(driver)
+    if too_old(driver, torch.version.cuda):
+        needed = OLDEST_DRIVER[int(torch.version.cuda.partition(".")[0])]
+        sentence = f"torch's CUDA {torch.version.cuda} needs a driver of version {needed} or newer; {driver} is loaded."
+        return sentence, torch_for(driver)
     if os.environ.get(VISIBLE) is not None:
         return f"{VISIBLE}={os.environ[VISIBLE]!r} hides them.", f"unset {VISIBLE}"
-    return (
-        f"torch says: {initialisation_error()}",
-        'python -c "import torch; torch.zeros(1).cuda()"  # after an update of the driver: restart',
-    )
+    mend = 'python -c "import torch; torch.zeros(1).cuda()"  # restart the machine if the driver was updated'
+    return f"torch says: {initialisation_error()}", mend
 
 
 def too_old(driver: str, cuda: str) -> bool:
@@ -167,11 +159,14 @@ def too_old(driver: str, cuda: str) -> bool:
     return int(driver.partition(".")[0]) < OLDEST_DRIVER.get(int(cuda.partition(".")[0]), 0)
 
 
-def index_for(driver: str) -> str:
-    """pip's option for a torch that the driver can run; nothing if PyPI's can be."""
+def torch_for(driver: str) -> str:
+    """How to get a torch that the driver can run: PyPI's, or a build for CUDA 12, or only with a newer driver."""
+    install = "pip install --force-reinstall torch torchvision"
     if not too_old(driver, f"{max(OLDEST_DRIVER)}.0"):
-        return ""
-    return f" {CUDA_INDEX}{'cu126' if not too_old(driver, '12.0') else 'cu118'}"
+        return install
+    if not too_old(driver, "12.0"):
+        return f"{install} {CUDA_INDEX}cu126  # or update the driver"
+    return f"update the driver to version {OLDEST_DRIVER[12]} or newer"  # pixlat's torch has no builds for CUDA 11
 
 
 def initialisation_error() -> str:
