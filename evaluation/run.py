@@ -35,7 +35,7 @@ from pixlat.evaluation.protocols.identity import protocol_name
 from pixlat.evaluation.protocols.named import EMBEDDED, PROTOCOLS, RECONSTRUCTIONS, check_request
 from pixlat.evaluation.records.record import Record
 from pixlat.evaluation.score.outcome import SPACES, UNKNOWN, keep, record_of_images, record_of_model, table
-from pixlat.evaluation.score.sample_facts import facts_of
+from pixlat.evaluation.score.sample_facts import SampleFacts, facts_of
 
 if TYPE_CHECKING:
     import torch
@@ -213,21 +213,31 @@ def images_record(keys: Keys, rest: dict[str, str], request: Request) -> Record:
     from pixlat.evaluation.features.samples import open_samples
     from pixlat.evaluation.score.assess import assess_images
 
+    place = Path(str(keys.npz or keys.images)).expanduser().absolute()
     samples = open_samples(keys.images, keys.npz)
-    npz = None if keys.npz is None else sha256_of(Path(keys.npz).expanduser())
-    facts = None if keys.npz is None or npz is None else facts_of(Path(keys.npz).expanduser(), npz)
+    npz = None if keys.npz is None else sha256_of(place)
+    facts = None if npz is None else facts_of(place, npz)
     data, _ = parse(DataConfig, [f"{key.removeprefix('data.')}={value}" for key, value in rest.items()])
-    method, space = keys.method, keys.space
+    name, method, space = place.stem, keys.method or UNKNOWN, keys.space or UNKNOWN
     if facts is not None:
-        facts.check(labels=keys.labels, uint8=keys.uint8, precision=keys.precision, method=method, space=space)
-        drawn = facts.labels is not None
-        request = dataclasses.replace(
-            request, labels=facts.labels, uint8=facts.uint8, precision=facts.precision, in_random_order=drawn
-        )
+        request = as_made(request, facts, keys)
         data, method, space = data if rest else facts.data, facts.method, facts.space
-    name = keys.name or Path(str(keys.npz or keys.images)).stem
+        name = place.parent.name  # every .npz of `pixlat sample` has the same name
     found = assess_images(samples, request, data)
-    return record_of_images(name, samples.resolution, found, npz, method or UNKNOWN, space or UNKNOWN)
+    return record_of_images(keys.name or name, samples.resolution, found, npz, method, space)
+
+
+def as_made(request: Request, facts: SampleFacts, keys: Keys) -> Request:
+    """The request with what is known of images of `pixlat sample`; a UserError if a key says otherwise."""
+    stated = {key: getattr(keys, key) for key in ("labels", "uint8", "precision", "method", "space")}
+    facts.check(**stated)
+    return dataclasses.replace(
+        request,
+        labels=facts.labels,
+        uint8=facts.uint8,
+        precision=facts.precision,
+        in_random_order=facts.labels is not None,
+    )
 
 
 def save(keys: Keys, rest: dict[str, str], record: Record, folder: str | None) -> str:

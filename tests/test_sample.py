@@ -440,6 +440,10 @@ def test_room_on_the_disk_is_looked_at_before_anything(place, tmp_path, monkeypa
     ):
         made(place, tmp_path / "out", "n=50000", "as=npz")
     assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    made(place, tmp_path / "out", "n=5", "as=npz")
+    monkeypatch.setattr(sample_folder.shutil, "disk_usage", lambda _: usage._replace(free=0))
+    assert "has these 5 samples already" in made(place, tmp_path / "out", "n=5", "as=npz")  # nothing is missing
 
 
 def test_a_folder_with_other_things_is_left_alone(place, tmp_path):
@@ -478,7 +482,7 @@ def test_the_npz_of_a_run_has_the_runs_own_score_to_the_last_digit(place, tmp_pa
     finished = scored(f"npz={tmp_path}/out/samples.npz", f"out={tmp_path}/scores")
     assert finished["metrics"] == own["metrics"] and "class_accuracy" in own["metrics"]
     assert finished["protocol_hash"] == own["protocol_hash"] and finished["protocol"] == own["protocol"]
-    assert (finished["system"]["method"], finished["system"]["space"]) == ("jit", "pixel")
+    assert (finished["system"]["method"], finished["system"]["space"], finished["name"]) == ("jit", "pixel", "out")
     made(place, tmp_path / "other", "n=24", "seed=1", "as=npz")
     assert scored(f"npz={tmp_path}/other/samples.npz", f"out={tmp_path}/scores")["metrics"] != own["metrics"]
 

@@ -132,7 +132,9 @@ class SampleFolder:
         return max(0, self.n * (arrays * image + (PNG in self.formats) * png) - found)
 
     def check_disk(self) -> None:
-        """Raises UserError if the disk has not enough room, or if the folder cannot be written."""
+        """Raises UserError if the disk has not enough room for what is missing, or if the folder cannot be written."""
+        if self.is_finished():
+            return
         existing = next(place for place in (self.path, *self.path.absolute().parents) if place.is_dir())
         needed, free = self.bytes_needed(), shutil.disk_usage(existing).free
         if needed > free:
@@ -150,9 +152,13 @@ class SampleFolder:
         """Makes the folder for a request that passed `check`, and removes what a killed process was writing."""
         for leftover in (*self.path.glob(".*.tmp"), *(self.path / IMAGES).glob(".*.tmp")):
             leftover.unlink(missing_ok=True)
+        self.make_places()
+        write_whole(self.unfinished / REQUEST, to_text({"request": request}))
+
+    def make_places(self) -> None:
+        """Makes the folders for batches. On a network disk, a machine may not see yet that another one made them."""
         for place in (self.unfinished, *([self.path / IMAGES] if PNG in self.formats else [])):
             place.mkdir(parents=True, exist_ok=True)
-        write_whole(self.unfinished / REQUEST, to_text({"request": request}))
 
     def is_finished(self) -> bool:
         """Whether every file is there, samples.json included."""

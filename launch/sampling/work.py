@@ -118,6 +118,7 @@ def sample(task: Task, missing: Sequence[int], state: PartialState) -> None:
     settings = (task.device, run.eval.precision, run.eval.uint8)
     made = generate_batches(task.model.method, run.sample, task.labels, order.seed, batches, *settings)
     done = order.n - count_images(folder, missing)
+    folder.make_places()
     with progress_bar("sampling", order.n, initial=done, enabled=state.is_main_process) as bar:
         for number, (images, indices) in zip(numbers, made, strict=True):
             folder.write(number, images.permute(0, 2, 3, 1).cpu().numpy())
