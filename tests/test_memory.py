@@ -22,7 +22,7 @@ from pixlat.common.config.resolve import published_score, resolve
 from pixlat.common.datasets.load import summarise
 from pixlat.common.seeds import seed_step
 from pixlat.common.training.recompute import recompute_blocks
-from pixlat.launch import plan
+from pixlat.launch import hardware, plan
 from pixlat.methods import get_class, get_spec, registered
 from pixlat.methods.base import DataInfo
 from pixlat.methods.jit.method import JiTMethod
@@ -251,7 +251,7 @@ def test_rates_and_memory_follow_from_what_is_counted() -> None:
 def test_the_largest_micro_batch_is_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = plan.Plan(plan.Keys(gpus=1), resolve(get_spec("jit"), {"train.batch": "48"}))
     bytes_of = {size: planned.step(size, False).peak for size in (6, 8)}
-    planned.hardware = plan.Hardware(bytes_of[6] / plan.USABLE / 1e9 + 1e-6, 989, 495, 67)
+    planned.hardware = hardware.Hardware(bytes_of[6] / hardware.USABLE / 1e9 + 1e-6, 989, 495, 67)
     assert planned.largest_micro_batch("none", False) == (6, bytes_of[6])
     assert bytes_of[8] > bytes_of[6]
 
@@ -260,7 +260,7 @@ def test_a_plan_offers_only_micro_batches_that_the_method_can_train_on() -> None
     """pMF's flow-matching half of 3 images is no whole number of samples."""
     planned = plan.Plan(plan.Keys(gpus=1), resolve(get_spec("pmf"), {"preset": "demo", "train.batch": "12"}))
     planned.step = lambda micro_batch, recompute: SimpleNamespace(peak=micro_batch)  # type: ignore[assignment, return-value]
-    planned.hardware = plan.Hardware(3 / plan.USABLE / 1e9, 989, 495, 67)
+    planned.hardware = hardware.Hardware(3 / hardware.USABLE / 1e9, 989, 495, 67)
     assert planned.largest_micro_batch("none", False) == (2, 2)
     alone = plan.Plan(plan.Keys(gpus=4), resolve(get_spec("pmf"), {"preset": "demo", "train.batch": "4"}))
     with pytest.raises(plan.UserError, match=r"train\.micro_batch=1"):
@@ -285,7 +285,7 @@ def test_a_published_row_needs_no_data() -> None:
 
 
 def test_a_gpu_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(plan.HARDWARE, "h100", plan.Hardware(0.01, 989, 495, 67))
+    monkeypatch.setitem(hardware.HARDWARE, "h100", hardware.Hardware(0.01, 989, 495, 67))
     with pytest.raises(plan.UserError, match="Not even one image fits"):
         plan.work([*SMALL, "gpus=1", "train.batch=16"])
 

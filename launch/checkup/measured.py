@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pixlat.common.hardware import device_name, synchronize
 from pixlat.common.precision import computing_in, resolve_precision
 from pixlat.launch.checkup.finding import Finding, note, ok, problem
-from pixlat.launch.plan import HARDWARE
+from pixlat.launch.hardware import HARDWARE
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,7 @@ def timed(left: torch.Tensor, right: torch.Tensor, number: int) -> float:
 
 
 def beside_data_sheet(text: str, name: str, rates: dict[str, float]) -> Finding:
-    """A GPU's rates beside those of its data sheet, where launch/plan.py has it."""
+    """A GPU's rates beside those of its data sheet, where launch/hardware.py has it."""
     words = name.lower().replace(" ", "")
     sheet = next((key for key in HARDWARE if key in words and "mig" not in words), None)
     if sheet is None:
