@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -116,27 +116,30 @@ def parse(keys: type[T], arguments: Sequence[str], passed_on: Sequence[str] = ()
 
     Unknown keys and wrong types are UserErrors with the nearest valid word.
     """
-    overrides = split_overrides(arguments)
     config = OmegaConf.structured(keys)
     names = {key.removesuffix("_"): key for key, _ in flatten(OmegaConf.to_container(config)) if key}
-    rest = {
-        key: ",".join(values)
-        for key, values in overrides.items()
-        if key not in names and key.split(".")[0] in passed_on
-    }
-    own = {key: ",".join(values) for key, values in overrides.items() if key not in rest}
-    for key in own:
-        if key not in names:
-            raise UserError(
-                f"unknown key {key!r}.{_near(key, names, passed_on)} Keys: "
-                f"{', '.join((*names, *_patterns(passed_on)))}."
-            )
+    _check_names(arguments, names, passed_on)
+    given_values = {key: ",".join(values) for key, values in split_overrides(arguments).items()}
+    own = {key: value for key, value in given_values.items() if key in names}
+    rest = {key: value for key, value in given_values.items() if key not in names}
     given = _values({names[key]: value for key, value in own.items()}, config)
     try:
         command: Any = OmegaConf.to_object(OmegaConf.merge(config, given))
     except OmegaConfBaseException as error:
         raise UserError(misfit(error, config, given)) from error
     return command, rest
+
+
+def _check_names(arguments: Sequence[str], names: Collection[str], groups: Sequence[str]) -> None:
+    """UserError for a word without a value, and for a key that the command does not take, with the nearest key."""
+    keys = f"Keys: {', '.join((*names, *_patterns(groups)))}." if names or groups else "It takes no keys."
+    for argument in arguments:
+        key, equals, _ = argument.strip().lstrip("-").partition("=")
+        if not equals:
+            near = _near(key.replace("-", "_"), names, groups)
+            raise UserError(f"{argument!r} is not of the form key=value.{near} {keys}")
+        if key.strip() not in names and key.strip().split(".")[0] not in groups:
+            raise UserError(f"unknown key {key!r}.{_near(key, names, groups)} {keys}")
 
 
 def _near(key: str, names: Iterable[str], groups: Sequence[str]) -> str:

@@ -143,6 +143,8 @@ def help_for(arguments: Sequence[str]) -> str:
 
 def configurations(arguments: Sequence[str]) -> list[RunConfig]:
     """The runs that the command line asks for, checked, in order."""
+    if method := next((word for word in split_words(arguments)[0] if word in registered()), None):
+        raise UserError(f"{method!r} is not of the form key=value. Did you mean method={method}?")
     choices = [with_site(choice) for choice in sweep(split_overrides(arguments))]
     for choice in choices:
         if "train.images" in choice and (budget := next((key for key in choice if key.startswith("budget.")), None)):

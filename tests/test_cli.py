@@ -123,7 +123,7 @@ def test_help_of_training_lists_every_method_on_a_screen_or_two():
         (["leaderboard", "run=x"], "unknown key 'run'. Did you mean 'runs'?"),
         (["leaderboard", "check=perhaps"], "check=perhaps does not fit: it must be true or false."),
         (["leaderboard", "matched=train_mac"], "Did you mean 'train_macs'?"),
-        (["leaderboard", "--runz", "x"], "'--runz' is not of the form key=value"),
+        (["leaderboard", "--runz", "x"], "'--runz' is not of the form key=value. Did you mean 'runs'? Keys: runs,"),
         (["leaderboard", "--runs"], "--runs needs a value: runs=VALUE."),
         (["status", "nowhere"], "there is no folder nowhere"),
         (["claims", "job=2"], "Did you mean 'jobs'?"),

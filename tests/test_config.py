@@ -47,6 +47,7 @@ def test_precedence_is_defaults_preset_command_line():
         (["eval.ema=0.5"], ["eval.ema='0.5'", "Averages:"]),
         (["model.heads=7"], ["model.heads=7"]),
         (["seed"], ["'seed'", "key=value"]),
+        (["jit", "preset=demo"], ["'jit'", "Did you mean method=jit?"]),
         (["seed=1", "seed=2"], ["seed is given twice"]),
         (["model=3"], ["model"]),
     ],

@@ -37,8 +37,7 @@ def split_overrides(arguments: Sequence[str]) -> dict[str, list[str]]:
         if not equals or not key:
             example = f"{key}=jit" if key == "method" else "train.lr=1e-4"
             raise UserError(
-                f"{argument!r} is not of the form key=value, for example {example}. "
-                "`method=jit --help` lists every key."
+                f"{argument!r} is not of the form key=value, for example {example}. `--help` lists the keys."
             )
         if key in overrides:
             raise UserError(
