@@ -331,9 +331,11 @@ def test_a_micro_batch_has_a_whole_number_of_flow_matching_samples(config, image
             method.config.flow_matching_samples(images), abs=1e-9
         )
         return
-    with pytest.raises(
-        UserError, match=rf"^train\.micro_batch={images} .*which would be .* samples, so .* of {images} would be"
-    ):
+    message = (
+        rf"^train\.micro_batch={images} .*does not fit model\.flow_share=.*"
+        rf"here .* samples, and would round down to \d+ of {images}\."
+    )
+    with pytest.raises(UserError, match=message):
         method.check_micro_batch(images)
 
 

@@ -1,9 +1,8 @@
-"""What a method costs, counted by running it without data: on the meta device and with fake tensors,
-so size and speed of the machine do not matter.
+"""Counts what a method costs by running it without data, on the meta device and with fake tensors.
 
-The unit is the MAC, one multiply-accumulate of a matrix product, convolution or attention;
-element-wise work counts nothing. The papers print MACs as "Gflops". Real tensors are no base for counting:
-on a CPU PyTorch's counter gives fused attention 0.
+So the counts need no large or fast machine. The unit is the MAC: one multiply-accumulate of a matrix product,
+convolution or attention. Element-wise operations count as 0. The papers print MACs as "Gflops".
+Real tensors would give wrong counts: on a CPU, PyTorch's counter counts fused attention as 0.
 """
 
 from __future__ import annotations
@@ -29,26 +28,27 @@ from pixlat.common.seeds import Noise
 if TYPE_CHECKING:
     from pixlat.common.method import Batch, DataInfo, Method
 
-BATCH = 2  # images in a counted batch of sampling
-# images in a counted batch of training, of which some networks may see a share (pMF's perceptual ones)
+BATCH = 2  # images per batch when sampling is counted
+# Images per batch when training is counted. It is larger because some networks see only a share of the batch
+# (pMF's perceptual networks).
 TRAINING_BATCH = 64
 
 
 def count_macs(run: Callable[[], object]) -> int:
-    """MACs of everything that `run` executes on meta tensors, backward passes included."""
+    """MACs of all operations that `run` executes on meta tensors, backward passes included."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() // 2
 
 
 def on_meta(method_class: type[Method], config: Any, data: DataInfo) -> Method:
-    """The method with shapes but without numbers."""
+    """Builds the method on the meta device: its tensors have shapes but no values."""
     with torch.device("meta"):
         return method_class(config, data)
 
 
 def empty_batch(data: DataInfo, size: int, device: str | torch.device, image: bool = True) -> Batch:
-    """A training batch of the right shapes; `image`: with images (`Method.needs_images`)."""
+    """A training batch of the right shapes. image: whether it contains images (`Method.needs_images`)."""
     index = torch.zeros(size, dtype=torch.int64, device=device)
     batch = {"label": index, "index": index}
     if image:
@@ -60,22 +60,27 @@ def empty_batch(data: DataInfo, size: int, device: str | torch.device, image: bo
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """MACs of training, forward and backward of every active phase and frozen networks included;
-    optimizers and latent statistics are not.
+    """MACs of training.
+
+    They include forward and backward of every active phase and frozen networks, but not optimizers
+    and latent statistics.
     """
 
-    # images seen before a part of the training, MACs an image in it; the first part starts at 0
+    # one pair for each part of the training: (images seen before it starts, MACs per image); the first starts at 0
     parts: tuple[tuple[int, int], ...]
-    encoding: int  # MACs of what is remembered of an image (`FeatureTable`): executed once for each, and in no part
+    # MACs per image of the frozen networks whose outputs are cached (`FeatureTable`). They run once for each image,
+    # so no part contains them.
+    encoding: int
 
     @property
     def per_image(self) -> int:
-        """MACs an image in the last part, with everything on."""
+        """MACs per image in the last part, where every phase and every term of the loss is active."""
         return self.parts[-1][1]
 
     def total(self, images: int, encoded: int, batch: int = 1) -> int:
-        """MACs of the first `images` images in steps of `batch`, of which frozen networks saw
-        `encoded` and remembered them.
+        """MACs of training on the first `images` images in steps of `batch` images.
+
+        encoded: how many images the frozen networks encoded into the cache meanwhile.
         """
         starts = [-(-first // batch) * batch for first, _ in self.parts] + [images]
         spans = (max(0, min(end, images) - start) for start, end in pairwise(starts))
@@ -83,7 +88,7 @@ class TrainingCost:
 
 
 def training_cost(method_class: type[Method], config: Any, data: DataInfo) -> TrainingCost:
-    """Counts a training step in each part of the training that the method's turning points make."""
+    """Counts one training step in each part of the training; the method's turning points separate the parts."""
     method = on_meta(method_class, config, data).train()
     batch = empty_batch(data, TRAINING_BATCH, "meta", method.needs_images(data))
     encoding = sum(
@@ -106,30 +111,32 @@ def training_cost(method_class: type[Method], config: Any, data: DataInfo) -> Tr
 
 
 def tokenizer_macs(method_class: type[Method], config: Any, data: DataInfo) -> int:
-    """MACs an image of frozen autoencoders in a training step with everything on;
-    none where latents are stored or remembered.
+    """MACs per image of frozen autoencoders in a training step of the last part of the training.
+
+    The result is 0 if the latents are stored in files or cached.
     """
     method = on_meta(method_class, config, data).train()
     batch = empty_batch(data, TRAINING_BATCH, "meta", method.needs_images(data))
     for table in [table for table in vars(method).values() if isinstance(table, FeatureTable) and table.num_images]:
         count_and_skip_encoding(table, batch)
     encoders = [module.encoder for module in method.modules() if isinstance(module, Tokenizer)]
-    with recorded({str(number): encoder for number, encoder in enumerate(encoders)}) as found:
+    with recorded({str(number): encoder for number, encoder in enumerate(encoders)}) as records:
         begin_last_part(method)
         for phase in method.phases:
             method(phase, batch, 0)
-    return sum(each.macs for each in found.values()) // TRAINING_BATCH
+    return sum(record.macs for record in records.values()) // TRAINING_BATCH
 
 
 def begin_last_part(method: Method) -> None:
-    """Begins a step behind the last turning point of the training,
-    where every phase and every term of the loss is on.
-    """
+    """Begins a step after the last turning point of the training: every phase and term of the loss is active there."""
     method.begin_step(max([0, *method.turning_points()]))
 
 
 def count_and_skip_encoding(table: FeatureTable, batch: Batch) -> int:
-    """MACs of the table's network for a batch on the meta device; the table answers with shapes alone from then on."""
+    """MACs of the table's network for a batch on the meta device.
+
+    Afterwards the table returns the same meta tensors without running the network again.
+    """
     outputs: list[tuple[Tensor, ...]] = []
     with torch.no_grad():
         macs = count_macs(lambda: outputs.append(table.compute(batch["image"])))
@@ -139,22 +146,22 @@ def count_and_skip_encoding(table: FeatureTable, batch: Batch) -> int:
 
 @dataclass(frozen=True)
 class SamplingCost:
-    """What one image costs.
+    """The cost of sampling one image.
 
-    Forwards are images through a network, so a batch doubled by guidance counts twice an image.
+    A forward is one image through one network, so guidance that doubles the batch counts as two forwards per image.
     """
 
-    net_forwards: dict[str, float]  # executed, by network
+    net_forwards: dict[str, float]  # executed forwards, by network
     macs_per_forward: dict[str, int]  # mean over the executed forwards
     macs_decoder: int
     macs_per_image: int  # all networks, guidance and decoder included
     nfe: int  # velocity evaluations; guidance branches do not count
-    numbers: int = 0  # random ones, drawn on the CPU
-    draws: int = 0  # in which they are drawn; only the first can be made ahead
+    numbers: int = 0  # random numbers that sampling draws on the CPU
+    draws: int = 0  # separate draws of these numbers; only the first draw can be prepared in advance
 
 
 def sampling_cost(method: Method, sample_config: Any) -> SamplingCost:
-    """Runs the sampler once for a batch, or encoding and decoding where there is none.
+    """Runs the sampler once for a batch; a reconstruction method, which has none, encodes and decodes instead.
 
     `method` must be on the meta device (`on_meta`).
     """
@@ -176,8 +183,9 @@ def sampling_cost(method: Method, sample_config: Any) -> SamplingCost:
 
 
 class Recorded:
-    """Stands in for the forward of a network on meta tensors: counts calls,
-    and runs the network only for input shapes it has not seen.
+    """Replaces the `forward` of a network on meta tensors and counts images and MACs.
+
+    It runs the network only for input shapes that are new to it.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
@@ -200,7 +208,7 @@ class Recorded:
 
 @contextmanager
 def recorded(networks: Mapping[str, nn.Module]) -> Iterator[dict[str, Recorded]]:
-    """Within the block, calls of the networks are recorded."""
+    """Records the calls of these networks inside the `with` block."""
     records = {name: Recorded(network.forward) for name, network in networks.items()}
     try:
         for name, network in networks.items():
@@ -208,21 +216,21 @@ def recorded(networks: Mapping[str, nn.Module]) -> Iterator[dict[str, Recorded]]
         yield records
     finally:
         for network in networks.values():
-            del network.forward  # uncovers the class's own
+            del network.forward  # the forward of the class applies again
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """The split of the leaderboard. A tensor that two networks share counts once."""
+    """Parameters in the leaderboard's categories. A tensor that two networks share counts once."""
 
-    gen_trainable: int  # of the networks that sample, without the decoder
-    gen_total: int  # the same with frozen parameters and stored tables (position tables, latent statistics)
+    gen_trainable: int  # trainable parameters of the networks that sample, without the decoder
+    gen_total: int  # the same plus frozen parameters and stored tables (position tables, latent statistics)
     decoder: int
     aux_train_only: int  # everything else: discriminators, teachers, projectors
 
 
 def parameter_counts(method: Method) -> ParameterCounts:
-    """Counts numbers in state dicts, so a table that is recomputed on loading is free."""
+    """Counts the values in state dicts, so tables that are recomputed on loading (non-persistent buffers) count 0."""
     networks = method.sampling_networks()
     decoder = _stored(networks.pop("decoder", nn.Module()))
     generator = {key: tensor for network in networks.values() for key, tensor in _stored(network).items()}
@@ -234,7 +242,7 @@ def parameter_counts(method: Method) -> ParameterCounts:
 
 
 def _stored(module: nn.Module) -> dict[int, Tensor]:
-    """Floating-point parameters and persistent buffers by identity."""
+    """Floating-point parameters and persistent buffers, by the `id` of the tensor."""
     return {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values() if tensor.is_floating_point()}
 
 
@@ -243,8 +251,9 @@ def _numel(tensors: Any) -> int:
 
 
 class Fakes(FakeTensorMode):
-    """One mode for a module and its deep copies, as an average of weights is:
-    FakeTensorMode is itself copied with a tensor.
+    """A fake-tensor mode that a module shares with its deep copies, such as an EMA of its weights.
+
+    Plain FakeTensorMode would be copied together with each tensor.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fakes:
@@ -253,17 +262,17 @@ class Fakes(FakeTensorMode):
 
 @contextmanager
 def silent_copies() -> Iterator[None]:
-    """Without PyTorch's warning of what its own deep copy of fake tensors does."""
+    """Silences the warning that PyTorch prints when it deep-copies fake tensors."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         yield
 
 
 def activation_bytes(method_class: type[Method], config: Any, data: DataInfo, batch: int, bf16: bool = False) -> int:
-    """Bytes that autograd keeps from the forward to the backward of a micro-batch,
-    in the phase that keeps most; parameters not counted.
+    """Bytes that autograd keeps from the forward to the backward of a micro-batch, without parameters.
 
-    Fake CPU tensors instead of meta ones: attention is then the fused kernel, which keeps no weights.
+    This is the phase that keeps most. The tensors are fake CPU tensors and not meta tensors, because PyTorch then
+    chooses fused attention, which keeps no attention weights.
     """
     with silent_copies(), Fakes(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         method = method_class(config, data).train()
@@ -273,9 +282,9 @@ def activation_bytes(method_class: type[Method], config: Any, data: DataInfo, ba
 
 
 def _saved_bytes(method: nn.Module, forward: Callable[[], object]) -> int:
-    """Sizes of the distinct storages that the graph of `forward` saves, except the module's own."""
+    """Total bytes of the distinct storages that the graph of `forward` saves, without the module's own tensors."""
     own = {tensor.untyped_storage()._cdata for tensor in (*method.parameters(), *method.buffers())}
-    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+    storages: dict[int, torch.UntypedStorage] = {}  # keeps the storages alive, so that no address is reused
 
     def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -1,9 +1,9 @@
-"""What a training step holds in memory, found by running it with fake tensors: their sizes are real,
-their numbers are not, and nothing is allocated.
+"""Estimates the memory of a training step by running it with fake tensors.
 
-Counted is every tensor from its making to its end, as an allocator would see it, with the kernels that a CPU
-would take. What a kernel takes inside, a library's workspace and an allocator's gaps are not in it.
-launch/README.md compares it with what steps really take.
+Fake tensors have shapes and sizes but no values, so nothing is allocated. The estimate counts every tensor from its
+creation to its release, as an allocator would, with the kernels that PyTorch chooses on a CPU. It does not count the
+memory that a kernel uses internally, library workspaces or gaps of the allocator.
+launch/README.md compares these estimates with measured training steps.
 """
 
 from __future__ import annotations
@@ -29,28 +29,32 @@ if TYPE_CHECKING:
 
 
 class LiveBytes(Fakes):
-    """Fake tensors that are counted: the bytes of all that are alive, and the largest sum of them."""
+    """A fake-tensor mode that counts the bytes of all live tensors and records the largest sum."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self.gradients = self.peak_of_others = 0  # what of `live` is gradients, and the largest sum of the rest
-        self.depth = 0  # of operations that are expressed by others: what a real kernel would not make is not counted
+        self.gradients = self.peak_of_others = 0  # bytes of gradients within `live`; largest sum of all other tensors
+        # Nesting of operations: a fake operation may run others inside. Only results of the outermost one
+        # are counted, because a real kernel would not create the inner ones.
+        self.depth = 0
         self.seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     @property
     def cache_enabled(self) -> bool:
-        """Whether an operation may be answered from the cache: not within forward derivatives,
-        whose checked layout that would break.
+        """Whether PyTorch may take an operation's result from its cache of fake results.
+
+        It may not inside forward-mode differentiation: PyTorch checks the layout of tangents there,
+        and a cached result would fail the check.
         """
         return forward_ad._current_level < 0
 
     @cache_enabled.setter
     def cache_enabled(self, wanted: bool) -> None:
-        """The base class sets it once; what it wants is what is done outside forward derivatives."""
+        """Ignores the value: the base class sets True once, and the getter returns that outside forward mode anyway."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # some optimizers read their step count, and a fake has no number
+        # Some optimizers read their step count as a Python number, which a fake tensor does not have.
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if args[0].is_floating_point() else 1
         self.depth += 1
@@ -73,7 +77,7 @@ class LiveBytes(Fakes):
         self.peak, self.peak_of_others = max(self.peak, self.live), max(self.peak_of_others, self.live - self.gradients)
 
     def restart(self) -> None:
-        """Starts new peaks."""
+        """Resets both peaks to the bytes that are live now."""
         self.peak = self.peak_of_others = self.live
 
     def _forget(self, key: int, size: int) -> None:
@@ -83,17 +87,19 @@ class LiveBytes(Fakes):
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one process that shares nothing, for one micro-batch."""
+    """Bytes of one process without sharding, for one micro-batch."""
 
     weights: int  # parameters and buffers, frozen networks included
-    trained: int  # of these, what is trained; the gradients are as large
-    largest_block: int  # of what is trained, the largest block
-    outside_blocks: int  # of what is trained, what is in no block
-    optimizer: int
-    averages: int
-    activations: int  # what the forward pass leaves for the backward pass, in the phase that leaves most
-    peak: int  # of the whole step: all of the above, gradients, temporary tensors; gradients come while activations go
-    peak_of_others: int  # the same without gradients
+    trained: int  # trainable parameters alone; the gradients take as many bytes
+    largest_block: int  # trainable parameters of the largest block
+    outside_blocks: int  # trainable parameters outside all blocks
+    optimizer: int  # optimizer states
+    averages: int  # EMA copies
+    activations: int  # tensors that the forward pass keeps for the backward pass, in the phase that keeps most
+    # The largest sum within the step: all of the above, gradients and temporary tensors.
+    # Gradients appear while the backward pass frees activations, so it is less than the sum of the maxima.
+    peak: int
+    peak_of_others: int  # the largest sum without gradients
 
 
 def step_memory(
@@ -104,10 +110,10 @@ def step_memory(
     micro_batch: int,
     accumulated: bool = False,
 ) -> StepMemory:
-    """A training step of all phases with optimizer states in place,
-    under bf16 autocast where `train.precision` is bf16.
+    """Measures a training step of all phases with optimizer states in place.
 
-    accumulated: whether gradients of other micro-batches are there when this one comes.
+    The step runs under bf16 autocast if `train.precision` is bf16.
+    accumulated: whether gradients of earlier micro-batches are already in memory (gradient accumulation).
     """
     with silent_copies(), LiveBytes() as memory:
         method = method_class(config, data).train()
@@ -145,7 +151,7 @@ def step_memory(
 
 
 def _update(method: Method, optimizers: list[Optimizer]) -> None:
-    """A step of gradients 0, which makes the optimizers' states."""
+    """Steps the optimizers with zero gradients, so that they create their states."""
     _give_gradients(optimizers)
     for optimizer in optimizers:
         optimizer.step()
@@ -171,7 +177,7 @@ def _step(
     micro_batch: int,
     accumulated: bool,
 ) -> int:
-    """One phase as the trainer does it; returns what its forward pass left."""
+    """Runs one phase as the trainer does; returns the bytes that its forward pass keeps for the backward pass."""
     if accumulated:
         _give_gradients(optimizers)
     batch = empty_batch(method.data, micro_batch, "cpu", method.needs_images(method.data))

@@ -1,4 +1,4 @@
-"""Outputs of a frozen network for the training images, kept in memory as a run goes."""
+"""An in-memory cache of a frozen network's outputs for the training images, filled during the run."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ LARGEST_BYTES = 8 * 2**30
 
 
 class FeatureTable:
-    """A frozen network's outputs for training images; where they are remembered,
-    it is asked once for each image and orientation.
+    """Caches the outputs of a frozen network for each training image and its mirror image.
 
-    It is no part of a checkpoint. Images are computed one at a time before they are kept, so that what is kept
-    does not depend on the batch in which an image came first, and a run that was stopped goes on bit for bit.
-    What is kept is always computed without autocast, because `before_training` may fill rows outside of it,
-    and a resumed run fills them within.
+    Checkpoints do not contain the cache. The network computes cached outputs one image at a time, so they do not
+    depend on the batch in which an image first appears, and a resumed run continues bit for bit.
+    It computes them without autocast: `before_training` may fill rows outside autocast and a resumed run fills
+    the same rows inside it, so both must give the same numbers.
     """
 
     def __init__(self, compute: Callable[[Tensor], tuple[Tensor, ...]], num_images: int = 0) -> None:
-        """compute: images (B, 3, S, S) to tensors (B, ...); num_images:
-        of the training set whose outputs are remembered, 0 to ask every time.
+        """compute: the network, from images (B, 3, S, S) to tensors (B, ...).
+
+        num_images: the size of the training set to cache; 0 switches the cache off and runs the network every time.
         """
         self.compute = compute
         self.num_images = num_images
-        # each (N, ...), or (2 N, ...) where images are mirrored: the mirror images follow
+        # one tensor (N, ...) per output; (2 N, ...) if training mirrors images: rows N to 2 N are the mirror images
         self.tables: tuple[Tensor, ...] = ()
         self.missing = torch.ones(0, dtype=torch.bool)
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """The outputs for a training batch: "image", "index" and, where images may be mirrored,
-        "mirrored" (B,) bool.
+        """The outputs for a training batch with "image", "index" and, if training mirrors images, "mirrored" (B,) bool.
+
+        Without a cache only "image" is needed.
         """
         if not self.num_images or not has_numbers(batch["image"]):
             return self.compute(batch["image"])
@@ -45,7 +46,7 @@ class FeatureTable:
             first = self._compute_exactly(batch["image"][:1])
             self._make_room(first, self.num_images * (2 if "mirrored" in batch else 1))
             self._keep(first, int(row[0]))
-        if self.missing.any():  # on the host: once every image is known, nothing waits for the device
+        if self.missing.any():  # a tensor on the CPU: once all rows are filled, no step waits for the GPU
             self._fill(batch["image"], row.cpu())
         return tuple(table[row] for table in self.tables)
 
@@ -53,8 +54,8 @@ class FeatureTable:
         size = sum(count * value[0].numel() * value.element_size() for value in example)
         if size > LARGEST_BYTES:
             raise UserError(
-                f"model.remember=true would keep {size / 2**30:.1f} GiB for {count} images; "
-                f"at most {LARGEST_BYTES / 2**30:.0f} are allowed. Set model.remember=false, "
+                f"model.remember=true would keep {size / 2**30:.1f} GiB in memory for {count} images; "
+                f"the limit is {LARGEST_BYTES / 2**30:.0f} GiB. Set model.remember=false, "
                 "and prepare the latents in files (`pixlat prepare latents`)."
             )
         self.tables = tuple(
@@ -78,7 +79,5 @@ class FeatureTable:
 
 
 def has_numbers(tensor: Tensor) -> bool:
-    """False for the tensors with which costs are counted (common/accounting/macs.py):
-    there is nothing in them to remember.
-    """
+    """False for the meta and fake tensors with which common/accounting counts costs: they hold no values to cache."""
     return not tensor.is_meta and not isinstance(tensor, FakeTensor)

@@ -1,4 +1,4 @@
-"""pMF's training objective and sampler (arXiv 2601.22158, sections 3 and 4). t = 1 is noise, in the paper too."""
+"""pMF's training objective and sampler (arXiv 2601.22158, sections 3 and 4). As in the paper, t = 1 is noise."""
 
 from __future__ import annotations
 
@@ -31,25 +31,26 @@ from pixlat.methods.pmf.reference import from_released
 
 
 class Fields(NamedTuple):
-    """What the loss compares, (B, C, S, S) each."""
+    """The tensors that the loss compares, each (B, C, S, S)."""
 
     z: Tensor  # noisy image
     u: Tensor  # average velocity between r and t
     u_at_t: Tensor  # u + (t - r) stopgrad(du/dt), the instantaneous velocity that u implies (MeanFlow identity)
     v: Tensor  # instantaneous velocity
-    target: Tensor  # guided, without gradient
+    target: Tensor  # the guided velocity to regress on, without gradient
 
 
 class PMFMethod(Method):
-    """One network for average velocities over all steps, guidance scales and intervals;
-    `config` holds the paper's ablations.
+    """One network that predicts average velocities for all step lengths, guidance scales and guidance intervals.
+
+    Fields of `config` switch to the paper's ablations.
     """
 
     def __init__(self, config: PMFConfig, data: DataInfo) -> None:
         super().__init__(config, data)
         patches_a_side(data.image_size, config.patch)  # before anything is built
         self.network = PmfDiT(config, data.image_size, data.channels, data.num_classes)
-        self.v_head = Head(config, data.channels)  # for the loss only
+        self.v_head = Head(config, data.channels)  # only the loss uses it
         initialize(self.network, self.v_head)
         self.perceptual = build_distances(config)
         self.external = {f"perceptual.{name}": Pretrained("perceptual loss", "train", name) for name in self.perceptual}
@@ -60,9 +61,9 @@ class PMFMethod(Method):
         samples = self.config.flow_matching_samples(images)
         if samples != int(samples):
             raise UserError(
-                f"train.micro_batch={images} (or train.batch divided by the processes): "
-                f"pMF trains model.flow_share={self.config.flow_share} of every micro-batch by flow matching, "
-                f"which would be {samples:g} samples, so {int(samples)} of {images} would be. "
+                f"train.micro_batch={images} (or train.batch divided by the processes) does not fit "
+                f"model.flow_share={self.config.flow_share}: pMF trains this share of every micro-batch by flow "
+                f"matching, here {samples:g} samples, and would round down to {int(samples)} of {images}. "
                 "Choose a micro-batch for which the share is a whole number of samples."
             )
 
@@ -70,8 +71,9 @@ class PMFMethod(Method):
         return self.objective(batch["image"], batch["label"], draw(self.config, batch["image"]))
 
     def objective(self, x: Tensor, labels: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """Mean over the batch of the adaptively weighted errors of u and v, summed over pixels,
-        and of the perceptual distances.
+        """The loss: a sum of adaptively weighted terms, each averaged over the batch.
+
+        The terms are the squared errors of u and v, summed over pixels, and the perceptual distances.
         """
         fields = self.fields(x, labels, draws)
         error_u, error_v = squared_error(fields.u_at_t, fields.target), squared_error(fields.v, fields.target)
@@ -84,11 +86,11 @@ class PMFMethod(Method):
         return {"loss": loss, **logged}
 
     def fields(self, x: Tensor, labels: Tensor, draws: Draws) -> Fields:
-        """Velocities and their guided target.
+        """The predicted velocities and their guided target.
 
-        The target needs v with the class and without. For a flow-matching sample the first is the very v
-        that the training forward returns, and du/dt is multiplied by t - r = 0;
-        so only the other samples ask for it beforehand (the released code always runs three forwards).
+        The target needs v with the class and v without it. For a flow-matching sample the training forward returns
+        v with the class anyway, and du/dt is multiplied by t - r = 0. So only the other samples compute v with the
+        class in an extra forward first. (The released code always runs three forwards.)
         """
         t, first = draws.t, draws.flow_matching
         z, scale = interpolate(x, draws.noise, t), effective_scale(draws)
@@ -98,9 +100,10 @@ class PMFMethod(Method):
                 z=torch.cat((z[first:], z)),
                 t=torch.cat((t[first:], t)),
                 omega=torch.cat((scale[first:], torch.ones_like(scale))),
-                labels=torch.cat((labels[first:], null)),  # the tangent's class is never dropped
+                labels=torch.cat((labels[first:], null)),  # the velocity used as tangent always sees the class
             ).split((len(x) - first, len(x)))
-        # older PyTorch would hand weights that were cast without a graph to the forward that needs one
+        # Older PyTorch caches the weights that autocast converted under no_grad. Without this line
+        # it would reuse them in the next forward, which needs their gradients.
         torch.clear_autocast_cache()
 
         condition = Condition(
@@ -114,14 +117,15 @@ class PMFMethod(Method):
         return Fields(z, u, u_at_t, v, target=velocity_of_data(x, z, t, self.config.clip) + guidance)
 
     def instantaneous(self, z: Tensor, t: Tensor, omega: Tensor, labels: Tensor) -> Tensor:
-        """v(z, t) under guidance of scale omega at all times: the v-head at h = 0 with the interval (0, 1)."""
+        """v(z, t) guided with scale omega: the v-head at step length h = 0, with guidance at all times (0, 1)."""
         condition = Condition(torch.zeros_like(t), omega, torch.zeros_like(t), torch.ones_like(t), labels, t)
         tokens, _ = self.network.shared(self.network.embed(z, condition))
         return to_velocity(self.config, self.v_head(tokens, self.network.rope)[0], z, t)
 
     def velocities(self, z: Tensor, t: Tensor, condition: Condition, dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """u and v, and between them du/dt: the derivative of u along (dz, dt = 1, dr = 0), without a graph,
-        for the last len(dz) samples.
+        """Returns (u, du/dt, v).
+
+        du/dt is the derivative of u along (dz, dt = 1, dr = 0), for the last len(dz) samples, without a graph.
         """
         if self.config.jvp == "func":
             return self._velocities_by_func(z, t, condition, dz)
@@ -139,7 +143,10 @@ class PMFMethod(Method):
     def _velocities_by_func(
         self, z: Tensor, t: Tensor, condition: Condition, dz: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same by PyTorch's forward mode, for checks and for networks that somebody has changed."""
+        """The same as `velocities`, computed by PyTorch's forward-mode differentiation.
+
+        It serves for checks, and for modified networks whose layers return no tangents.
+        """
 
         def run(z: Tensor, t: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
             tokens, _ = self.network.shared(self.network.embed(z, condition._replace(h=h, t=t)))
@@ -152,41 +159,45 @@ class PMFMethod(Method):
         return u, last_samples(du, dz), v
 
     def distances(self, fields: Fields, x: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """Perceptual distances (B,) between crops of the image that u points to and of the true one;
-        0 at high noise, where no network runs.
+        """Perceptual distances (B,) between crops of the image that u predicts and the same crops of the true image.
+
+        At high noise (t >= perceptual_max_t) the distance is set to 0.
         """
         if draws.crops is None:
             return {}
-        # the gradient flows through u and not through du/dt
+        # The gradient flows through u, not through du/dt.
         denoised = fields.z - match_dims(draws.t, fields.z) * fields.u
-        seen, boxes, times = [denoised, x], draws.crops, draws.t
+        pair, boxes, times = [denoised, x], draws.crops, draws.t
         if draws.compared is not None:
-            seen, boxes, times = (
-                [images.index_select(0, draws.compared) for images in seen],
+            pair, boxes, times = (
+                [images.index_select(0, draws.compared) for images in pair],
                 boxes.at(draws.compared),
                 times[draws.compared],
             )
-        crops = paired_crop(seen, boxes, self.config.perceptual_size)
-        acts = times < self.config.perceptual_max_t
-        found = {name: torch.where(acts, distance(*crops), 0.0) for name, distance in self.perceptual.items()}
+        crops = paired_crop(pair, boxes, self.config.perceptual_size)
+        active = times < self.config.perceptual_max_t
+        distances = {name: torch.where(active, network(*crops), 0.0) for name, network in self.perceptual.items()}
         if draws.compared is None:
-            return found
-        return {name: values.new_zeros(len(x)).index_copy(0, draws.compared, values) for name, values in found.items()}
+            return distances
+        return {
+            name: values.new_zeros(len(x)).index_copy(0, draws.compared, values) for name, values in distances.items()
+        }
 
     def parameters_of(self, phase: str) -> list[ParamGroup]:
-        """Matrices of the blocks, of the scalar embeddings and of both final maps for Muon; patch maps,
-        class table and all vectors for Adam.
+        """Muon trains the matrices of the blocks, of the scalar embeddings and of both final maps.
+
+        Adam trains the patch embedding, the class table and all vectors.
         """
-        left_out = set(self.network.patch_embed.modules())
-        chosen = {
-            id(module.weight) for module in self.modules() if isinstance(module, nn.Linear) and module not in left_out
+        excluded = set(self.network.patch_embed.modules())
+        matrices = {
+            id(module.weight) for module in self.modules() if isinstance(module, nn.Linear) and module not in excluded
         }
         scalar = {id(p) for embed in self.network.scalar_embeds() for p in embed.parameters()}
         kinds = ("adamw", "adamw") if self.config.optimizer == "adam" else (self.config.optimizer, "nesterov_adam")
         groups: dict[tuple[str, float], list[nn.Parameter]] = {(kind, 1.0): [] for kind in kinds}
         for p in (p for p in self.parameters() if p.requires_grad):
             lr_scale = self.config.scalar_lr if id(p) in scalar else 1.0
-            groups.setdefault((kinds[id(p) not in chosen], lr_scale), []).append(p)
+            groups.setdefault((kinds[id(p) not in matrices], lr_scale), []).append(p)
         return [ParamGroup(params, kind=kind, lr_scale=lr_scale) for (kind, lr_scale), params in groups.items()]
 
     def blocks(self) -> list[nn.Module]:
@@ -248,7 +259,7 @@ class PMFMethod(Method):
 
 
 def build_distances(config: PMFConfig) -> nn.ModuleDict:
-    """The frozen perceptual networks by name, without those of weight 0."""
+    """The frozen perceptual networks by name; a network whose weight in the loss is 0 is not built."""
     if config.perceptual == "none":
         return nn.ModuleDict()
     if config.perceptual == "embedded":

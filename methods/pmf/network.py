@@ -1,13 +1,13 @@
 """The network pmfDiT: section 4 of arXiv 2601.22158 and its released code.
 
-Everything it is told (class, guidance scale and interval, step length) enters as prefix tokens; there is no adaLN,
-and the time t itself is no input. Two stacks of blocks follow the shared ones: one for the average velocity u, one,
-in training only, for the instantaneous velocity v.
+Class, guidance scale, guidance interval and step length condition the network as prefix tokens. There is no adaLN,
+and the time t itself is no input. Two heads (stacks of blocks) follow the shared blocks: one predicts the average
+velocity u; the other, used in training only, predicts the instantaneous velocity v.
 
-Layers map a value x and, where one is asked for, its tangent dx:
-the directional derivative that the MeanFlow identity needs. The loss stops the gradient at the derivative,
-so tangents are computed without a graph, beside the forward that they share everything with. A tangent (b, N, D)
-belongs to the last b samples of a value (B, N, D): the flow-matching samples in front need none.
+Each layer maps x. If the caller also passes a tangent dx, the layer returns its directional derivative as well,
+which the MeanFlow identity needs. The loss stops the gradient at this derivative, so the layers compute tangents
+without a graph and reuse the values of the forward pass. A tangent (b, N, D) belongs to the last b samples of
+x (B, N, D): the flow-matching samples come first and need no tangent.
 
 Shape legend: B batch, N tokens, D width, H heads, K head dimension, C image channels, S image side.
 """
@@ -34,24 +34,28 @@ from pixlat.methods.pmf.config import PMFConfig
 
 
 class Condition(NamedTuple):
-    """What the network is told, each (B,)."""
+    """The inputs of the network besides the noisy image, each (B,)."""
 
     h: Tensor  # t - r, the length of the step
     omega: Tensor  # guidance scale, from 1
-    t_min: Tensor  # guidance interval
+    t_min: Tensor  # the guidance interval is [t_min, t_max]
     t_max: Tensor
-    labels: Tensor  # int64; the last class is "none"
-    # the time, for networks that are told it (evaluation/studies/claims/pmf_manifold.py); the paper's reads it off z
+    labels: Tensor  # int64; the last index means "no class"
+    # The time. The paper's network infers t from z and ignores this field;
+    # a variant in evaluation/studies/claims/pmf_manifold.py reads it.
     t: Tensor | None = None
 
 
 def last_samples(x: Tensor, dx: Tensor) -> Tensor:
-    """The samples of x that dx is the tangent of, without their graph."""
+    """The samples of x to which the tangent dx belongs, detached from the graph."""
     return x.detach()[len(x) - len(dx) :]
 
 
 def norm_tangent(norm: RMSNorm, x: Tensor, dx: Tensor) -> Tensor:
-    """d(s x w) = s w (dx - s^2 x mean(x dx)) with s = 1 / sqrt(mean(x^2) + eps), in float32 at least."""
+    """RMSNorm's derivative: d(s x w) = s w (dx - s^2 x mean(x dx)) with s = 1 / sqrt(mean(x^2) + eps).
+
+    Computes in float32 or wider.
+    """
     assert norm.eps is not None
     wide, dwide = at_least_float32(x), at_least_float32(dx)
     scale = (wide.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
@@ -59,9 +63,9 @@ def norm_tangent(norm: RMSNorm, x: Tensor, dx: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with RMS-normalised queries and keys, of which only the image tokens are rotated; no biases.
+    """Multi-head attention without biases; RMSNorm is applied to queries and keys, and RoPE only to image tokens.
 
-    The four matrices stay separate: Muon orthogonalises each for itself.
+    The four matrices stay separate parameters because Muon orthogonalises each one alone.
     """
 
     def __init__(self, config: PMFConfig) -> None:
@@ -70,7 +74,7 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.q_norm, self.k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
-        self.explicit = config.jvp == "func"  # PyTorch's fused attention knows no forward-mode derivative
+        self.explicit = config.jvp == "func"  # PyTorch's fused attention has no forward-mode derivative
 
     def split(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, H, N, K)."""
@@ -99,13 +103,14 @@ class Attention(nn.Module):
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)), the softmax in float32 at least."""
+    """softmax(q k^T / sqrt(K)), with the softmax in float32 or wider."""
     return at_least_float32(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
 def attention_tangent(q: Tensor, k: Tensor, v: Tensor, mixed: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
-    """d(P v) for P = softmax(S), S = q k^T / sqrt(K), mixed = P v:
-    with G = P * dS it is G v - rowsum(G) mixed + P dv.
+    """The derivative of attention, d(P v) = G v - rowsum(G) mixed + P dv.
+
+    Here S = q k^T / sqrt(K), P = softmax(S), mixed = P v and G = P * dS.
     """
     weights = attention_weights(q, k)
     change = weights * (dq @ k.transpose(-2, -1) + q @ dk.transpose(-2, -1)) * q.shape[-1] ** -0.5
@@ -113,7 +118,7 @@ def attention_tangent(q: Tensor, k: Tensor, v: Tensor, mixed: Tensor, dq: Tensor
 
 
 class SwiGLU(nn.Module):
-    """w2(SiLU(w1 x) * (w3 x)) without biases, with separate matrices for Muon."""
+    """w2(SiLU(w1 x) * (w3 x)) without biases; the matrices are separate because Muon orthogonalises each one alone."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -134,7 +139,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """x += gate1 Attention(norm(x)), then x += gate2 SwiGLU(norm(x)); the gates are learned vectors that start at 0."""
+    """x += gate1 Attention(norm1(x)), then x += gate2 SwiGLU(norm2(x)). The gates are learned vectors, initially 0."""
 
     def __init__(self, config: PMFConfig) -> None:
         super().__init__()
@@ -164,7 +169,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The blocks of one velocity, and its linear map to pixels."""
+    """The blocks that predict one of the two velocities, and the final linear map to pixels."""
 
     def __init__(self, config: PMFConfig, channels: int) -> None:
         super().__init__()
@@ -174,8 +179,9 @@ class Head(nn.Module):
         self.linear = nn.Linear(config.width, config.patch**2 * channels)
 
     def forward(self, x: Tensor, rope: Tensor, dx: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, N, D) to an image (B, C, S, S), in float32 under autocast:
-        dividing by t magnifies a rounded prediction.
+        """Maps tokens (B, N, D) to an image (B, C, S, S).
+
+        The last map runs in float32 even under autocast, because the division by t would magnify rounding errors.
         """
         for block in self.blocks:
             x, dx = block(x, rope, dx)
@@ -190,7 +196,10 @@ class Head(nn.Module):
 
 
 class PmfDiT(nn.Module):
-    """Noisy image and conditions to what stands for the average velocity: all that sampling needs."""
+    """Maps a noisy image and its conditions to a prediction from which `to_velocity` gets the average velocity u.
+
+    Sampling needs this network only.
+    """
 
     rope: Tensor
 
@@ -213,22 +222,23 @@ class PmfDiT(nn.Module):
         self.register_buffer("rope", rope_table(grid, width // config.heads, config.prefix), persistent=False)
 
     def forward(self, z: Tensor, condition: Condition) -> Tensor:
-        """z (B, C, S, S) to a prediction of the same shape."""
+        """Maps z (B, C, S, S) to a prediction of the same shape."""
         return self.head(self.shared(self.embed(z, condition))[0], self.rope)[0]
 
     def scalar_embeds(self) -> tuple[SinusoidalEmbedding, ...]:
-        """What embeds the step length, the guidance scale and its interval."""
+        """The embeddings of the step length, the guidance scale and both ends of the guidance interval."""
         return self.h_embed, self.omega_embed, self.t_min_embed, self.t_max_embed
 
     def shared(self, x: Tensor, dx: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The blocks before the heads, (B, N, D) to (B, N, D)."""
+        """Applies the blocks before the heads: (B, N, D) to (B, N, D)."""
         for block in self.blocks:
             x, dx = block(x, self.rope, dx)
         return x, dx
 
     def embed(self, z: Tensor, condition: Condition) -> Tensor:
-        """The sequence (B, N, D): 8 class, 4 guidance, 2 + 2 interval and 4 step-length tokens, then the patches,
-        all with learned positions.
+        """Builds the sequence (B, N, D): prefix tokens, then patches, plus learned positions for all of them.
+
+        By default the prefix has 8 class, 4 guidance-scale, 2 + 2 interval and 4 step-length tokens.
         """
         prefix = (
             (self.class_tokens, self.class_embed(condition.labels)),
@@ -244,8 +254,9 @@ class PmfDiT(nn.Module):
 
     @torch.no_grad()
     def embed_tangent(self, h: Tensor, dz: Tensor) -> Tensor:
-        """The tangent of the sequence for the last samples, where z moves along dz and h along 1:
-        all but h and patches stand still.
+        """The tangent of the sequence for the last len(dz) samples, when z moves along dz and h along 1.
+
+        Only the step-length tokens and the patches move; the tangent of the other tokens is 0.
         """
         h = last_samples(h, dz)
         dh = torch.func.jvp(self.h_embed, (h,), (torch.ones_like(h),))[1]
@@ -255,13 +266,16 @@ class PmfDiT(nn.Module):
 
 
 def token_table(count: int, width: int) -> nn.Parameter:
-    """Learned tokens (1, count, D), to be filled by `initialize`."""
+    """Learned tokens (1, count, D); `initialize` fills them."""
     return nn.Parameter(torch.empty(1, count, width))
 
 
 @torch.no_grad()
 def initialize(network: PmfDiT, v_head: Head) -> None:
-    """The released initialisation. Gates and final maps are 0, so the untrained prediction is 0; norms are 1."""
+    """Applies the released initialisation. Final maps and gates are 0, so an untrained network predicts 0.
+
+    The weights of the norms are 1.
+    """
     width = network.pos_embed.shape[-1]
     for stack in (network.blocks, network.head.blocks, v_head.blocks):
         for linear in (module for module in stack.modules() if isinstance(module, nn.Linear)):
