@@ -85,9 +85,9 @@ MEANT = {
 }  # fmt: skip
 
 EXAMPLES = """\
-  pixlat train method=jit             a small demo: train, sample, score, rank
-  pixlat train method=jit --help      the method's presets and keys
-  pixlat leaderboard runs=runs        tables and a page of what has been trained
+  pixlat train method=jit                   a demo: train, sample, score, rank
+  pixlat sample run=runs/NAME to=images/    images of what has been trained
+  pixlat leaderboard runs=runs              its scores as tables and as one page
 """
 STUDY_USAGE = """\
 pixlat study: experiments that look into trained networks

@@ -64,6 +64,11 @@ compdef _pixlat pixlat
 SCRIPTS = {"bash": BASH, "zsh": ZSH}
 DATA = ("emoji32", "folder", "tar", "parquet", "arrow", "shards", "synthetic")
 CLUSTERS = ("here", "local", "slurm")
+# The last part of keys whose values are files or folders.
+PATHS = (
+    "path", "run", "runs", "checkpoint", "images", "npz", "against", "weights", "reference", "out", "to", "from",
+    "file", "results", "readme", "latents", "tokenizer_path",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -212,7 +217,7 @@ def method_of(folder: str | None) -> str:
 
 
 def values(key: str, kind: str, value: str, given: Sequence[str]) -> Iterator[str]:
-    """The values of a key. Of a comma list the last one is completed; files are completed where no values are known."""
+    """The values of a key, as far as they are known, or files. Of a comma list the last one is completed."""
     known: dict[str, Callable[[], Iterable[str]]] = {
         "method": method_names,
         "preset": lambda: preset_names(given),
@@ -225,7 +230,7 @@ def values(key: str, kind: str, value: str, given: Sequence[str]) -> Iterator[st
         yield from (f"{head}{comma}{each}" for each in known[key]())
     elif kind.startswith("bool"):
         yield from ("true", "false")
-    elif kind.startswith("str"):
+    elif kind.startswith("str") and (key.rpartition(".")[2] in PATHS or key in stage_keys(given)):
         yield from files(value)
 
 
@@ -249,6 +254,12 @@ def protocol_names() -> Iterable[str]:
     from pixlat.evaluation.protocols.named import EMBEDDED, PROTOCOLS
 
     return EMBEDDED, *PROTOCOLS
+
+
+def stage_keys(given: Sequence[str]) -> list[str]:
+    """The keys that name the run folder of an earlier stage."""
+    spec = spec_of(given)
+    return [f"model.{stage.key}" for stage in spec.stages] if spec else []
 
 
 def files(start: str) -> Iterator[str]:

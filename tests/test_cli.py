@@ -366,6 +366,9 @@ def test_files_are_completed(tmp_path, monkeypatch):
     assert candidates("pixlat status runs/o") == ["runs/one/"]
     assert "sample.path_drop=" not in candidates("pixlat evaluate sample.")
     assert "model.tokenizer=" in candidates("pixlat evaluate run=runs/one model.")  # the run's own method
+    assert candidates("pixlat train method=sit model.tokenizer=ru") == ["model.tokenizer=runs/"]  # of an earlier stage
+    assert candidates("pixlat train method=sit model.prediction=") == []
+    assert candidates("pixlat prepare images to=ru") == ["to=runs/"] and candidates("pixlat sample as=") == []
     assert candidates(f"pixlat evaluate run={tmp_path}/sa") == [f"run={tmp_path}/samples.npz"]
 
 

@@ -119,14 +119,10 @@ def test_every_command_that_is_named_exists() -> None:
     found = list(named_commands())
     assert len(found) > 30
     for file, name, word in found:
-        assert name in (*cli.COMMANDS, *WORDS), (file, name)
-        actions = (
-            cli.STUDIES
-            if name == "study"
-            else getattr(cli.COMMANDS[name].load_syntax(), "actions", {})
-            if name in cli.COMMANDS
-            else {}
-        )
+        if name in WORDS:
+            continue
+        assert name in cli.COMMANDS, (file, name)
+        actions = cli.STUDIES if name == "study" else getattr(cli.COMMANDS[name].load_syntax(), "actions", {})
         assert not (actions and word) or word in actions, (file, name, word)
 
 
