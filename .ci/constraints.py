@@ -30,7 +30,8 @@ FILE = ROOT / "constraints.txt"
 OF_TORCH = re.compile(r"nvidia-|cuda-|triton$")
 PYTHON = "3.11"  # of .ci/run
 HEADER = f"""\
-# The tested set: what `.ci/run` installs, Python {PYTHON} on Linux. Use it with `pip install -c constraints.txt ...`.
+# The tested set: what `.ci/run` installs (and the trackers, which its tests imitate), Python {PYTHON} on Linux.
+# `pip install -c constraints.txt -e '.[dev]'` takes these versions.
 # Made by `python .ci/constraints.py refresh`; do not edit. CUDA's packages and triton are left out on purpose: each
 # build of torch asks for its own.
 """
