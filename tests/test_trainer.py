@@ -574,8 +574,8 @@ def test_the_average_of_a_short_run_has_forgotten_its_start(tmp_path, capsys, ki
     told = capsys.readouterr().err
     assert (
         told.count(
-            "is too long an average for a run of 20 steps, which would leave its samples mostly initial noise; "
-            f"{used:.6g} is used instead."
+            "is too long an average for a run of 20 steps: samples would show mostly initial noise. "
+            f"The run uses {used:.6g} instead."
         )
         == 1
     )
@@ -604,7 +604,8 @@ def test_previews_show_raw_weights_while_the_average_is_its_beginning(tmp_path, 
     assert shown == {step: "raw" if step <= 21 else "average" for step in range(1, 31)}
     assert (
         capsys.readouterr().err.count(
-            "after 8 images the average 0.9 is still 90% initial weights: previews show the raw weights until it is 10%"
+            "after 8 images the average 0.9 still consists of initial weights to 90%. Until that is 10%, previews show "
+            "the raw weights"
         )
         == 1
     )

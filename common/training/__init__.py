@@ -1,1 +1,1 @@
-"""The training loop and what it consists of. Start with loop.py."""
+"""The training loop and its parts. Start with loop.py."""

@@ -1,9 +1,9 @@
-"""Compiled blocks: one set of graphs for training, which never falls back to slow code in silence,
-and one for sampling.
+"""Compiles the blocks of a network: one set of graphs for training and one for sampling.
 
-All blocks share their graphs: dynamo keeps them by the function that it was handed,
-and two small functions are what it is handed here. Training and sampling meet other shapes, types and modes,
-so either could use up the other's graphs or turn its shapes into symbols if they shared one function.
+Dynamo keeps graphs per function. We pass it one small function for training and one for sampling, so all blocks share
+the graphs of each. The two must not share one function: they run with different shapes, dtypes and modes, so one could
+use up the graph limit of the other or make dynamo treat its shapes as symbols.
+Training never falls back to uncompiled code silently: it stops with an error.
 """
 
 from __future__ import annotations
@@ -25,22 +25,20 @@ if TYPE_CHECKING:
 
 
 BACKEND = "inductor"
-# of all blocks together, for training and for sampling; dynamo's 8 are soon used up by two token counts,
-# dropout and partial batches
+# Limit of graphs for all blocks together, in training and in sampling. Dynamo's default of 8 is soon used up
+# by two token counts, dropout and partial batches.
 GRAPHS_AT_MOST = 64
 
 
 def compile_blocks(method: Method, recompute: bool = False) -> None:
-    """Compiles the method's blocks in place, to be used from the first call on;
-    graphs of an earlier method in this process are dropped.
+    """Makes the method's blocks compile at their first call. Drops the graphs of earlier methods in this process.
 
-    recompute: keep only the inputs of a block in training and compute it again in the backward pass.
-    A block that cannot be compiled as a whole, or more than GRAPHS_AT_MOST kinds of calls,
-    are UserErrors of the training.
+    recompute: in training, keep only the inputs of each block and compute the block again in the backward pass.
+    Training raises UserError if a block cannot be compiled as one graph, or needs more than GRAPHS_AT_MOST graphs.
     """
     torch.compiler.reset()
     torch._dynamo.config.recompile_limit = GRAPHS_AT_MOST
-    torch._dynamo.config.optimize_ddp = False  # it would cut every block into pieces of a gradient bucket
+    torch._dynamo.config.optimize_ddp = False  # it would split each block's graph at the borders of gradient buckets
     training = torch.compile(
         _recomputed_block if recompute else _training_block, dynamic=False, fullgraph=True, backend=BACKEND
     )
@@ -59,7 +57,7 @@ def _call(
     except FailOnRecompileLimitHit as error:
         raise UserError(
             f"train.compile=true: the blocks of this network are called in more than {GRAPHS_AT_MOST} ways (shapes, "
-            f"types, options), and each takes a compilation of its own. The last one was in {type(block).__name__}. "
+            f"types, options), and torch must compile each way separately. The last one was in {type(block).__name__}. "
             "Set train.compile=false."
         ) from error
     except Unsupported as error:
@@ -71,22 +69,20 @@ def _call(
 
 
 def compile_frozen(method: nn.Module) -> None:
-    """Compiles the frozen networks of a method, in place.
+    """Compiles the frozen networks of a method, in place. Call it after `compile_blocks`, which drops all graphs.
 
-    Call it after `compile_blocks`, which drops all graphs that were made before.
-
-    Each network is handed to dynamo as a function of its own, so its graphs do not count among those of the blocks.
-    A batch of another size than the first makes the size a symbol, and a part that cannot be compiled runs as it is:
-    neither changes a result, and a frozen network is no inner loop.
+    Dynamo receives each network as a separate function, so its graphs do not count towards the limit of the blocks.
+    After a batch of a second size, dynamo compiles a graph for any size. A part that cannot be compiled runs
+    uncompiled. Neither changes a result, and the lost time is small.
     """
     for frozen in [module for module in method.modules() if isinstance(module, Frozen)]:
         for owner, name in frozen.working_parts():
-            if name not in vars(owner):  # else it is compiled already
+            if name not in vars(owner):  # otherwise it is compiled already
                 setattr(owner, name, torch.compile(getattr(owner, name), backend=BACKEND))
 
 
-# Each of these is one function with one set of graphs. `type(block).forward`,
-# because the block's own attribute is `_call`.
+# Dynamo keeps one set of graphs for each of these functions. They call `type(block).forward`, because
+# `compile_blocks` has replaced the attribute `block.forward` with `_call`.
 
 
 def _training_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Batches on the device, and the passes over the training data that a method asks for before and after its training."""
+"""Moves batches to the device, and runs a method's passes over the training data before and after its training."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 from pixlat.common.training.setup import implements
 from pixlat.common.training.state import TrainState
 
-# (first step, micro-batches of this process a step) -> for each step its micro-batches: uint8 "image", "label", "index"
+# (first step, micro-batches per step on this process) -> one list of micro-batches per step, each a dict with
+# uint8 "image", "label" and "index"
 MakeBatches = Callable[[int, int], Iterator[list[dict[str, Tensor]]]]
 
 
 def prepare_batch(batch: dict[str, Tensor], device: torch.device) -> Batch:
-    """Moves a micro-batch to the device and its images from uint8 to float in [-1, 1]."""
+    """Moves a micro-batch to the device, and converts its images from uint8 to float in [-1, 1]."""
     moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     return {
         name: value.float().div_(127.5).sub_(1.0) if value.dtype == torch.uint8 else value
@@ -30,8 +31,9 @@ def prepare_batch(batch: dict[str, Tensor], device: torch.device) -> Batch:
 
 
 def batches_of_all_ranks(batches: Iterator[Batch], processes: int) -> Generator[Batch, None, None]:
-    """The micro-batches of all processes, in the order in which one process would see them:
-    statistics must not depend on the number of processes.
+    """Yields the micro-batches of all processes in the order in which a single process would see them.
+
+    Statistics over them therefore do not depend on the number of processes.
     """
     for batch in batches:
         if processes == 1:
@@ -46,8 +48,9 @@ def batches_of_all_ranks(batches: Iterator[Batch], processes: int) -> Generator[
 def run_before_training(
     method: Method, make_batches: MakeBatches, micro_batches_a_step: int, accelerator: Accelerator
 ) -> None:
-    """`before_training` with the training's own batches from step 0 on, in the training's precision,
-    so that both see the same features.
+    """Calls `method.before_training` with the batches of the training, from step 0 on.
+
+    It runs in the precision of the training, so that both compute the same features.
     """
     with (
         batches_of_all_processes(make_batches, 0, micro_batches_a_step, accelerator) as batches,
@@ -60,9 +63,9 @@ def run_before_training(
 def batches_of_all_processes(
     make_batches: MakeBatches, start_step: int, micro_batches_a_step: int, accelerator: Accelerator
 ) -> Iterator[Iterator[Batch]]:
-    """The training's micro-batches from a step on, those of all processes in each.
+    """The micro-batches of all processes, from `start_step` of the training on.
 
-    Loader processes start when the first is asked for, and end here.
+    The loader processes start when the caller takes the first batch, and end with the block.
     """
 
     def own() -> Iterator[Batch]:
@@ -74,7 +77,7 @@ def batches_of_all_processes(
 
 
 def measure_at_the_end(state: TrainState, make_batches: MakeBatches, micro_batches_a_step: int, average: str) -> None:
-    """Puts what the method measures after its training (`after_training`) into its buffers, for the last checkpoint."""
+    """Calls `method.after_training` and copies the results into the method's buffers, for the last checkpoint."""
     if not implements(state.method, "after_training"):
         return
     batches_of_all = batches_of_all_processes(make_batches, state.step, micro_batches_a_step, state.accelerator)

@@ -1,8 +1,8 @@
 """Exponential moving averages of the weights, for sampling and evaluation.
 
-An average starts as the initial weights and forgets them step by step. A run may end before it has: what is left
-of noise at the start then makes its samples grey, worse than an untrained network's. Such a run gets a shorter average
-(`effective_decay`, `effective_halflife`); a run that is long enough for the average that was asked for keeps it.
+An average starts as the initial weights and forgets them step by step. If a run ends too early, the average still
+holds much of the initial noise, and its samples are grey, worse than those of an untrained network.
+Such a run uses a shorter average (`effective_decay`, `effective_halflife`). Longer runs use the configured one.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from pixlat.common.config.resolve import ema_names
 from pixlat.common.config.schema import TrainConfig
 
-START_SHARE = 0.1  # of the initial weights; an average that holds more of them is mostly its beginning
-# the length of a run with a shorter average: e^-5 = 0.7 % of the initial weights are left,
-# and the average spans about the last fifth
+START_SHARE = 0.1  # an average that holds a larger share of the initial weights than this draws grey samples
+# A shortened average has a time constant of a fifth of the run: it spans about the last fifth of the run,
+# and e^-5 = 0.7 % of the initial weights are left at the end.
 TIME_CONSTANTS = 5
 
 
@@ -30,15 +30,12 @@ class Ema:
 
     name: str
     average: dict[str, Tensor]
-    decay: float | None = None  # per step
+    decay: float | None = None  # per step; if None, halflife_images is used
     halflife_images: float | None = None
-    rampup: float = 0.0  # the half-life is at most this share of the images seen; 0 is off
+    rampup: float = 0.0  # limits the half-life to this share of the images seen; 0: no limit
 
     def beta(self, images_seen: int, batch: int) -> float:
-        """The decay of the step that ended after `images_seen` images.
-
-        Half-lives as in EDM: beta = 0.5^(batch / halflife).
-        """
+        """The decay of the step that ended after `images_seen` images. Half-lives as in EDM: 0.5^(batch / halflife)."""
         if self.decay is not None:
             return self.decay
         assert self.halflife_images is not None
@@ -46,8 +43,9 @@ class Ema:
         return 0.5 ** (batch / max(halflife, 1e-8))
 
     def start_share(self, steps: int, batch: int) -> float:
-        """How much of the average is the initial weights after that many steps, between 1 and 0 (below a millionth it
-        may be told as a little too much).
+        """The share of the initial weights in the average after `steps` steps, between 0 and 1.
+
+        Below a millionth the result may be a little too large, because the loop stops there.
         """
         if self.decay is not None:
             return self.decay**steps
@@ -81,47 +79,46 @@ def _copy(source: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) 
 
 
 def build_emas(parameters: Mapping[str, nn.Parameter], train: TrainConfig) -> list[Ema]:
-    """The run's averages, each starting as a copy of the parameters."""
+    """The run's averages; each starts as a copy of the parameters."""
 
     def start() -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in parameters.items()}
 
-    return [replace(each, average=start()) for each in _effective_averages(train)]
+    return [replace(ema, average=start()) for ema in _effective_averages(train)]
 
 
 def effective_decay(decay: float, steps: int) -> float:
-    """The decay that a run of that many steps uses: `decay`, or max(0, 1 - 5 / steps) where decay^steps > 0.1."""
+    """The decay that a run of `steps` steps uses: `decay`, or max(0, 1 - 5 / steps) if decay^steps > 0.1."""
     return max(0.0, 1 - TIME_CONSTANTS / steps) if steps and decay**steps > START_SHARE else decay
 
 
 def effective_halflife(halflife_images: float, rampup: float, steps: int, batch: int) -> float:
-    """The half-life that a run of that many steps uses: the given one, or images ln 2 / 5 where more than a tenth
-    of the initial weights would be left.
+    """The half-life in images that a run of `steps` steps uses.
+
+    It is `halflife_images`, or steps batch ln 2 / 5 if more than a tenth of the initial weights would be left.
     """
     share = Ema("", {}, halflife_images=halflife_images, rampup=rampup).start_share(steps, batch)
     return steps * batch * math.log(2) / TIME_CONSTANTS if steps and share > START_SHARE else halflife_images
 
 
 def decays_by_name(train: TrainConfig) -> dict[str, float | None]:
-    """The decay a step that each average of a run really has, by the average's name;
-    None for those that have a half-life.
-    """
-    return {each.name: each.decay for each in _effective_averages(train)}
+    """The decay per step that each average of a run uses, by the average's name; None for half-life averages."""
+    return {ema.name: ema.decay for ema in _effective_averages(train)}
 
 
 def shortened_averages(train: TrainConfig) -> list[str]:
-    """A sentence for each average that is too long for the run and is therefore shorter than the settings say."""
+    """One message for each average that is too long for the run, so that the run uses a shorter one."""
     asked = [
         *(f"train.ema_decay={decay:g}" for decay in train.ema_decay),
         *(f"train.ema_halflife_images={h:g}" for h in train.ema_halflife_images),
     ]
     wanted = [*train.ema_decay, *train.ema_halflife_images]
-    used = [each.halflife_images if each.decay is None else each.decay for each in _effective_averages(train)]
+    used = [ema.halflife_images if ema.decay is None else ema.decay for ema in _effective_averages(train)]
     steps = _steps(train)
     return [
         (
-            f"{key} is too long an average for a run of {steps} steps, which would leave its samples mostly initial "
-            f"noise; {real:.6g} is used instead."
+            f"{key} is too long an average for a run of {steps} steps: samples would show mostly initial noise. "
+            f"The run uses {real:.6g} instead."
         )
         for key, given, real in zip(asked, wanted, used, strict=True)
         if real != given
@@ -138,4 +135,4 @@ def _effective_averages(train: TrainConfig) -> list[Ema]:
     by_decay = [Ema("", {}, decay=effective_decay(decay, steps)) for decay in train.ema_decay]
     halflives = [effective_halflife(h, train.ema_rampup, steps, train.batch) for h in train.ema_halflife_images]
     averages = by_decay + [Ema("", {}, halflife_images=h, rampup=train.ema_rampup) for h in halflives]
-    return [replace(each, name=name) for each, name in zip(averages, ema_names(train), strict=True)]
+    return [replace(ema, name=name) for ema, name in zip(averages, ema_names(train), strict=True)]

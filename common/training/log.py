@@ -1,4 +1,4 @@
-"""What a training tells: metrics.jsonl, trackers, the progress bar and the clock."""
+"""Reports a training's progress: metrics.jsonl, trackers, the progress bar, and the time spent in training."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from pixlat.common.training.steps import due
 
 
 def wandb_run(folder: Path, identity: str) -> dict[str, str]:
-    """What makes every start of a run, requeued ones included, go on in one W&B run:
-    an id of its folder and configuration.
+    """Arguments of `wandb.init` that make all starts of a run, also requeued ones, continue one W&B run.
+
+    Its id depends on the run's folder and configuration only.
     """
     key = hashlib.sha256(f"{identity} {folder.resolve()}".encode()).hexdigest()[:16]
     return {"name": folder.name, "id": f"{identity}-{key}", "resume": "allow"}
 
 
 class TrainingLog:
-    """metrics.jsonl, trackers, the progress bar and the clock."""
+    """Writes metrics.jsonl and the trackers, updates the progress bar, and measures the training time."""
 
     def __init__(self, state: TrainState, steps: int) -> None:
         self.state = state
@@ -45,13 +46,13 @@ class TrainingLog:
 
     @contextlib.contextmanager
     def progress_bar(self) -> Iterator[None]:
-        """Images done, images/s, time left and the loss, on stderr."""
+        """Shows images done, images/s, time left and the loss on stderr."""
         batch = self.state.settings.batch
         self.bar = progress_bar("train", self.steps * batch, self.state.step * batch, enabled=self.main, keep=True)
         self.last = (time.perf_counter(), self.state.step)
         with self.bar:
             yield
-        # end_training() would also end the processes' group, which the evaluation needs
+        # accelerate's end_training() would also destroy the process group, which the evaluation needs
         for tracker in self.state.accelerator.trackers:
             tracker.finish()
 
@@ -63,7 +64,7 @@ class TrainingLog:
         self.last = (self.last[0] + time.perf_counter() - start, self.last[1])
 
     def after_step(self) -> None:
-        """Advances the bar and, when a line is due, writes it and starts a new window."""
+        """Advances the bar. Every `train.log_images` images, also writes a line and clears the meters."""
         state = self.state
         self.bar.update(state.settings.batch)
         if not due(state.settings.log_images, state.settings, state.step):

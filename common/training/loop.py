@@ -20,7 +20,7 @@ from pixlat.common.training.ema import build_emas
 from pixlat.common.training.meters import Meters
 from pixlat.common.training.optim import build_optimizers, learning_rate, set_learning_rate
 from pixlat.common.training.resume import newest_checkpoint
-from pixlat.common.training.sharding import communicating, gathered, meta_copy, shard, whole_parameters
+from pixlat.common.training.sharding import communicating, gathered, meta_copy, shard, unsharded_parameters
 from pixlat.common.training.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ from pixlat.common.training.setup import implements, prepare_blocks, replicate
 from pixlat.common.training.state import TrainState, load_state_without_external
 from pixlat.common.training.steps import due, split_batch, total_steps
 
-# (every so many images, what is done then). It is also done at a start that takes up a checkpoint of such a moment,
-# since the last start may have been stopped in it: `state.start == state.step` tells. All processes call it,
-# and it cannot disturb the training.
+# (N, task): a task that training runs every N images, on all processes. After a resume the task runs again if the
+# checkpoint was written at such a point, because the previous start may have stopped in the middle of the task;
+# it sees this from `state.start == state.step`. A task cannot disturb the training: each step reseeds.
 Interlude = tuple[int, Callable[["TrainState"], None]]
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and everything is saved."""
+    """A signal asked the run to stop, and the run has saved a checkpoint."""
 
     def __init__(self, signal_name: str, saved: Path) -> None:
         super().__init__(f"stopped by {signal_name}; saved {saved}. Run the same command again to go on.")
@@ -46,7 +46,7 @@ class Stopped(Exception):
 
 
 def due_interludes(interludes: Sequence[Interlude], state: TrainState) -> list[Callable[[TrainState], None]]:
-    """What is to be done at this step of the training."""
+    """The tasks that the training runs after the step it has just finished."""
     return [call for every, call in interludes if every and state.step and due(every, state.settings, state.step)]
 
 
@@ -62,18 +62,18 @@ def train(
     sharding: str = "ddp",
     evaluated: str = "raw",
 ) -> TrainState:
-    """Trains to `settings.images`, or goes on from the newest whole checkpoint under `folder`.
+    """Trains until `settings.images` images were shown. Continues from the newest intact checkpoint under `folder`.
 
     sharding: how several processes share the work, "ddp" or "fsdp2" (common/training/sharding.py).
-    evaluated: the average that the run is sampled with, or "raw";
-        the method measures with it what it hands on to other runs.
-    Raises UserError for a non-finite loss or an unwritable folder (the last good checkpoint stays and is named),
-    Stopped after SIGTERM, SIGUSR2 or Ctrl-C.
+    evaluated: the name of the average that evaluation samples with, or "raw".
+        `method.after_training` measures with these weights.
+    Raises UserError for a non-finite loss or an unwritable folder; the message names the last good checkpoint,
+    which stays. Raises Stopped after SIGTERM, SIGUSR2 or Ctrl-C.
     """
     steps = total_steps(settings)
     method.to(accelerator.device).train()
     resumed = newest_checkpoint(folder, identity, accelerator)
-    # else nothing more is drawn, and any number of processes may evaluate
+    # a finished run draws no more random numbers, so any number of processes may open it to evaluate it
     unfinished = resumed and resumed.facts["step"] < steps
     micro_batch, micro_batches_a_step = split_batch(
         settings, accelerator.num_processes, resumed.facts.get("micro_batch") if resumed and unfinished else None
@@ -83,10 +83,10 @@ def train(
         load_state_without_external(method, dict(resumed.tensors("model")))
     else:
         run_before_training(method, make_batches, micro_batches_a_step, accelerator)
-    spread = sharding == "fsdp2" and accelerator.num_processes > 1
-    blank = meta_copy(method) if spread else None
+    sharded = sharding == "fsdp2" and accelerator.num_processes > 1
+    meta_method = meta_copy(method) if sharded else None
     prepare_blocks(method, settings)
-    model: nn.Module = shard(method, accelerator) if spread else replicate(method, accelerator)
+    model: nn.Module = shard(method, accelerator) if sharded else replicate(method, accelerator)
     bf16 = accelerator.mixed_precision == "bf16"
     optimizers = {phase: build_optimizers(method.parameters_of(phase), settings, bf16) for phase in method.phases}
     state = TrainState(
@@ -99,7 +99,7 @@ def train(
         accelerator,
         Meters(),
         micro_batch,
-        blank,
+        meta_method,
     )
     if resumed:
         state.restore(resumed)
@@ -141,9 +141,13 @@ def train(
                     )
                 for optimizer in optimizers[phase]:
                     optimizer.step()
-                for p in parameters.values():  # all of them: a generator's loss leaves gradients in its discriminator
+                for p in parameters.values():  # of all phases: a generator's loss leaves gradients in the discriminator
                     p.grad = None
-            with whole_parameters(method) if spread and implements(method, "after_step") else contextlib.nullcontext():
+            with (
+                unsharded_parameters(method)
+                if sharded and implements(method, "after_step")
+                else contextlib.nullcontext()
+            ):
                 method.after_step(step)
             state.step = step + 1
             for ema in state.emas:

@@ -1,22 +1,21 @@
 """The pair of optimizers that pMF trains with: Muon for matrices, Adam with Nesterov's momentum for everything else.
 
-Both correct the bias of their averages at the point where Nesterov's step looks:
-with b the decay and n the number of steps, counted from 1,
+Both use Nesterov's look-ahead and correct the bias of their averages for it.
+With g the gradient, b the decay and n the number of steps, counted from 1, the direction u is
 
     m <- b m + (1 - b) g,        u = b m / (1 - b^(n+1)) + (1 - b) g / (1 - b^n).
 
-A parameter's step count is a scalar on the CPU, so that the corrections are known without waiting for a device.
+A parameter's step count is a scalar on the CPU, so the corrections need no host sync.
 
-Several processes divide Muon's matrix products among themselves,
-because each product would otherwise be computed by every process:
+Several processes divide Muon's matrix products among themselves. Otherwise every process would compute all of them:
 
-    whole parameters (DDP)       each process orthogonalises its share of the matrices,
-                                 one all_gather hands the results to all
-    spread parameters (FSDP2)    the parts of a matrix travel to one process and its result's parts travel back,
-                                 by two all_to_all
+    full parameters (DDP)        Each process orthogonalises its share of the matrices.
+                                 One all_gather sends the results to all processes.
+    sharded parameters (FSDP2)   One all_to_all collects the parts of each matrix in one process;
+                                 a second one sends the parts of the results back.
 
-All processes therefore apply the same bits. They differ from a single process's by rounding,
-because a batch of matrices holds others.
+All processes therefore apply bit-identical updates. These differ by rounding from the updates of a single process,
+because the batches of matrices are composed differently.
 """
 
 from __future__ import annotations
@@ -37,21 +36,20 @@ from torch.optim import Optimizer
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
-# numbers orthogonalised at once: bounds the working memory at a few times 64 MB whatever the network's size
+# numbers orthogonalised in one batch; keeps the working memory at a few times 64 MB for networks of any size
 MAX_STACKED = 2**24
-MAX_GATHERED = 2**28  # numbers that one all_gather brings: 1 GB in float32
+MAX_GATHERED = 2**28  # numbers that one all_gather returns: 1 GB in float32
 
 
 def newton_schulz(matrices: Tensor, eps: float = 1e-8, bf16: bool = False) -> Tensor:
-    """The orthogonal factor of each matrix of a stack (N, R, C), approximately:
-    singular values between about 0.7 and 1.2, directions kept.
+    """The approximate orthogonal factor of each matrix of a stack (N, R, C).
 
-    Five steps of the quintic iteration X <- 3.4445 X + (-4.7750 A + 2.0315 A A) X with A = X X^T,
-    from X scaled to Frobenius norm 1, in the precision given.
-    Singular values below about 1e-3 of the norm are not lifted as far; zero stays zero.
+    Keeps the singular vectors and brings the singular values between about 0.7 and 1.2: five steps of the quintic
+    iteration X <- 3.4445 X + (-4.7750 A + 2.0315 A A) X with A = X X^T, from X scaled to Frobenius norm 1.
+    Singular values below about 1e-3 of the norm end lower; zero stays zero.
 
-    bf16: factors of products are rounded to bfloat16, sums are float32, as on the TPUs of the reference;
-    the result is bfloat16.
+    bf16: rounds the factors of each product to bfloat16 and sums in float32, as the TPUs of the reference do.
+        The result is then bfloat16; otherwise everything has the precision of `matrices`.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -69,11 +67,11 @@ def _improved(x: Tensor) -> Tensor:
 
 
 def _improved_in_bf16(x: Tensor) -> Tensor:
-    """The rounded X and A stand in the linear terms, too: as inputs of the same polynomial their rounding
-    errors shrink by f'(1) = -0.7 a step.
+    """One step of the iteration. It uses the rounded X and A also in the linear terms, on purpose.
 
-    With the exact ones there, the products' share of the error alone would remain,
-    which is multiplied by b + c = -2.7 for X and 2 c = 4.1 for A.
+    All terms of the polynomial then have the same input, and a step multiplies the rounding errors by f'(1) = -0.7.
+    With exact X and A in the linear terms, only the products would carry the error,
+    and a step would multiply it by b + c = -2.7 for X and by 2 c = 4.1 for A.
     """
     a, b, c = NEWTON_SCHULZ
     rounded = x.bfloat16()
@@ -83,10 +81,10 @@ def _improved_in_bf16(x: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """The products (N, R, C) of two stacks of bfloat16 matrices, added up and returned in float32.
+    """The products (N, R, C) of two stacks of bfloat16 matrices, summed and returned in float32.
 
-    Elsewhere than on CUDA the factors become float32, in which products of bfloat16 numbers are exact:
-    the same result at float32's speed.
+    On devices other than CUDA this converts the factors to float32. Products of bfloat16 numbers are exact there,
+    so the result is the same, at the speed of float32.
     """
     if a.is_cuda and hasattr(torch.ops.aten.bmm, "dtype"):  # from torch 2.8 on
         return torch.bmm(a, b, out_dtype=torch.float32)
@@ -94,17 +92,17 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def newton_schulz_macs(matrices: int, rows: int, columns: int) -> int:
-    """Multiply-accumulates of `newton_schulz` for a stack of that shape."""
+    """Multiply-accumulates of `newton_schulz` for a stack of shape (matrices, rows, columns)."""
     short, long = sorted((rows, columns))
     return NEWTON_SCHULZ_STEPS * matrices * (2 * short**2 * long + short**3)
 
 
-# -- who orthogonalises what -------------------------------------------------------------------------------------------
+# -- how processes divide the matrices ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Team:
-    """The processes among which matrices are dealt out."""
+    """The processes that divide the matrices among themselves, and this process's rank among them."""
 
     rank: int = 0
     size: int = 1
@@ -112,7 +110,7 @@ class Team:
 
     @classmethod
     def of(cls, params: Sequence[Tensor]) -> Team:
-        """Those who hold parts of the first parameter, or all processes, which hold the same parameters."""
+        """FSDP2: the processes that hold parts of the first parameter. DDP: all processes."""
         if not dist.is_available() or not dist.is_initialized():
             return cls()
         group = params[0].device_mesh.get_group() if isinstance(params[0], DTensor) else None
@@ -121,8 +119,9 @@ class Team:
 
 @lru_cache(maxsize=16)
 def deal(costs: tuple[int, ...], processes: int) -> list[list[int]]:
-    """For each process the positions of its matrices: the costliest matrix goes first,
-    each to the process that has the least work so far.
+    """Assigns matrices with these costs to processes; returns the positions of each process's matrices.
+
+    Takes the most expensive matrix first and gives each to the process that has the least work so far.
     """
     hands: list[list[int]] = [[] for _ in range(processes)]
     loads = [0] * processes
@@ -134,11 +133,11 @@ def deal(costs: tuple[int, ...], processes: int) -> list[list[int]]:
 
 
 def rounds(hands: Sequence[Sequence[int]], sizes: Sequence[int], limit: int) -> Iterator[list[list[int]]]:
-    """The hands, part by part, so that no process holds much more than `limit` numbers at once;
-    `sizes` are the matrices' numbers.
+    """Splits each process's list of matrices (`hands`, from `deal`) into parts that are handled one after another,
+    so that no process holds much more than `limit` numbers at once. sizes: the numbers in each matrix.
 
-    Each part has the same number of turns for all processes. A turn takes every process's next matrix,
-    and those are of about the same size.
+    A turn takes the next matrix of every process; these have about the same size.
+    All processes have the same number of turns in a part.
     """
     part: list[list[int]] = [[] for _ in hands]
     numbers = 0
@@ -160,9 +159,9 @@ def rounds(hands: Sequence[Sequence[int]], sizes: Sequence[int], limit: int) -> 
 class Muon(Optimizer):
     """p <- p - lr (sqrt(max(1, rows / columns)) NewtonSchulz(u) + weight_decay p), for matrices (rows, columns) only.
 
-    With `split` = k in a group, each of its matrices is k matrices stacked along dim 0 (a fused q, k, v has 3),
-    treated alone; rows then counts one of them. Matrices of the same shape are orthogonalised in one batch.
-    `bf16` is the precision of `newton_schulz`.
+    With `split` = k in a group, each parameter is k matrices stacked along dim 0 (a fused q, k, v has 3). Muon then
+    orthogonalises each of the k alone, and `rows` is the number of rows of one.
+    Matrices of the same shape are orthogonalised in one batch. `bf16` is the option of `newton_schulz`.
     """
 
     def __init__(
@@ -193,7 +192,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no line search here
-        """One step. Several processes take it together, and in all of them the same parameters must have gradients."""
+        """One step. All processes call it together, and the same parameters must have gradients in all of them."""
         for group in self.param_groups:
             if params := _with_gradient(group):
                 self._advance(params, group)
@@ -201,22 +200,20 @@ class Muon(Optimizer):
                 self._step_together(params, group, team) if team.size > 1 else self._step_alone(params, group)
 
     def _advance(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Counts the step and moves the averages of the gradients;
-        a process that holds parts of the parameters moves its parts.
-        """
+        """Counts the step and updates the averages of the gradients; under FSDP2, this process's parts of them."""
         averages = _entries(self, params, "momentum")
         _count(self, params)
-        torch._foreach_lerp_(_held(averages), _held(_gradients(params)), 1 - group["momentum"])
+        torch._foreach_lerp_(_local_parts(averages), _local_parts(_gradients(params)), 1 - group["momentum"])
 
     def _directions(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """u of each parameter, or this process's part of it."""
+        """The direction u of each parameter; under FSDP2, this process's part of it."""
         if not params:
             return []
         momentum = group["momentum"]
         now, ahead = _corrections([float(self.state[p]["step"]) for p in params], momentum)
-        directions = torch._foreach_mul(_held(_entries(self, params, "momentum")), [momentum / c for c in ahead])
+        directions = torch._foreach_mul(_local_parts(_entries(self, params, "momentum")), [momentum / c for c in ahead])
         torch._foreach_add_(
-            directions, torch._foreach_mul(_held(_gradients(params)), [(1 - momentum) / c for c in now])
+            directions, torch._foreach_mul(_local_parts(_gradients(params)), [(1 - momentum) / c for c in now])
         )
         return list(directions)
 
@@ -227,80 +224,80 @@ class Muon(Optimizer):
             torch._foreach_add_(alike, updates, alpha=_factor(alike[0], group))
 
     def _step_together(self, params: list[Tensor], group: dict[str, Any], team: Team) -> None:
-        """Part by part: each process orthogonalises its own matrices, and all processes apply all updates."""
+        """Each process orthogonalises its share of the matrices, and all processes apply all updates."""
         exchange = self._by_all_to_all if isinstance(params[0], DTensor) else self._by_all_gather
         hands = deal(tuple(newton_schulz_macs(*_stack_shape(p, group)) for p in params), team.size)
         for part in rounds(hands, [p.numel() for p in params], min(MAX_STACKED, MAX_GATHERED // team.size)):
             taken = [[params[position] for position in hand] for hand in part]
-            everyones = [p for hand in taken for p in hand]
-            for p, update in zip(everyones, exchange(taken, group, team), strict=True):
-                (held,) = _held([p])
-                _decay([held], group)
-                held.add_(update.view_as(held).to(held.dtype), alpha=_factor(p, group))
+            matrices = [p for hand in taken for p in hand]
+            for p, update in zip(matrices, exchange(taken, group, team), strict=True):
+                (local,) = _local_parts([p])
+                _decay([local], group)
+                local.add_(update.view_as(local).to(local.dtype), alpha=_factor(p, group))
 
     def _by_all_gather(self, taken: list[list[Tensor]], group: dict[str, Any], team: Team) -> Iterator[Tensor]:
-        """The flat updates of all processes' matrices, in order.
+        """Yields the flattened updates of the matrices of all processes, in order.
 
-        Every process has whole gradients, so only results travel.
+        Under DDP each process has full gradients, so the processes exchange only results.
         """
         updates = _orthogonal(self._directions(taken[team.rank], group), group)
         sizes = [[p.numel() for p in hand] for hand in taken]
         length = max(map(sum, sizes))
         filler = taken[0][0].new_zeros(length - sum(sizes[team.rank]), dtype=_result_type(group))
-        mine = torch.cat([*(update.flatten() for update in updates), filler])
-        gathered = mine.new_empty(team.size * length)
-        dist.all_gather_into_tensor(gathered, mine, group=team.group)
+        own_numbers = torch.cat([*(update.flatten() for update in updates), filler])
+        gathered = own_numbers.new_empty(team.size * length)
+        dist.all_gather_into_tensor(gathered, own_numbers, group=team.group)
         for row, numbers in zip(gathered.view(team.size, length), sizes, strict=True):
             yield from row[: sum(numbers)].split(numbers)
 
     def _by_all_to_all(self, taken: list[list[Tensor]], group: dict[str, Any], team: Team) -> Iterator[Tensor]:
-        """The flat updates of the rows that this process holds of all processes' matrices, in order.
+        """Yields the flattened updates of the rows that this process holds, for the matrices of all processes in order.
 
-        No process has more whole matrices than its own.
+        A process holds full matrices only of its own share.
         """
-        own, everyones = taken[team.rank], [p for hand in taken for p in hand]
-        # of a part; shorter ones get rows of zeros
+        own, matrices = taken[team.rank], [p for hand in taken for p in hand]
+        # numbers in a process's part of each matrix; shorter parts are padded with rows of zeros
         sizes = [[-(-p.shape[0] // team.size) * p.shape[1] for p in hand] for hand in taken]
         numbers = [sum(hand) for hand in sizes]
-        mine = [numbers[team.rank]] * team.size
+        own_counts = [numbers[team.rank]] * team.size
         parts = [
             _with_rows(u, -(-p.shape[0] // team.size)).flatten()
-            for p, u in zip(everyones, self._directions(everyones, group), strict=True)
+            for p, u in zip(matrices, self._directions(matrices, group), strict=True)
         ]
-        received = _all_to_all(torch.cat(parts), numbers, mine, team).view(team.size, -1 if own else 0)
+        received = _all_to_all(torch.cat(parts), numbers, own_counts, team).view(team.size, -1 if own else 0)
         columns = received.split(sizes[team.rank], dim=1)
         whole = [column.reshape(-1, p.shape[1])[: p.shape[0]] for p, column in zip(own, columns, strict=True)]
         padded = [
             _with_rows(u, -(-len(u) // team.size) * team.size).view(team.size, -1) for u in _orthogonal(whole, group)
         ]
         results = torch.cat([*padded, received.new_empty(team.size, 0, dtype=_result_type(group))], dim=1)
-        returned = _all_to_all(results.flatten(), mine, numbers, team)
-        for p, part in zip(everyones, returned.split([size for hand in sizes for size in hand]), strict=True):
-            yield part[: _held([p])[0].numel()]
+        returned = _all_to_all(results.flatten(), own_counts, numbers, team)
+        for p, part in zip(matrices, returned.split([size for hand in sizes for size in hand]), strict=True):
+            yield part[: _local_parts([p])[0].numel()]
 
 
 def _orthogonal(directions: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-    """The orthogonal factor of each matrix (or of each of its `split` parts), those of the same shape in one batch."""
+    """The orthogonal factor of each matrix, or of each of its `split` parts. Batches matrices of the same shape."""
     places: dict[torch.Size, list[int]] = defaultdict(list)
     for place, direction in enumerate(directions):
         places[direction.shape].append(place)
-    found: dict[int, Tensor] = {}
+    results: dict[int, Tensor] = {}
     for shape, alike in places.items():
         _, rows, columns = _stack_shape(directions[alike[0]], group)
         stack = torch.cat([directions[place].reshape(-1, rows, columns) for place in alike])
         orthogonal = newton_schulz(stack, group["eps"], group["bf16"])
-        found |= zip(alike, orthogonal.reshape(len(alike), *shape).unbind(), strict=True)
-    return [found[place] for place in range(len(directions))]
+        results |= zip(alike, orthogonal.reshape(len(alike), *shape).unbind(), strict=True)
+    return [results[place] for place in range(len(directions))]
 
 
 def _stack_shape(matrix: Tensor, group: dict[str, Any]) -> tuple[int, int, int]:
-    """(matrices that are orthogonalised alone, their rows, their columns)."""
+    """(number of matrices stacked in this parameter, rows of each, columns of each)."""
     split: int = group["split"]
     return split, matrix.shape[0] // split, matrix.shape[1]
 
 
 def _factor(matrix: Tensor, group: dict[str, Any]) -> float:
-    """What an orthogonal factor is multiplied by before it is added."""
+    """The factor -lr sqrt(max(1, rows / columns)) with which an orthogonal factor is added to the parameter."""
     _, rows, columns = _stack_shape(matrix, group)
     return float(-group["lr"] * math.sqrt(max(1.0, rows / columns)))
 
@@ -309,20 +306,23 @@ def _result_type(group: dict[str, Any]) -> torch.dtype:
     return torch.bfloat16 if group["bf16"] else group["params"][0].dtype
 
 
-def _held(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What this process holds of each."""
+def _local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This process's part of each sharded tensor; a full tensor as it is."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def _with_rows(matrix: Tensor, rows: int) -> Tensor:
-    """The matrix with rows of zeros below."""
+    """The matrix, padded below with zeros to `rows` rows."""
     padded = matrix.new_zeros(rows, matrix.shape[1])
     padded[: len(matrix)] = matrix
     return padded
 
 
 def _all_to_all(numbers: Tensor, sent: list[int], received: list[int], team: Team) -> Tensor:
-    """What the processes send to this one, which sends them its own numbers; counts by process."""
+    """Exchanges numbers with all processes and returns those that this process receives.
+
+    sent, received: how many numbers this process sends to each process, and receives from each.
+    """
     arrived = numbers.new_empty(sum(received))
     dist.all_to_all_single(arrived, numbers, received, sent, group=team.group)
     return arrived
@@ -331,7 +331,7 @@ def _all_to_all(numbers: Tensor, sent: list[int], received: list[int], team: Tea
 class NesterovAdam(Optimizer):
     """p <- p - lr (u / (sqrt(v / (1 - b2^n)) + eps) + weight_decay p) with v the average of g^2.
 
-    Not torch's NAdam, which schedules its momentum.
+    It differs from torch's NAdam, which changes its momentum by a schedule.
     """
 
     def __init__(
@@ -378,8 +378,9 @@ def _gradients(params: list[Tensor]) -> list[Tensor]:
 
 
 def _batches(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters of the same shape, device and type together, at most MAX_STACKED numbers
-    (or one parameter) at a time.
+    """Groups parameters of the same shape, device and dtype, with at most MAX_STACKED numbers in a group.
+
+    A larger parameter is a group alone.
     """
     alike: dict[Any, list[Tensor]] = defaultdict(list)
     for p in params:
@@ -390,7 +391,7 @@ def _batches(params: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _entries(optimizer: Optimizer, params: list[Tensor], name: str) -> list[Tensor]:
-    """A tensor of the parameter's shape in each one's state, zero at first."""
+    """The state tensor `name` of each parameter, in the parameter's shape. Creates it with zeros if it is missing."""
     for p in params:
         if name not in optimizer.state[p]:
             optimizer.state[p][name] = torch.zeros_like(p)
@@ -398,7 +399,7 @@ def _entries(optimizer: Optimizer, params: list[Tensor], name: str) -> list[Tens
 
 
 def _count(optimizer: Optimizer, params: list[Tensor]) -> list[float]:
-    """Advances the parameters' step counts and returns them, from 1."""
+    """Adds 1 to the step counts of the parameters and returns them; the first step is 1."""
     counts = [optimizer.state[p].setdefault("step", torch.zeros((), device="cpu")) for p in params]
     torch._foreach_add_(counts, 1.0)
     return [float(count) for count in counts]

@@ -1,4 +1,4 @@
-"""Optimizers, learning-rate schedules, and an optimizer's state as named tensors."""
+"""Builds optimizers and learning-rate schedules, and converts an optimizer's state to and from named tensors."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 
 def learning_rate(train: TrainConfig, images_seen: int) -> float:
-    """The learning rate of the step that starts after `images_seen` images: linear warm-up from 0, peak,
-    then constant, cosine or linear.
+    """The learning rate of the step that starts after `images_seen` images.
+
+    It rises linearly from 0, stays at the peak for `hold_images`, then follows `train.schedule`.
     """
     if images_seen < train.warmup_images:
         return train.lr * images_seen / train.warmup_images
@@ -35,14 +36,15 @@ def learning_rate(train: TrainConfig, images_seen: int) -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Sets lr times each group's own scale."""
+    """Sets the learning rate of each parameter group to lr times the group's `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def build_optimizers(groups: Iterable[ParamGroup], train: TrainConfig, bf16: bool = False) -> list[Optimizer]:
-    """One optimizer a kind, for one phase of a method. bf16: whether the run computes under bf16 autocast;
-    Muon's matrix products then do, too.
+    """Builds one optimizer for each kind (adamw, muon, ...) among the parameter groups of one phase.
+
+    bf16: whether the run uses bf16 autocast; Muon then computes its matrix products in bf16, too.
     """
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
@@ -76,7 +78,10 @@ def _nesterov_adam(groups: list[dict[str, Any]], train: TrainConfig) -> Optimize
 
 
 def _torch_muon(groups: list[dict[str, Any]], train: TrainConfig) -> Optimizer:
-    """torch's own: no bias corrections, Newton-Schulz in bfloat16; its updates are within some percent of ours."""
+    """torch.optim.Muon. It has no bias corrections and runs Newton-Schulz in bfloat16.
+
+    Its updates differ from those of our Muon by a few percent.
+    """
     if not hasattr(torch.optim, "Muon"):
         raise UserError(
             f"the optimizer torch_muon needs torch 2.9 or newer, this is {torch.__version__}. "
@@ -85,7 +90,7 @@ def _torch_muon(groups: list[dict[str, Any]], train: TrainConfig) -> Optimizer:
     if fused := [tuple(p.shape) for group in groups if group["split"] > 1 for p in group["params"]]:
         raise UserError(
             f"the optimizer torch_muon cannot split fused matrices such as {fused[0]} into their parts. "
-            "Use muon, which does."
+            "Use muon, which splits them."
         )
     return torch.optim.Muon(groups, lr=train.lr, momentum=0.95, nesterov=True)
 
@@ -99,18 +104,18 @@ BUILDERS: dict[str, Callable[[list[dict[str, Any]], TrainConfig], Optimizer]] = 
 
 
 def optimizer_state(optimizer: Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:
-    """An optimizer's state as flat tensors, "<parameter name>/<state key>".
+    """An optimizer's state as a flat dict of tensors named "<parameter name>/<state key>".
 
-    Hyper-parameters come from the configuration and are not saved.
+    It holds no hyper-parameters: those come from the configuration.
     """
     state = {f"{names[p]}/{key}": value for p, entry in optimizer.state.items() for key, value in entry.items()}
-    if odd := [key for key, value in state.items() if not isinstance(value, Tensor)]:
-        raise TypeError(f"optimizer state that is not a tensor cannot be saved: {odd[:5]}")
+    if not_tensors := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        raise TypeError(f"optimizer state that is not a tensor cannot be saved: {not_tensors[:5]}")
     return state
 
 
 def load_optimizer_state(optimizer: Optimizer, state: Iterable[tuple[str, Tensor]], names: Mapping[Any, str]) -> None:
-    """The inverse of `optimizer_state`; the tensors go where the parameters are, in the dtypes they were saved in."""
+    """Loads what `optimizer_state` returned. Moves each tensor to its parameter's device and keeps its saved dtype."""
     parameters = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
     for key, value in state:
         name, _, entry = key.rpartition("/")
@@ -119,6 +124,6 @@ def load_optimizer_state(optimizer: Optimizer, state: Iterable[tuple[str, Tensor
                 f"the checkpoint has optimizer state for {name!r}, which this configuration does not train."
             )
         p = parameters[name]
-        # A scalar step counter stays on the CPU unless the optimizer is fused, as torch itself does.
+        # torch keeps a scalar step counter on the CPU unless the optimizer is fused; so do we.
         on_cpu = value.ndim == 0 and not optimizer.defaults.get("fused")
         optimizer.state[p][entry] = value.cpu() if on_cpu else placed_like(value, p)

@@ -1,8 +1,7 @@
-"""Taking up a checkpoint with several processes: the main one reads and verifies the files,
-and the others get their tensors from it.
+"""Opens a checkpoint for all processes: the main process reads and verifies the files and broadcasts the tensors.
 
-Else each of 64 processes would read 20 GB at every requeue, and one on another machine might
-not see the newest checkpoint yet.
+If each process read the files, 64 processes would read 20 GB each at every requeue, and a process on another machine
+might not see the newest checkpoint yet.
 """
 
 from __future__ import annotations
@@ -25,16 +24,17 @@ from pixlat.common.weights import checkpoint
 
 
 @dataclass(frozen=True)
-class Found:
-    """A whole checkpoint, whose files only the main process opens."""
+class OpenCheckpoint:
+    """An intact checkpoint. Only the main process opens its files."""
 
     path: Path
     facts: dict[str, Any]
     accelerator: Accelerator
 
     def tensors(self, stem: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor on this process's device) of one file, one after the other;
-        all processes must ask, and to the end.
+        """Yields (name, tensor on this process's device) for each tensor of one file.
+
+        All processes must call this together and consume it to the end.
         """
         device, main = self.accelerator.device, self.accelerator.is_main_process
         with contextlib.ExitStack() as stack:
@@ -48,19 +48,20 @@ class Found:
                 yield name, value
 
     def _listing(self, stem: str) -> list[tuple[str, torch.Size, torch.dtype]]:
-        """Name, shape and type of the tensors of a file, from the main process, which reads its header alone."""
+        """Name, shape and dtype of each tensor of a file. The main process reads them and tells the others."""
         listing = None
         if self.accelerator.is_main_process:
             with safe_open(self.path / f"{stem}.safetensors", framework="pt") as file:
-                # not a dict
-                listing = [(name, meta.shape, meta.dtype) for name in file.keys() for meta in [file.get_tensor(name)]]  # noqa: SIM118
-        found: list[tuple[str, torch.Size, torch.dtype]] = broadcast_object_list([listing])[0]
-        return found
+                names = file.keys()  # `file` is no dict and cannot be iterated
+                listing = [(name, meta.shape, meta.dtype) for name in names for meta in [file.get_tensor(name)]]
+        shared: list[tuple[str, torch.Size, torch.dtype]] = broadcast_object_list([listing])[0]
+        return shared
 
 
-def newest_checkpoint(folder: Path, identity: str, accelerator: Accelerator) -> Found | None:
-    """The newest whole checkpoint of a run folder, if there is one;
-    one of another configuration is a UserError in all processes.
+def newest_checkpoint(folder: Path, identity: str, accelerator: Accelerator) -> OpenCheckpoint | None:
+    """The newest intact checkpoint of a run folder, or None.
+
+    Raises UserError in all processes if it belongs to another configuration.
     """
     path = checkpoint.latest(folder / "checkpoints") if accelerator.is_main_process else None
     path, facts = broadcast_object_list([(path, checkpoint.load_facts(path) if path else None)])[0]
@@ -71,14 +72,14 @@ def newest_checkpoint(folder: Path, identity: str, accelerator: Accelerator) -> 
             f"{path} belongs to another configuration ({facts['identity']} instead of {identity}). "
             "Choose another name= or out=."
         )
-    return Found(path, facts, accelerator)
+    return OpenCheckpoint(path, facts, accelerator)
 
 
 def last_good_checkpoint(folder: Path, accelerator: Accelerator) -> str:
-    """A sentence for a run that fails, the same in all processes: only the main one looks,
-    and one that did not must not say that there is none.
+    """A sentence for the message of a run that fails: which checkpoint is the last good one.
+
+    Only the main process reads the folder; it broadcasts the answer, so that all processes print the same sentence.
     """
-    found = broadcast_object_list([checkpoint.latest(folder / "checkpoints") if accelerator.is_main_process else None])[
-        0
-    ]
-    return f"The last good checkpoint is {found}." if found else "No checkpoint had been written yet."
+    newest = checkpoint.latest(folder / "checkpoints") if accelerator.is_main_process else None
+    path = broadcast_object_list([newest])[0]
+    return f"The last good checkpoint is {path}." if path else "No checkpoint had been written yet."

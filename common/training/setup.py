@@ -1,4 +1,4 @@
-"""What a training needs before its first step: processes and device, replicas, compiled and recomputed blocks."""
+"""Prepares a training before its first step: processes and device, DDP, compiled and recomputed blocks."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ if TYPE_CHECKING:
 def make_accelerator(
     settings: TrainConfig, folder: Path | None = None, timeout_min: float = COLLECTIVE_TIMEOUT_MIN
 ) -> Accelerator:
-    """Processes, device, precision of products (common/precision.py) and trackers;
-    parameters and optimizer state stay fp32.
+    """Sets up processes, device, precision of products (common/precision.py) and trackers.
 
-    A process has one at a time: a later run of a sweep may have another precision,
-    and an earlier accelerator then has it too.
+    Parameters and optimizer state stay fp32. accelerate shares its state within a process: if a later run of a sweep
+    has another precision, earlier accelerators of this process have that precision from then on.
     timeout_min: minutes that a process waits for the others in a collective.
     """
     for package in settings.trackers:
@@ -39,7 +38,7 @@ def make_accelerator(
         torch.set_num_threads(settings.threads)
     precision = resolve_precision(settings.precision, join_processes(timeout_min=timeout_min).device)
     set_float32_products(precision)
-    AcceleratorState._reset_state()  # keeps the processes' connection
+    AcceleratorState._reset_state()  # drops the precision of an earlier run, but keeps the process group
     return Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
         log_with=list(settings.trackers) or None,
@@ -48,10 +47,8 @@ def make_accelerator(
 
 
 def replicate(method: Method, accelerator: Accelerator) -> nn.Module:
-    """The method with gradients averaged over the processes, each of which holds all of it;
-    the method itself where there is one process.
-    """
-    several = len(method.phases) > 1  # each leaves the others' networks alone
+    """The method wrapped in DDP, which averages gradients over the processes; with one process, not wrapped."""
+    several = len(method.phases) > 1  # a phase computes no gradients for the networks of the other phases
     accelerator.ddp_handler = DistributedDataParallelKwargs(
         find_unused_parameters=several, gradient_as_bucket_view=True
     )
@@ -59,12 +56,12 @@ def replicate(method: Method, accelerator: Accelerator) -> nn.Module:
 
 
 def prepare_blocks(method: Method, settings: TrainConfig) -> None:
-    """Compiles and recomputes blocks as the settings ask.
+    """Applies train.compile and train.recompute_blocks to the method's blocks.
 
-    Copies of the method are made before: a changed block stays bound to this one.
+    Copy a method before this call, not after: the changed blocks of a copy would still call those of the original.
 
-    With compiled blocks its frozen networks are compiled as well, and cuDNN times its convolutions to choose
-    the fastest, whose rounding a restart may not find again; without, it chooses by rule.
+    train.compile also compiles the frozen networks, and lets cuDNN choose the fastest convolutions by timing them.
+    A restart may choose others, which round differently. Without train.compile cuDNN chooses by fixed rules.
     """
     torch.backends.cudnn.benchmark = settings.compile
     if settings.compile:
@@ -75,5 +72,5 @@ def prepare_blocks(method: Method, settings: TrainConfig) -> None:
 
 
 def implements(method: Method, name: str) -> bool:
-    """Whether the method has a function of its own for what the base class leaves empty."""
-    return sum(name in vars(each) for each in type(method).__mro__) > 1
+    """Whether the method overrides a function that the base class leaves empty."""
+    return sum(name in vars(cls) for cls in type(method).__mro__) > 1

@@ -1,6 +1,6 @@
 """FSDP2: each process keeps a part of every parameter, gradient, optimizer state and average.
 
-Without it, every tensor here is whole already.
+Without FSDP2 each process has full tensors, and the functions here return them unchanged.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 def shard(method: Method, accelerator: Accelerator) -> Method:
-    """Spreads the method's trained parameters over all processes, in place;
-    they are gathered block by block while the loss is computed.
+    """Shards the method's trained parameters over all processes, in place.
 
-    What is frozen stays whole: it has no gradients to spread, and teachers run at any time.
+    FSDP2 gathers them block by block for the forward and the backward pass. Frozen parameters are not sharded:
+    they have no gradients, and a method may call its teachers at any time.
     """
     frozen = {p for p in method.parameters() if not p.requires_grad}
     for tensor in (*method.parameters(), *method.buffers()):
-        dist.broadcast(tensor.detach(), src=0)  # as DDP does: what is spread must be parts of one network
+        dist.broadcast(tensor.detach(), src=0)  # as DDP does: all shards must come from the same initial weights
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for module in (*method.blocks(), method):
         fully_shard(module, mesh=mesh, ignored_params=frozen)
@@ -43,13 +43,13 @@ def shard(method: Method, accelerator: Accelerator) -> Method:
             out = forward(phase, batch, step)
         return {name: value.float() for name, value in out.items()}
 
-    method.forward = in_mixed_precision  # type: ignore[method-assign]  # as accelerate does for other models
+    method.forward = in_mixed_precision  # type: ignore[method-assign]  # accelerate does the same for DDP
     return method
 
 
 @contextlib.contextmanager
 def communicating(model: nn.Module, accelerator: Accelerator, last: bool) -> Iterator[None]:
-    """Processes exchange gradients in the last micro-batch of a step only."""
+    """Lets the processes exchange gradients only after the last micro-batch of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         yield
@@ -61,17 +61,17 @@ def communicating(model: nn.Module, accelerator: Accelerator, last: bool) -> Ite
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The tensor with the parts of all processes, who must all ask for it; a whole tensor is returned as it is.
+    """The full tensor of a sharded one; all processes must call this together. Returns a full tensor as it is.
 
-    Rows are gathered by one blocking collective: in the gloo thread of `DTensor.full_tensor`'s asynchronous
-    one a process died twice in some twenty runs of the tests.
+    One blocking collective gathers the rows. `DTensor.full_tensor` uses an asynchronous one instead; with gloo
+    a process died in its thread twice in some twenty runs of the tests.
     """
     if not isinstance(tensor, DTensor):
         return tensor
     if tensor.placements != (Shard(0),):
-        return tensor.full_tensor()  # a norm, which is a sum of parts
+        return tensor.full_tensor()  # a gradient norm: a sum of the processes' parts
     part, processes = tensor.to_local().detach(), tensor.device_mesh.size()
-    rows = -(-tensor.shape[0] // processes)  # of every part but the last ones, which may be shorter or empty
+    rows = -(-tensor.shape[0] // processes)  # of each part; the last parts may be shorter or empty and are padded
     padded = part.new_zeros(rows, *tensor.shape[1:])
     padded[: len(part)] = part
     gathered = part.new_empty(rows * processes, *tensor.shape[1:])
@@ -80,8 +80,9 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor of the parameter's shape, or a scalar, on the parameter's device; of a spread parameter,
-    this process's part of it.
+    """Moves a full tensor of the parameter's shape, or a scalar, to the parameter's device.
+
+    If the parameter is sharded, keeps only this process's part of the tensor.
     """
     value = value.to(parameter.device)
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
@@ -91,8 +92,9 @@ def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def all_finite(tensors: Iterable[Tensor], accelerator: Accelerator) -> bool:
-    """Whether no floating-point number of these tensors, spread or whole, is infinite or NaN in any process;
-    all processes must ask.
+    """Whether all floating-point numbers of these tensors are finite in all processes.
+
+    The tensors may be sharded or full. All processes must call this together.
     """
     parts = [
         value.to_local() if isinstance(value, DTensor) else value for value in tensors if value.is_floating_point()
@@ -110,8 +112,8 @@ def all_finite(tensors: Iterable[Tensor], accelerator: Accelerator) -> bool:
 
 
 @contextlib.contextmanager
-def whole_parameters(method: Method) -> Iterator[None]:
-    """Within the block the parameters of a spread method are whole, to be read; what is written into them is lost."""
+def unsharded_parameters(method: Method) -> Iterator[None]:
+    """Within the block the parameters of a sharded method are full tensors to read; changes to them are lost."""
     parts = [module for module in method.modules() if isinstance(module, FSDPModule)]
     for module in parts:
         module.unshard()
@@ -123,7 +125,10 @@ def whole_parameters(method: Method) -> Iterator[None]:
 
 
 def meta_copy(method: Method) -> Method:
-    """A copy without the memory of its parameters, for `with_weights`; it shares the external networks."""
+    """A copy whose parameters are on the meta device and use no memory, for `with_weights`.
+
+    The copy shares the external networks with the method.
+    """
     outside = [method.get_submodule(name) for name in method.external]
     shared = {id(p) for module in outside for p in module.parameters()}
     memo: dict[int, object] = {id(module): module for module in outside}
@@ -134,13 +139,14 @@ def meta_copy(method: Method) -> Method:
 
 
 @contextlib.contextmanager
-def with_weights(blank: Method, state: Mapping[str, Tensor]) -> Iterator[Method]:
-    """A hollow copy with this state (without external networks) for the length of the block;
-    its memory is given back afterwards.
+def with_weights(meta_method: Method, state: Mapping[str, Tensor]) -> Iterator[Method]:
+    """Within the block a `meta_copy` has the weights of `state`; afterwards it drops them and frees their memory.
+
+    state: the full tensors of `state_without_external`.
     """
-    empty = {name: p.detach() for name, p in blank.named_parameters() if p.is_meta}
-    blank.load_state_dict(dict(state), strict=False, assign=True)
+    empty = {name: p.detach() for name, p in meta_method.named_parameters() if p.is_meta}
+    meta_method.load_state_dict(dict(state), strict=False, assign=True)
     try:
-        yield blank
+        yield meta_method
     finally:
-        blank.load_state_dict(empty, strict=False, assign=True)
+        meta_method.load_state_dict(empty, strict=False, assign=True)

@@ -1,5 +1,6 @@
-"""Stopping cleanly: SIGTERM (a cancelled job), SIGUSR2 (submitit: preemption or time limit) and SIGINT (Ctrl-C) ask,
-the loop answers between two steps.
+"""Stops a training cleanly on SIGTERM (job cancelled), SIGUSR2 (submitit: preemption, time limit) or SIGINT (Ctrl-C).
+
+The signal handler only sets a flag. The training loop reads it between two steps.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import torch
 import torch.distributed as dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-AGREE_EVERY_STEPS = 10  # processes must stop at the same step; agreeing costs a collective and a host sync
+AGREE_EVERY_STEPS = 10  # processes must stop at the same step; to agree on it costs a collective and a host sync
 
 
 class StopRequest:
     """Within the block the stop signals set a flag instead of ending the process. A second Ctrl-C interrupts at once.
 
-    A signal that the block did not answer is passed on to the earlier handler at its end.
+    If a signal arrived that `agreed` did not report, the earlier handler receives it at the end of the block.
     """
 
     def __init__(self) -> None:
@@ -38,18 +39,19 @@ class StopRequest:
         for number, handler in self._old.items():
             signal.signal(number, handler)
         handled = callable(self._old.get(signal.Signals(self.received))) if self.received else False
-        # the default action would hide an error on its way
+        # while an exception is raised, do not run the default action: it would end the process and hide the error
         if self.received and not self.answered and (kind is None or handled):
             signal.raise_signal(self.received)
 
     @contextmanager
     def signals_as_before(self) -> Iterator[None]:
-        """Within the block signals do what they did before: for long work after everything is saved,
-        which nobody should have to wait for.
+        """Within the block signals have their earlier handlers again.
+
+        For long work after a checkpoint: nothing is lost if a signal ends it, so nobody should have to wait for it.
         """
         for number, handler in self._old.items():
             signal.signal(number, handler)
-        if self.received:  # since the processes last agreed
+        if self.received:  # a signal arrived after the last call of `agreed`
             signal.raise_signal(self.received)
         yield
         for number in self._old:
@@ -61,11 +63,10 @@ class StopRequest:
         self.received = number
 
     def agreed(self, step: int, last: bool = False) -> str | None:
-        """The name of a signal that any process has received, once all processes know of it; else None.
+        """The name of a stop signal that any process has received, or None. All processes call it at the same steps.
 
-        All processes call it at the same steps.
-
-        Several processes ask each other every few steps, and at the last one.
+        Several processes exchange their flags only every AGREE_EVERY_STEPS steps and if `last` is true;
+        at other steps the result is None.
         """
         number = self.received
         if dist.is_available() and dist.is_initialized():

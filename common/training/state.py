@@ -1,6 +1,4 @@
-"""The state of a training: all that a checkpoint holds, how it is saved and restored,
-and the weights to sample with.
-"""
+"""The state of a training: everything that a checkpoint holds. Saves it, restores it, gives the weights to sample."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from pixlat.common.progress import print_beside_bar
 from pixlat.common.training.ema import START_SHARE, Ema
 from pixlat.common.training.meters import Meters
 from pixlat.common.training.optim import load_optimizer_state, optimizer_state
-from pixlat.common.training.resume import Found, last_good_checkpoint
+from pixlat.common.training.resume import OpenCheckpoint, last_good_checkpoint
 from pixlat.common.training.sharding import all_finite, gathered, placed_like, with_weights
 from pixlat.common.weights import checkpoint
 from pixlat.common.weights.checkpoint import Checkpoint
@@ -32,13 +30,13 @@ if TYPE_CHECKING:
 
 
 def state_without_external(method: Method) -> dict[str, Tensor]:
-    """The method's state without its external networks, which come from files of their own."""
+    """The method's state dict without its external networks, which are loaded from other files."""
     outside = tuple(f"{name}." for name in method.external)
     return {key: value for key, value in method.state_dict().items() if not key.startswith(outside)}
 
 
 def load_state_without_external(method: Method, state: Mapping[str, Tensor]) -> None:
-    """The inverse of `state_without_external`; a missing, extra or misshapen key is an error."""
+    """Loads what `state_without_external` returned. torch raises an error for a missing, extra or misshapen key."""
     outside = tuple(f"{name}." for name in method.external)
     method.load_state_dict(
         {**state, **{key: value for key, value in method.state_dict().items() if key.startswith(outside)}}
@@ -47,7 +45,7 @@ def load_state_without_external(method: Method, state: Mapping[str, Tensor]) -> 
 
 @dataclass
 class TrainState:
-    """Everything that a checkpoint holds, and the result of the training."""
+    """Everything that a checkpoint holds. `train` returns it as the result of the training."""
 
     method: Method  # on the device, with the raw weights
     optimizers: dict[str, list[Optimizer]]
@@ -57,64 +55,64 @@ class TrainState:
     identity: str
     accelerator: Accelerator
     meters: Meters
-    micro_batch: int  # images a process takes at once: draws depend on it, so a resumed run keeps it
-    blank: Method | None = None  # where `method` is spread over the processes: its copy without memory, to sample with
+    micro_batch: int  # images per process and backward pass; random draws depend on it, so a resumed run keeps it
+    # under FSDP2 a copy of `method` on the meta device; sampling fills it with the gathered weights
+    meta_method: Method | None = None
     step: int = 0
-    start: int = 0  # the step that this start took up
-    seconds: float = 0.0  # in the loop, over all resumed parts; interludes and checkpoints not counted
+    start: int = 0  # the step of the checkpoint that this start resumed from
+    seconds: float = 0.0  # time in the loop, summed over all starts, without interludes and checkpoints
     saved: Path | None = None
-    told_of_start: bool = False  # that an average is mostly its beginning
+    warned_of_start: bool = False  # the warning that an average still holds mostly initial weights was printed
 
     @contextlib.contextmanager
     def weights(self, ema: str) -> Iterator[Method]:
-        """The method in evaluation mode, with the named average in place ("raw": as trained).
+        """The method in evaluation mode, with the weights of the named average ("raw": the trained weights).
 
-        All processes ask together.
-
-        Not under the training's autocast: who samples says in what precision (common/precision.py).
+        All processes must call this together. It does not switch on the training's autocast:
+        the caller chooses the precision of sampling (common/precision.py).
         """
         average = next((e for e in self.emas if e.name == ema), None)
         was_training = self.method.training
         self.method.eval()
         try:
-            with self._whole_method(average) if self.blank else self._own_method(average) as method:
+            with self._gathered_method(average) if self.meta_method else self._local_method(average) as method:
                 yield method.eval()
         finally:
             self.method.train(was_training)
 
     @contextlib.contextmanager
     def preview_weights(self, ema: str) -> Iterator[Method]:
-        """As `weights`, but raw ones while the average is mostly its beginning,
-        which would show as grey pictures; says so once.
+        """Like `weights`, but gives the raw weights while the average still holds more than START_SHARE of the
+        initial weights, because such an average draws grey pictures. Prints this once.
         """
         average = next((e for e in self.emas if e.name == ema), None)
         share = average.start_share(self.step, self.settings.batch) if average else 0.0
-        if share > START_SHARE and self.accelerator.is_main_process and not self.told_of_start:
+        if share > START_SHARE and self.accelerator.is_main_process and not self.warned_of_start:
             print_beside_bar(
-                f"after {self.step * self.settings.batch} images the average {ema} is still {share:.0%} initial "
-                f"weights: previews show the raw weights until it is {START_SHARE:.0%}, and scores of curve.jsonl, "
-                "which are the average's, are too bad until then"
+                f"after {self.step * self.settings.batch} images the average {ema} still consists of initial weights "
+                f"to {share:.0%}. Until that is {START_SHARE:.0%}, previews show the raw weights, and the scores in "
+                "curve.jsonl, which are measured with the average, are too bad"
             )
-            self.told_of_start = True
+            self.warned_of_start = True
         with self.weights("raw" if share > START_SHARE else ema) as method:
             yield method
 
     @contextlib.contextmanager
-    def _own_method(self, average: Ema | None) -> Iterator[Method]:
+    def _local_method(self, average: Ema | None) -> Iterator[Method]:
         with average.applied(dict(self.method.named_parameters())) if average else contextlib.nullcontext():
             yield self.method
 
     @contextlib.contextmanager
-    def _whole_method(self, average: Ema | None) -> Iterator[Method]:
-        assert self.blank is not None
+    def _gathered_method(self, average: Ema | None) -> Iterator[Method]:
+        assert self.meta_method is not None
         state = state_without_external(self.method) | (average.average if average else {})
-        with with_weights(self.blank, {name: gathered(value) for name, value in state.items()}) as method:
+        with with_weights(self.meta_method, {name: gathered(value) for name, value in state.items()}) as method:
             yield method
 
     def check_finite(self) -> dict[str, float]:
-        """The means of the running window; a non-finite one is a UserError.
+        """Returns the means since the last line of the log; raises UserError if one is infinite or NaN.
 
-        Called before anything is saved, so no checkpoint is ever poisoned.
+        `save` calls it first, so no checkpoint is written after such a loss.
         """
         means = self.meters.means()
         if bad := [name for name, value in means.items() if not math.isfinite(value)]:
@@ -125,9 +123,9 @@ class TrainState:
         return means
 
     def check_weights(self) -> None:
-        """Weights or averages that are not finite are a UserError: the loss before an infinite gradient looks fine.
+        """Raises UserError if a weight or an average is infinite or NaN. Costs one host sync.
 
-        One host sync.
+        `check_finite` cannot see this: the loss that produced an infinite gradient can itself be finite.
         """
         averages = [value for ema in self.emas for value in ema.average.values()]
         tensors = [*state_without_external(self.method).values(), *averages]
@@ -137,18 +135,18 @@ class TrainState:
             )
 
     def _spoilt(self, what: str) -> UserError:
-        """All processes must ask."""
+        """The error for a training that became non-finite. All processes must call this together."""
         last = last_good_checkpoint(self.folder, self.accelerator)
         return UserError(f"{what} {last} Try a lower train.lr, train.clip_grad=1, or train.precision=fp32.")
 
     def save(self) -> None:
-        """Writes a checkpoint from the main process; it does not tell how many processes there were."""
+        """Writes a checkpoint from the main process. Its content does not depend on the number of processes."""
         self.check_finite()
         self.check_weights()
         folder = self.folder / "checkpoints"
         main = self.accelerator.is_main_process
         meters = self.meters.of_all_processes()
-        if main or self.blank:
+        if main or self.meta_method:
             tensors = {stem: self._collected(part, main) for stem, part in self._tensors().items()} | {"meters": meters}
         if main:
             facts = {
@@ -165,33 +163,34 @@ class TrainState:
         self.accelerator.wait_for_everyone()
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """By file stem, as this process has them."""
+        """The tensors of each checkpoint file by the file's stem; under FSDP2 this process's parts of them."""
         names = {p: name for name, p in self.method.named_parameters()}
         tensors = {"model": state_without_external(self.method)}
         tensors |= {f"ema-{ema.name}": ema.average for ema in self.emas}
         return tensors | {stem: optimizer_state(optimizer, names) for stem, optimizer in self._optimizer_stems()}
 
     def _collected(self, tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-        """Whole tensors for the process that keeps them; spread ones are gathered one by one and go to the CPU,
-        the others stay what they are.
+        """Under FSDP2, gathers the tensors one by one and moves them to the CPU of each process with `keep`.
+
+        Without FSDP2, returns them as they are.
         """
-        if self.blank is None:
+        if self.meta_method is None:
             return dict(tensors)
         pairs = ((name, gathered(value)) for name, value in tensors.items())
         return {name: value.cpu() for name, value in pairs if keep}
 
-    def restore(self, found: Found) -> None:
-        """Takes up a checkpoint whose weights the method has already."""
+    def restore(self, opened: OpenCheckpoint) -> None:
+        """Restores everything but the method's weights, which the caller has loaded already."""
         names = {p: name for name, p in self.method.named_parameters()}
         for stem, optimizer in self._optimizer_stems():
-            load_optimizer_state(optimizer, found.tensors(stem), names)
+            load_optimizer_state(optimizer, opened.tensors(stem), names)
         for ema in self.emas:
             ema.average = {
-                name: placed_like(value, ema.average[name]) for name, value in found.tensors(f"ema-{ema.name}")
+                name: placed_like(value, ema.average[name]) for name, value in opened.tensors(f"ema-{ema.name}")
             }
         place = (self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device)
-        self.meters = Meters.of_process(dict(found.tensors("meters")), found.facts["meter_counts"], *place)
-        self.step, self.seconds, self.saved = found.facts["step"], found.facts["seconds"], found.path
+        self.meters = Meters.of_process(dict(opened.tensors("meters")), opened.facts["meter_counts"], *place)
+        self.step, self.seconds, self.saved = opened.facts["step"], opened.facts["seconds"], opened.path
         self.start = self.step
 
     def _optimizer_stems(self) -> Iterator[tuple[str, Optimizer]]:
