@@ -593,16 +593,16 @@ def test_data_without_larger_originals_are_scaled_up_before_they_are_cut() -> No
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"data.resize": "40"}, r"data\.resize=40: only random crops are cut of a resized image"),
+        ({"data.resize": "40"}, r"data\.resize=40: it applies to random crops only"),
         ({"data.crop": "randon"}, r"Did you mean 'random'"),
         (
             {"data.crop": "random", "data.image_size": "32", "data.resize": "20"},
-            r"data\.resize=20 is smaller than the squares",
+            r"data\.resize=20 is smaller than data\.image_size=32",
         ),
-        ({"data.crop": "random", "data.latents": "x"}, r"data\.latents=x holds latents of the centres"),
+        ({"data.crop": "random", "data.latents": "x"}, r"data\.latents=x holds latents of the centre squares"),
         (
             {"data.crop": "random", "model.remember": "true"},
-            r"model\.remember=true keeps the encoding of the first one",
+            r"model\.remember=true keeps the encoding of the first square",
         ),
     ],
 )

@@ -453,7 +453,7 @@ def test_a_run_keeps_its_micro_batches():
     assert split_batch(settings(batch=64, micro_batch=8), processes=2, began_with=16) == (8, 4)
     with pytest.raises(
         UserError,
-        match=r"micro-batches of 16 images, which 8 processes cannot share .* a number of processes that divides 4",
+        match=r"micro-batches of 16 images, and 8 processes cannot divide .* a number of processes that divides 4",
     ):
         split_batch(settings(batch=64), processes=8, began_with=16)
 

@@ -1,3 +1,3 @@
-"""The keys of a run: what they are, how a command line becomes a checked configuration,
-and which of them make a run what it is. No torch.
+"""The configuration of a run: its keys (schema.py), how a command line becomes a checked configuration (resolve.py),
+and which keys can change a result (identity.py). Imports no torch.
 """

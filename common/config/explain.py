@@ -1,4 +1,4 @@
-"""The help of a group of keys, read from the comments behind a dataclass's fields. Imports no torch."""
+"""Reads the help of configuration keys from the comments in their dataclasses. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 
 
 def field_comments(source: str) -> Iterator[tuple[str, str]]:
-    """(field, help) from the source of a dataclass: the comment behind a field, or the lines of `#:` above it."""
+    """(field, help) for each field in the source of a dataclass: the comment behind it, or the `#:` lines above it."""
     field = r"^((?: {4}#:.*\n)*) {4}(\w+)\s*:[^#\n]*(?:#\s*(.+))?$"
     for above, name, behind in re.findall(field, source, flags=re.MULTILINE):
         if help_text := " ".join(re.findall(r"#:\s*(.+)", above)) or behind:
@@ -21,7 +21,7 @@ def field_comments(source: str) -> Iterator[tuple[str, str]]:
 
 
 def preset_notes(path: str) -> dict[str, str]:
-    """What each preset of a presets.yaml says of itself; one that `extends` another and says nothing says the same."""
+    """The `about` text of each preset in a presets.yaml. A preset without one has that of the preset it `extends`."""
     text, loader = Path(path).read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     raw: dict[str, Any] = yaml.load(text, Loader=loader)
 
@@ -33,12 +33,12 @@ def preset_notes(path: str) -> dict[str, str]:
 
 
 def type_name(annotation: Any) -> str:
-    """ "int" of a field's type, which is a string where its module postpones annotations, and a class elsewhere."""
+    """The name of a field's type, such as "int". The annotation is a string if its module postpones annotations."""
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def describe(config: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """(key, type, default, help) of every field of a config dataclass, nested ones expanded; help: `field_comments`."""
+    """(key, type, default, help) of every field of a config dataclass and of the dataclasses nested in it."""
     bases = [base for base in reversed(config.__mro__) if dataclasses.is_dataclass(base)]
     comments = {name: text for base in bases for name, text in field_comments(inspect.getsource(base))}
     for item in dataclasses.fields(config):
@@ -46,5 +46,5 @@ def describe(config: type, prefix: str = "") -> Iterator[tuple[str, str, str, st
         default = item.default_factory() if callable(item.default_factory) else item.default
         if dataclasses.is_dataclass(default):
             yield from describe(type(default), key)
-        elif key not in ("model", "sample"):  # whose fields are the method's
+        elif key not in ("model", "sample"):  # each method defines the fields of these two
             yield key, type_name(item.type), "none" if default is None else str(default), comments.get(item.name, "")

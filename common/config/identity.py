@@ -1,7 +1,4 @@
-"""What makes two runs the same run: which keys change a result, the hash of those, and the run folder's name.
-
-Imports no torch.
-"""
+"""The identity of a run: a hash of the keys that can change a result, and the run folder's name. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,16 +12,16 @@ from omegaconf import OmegaConf
 
 from pixlat.common.config.schema import RunConfig, Spec, flatten, to_dict
 
-# Settings that change neither a weight nor a score: two runs that differ only here are the same run.
+# Settings that change neither a weight nor a score. Runs that differ only in these keys have the same identity.
 INERT_KEYS = (
     "name", "out", "dry_run", "data.workers", "data.broken", "train.recompute_blocks", "train.threads",
     "train.trackers", "train.keep_checkpoints",
     "eval.batch", "eval.grid_columns", "eval.every_images",
 )  # fmt: skip
-INERT_GROUPS = ("cluster.", "budget.")  # a budget only says how `train.images` was found
+INERT_GROUPS = ("cluster.", "budget.")  # a budget only sets `train.images`, which is part of the identity
 
-# Keys that came after runs had been made, with the value that those runs had:
-# a run does not become another one because a key was added.
+# Keys that later versions added, with the value that is equivalent to the behaviour before. The hash leaves out a key
+# that has this value, so that runs of earlier versions keep their identity.
 LATER_KEYS: dict[str, Any] = {
     "data.modes": "convert",
     "data.latents": None,
@@ -43,18 +40,18 @@ def inert(key: str) -> bool:
 
 
 def identity(run: RunConfig) -> str:
-    """12 hex digits over everything that can change a weight or a score."""
+    """12 hex digits of a SHA-256 over all settings that can change a weight or a score."""
     return identity_of(to_dict(run))
 
 
 def identity_of(saved: Mapping[str, Any]) -> str:
-    """The same of a configuration as it was saved, which may be older than some keys."""
+    """The identity of a saved configuration, which may lack keys that later versions added."""
     settings = {key: value for key, value in flatten(saved) if not inert(key) and LATER_KEYS.get(key, ...) != value}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def run_folder(run: RunConfig) -> Path:
-    """Where the run lives. The same command always gets the same folder, and another configuration another one."""
+    """The run's folder. The same command always gets the same folder; another configuration gets another folder."""
     return Path(run.out) / (run.name or f"{run.method}-{run.data.name}-{run.preset}-seed{run.seed}-{identity(run)[:6]}")
 
 
@@ -64,13 +61,13 @@ def to_yaml(run: RunConfig) -> str:
 
 
 def chosen_settings(run: RunConfig, spec: Spec) -> dict[str, Any]:
-    """The settings of a run that are not the defaults of every run and of the method, by key."""
+    """The settings of a run that differ from the defaults of schema.py and of the method, by key."""
     defaults = dict(flatten(to_dict(RunConfig(method=spec.name, model=spec.config(), sample=spec.sample()))))
     return {key: value for key, value in flatten(to_dict(run)) if value != defaults.get(key, ...)}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`"train.lr: 0.001 -> 0.002"` for every key that matters and differs."""
+    """`"train.lr: 0.001 -> 0.002"` for every key that differs and belongs to the identity."""
     before, after = LATER_KEYS | dict(flatten(old)), LATER_KEYS | dict(flatten(new))
     keys = [key for key in {**before, **after} if not inert(key)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]

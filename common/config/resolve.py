@@ -1,6 +1,6 @@
-"""From the command line and a preset to a checked `RunConfig`. Imports no torch.
+"""Makes a checked `RunConfig` from the command line and a preset. Imports no torch.
 
-Order of precedence: the defaults of schema.py, the preset, the command line.
+Presets override the defaults of schema.py, and the command line overrides both.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from yaml import YAMLError
 from pixlat.common.config.schema import DataConfig, RunConfig, Spec, TrainConfig, flatten
 from pixlat.common.errors import UserError, close_match
 
-PRECISIONS = ("auto", "bf16", "tf32", "fp32")  # common/precision.py says what they are
+PRECISIONS = ("auto", "bf16", "tf32", "fp32")  # common/precision.py explains them
 UINT8_RULES = ("round", "truncate")
-MIN_EVAL_IMAGES = 20  # one for each group that the evaluator's jackknife leaves out
+MIN_EVAL_IMAGES = 20  # the evaluator's jackknife forms 20 groups of images
 
 # `data=folder` is short for `data.name=folder`.
 GROUPS_WITH_NAME = ("data", "cluster")
 
 
 def split_overrides(arguments: Sequence[str]) -> dict[str, list[str]]:
-    """`["seed=0,1", "train.lr=1e-3"]` to `{"seed": ["0", "1"], "train.lr": ["1e-3"]}`;
-    commas inside brackets and quotes do not split.
+    """Converts `["seed=0,1", "train.lr=1e-3"]` to `{"seed": ["0", "1"], "train.lr": ["1e-3"]}`.
+
+    Commas inside brackets and quotes do not separate values.
     """
     overrides: dict[str, list[str]] = {}
     for argument in arguments:
@@ -50,7 +51,7 @@ def split_overrides(arguments: Sequence[str]) -> dict[str, list[str]]:
 
 
 def sweep(overrides: Mapping[str, Sequence[str]]) -> Iterator[dict[str, str]]:
-    """Every combination of the comma lists, the last key varying fastest."""
+    """Yields every combination of the comma lists. The last key varies fastest."""
     for values in itertools.product(*overrides.values()):
         yield dict(zip(overrides, values, strict=True))
 
@@ -73,11 +74,11 @@ def load_presets(path: str) -> dict[str, dict[str, Any]]:
 
 
 def published_score(spec: Spec, preset: str) -> str:
-    """ "FID 1.86, IS 303.4 (Table 7)": what the preset's row was published with; empty where nothing was."""
+    """The score that the authors published for this preset, such as "FID 1.86, IS 303.4 (Table 7)"; "" if none."""
     score = dict(load_presets(spec.presets).get(preset, {}).get("expected") or {})
     source = score.pop("source", None)
-    told = ", ".join(f"{name.upper() if len(name) < 4 else name} {value}" for name, value in score.items())
-    return f"{told} ({source})" if told and source else told
+    text = ", ".join(f"{name.upper() if len(name) < 4 else name} {value}" for name, value in score.items())
+    return f"{text} ({source})" if text and source else text
 
 
 HELP = "`pixlat train method={method} --help all` lists every key."
@@ -86,7 +87,8 @@ HELP = "`pixlat train method={method} --help all` lists every key."
 def resolve(spec: Spec, overrides: Mapping[str, str], advice: str = HELP) -> RunConfig:
     """The full configuration of one run of a method.
 
-    Unknown presets and keys and wrong types are UserErrors with the nearest valid word.
+    Raises UserError for an unknown preset, an unknown key or a value of a wrong type; it suggests the nearest name.
+    advice: the sentence that ends the message about an unknown key.
     """
     presets, advice = load_presets(spec.presets), advice.format(method=spec.name)
     preset_name = overrides.get("preset", RunConfig.preset)
@@ -108,7 +110,7 @@ def resolve(spec: Spec, overrides: Mapping[str, str], advice: str = HELP) -> Run
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{getattr(error, 'full_key', None) or 'a value'} does not fit: {reason}. "
-            f"A value with ${{...}} stands for another key's."
+            f"A value ${{key}} is replaced by the value of that key."
         ) from error
     check(run)
     return run
@@ -119,8 +121,8 @@ def _parsed(overrides: Mapping[str, str]) -> DictConfig:
     try:
         return OmegaConf.from_dotlist([f"{key}={value}" for key, value in overrides.items()])
     except (YAMLError, OmegaConfBaseException, AssertionError) as error:
-        # a bracket that is not closed, a key without a name
-        if len(overrides) > 1:  # the one that is at fault
+        # an unclosed bracket, for example, or a key without a name
+        if len(overrides) > 1:  # parse each override alone, so that the message names the faulty one
             for key, value in overrides.items():
                 _parsed({key: value})
         shown = ", ".join(f"{key}={value}"[:80] for key, value in overrides.items())
@@ -155,8 +157,8 @@ EXAMPLES = {"int": "[0,1]", "float": "[0.1,0.9]"}
 
 
 def misfit(error: OmegaConfBaseException, config: DictConfig, settings: Any) -> str:
-    """ "train.lr=fast does not fit: it must be a number, for example 0.5 or 1e-4." for a value of the wrong type;
-    config: what it was merged into.
+    """The message for a value of a wrong type: "train.lr=fast does not fit: it must be a number, for example 0.5 or
+    1e-4." config: the configuration into which `settings` could not be merged.
     """
     key = re.sub(r"\[\d+\]$", "", getattr(error, "full_key", None) or "")
     if not key:
@@ -174,7 +176,7 @@ def misfit(error: OmegaConfBaseException, config: DictConfig, settings: Any) -> 
 
 
 def check(run: RunConfig) -> None:
-    """Values that no type can check. Every message names the key, its value and what is allowed."""
+    """Checks values beyond their types. Raises UserError that names the key, its value and the allowed values."""
     train = run.train
     at_least: dict[str, tuple[float, float]] = {
         "train.images": (train.images, 0), "train.batch": (train.batch, 1),
@@ -240,9 +242,7 @@ def check(run: RunConfig) -> None:
 
 
 def _check_name(name: str | None) -> None:
-    """A run's folder lies below `out`: `..`, an absolute path and a hidden folder
-    (which no table reads) are refused.
-    """
+    """Raises UserError unless the run's folder lies below `out` and is not hidden: no table reads hidden folders."""
     parts = Path(name).parts if name is not None else ("run",)
     allowed = parts and not Path(*parts).is_absolute() and not any(part.startswith(".") for part in parts)
     require(
@@ -251,8 +251,9 @@ def _check_name(name: str | None) -> None:
 
 
 def check_crop(data: DataConfig, remember: bool = False) -> None:
-    """UserError where random crops cannot be made, or where something was computed once for an image that now
-    looks different each time.
+    """Raises UserError if the settings of random crops are invalid.
+
+    Random crops also exclude anything that is computed once per image: stored latents and remembered encodings.
     """
     one_of("data.crop", data.crop, ("center", "random"))
     if data.crop == "center":
@@ -260,34 +261,34 @@ def check_crop(data: DataConfig, remember: bool = False) -> None:
             data.resize is None,
             "data.resize",
             data.resize,
-            "only random crops are cut of a resized image. Set data.crop=random, or data.resize=null",
+            "it applies to random crops only. Set data.crop=random, or data.resize=null",
         )
         return
     if data.resize is not None and data.resize < (data.image_size or 1):
         raise UserError(
-            f"data.resize={data.resize} is smaller than the squares that are cut of it. "
-            f"Set at least data.image_size={data.image_size}."
+            f"data.resize={data.resize} is smaller than data.image_size={data.image_size}, the size of the crops. "
+            f"Set data.resize={data.image_size} or more."
         )
     if data.latents is not None:
         raise UserError(
-            f"data.crop=random cuts another square each time, and data.latents={data.latents} holds latents "
-            "of the centres. Leave data.latents out, or set data.crop=center."
+            f"data.crop=random cuts another square each time, but data.latents={data.latents} holds latents "
+            "of the centre squares. Leave data.latents out, or set data.crop=center."
         )
     if remember:
         raise UserError(
-            "data.crop=random cuts another square each time, and model.remember=true keeps the encoding of the first "
-            "one. Set model.remember=false, or data.crop=center."
+            "data.crop=random cuts another square each time, but model.remember=true keeps the encoding of the first "
+            "square. Set model.remember=false, or data.crop=center."
         )
 
 
 def one_of(key: str, value: str, options: Sequence[str]) -> None:
-    """Raises a UserError unless the value is one of the options."""
+    """Raises UserError unless the value is one of the options."""
     if value not in options:
         raise UserError(f"{key}={value!r} is not one of {', '.join(options)}.{close_match(value, options)}")
 
 
 def require(holds: bool, where: str, value: object, rule: str) -> None:
-    """Raises UserError "model.depth=0: must be at least 1." unless the condition holds."""
+    """Raises UserError unless the condition holds. The message reads like "model.depth=0: must be at least 1."."""
     if not holds:
         raise UserError(f"{where}={value!r}: {rule}.")
 
@@ -299,7 +300,7 @@ def patches_a_side(image_size: int, patch: int) -> int:
 
 
 def checked_interval(where: str, interval: Sequence[float]) -> tuple[float, float]:
-    """A guidance interval as a pair with 0 <= low < high <= 1; anything else is a UserError."""
+    """Returns a guidance interval as a pair. Raises UserError unless 0 <= low < high <= 1."""
     require(len(interval) == 2, where, interval, "must be two numbers, [low, high]")
     low, high = interval
     require(0 <= low < high <= 1, where, (low, high), "must satisfy 0 <= low < high <= 1")
@@ -307,17 +308,17 @@ def checked_interval(where: str, interval: Sequence[float]) -> tuple[float, floa
 
 
 def ema_names(train: TrainConfig) -> list[str]:
-    """The names of a run's weight averages, in order: "0.9999" for a decay, "500000img" for a half-life in images."""
+    """The names of a run's weight averages: "0.9999" for a decay, then "500000img" for a half-life in images."""
     return [f"{decay:g}" for decay in train.ema_decay] + [
         f"{halflife:.0f}img" for halflife in train.ema_halflife_images
     ]
 
 
 def evaluated_ema(run: RunConfig) -> str:
-    """The name of the average that is sampled with, or "raw"."""
+    """The name of the average that evaluation samples with, or "raw"."""
     return run.eval.ema or next(iter(ema_names(run.train)), "raw")
 
 
 def sampling_seeds(run: RunConfig) -> list[int]:
-    """The seeds that the run is sampled with, one evaluation each."""
+    """The seeds of sampling. Each gives one evaluation."""
     return run.eval.seeds or [run.eval.seed]

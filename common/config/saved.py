@@ -1,7 +1,4 @@
-"""A run folder's config.yaml: read as data within limits, and held to the checkpoint that was trained with it.
-
-Imports no torch.
-"""
+"""Reads a run folder's config.yaml within size limits, and compares it with the checkpoint. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,15 +18,12 @@ from pixlat.common.files import read_text
 
 CONFIG = "config.yaml"
 MAX_CONFIG_BYTES = 2**20
-MAX_DEPTH = 20  # of groups and lists within each other
-IMPORTED_IDENTITY = "imported"  # of a checkpoint whose weights come from a released file: no training continues it
+MAX_DEPTH = 20  # levels of nested groups and lists
+IMPORTED_IDENTITY = "imported"  # identity of a checkpoint with imported weights, which no training can resume
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The settings in a run folder's config.yaml, nested.
-
-    A folder without one, or one that is damaged, is a UserError.
-    """
+    """The settings in a run folder's config.yaml, nested. Raises UserError if the file is missing or damaged."""
     file = folder / CONFIG
     if not file.exists():
         raise UserError(
@@ -48,20 +42,18 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_form(text: str) -> None:
-    """Refuses YAML that no run writes and that could take gigabytes or hours to read."""
+    """Raises UserError for YAML that pixlat never writes and that could take gigabytes or hours to read."""
     depth = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.ScalarEvent) and depth == 0:
             raise UserError("it holds no keys")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
-            raise UserError("it has aliases or is nested too deeply, which no run writes")
+            raise UserError("it has aliases or is nested too deeply; pixlat writes no such file")
 
 
 def _check_required(settings: Mapping[str, Any]) -> None:
-    """Raises UserError unless the keys that are read before the whole configuration is resolved
-    have values of their types.
-    """
+    """Raises UserError unless the keys that are needed before `resolve` have values of the right types."""
     numbers = [settings.get(f"train.{key}") for key in ("ema_decay", "ema_halflife_images")]
     holds = {
         "method": isinstance(settings.get("method"), str),
@@ -70,7 +62,7 @@ def _check_required(settings: Mapping[str, Any]) -> None:
         ),
         "eval.ema": isinstance(settings.get("eval.ema", 0), str | None),
     }
-    if missing := [key for key, held in holds.items() if not held]:
+    if missing := [key for key, valid in holds.items() if not valid]:
         raise UserError(f"it has no {missing[0]}")
 
 
@@ -80,21 +72,21 @@ def _is_number(value: Any) -> bool:
 
 def _restore() -> str:
     return (
-        "Restore the file from a copy, or start the command that starts.jsonl keeps under another name= and copy "
-        "the config.yaml that it writes."
+        "Restore the file from a copy. Or take the command from starts.jsonl, start it with another name=, "
+        "and copy the config.yaml that it writes."
     )
 
 
 def check_config(folder: Path, settings: Mapping[str, Any], checkpoint: Path, facts: Mapping[str, Any]) -> None:
-    """Refuses a config.yaml that was changed after the checkpoint had been trained with it.
+    """Raises UserError if config.yaml was changed after the checkpoint was trained with it.
 
-    facts: of the checkpoint. Early imports keep no identity, so that nothing can be compared.
+    facts: of the checkpoint. Early versions imported weights without an identity; those cannot be checked.
     """
     expected = facts.get("config_identity", facts.get("identity"))
-    if expected in (None, IMPORTED_IDENTITY) or (found := identity_of(settings)) == expected:
+    if expected in (None, IMPORTED_IDENTITY) or (actual := identity_of(settings)) == expected:
         return
     raise UserError(
-        f"{folder / CONFIG} is not the configuration of {checkpoint} (identity {found} instead of {expected}): "
-        "a setting was changed afterwards, so none of them can be trusted. "
+        f"{folder / CONFIG} is not the configuration of {checkpoint} (identity {actual} instead of {expected}): "
+        "somebody changed a setting afterwards, so none of the settings can be trusted. "
         f"{_restore()} To sample with other settings, give them on the command line, such as sample.guidance=2."
     )
