@@ -1,4 +1,4 @@
-"""What all methods share.
+"""The code that all methods share. It imports no method.
 
-Nothing here knows a method; the rooms import each other in one direction (tests/test_layout.py).
+The rooms (folders) import each other in one direction only; tests/test_layout.py checks it.
 """

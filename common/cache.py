@@ -1,6 +1,6 @@
-"""A place of the user's for what pixlat can make again: listings of data sets, digests that were checked.
+"""The user's cache folder: listings of data sets and notes of verified digests. Imports no torch.
 
-Losing it costs time alone. Imports no torch.
+pixlat can make everything in it again, so deleting it costs only time.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from typing import Any
 
 import numpy as np
 
-KEEP_FROM = 10_000  # images: smaller data sets are listed in a moment, and each time
-# a folder that changed less than this before it was listed may change again within the same tick of its clock
+KEEP_FROM = 10_000  # smallest number of images whose listing is cached; smaller data sets are listed at every start
+# A listing is cached only if its folders are unchanged for this long. A folder may otherwise change once more
+# within the same tick of the file system's clock, and its time of change would not show it.
 SETTLED_NS = 2 * 10**9
 
 
 def cache_folder() -> Path:
-    """$PIXLAT_CACHE_DIR, else pixlat/ in the user's cache folder ($XDG_CACHE_HOME or ~/.cache)."""
+    """$PIXLAT_CACHE_DIR if it is set, otherwise pixlat/ in the user's cache folder ($XDG_CACHE_HOME or ~/.cache)."""
     if own := os.environ.get("PIXLAT_CACHE_DIR"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pixlat"
 
 
 def cache_file(kind: str, of: Path) -> Path:
-    """The file of the cache folder that belongs to a path: its name is a digest of the absolute path."""
+    """The cache file for a path. Its name contains a digest of the absolute path."""
     return cache_folder() / f"{kind}-{hashlib.sha256(os.fsencode(of.resolve())).hexdigest()[:24]}"
 
 
 @contextlib.contextmanager
 def one_at_a_time(file: Path) -> Iterator[None]:
-    """Within the block no other process of this machine is in the block of the same file.
+    """Lets only one process of this machine at a time execute the block for the same file.
 
-    Where no lock can be had, all go on at once.
-
-    The lock lies beside the file, and is removed where the block has left no file there.
+    The lock is a file beside `file`; it is removed if `file` does not exist after the block.
+    If the file system allows no lock, the processes do not wait for each other.
     """
     beside = file.with_name(f".{file.name}.lock")
     with contextlib.ExitStack() as stack:
@@ -54,7 +54,7 @@ def one_at_a_time(file: Path) -> Iterator[None]:
 
 
 def keep_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
-    """Writes arrays beside their place and renames them there; where nothing can be written, nothing is kept."""
+    """Writes arrays to a temporary file and renames it to `file`. Keeps nothing if the folder is not writable."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         with temporary.open("wb") as stream:
@@ -63,7 +63,7 @@ def keep_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def kept_arrays(file: Path, version: int) -> dict[str, Any] | None:
-    """The arrays that were kept with this number as "format"; None where there are none, or where they are damaged."""
+    """The arrays that `keep_arrays` wrote. None if the file is missing, damaged, or its "format" is not `version`."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return dict(arrays) if int(arrays["format"]) == version else None

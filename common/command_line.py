@@ -1,7 +1,4 @@
-"""What every command of the project does around its work: a reader that leaves early ends it quietly.
-
-Imports no torch.
-"""
+"""The wrapper of every command's `main`: exit codes for closed pipes and Ctrl-C. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,15 +14,15 @@ from pixlat.common.progress import say_last
 
 P = ParamSpec("P")
 
-# torch 2.15 warns of its own use of TorchScript, at the first forward-mode derivative.
-# No user can do anything about it.
+# torch 2.15 warns about its internal use of TorchScript at the first forward-mode derivative.
+# Users cannot do anything about it, so we hide the warning.
 TORCH_ABOUT_ITSELF = r"`torch\.jit\.script` is deprecated"
 
 
 def as_command(main: Callable[P, int]) -> Callable[P, int]:
-    """A `main` that returns an exit code.
+    """Wraps a `main` that returns an exit code.
 
-    When the reader of a pipe leaves (`... | head`), it returns 141 as the shell's own tools do, after Ctrl-C 130.
+    If the reader of a pipe closes it (`... | head`), returns 141 as Unix tools do. After Ctrl-C returns 130.
     """
 
     @functools.wraps(main)
@@ -35,10 +32,10 @@ def as_command(main: Callable[P, int]) -> Callable[P, int]:
             code = main(*args, **kwargs)
             sys.stdout.flush()
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit
             return 128 + signal.SIGPIPE
         except KeyboardInterrupt:
-            say_last("interrupted. Files that are finished are kept.")
+            say_last("interrupted. Finished files are kept.")
             return 128 + signal.SIGINT
         return code
 

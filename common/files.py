@@ -1,7 +1,4 @@
-"""Files that are never seen half-written, text files read within limits, and files of one JSON object a line.
-
-Imports no torch.
-"""
+"""Writes text files atomically, and reads text, JSON and JSON-lines files within size limits. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,20 +12,24 @@ from typing import Any, BinaryIO, NoReturn
 
 from pixlat.common.errors import UserError
 
-MAX_TEXT_BYTES = 2**28  # of a text file that is read whole
-MAX_ROWS_BYTES = 2**32  # of a log: ten million lines
+MAX_TEXT_BYTES = 2**28  # size limit of a text file
+MAX_ROWS_BYTES = 2**32  # size limit of a log with one JSON object per line: about ten million lines
 
 
 def write_whole(path: Path, text: str) -> Path:
-    """Writes a UTF-8 text file, line ends as given, beside its place and renames it there. Returns the path."""
+    """Writes a UTF-8 text file atomically: under a temporary name, then renames it. Returns the path.
+
+    Writes line ends as they are in `text`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8", newline="")
     return temporary.replace(path)
 
 
 def write_or_compare(file: Path, facts: Mapping[str, object], otherwise: str) -> None:
-    """Keeps what a folder is for, at the first start; a later start for something else is a UserError
-    that calls the contents `otherwise`.
+    """At the first start, writes the facts that determine a folder's contents. Later starts must have the same facts.
+
+    Otherwise raises UserError; `otherwise` describes the contents of the folder in its message.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(facts, indent=1) + "\n"
@@ -41,9 +42,9 @@ def write_or_compare(file: Path, facts: Mapping[str, object], otherwise: str) ->
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens an ordinary file to read its bytes; OSError if it cannot be opened.
+    """Opens a regular file for reading bytes. Raises OSError if it cannot be opened.
 
-    A pipe, a device or a socket is a UserError, because reading from it could wait or go on for ever.
+    Raises UserError for a pipe, a device or a socket, because reading from it might never end.
     """
     # O_NONBLOCK: opening a pipe must not wait for its writer
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -54,16 +55,16 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """The content of an ordinary file of at most `limit` bytes.
+    """The content of a regular file of at most `limit` bytes.
 
-    A file that is larger, of another kind or cannot be read is a UserError that names it.
+    Raises UserError, which names the file, if it is larger, not a regular file, or not readable.
     """
     try:
         with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             if size > limit:
                 raise UserError(
-                    f"{path} has {size:,} bytes, and a file of its kind has at most {limit:,}. Replace or remove it."
+                    f"{path} has {size:,} bytes, but a file of its kind has at most {limit:,}. Replace or remove it."
                 )
             return stream.read(limit)
     except OSError as error:
@@ -71,7 +72,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
-    """The text of an ordinary UTF-8 file of at most `limit` bytes; anything else is a UserError that names the file."""
+    """The text of a regular UTF-8 file of at most `limit` bytes. Otherwise raises UserError that names the file."""
     try:
         return read_bytes(path, limit).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -85,7 +86,7 @@ def sha256_of(file: Path) -> str:
 
 
 def read_json(path: Path, limit: int = MAX_TEXT_BYTES) -> Any:
-    """The value in a JSON file, without NaN and infinity; anything else is a UserError that names the file."""
+    """The value in a JSON file. Raises UserError, which names the file, if it is no JSON or has NaN or infinity."""
     try:
         return parse_json(read_text(path, limit))
     except UserError as error:
@@ -93,7 +94,7 @@ def read_json(path: Path, limit: int = MAX_TEXT_BYTES) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """One JSON value, without NaN and infinity; other text is a UserError."""
+    """Parses one JSON value. Raises UserError for any other text, and for NaN and infinity."""
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except RecursionError as error:
@@ -106,7 +107,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise UserError(f"{name} is not JSON")
 
 
-# -- one JSON object a line --------------------------------------------------------------------------------------------
+# -- one JSON object per line ------------------------------------------------------------------------------------------
 
 
 def append_row(file: Path, row: Mapping[str, Any]) -> None:
@@ -116,9 +117,9 @@ def append_row(file: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file, none where there is no file; a last line cut short by a kill is left out.
+    """The JSON objects of a file, one per line. Empty if there is no file.
 
-    A damaged line is a UserError that names it.
+    Leaves out a last line without a line end, which a killed process may leave. Raises UserError for a damaged line.
     """
     rows, damaged = split_rows(file)
     if damaged:
@@ -129,7 +130,10 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def split_rows(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The whole lines of a file that are JSON objects, and the numbers, from 1, of those that are not."""
+    """The lines of a file that are JSON objects, and the numbers (from 1) of the lines that are not.
+
+    Leaves out a last line without a line end.
+    """
     rows: list[dict[str, Any]] = []
     damaged: list[int] = []
     if not file.exists():
@@ -146,7 +150,7 @@ def split_rows(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)  # with NaN: a log may tell that a loss became one
+        row = json.loads(line)  # allows NaN, because a loss in a log may be NaN
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None

@@ -1,15 +1,13 @@
-"""The schedule of an adversarial training: from which image on the discriminator is trained,
-and from which on the generator must fool it.
-"""
+"""The schedule of an adversarial training: when the discriminator starts, and when the generator's adversarial loss."""
 
 from __future__ import annotations
 
 
 class GanPhases:
-    """What a method inherits, in front of `Method`, that trains a generator against a discriminator.
+    """A mix-in for methods that train a generator against a discriminator. They inherit it before `Method`.
 
-    Its `__init__` calls `schedule_gan`. The first of `phases` trains the generator, from the first image on; the second
-    one trains the discriminator. Where the configuration asks for no discriminator, there is the first phase alone.
+    The method's `__init__` calls `schedule_gan`. The first of `phases` trains the generator from the first image on.
+    The second trains the discriminator; it does not exist if the configuration has no discriminator.
     """
 
     phases: tuple[str, ...] = ("generator", "discriminator")
@@ -17,7 +15,8 @@ class GanPhases:
     discriminator_start: int | None = None
     # training images before the generator's loss includes the adversarial term; None: it never does
     adversarial_start: int | None = None
-    discriminator_active = False  # whether the discriminator is trained in the present step; `begin_step` sets both
+    # `begin_step` sets these two before each step
+    discriminator_active = False  # whether this step trains the discriminator
     adversarial_active = False  # whether the generator's loss includes the adversarial term
 
     def schedule_gan(self, has_discriminator: bool, discriminator_start: int, adversarial_start: int) -> None:
@@ -32,12 +31,12 @@ class GanPhases:
         self.begin_step(images_seen=0)
 
     def begin_step(self, images_seen: int) -> None:
-        """Decides what the step includes (see `Method.begin_step`)."""
+        """Sets which parts of the training are active in this step (see `Method.begin_step`)."""
         self.discriminator_active = _started(self.discriminator_start, images_seen)
         self.adversarial_active = _started(self.adversarial_start, images_seen)
 
     def phase_active(self, phase: str, images_seen: int) -> bool:
-        """Whether the phase is stepped after this many training images (see `Method.phase_active`)."""
+        """Whether the phase trains after this many training images (see `Method.phase_active`)."""
         return phase == self.phases[0] or _started(self.discriminator_start, images_seen)
 
     def turning_points(self) -> list[int]:
@@ -45,7 +44,7 @@ class GanPhases:
         return sorted({start for start in (self.discriminator_start, self.adversarial_start) if start is not None})
 
     def schedule_images(self, phase: str, images_seen: int) -> int:
-        """Training images since the phase's start (see `Method.schedule_images`): late ones warm up then."""
+        """Training images since the phase's start (see `Method.schedule_images`), so a late phase has a warm-up."""
         return images_seen if phase == self.phases[0] else images_seen - (self.discriminator_start or 0)
 
 

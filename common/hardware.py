@@ -1,4 +1,4 @@
-"""What the numbers were measured on."""
+"""Names the hardware that computes, and measures memory on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def device_name(device: torch.device) -> str:
-    """The accelerator's name, or the CPU's with the number of threads in use."""
+    """The GPU's name, or the CPU's name with the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor_name()}, {torch.get_num_threads()} threads"
@@ -34,7 +34,7 @@ def processor_name() -> str:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Starts a new peak; a process's own only Linux can reset."""
+    """Resets the peak of memory. The peak of a process on a CPU can be reset on Linux only."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif os.access(CLEAR_REFS, os.W_OK):
@@ -42,7 +42,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak memory since `reset_peak`: of the allocator on a GPU, of the whole process on a CPU."""
+    """Peak memory in bytes since `reset_peak`: of torch's allocator on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -50,15 +50,15 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def tensor_bytes(device: torch.device) -> int:
-    """Memory that tensors hold now: of the allocator on a GPU, of a Linux process what is not a file's.
+    """Bytes that tensors use now: in torch's allocator on a GPU, otherwise the anonymous memory of a Linux process.
 
-    Elsewhere a UserError.
+    Raises UserError on a CPU of another system.
     """
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else status_bytes("RssAnon")
 
 
 def tensor_peak_bytes(device: torch.device) -> int:
-    """The same at its peak since `reset_peak`, taking for granted that no pages of files came or went since."""
+    """The peak of `tensor_bytes` since `reset_peak`. On a CPU it assumes that mapped file pages stayed the same."""
     return (
         torch.cuda.max_memory_allocated(device)
         if device.type == "cuda"
@@ -67,19 +67,19 @@ def tensor_peak_bytes(device: torch.device) -> int:
 
 
 def status_bytes(field: str) -> int:
-    """A line of /proc/self/status."""
+    """The value of a field of /proc/self/status, in bytes."""
     status = Path("/proc/self/status")
     if not status.exists():
-        raise UserError("the memory of tensors is measured on a GPU or on Linux, and this is neither.")
+        raise UserError("the memory of tensors can be measured only on a GPU or on Linux, and this is neither.")
     return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith(f"{field}:")).split()[1])
 
 
 def peak_kind(device: torch.device) -> str:
-    """Which of the two `peak_bytes` is."""
+    """The source of `peak_bytes`, as records name it."""
     return "max_memory_allocated" if device.type == "cuda" else "ru_maxrss"
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the device, so that a clock measures work and not its submission."""
+    """Waits until the GPU has finished, so that a clock measures the computation and not only its launch."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Which code computes: the commit, uncommitted changes, and the versions of what can move a number."""
+"""Identifies the code that computes: commit, uncommitted changes, and versions of packages that can change a result."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-# holds common/, methods/ ...: a checkout, or the folder pixlat/ of a wheel or of a snapshot
+# the folder that holds common/, methods/ ...: a checkout, or pixlat/ of a wheel or of a snapshot
 ROOT = Path(__file__).resolve().parent.parent
 IN_CHECKOUT = (ROOT / "pixlat").is_dir()
-# as an entry of PYTHONPATH, it makes `import pixlat` take this code
+# the folder to put on PYTHONPATH so that `import pixlat` imports this code
 IMPORTED_FROM = ROOT if IN_CHECKOUT else ROOT.parent
-NOTE = "snapshot.json"  # in a copy of the code (launch/cluster/snapshot.py): what git said of the original
+NOTE = "snapshot.json"  # a file in a snapshot of the code (launch/cluster/snapshot.py): git's facts about the original
 DRIVER = Path("/proc/driver/nvidia/version")
 PACKAGES = (
     "pixlat", "torch", "torchvision", "numpy", "scipy", "pillow", "timm", "transformers", "diffusers",
@@ -25,10 +25,10 @@ PACKAGES = (
 
 
 def git_state() -> dict[str, Any]:
-    """Commit and whether the working tree differs from it; the commit is "unknown" outside a git checkout."""
+    """The commit, and whether the working tree differs from it. The commit is "unknown" outside a git checkout."""
     if note := _note():
         return {key: note[key] for key in ("git_sha", "dirty")}
-    if not IN_CHECKOUT:  # the environment may lie in somebody else's repository
+    if not IN_CHECKOUT:  # git could find another repository that contains the Python environment
         return {"git_sha": "unknown", "dirty": False}
     try:
         sha = _git("rev-parse", "HEAD").strip()
@@ -50,7 +50,7 @@ def git_diff() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that can move a number, and of what the GPU computes with."""
+    """Versions of the packages that can change a result, and of CUDA, cuDNN and the driver."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -61,12 +61,12 @@ def package_versions() -> dict[str, str]:
 
 
 def code_state() -> dict[str, Any]:
-    """Commit and versions, as records keep them (`code`, and `scored_by` of a re-evaluation)."""
+    """Commit and versions for the fields `code` and `scored_by` of a record."""
     return {**git_state(), "package_versions": package_versions()}
 
 
 def gpu_versions() -> dict[str, str]:
-    """CUDA, cuDNN and the driver, as far as this machine and this torch have them."""
+    """Versions of CUDA, cuDNN and the driver. Leaves out those that this machine or this torch does not have."""
     import torch
 
     driver = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", DRIVER.read_text()) if DRIVER.exists() else None

@@ -1,6 +1,6 @@
-"""What other installed packages register in a group of entry points, such as "pixlat.methods". Imports none of them.
+"""Finds the plug-ins that other installed packages register as entry points, such as "pixlat.methods".
 
-A package that registers something wrongly is named in one warning and left out. All others work.
+Imports none of these packages. A faulty package gets one warning that names it and is left out; all others work.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ log = logging.getLogger("pixlat")
 
 @dataclass(frozen=True)
 class Plugin:
-    """An entry point: the name that it registers, "module:attribute" of the object, and the installed package."""
+    """An entry point: its name, the object as "module:attribute", and the package that registers it."""
 
     name: str
     value: str
@@ -30,44 +30,43 @@ class Plugin:
 
 @functools.cache  # the installed packages of a process do not change, and each warning is given once
 def plugins_of(group: str, built_in: frozenset[str], what: str) -> dict[str, Plugin]:
-    """The plug-ins of a group by name. A warning names those that are left out.
+    """The plug-ins of a group by name.
 
-    Left out are plug-ins with a built-in name, and all plug-ins that share one name.
-
-    what: how one of them is called in the warnings, such as "method".
+    Leaves out plug-ins that have a built-in name, and all plug-ins that share a name; a warning names them.
+    what: the noun for a plug-in of this group in the warnings, such as "method".
     """
-    found: dict[str, list[Plugin]] = defaultdict(list)
+    candidates: dict[str, list[Plugin]] = defaultdict(list)
     for plugin in registered_in(group):
-        found[plugin.name].append(plugin)
+        candidates[plugin.name].append(plugin)
     kept = {}
-    for name, same in found.items():
-        said = " and ".join(f"the package {each.package} (entry point {each.value})" for each in same)
+    for name, same in candidates.items():
+        owners = " and ".join(f"the package {plugin.package} (entry point {plugin.value})" for plugin in same)
         if name in built_in:
             reason = f"is ignored, because a built-in {what} has that name: it must be renamed."
-            log.warning("The %s %r of %s %s", what, name, said, reason)
+            log.warning("The %s %r of %s %s", what, name, owners, reason)
         elif len(same) > 1:
             reason = "and none of them is used: uninstall all but one."
-            log.warning("The %s %r is registered by %s, %s", what, name, said, reason)
+            log.warning("The %s %r is registered by %s, %s", what, name, owners, reason)
         else:
             kept[name] = same[0]
     return kept
 
 
 def registered_in(group: str) -> Iterator[Plugin]:
-    """Every entry point of a group, in the order of the packages' names.
+    """Yields every entry point of a group, in the order of the packages' names.
 
-    Where a package is found twice on the path, its first place counts, as in an import. A package whose
-    entry_points.txt cannot be read is left out with a warning; `importlib.metadata.entry_points` would fail for all.
+    If a package is installed twice on the path, the first one counts, as in an import. Leaves out a package whose
+    entry_points.txt is not readable, with a warning; `importlib.metadata.entry_points` would fail for all packages.
     """
-    found: dict[str, list[Plugin]] = {}
+    by_package: dict[str, list[Plugin]] = {}
     for distribution in distributions():
         try:
             if group not in (distribution.read_text("entry_points.txt") or ""):
                 continue
             package = package_name(distribution)
-            if package not in found:
+            if package not in by_package:
                 points = [point for point in distribution.entry_points if point.group == group]
-                found[package] = [
+                by_package[package] = [
                     Plugin(point.name, point.value.partition("[")[0].strip(), package) for point in points
                 ]
         except (
@@ -81,12 +80,12 @@ def registered_in(group: str) -> Iterator[Plugin]:
                 package_name(distribution),
                 error,
             )
-    for _, plugins in sorted(found.items()):
+    for _, plugins in sorted(by_package.items()):
         yield from plugins
 
 
 def package_name(distribution: Distribution) -> str:
-    """The name of an installed package; where its METADATA is missing or damaged, as its .dist-info folder has it."""
+    """The name of an installed package, from its METADATA, or from its .dist-info folder if METADATA is damaged."""
     try:
         name = distribution.metadata["Name"]
     except (OSError, TypeError, ValueError):
@@ -95,7 +94,7 @@ def package_name(distribution: Distribution) -> str:
 
 
 def load_plugin(plugin: Plugin, what: str) -> object:
-    """The object of a plug-in. If its package cannot be imported, a UserError names the package and the entry point."""
+    """Imports a plug-in's object. If that fails, raises UserError with the names of the package and the entry point."""
     module, _, attribute = plugin.value.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)

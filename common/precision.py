@@ -1,13 +1,13 @@
-"""What multiplications are computed in: `train.precision` while training, `eval.precision` while sampling.
+"""The precision of multiplications: `train.precision` in training, `eval.precision` in sampling.
 
-bf16   bfloat16 under autocast. What autocast leaves in float32 keeps torch's defaults, as JiT's authors had it:
-       matrix products exact, cuDNN's convolutions in TF32
-tf32   float32 whose matrix products and convolutions round their inputs to TF32 (10 bits of mantissa),
-       on GPUs that can; elsewhere it executes as fp32
-fp32   float32 throughout: no TF32 in cuDNN's convolutions either
-auto   bf16 on a GPU that multiplies it natively, else fp32
+bf16   bfloat16 autocast. Operations that autocast leaves in float32 use torch's defaults, as in JiT's code:
+       exact float32 for matrix products, TF32 for cuDNN's convolutions
+tf32   float32, but matrix products and convolutions round their inputs to TF32 (10 bits of mantissa);
+       the same as fp32 on devices without TF32
+fp32   float32 everywhere, also in cuDNN's convolutions
+auto   bf16 on a GPU that supports it natively, otherwise fp32
 
-Parameters and optimizer states are float32 with all of them.
+Parameters and optimizer states are float32 in all four.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from contextlib import contextmanager
 
 import torch
 
-EXECUTED = {"bf16": "bfloat16", "tf32": "tf32", "fp32": "float32"}  # what records say
-# of matrix products, of cuDNN's convolutions
+EXECUTED = {"bf16": "bfloat16", "tf32": "tf32", "fp32": "float32"}  # the names in records
+# whether TF32 is allowed in (matrix products, cuDNN's convolutions)
 TF32_FLAGS = {"bf16": (False, True), "tf32": (True, True), "fp32": (False, False)}
 
 
 def resolve_precision(setting: str, device: torch.device) -> str:
-    """bf16, tf32 or fp32: what a precision key means on a device.
+    """Resolves a precision setting for a device to bf16, tf32 or fp32.
 
-    The GPUs of the machine do not matter to a run on its CPU.
+    For a CPU the result is the same whether the machine has GPUs or not.
     """
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if setting == "auto":
@@ -36,15 +36,15 @@ def resolve_precision(setting: str, device: torch.device) -> str:
 
 
 def executed_precision(setting: str, device: torch.device) -> str:
-    """bfloat16, tf32 or float32: the same in the words of records and protocols."""
+    """The resolved precision under its name in records and protocols: bfloat16, tf32 or float32."""
     return EXECUTED[resolve_precision(setting, device)]
 
 
 def set_float32_products(precision: str) -> None:
-    """Allows or forbids TF32 in this process for a resolved precision.
+    """Allows or forbids TF32 in this process, for a resolved precision.
 
-    Through the switches of CUDA and cuDNN alone: `torch.set_float32_matmul_precision` would also let CPUs round,
-    and the newer `fp32_precision` attributes make torch's own readers of these switches (inductor's convolutions,
+    It sets only the flags of CUDA and cuDNN. `torch.set_float32_matmul_precision` would change CPU results, too.
+    The newer `fp32_precision` attributes make the torch code that reads these flags (inductor's convolutions,
     `cudnn.flags`) raise an error about mixed interfaces.
     """
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = TF32_FLAGS[precision]
@@ -52,9 +52,9 @@ def set_float32_products(precision: str) -> None:
 
 @contextmanager
 def computing_in(setting: str, device: torch.device) -> Iterator[str]:
-    """Within the block, products are computed in this precision whatever the code around it chose.
+    """Within the block, torch multiplies in this precision, whatever precision is set outside.
 
-    Yields what is executed, as records say it.
+    Yields the name of the resolved precision, as records have it.
     """
     precision = resolve_precision(setting, device)
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32

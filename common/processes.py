@@ -1,6 +1,4 @@
-"""Joining the other processes of a run, for training and evaluation alike: on what device they compute,
-and how long one of them waits for the others.
-"""
+"""Connects the processes of a run, for training and evaluation: chooses their device and how long they wait."""
 
 from __future__ import annotations
 
@@ -15,21 +13,20 @@ from accelerate import PartialState
 
 from pixlat.common.errors import UserError
 
-# How long a process waits in a collective before it gives the others up. torch's limit for NCCL is 10 minutes,
-# which the main process may well spend on pictures, on a checkpoint of many gigabytes or on the listing of a large
-# folder while the others wait for it.
+# How long a process waits in a collective before it fails. torch's limit for NCCL is 10 minutes, which is too short:
+# the main process may need longer for pictures, a checkpoint of many gigabytes or the listing of a large folder,
+# while the others wait for it.
 COLLECTIVE_TIMEOUT_MIN = 360.0
-MEETING_TIMEOUT_MIN = 15.0  # how long the processes of one start may take to find each other
+MEETING_TIMEOUT_MIN = 15.0  # how long the processes of a start may need to connect to each other
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def join_processes(cpu: bool = False, timeout_min: float = COLLECTIVE_TIMEOUT_MIN) -> PartialState:
-    """This process among those of its run, as torchrun or a scheduler started them;
-    only the first call of a process connects them.
+    """Connects this process to the others that torchrun or a scheduler started. Later calls change nothing.
 
-    cpu: compute on CPUs even where there is an accelerator, as ACCELERATE_USE_CPU=true asks as well.
+    cpu: compute on CPUs even if there is a GPU; ACCELERATE_USE_CPU=true does the same.
     timeout_min: minutes that a process waits in a collective.
-        A start whose processes do not find each other is a UserError.
+    Raises UserError if the processes do not find each other.
     """
     several = started_processes() > 1
     cpu = cpu or _cpu_is_asked_for() or (several and not _can_connect_accelerators())
@@ -38,20 +35,21 @@ def join_processes(cpu: bool = False, timeout_min: float = COLLECTIVE_TIMEOUT_MI
     if state.num_processes != started_processes():
         raise UserError(
             f"the launcher started {started_processes()} processes (WORLD_SIZE), "
-            f"but accelerate sees {state.num_processes}, so that each would do the whole run. "
+            f"but accelerate sees {state.num_processes}, so each process would do the whole run. "
             "Start them with `torchrun --nproc-per-node N`, or unset WORLD_SIZE for a single process."
         )
     return state
 
 
 def started_processes() -> int:
-    """How many processes the launcher says there are."""
+    """The number of processes that the launcher started (WORLD_SIZE)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _meet(patience: timedelta) -> dict[str, Any]:
-    """Waits until all processes of this start are there; the limit for collectives would be far too patient
-    with one that never comes.
+    """Waits until all processes of this start are connected. Returns the arguments for `PartialState`.
+
+    It has a shorter limit than collectives have, because a process that failed to start never connects.
     """
     if missing := [name for name in LAUNCHER_VARIABLES if name not in os.environ]:
         raise UserError(
@@ -67,9 +65,9 @@ def _meet(patience: timedelta) -> dict[str, Any]:
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"the {world} processes of this start did not all come to {place} within {patience.total_seconds() / 60:g} "
-            f"minutes: {str(error).splitlines()[0]} Look at the logs of the others; "
-            "one of them failed or was not started."
+            f"the {world} processes of this start did not all connect to {place} within "
+            f"{patience.total_seconds() / 60:g} minutes: {str(error).splitlines()[0]} "
+            "Look at the logs of the others; one of them failed or did not start."
         ) from error
     return {"store": store, "rank": rank, "world_size": world}
 
@@ -79,6 +77,6 @@ def _cpu_is_asked_for() -> bool:
 
 
 def _can_connect_accelerators() -> bool:
-    """Whether this machine has devices between which processes can exchange tensors; an Apple GPU is not one."""
+    """Whether processes on this machine can exchange tensors between accelerators. Apple GPUs cannot."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return device is not None and device.type != "mps"

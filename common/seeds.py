@@ -1,10 +1,10 @@
-"""Where every random number comes from.
+"""The source of every random number.
 
-Training is reseeded before every micro-batch from (seed, step, number of the micro-batch),
-so a resumed run needs no saved generator state, evaluation cannot disturb training,
-and two processes with one micro-batch each draw what one process with two would.
-Sampling has one generator per image, so an image depends on its own seed and on nothing else: not on the batch size,
-not on the number of processes.
+Training reseeds before every micro-batch from (seed, step, number of the micro-batch). So a resumed run needs no saved
+generator state, evaluation cannot disturb training, and two processes with one micro-batch each draw the same numbers
+as one process with two.
+Sampling has one generator per image. So an image depends only on its seed, not on the batch size or on the number of
+processes.
 """
 
 from __future__ import annotations
@@ -23,32 +23,33 @@ from torch import Tensor
 
 
 def derive(*parts: int | str) -> int:
-    """A 63-bit seed from the parts, the same on every machine (SHA-256, not Python's salted hash)."""
+    """A 63-bit seed from the parts. It is the same on every machine (SHA-256, not Python's salted hash)."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def seed_step(seed: int, step: int, draw: int) -> None:
-    """Reseeds torch's global generators (CPU and accelerators) for one micro-batch of one phase of a training step,
-    the `draw`-th of the step.
+    """Reseeds torch's global generators (CPU and accelerators) for one micro-batch of one phase of a training step.
+
+    draw: the number of this micro-batch and phase within the step.
     """
     torch.manual_seed(derive("train", seed, step, draw))
 
 
 class Noise:
-    """Standard normal draws for a batch of images, one CPU generator an image.
+    """Standard normal draws for a batch of images, with one CPU generator per image.
 
-    A sampler may draw as often as it likes (initial noise, then noise at each step of an SDE):
-    draw k of image i depends on the seeds and on k only.
-    On the meta device (cost counting) nothing is drawn.
+    A sampler may draw many times (initial noise, then noise at each step of an SDE).
+    Draw k of image i depends only on the image's seed and on k.
+    On the meta device, which cost counting uses, it draws nothing.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.seeds = list(seeds)
-        self.numbers = self.draws = 0  # numbers for each image so far, in so many draws
-        self.seconds = 0.0  # that the sampler waited for draws, without their way to the device
-        # is told the shape of the first draw when that is done
+        self.numbers = self.draws = 0  # random numbers per image and number of draws so far
+        self.seconds = 0.0  # time that the sampler waited for draws, without their transfer to the device
+        # called after the first draw with its shape
         self.on_first_draw: Callable[[tuple[int, ...]], None] | None = None
         self._ahead: tuple[tuple[int, ...], Tensor, list[Future[None]]] | None = None
         self._seed_generators()
@@ -70,14 +71,12 @@ class Noise:
             drawn = torch.stack([torch.randn(shape, generator=generator) for generator in self.generators])
         self.seconds += time.perf_counter() - start
         if self.on_first_draw is not None:
-            told, self.on_first_draw = self.on_first_draw, None
-            told(shape)
+            callback, self.on_first_draw = self.on_first_draw, None
+            callback(shape)
         return drawn.to(self.device, non_blocking=drawn.is_pinned())
 
     def draw_ahead(self, shape: tuple[int, ...], pool: Executor) -> None:
-        """Begins the first draw in the threads of a pool, into pinned memory for a GPU:
-        the numbers that `normal(*shape)` would draw.
-        """
+        """Starts the first draw, that of `normal(*shape)`, in the threads of a pool. Uses pinned memory for a GPU."""
         buffer = torch.empty(len(self), *shape, pin_memory=self.device.type == "cuda")
 
         def draw(row: int) -> None:
@@ -86,15 +85,15 @@ class Noise:
         self._ahead = (shape, buffer, [pool.submit(draw, row) for row in range(len(self))])
 
     def _drawn_ahead(self, shape: tuple[int, ...]) -> Tensor | None:
-        """What `draw_ahead` drew, waited for.
+        """Waits for the numbers of `draw_ahead` and returns them. None if there are none for this shape.
 
-        Numbers of another shape than the sampler wants are drawn again from the seeds.
+        If the shape differs, it also seeds the generators again, so that the caller can draw from the start.
         """
         if self._ahead is None:
             return None
         (expected, buffer, draws), self._ahead = self._ahead, None
-        for each in draws:
-            each.result()
+        for draw in draws:
+            draw.result()
         if shape == expected:
             return buffer
         self._seed_generators()
@@ -103,11 +102,10 @@ class Noise:
 
 @contextmanager
 def noise_ahead(batches: Iterable[Sequence[int]], device: torch.device | str) -> Iterator[Iterator[Noise]]:
-    """One Noise for each batch of seeds.
+    """Within the block, iterates over one Noise for each batch of seeds.
 
-    While a sampler works on one, the first draw of the next is made in other threads, which end with the block.
-
-    A CPU draws some 700 images of 3 x 256 x 256 a second and core, and a one-step sampler on a GPU would wait for it.
+    While the sampler works on one batch, other threads make the first draw of the next. They end with the block.
+    A CPU core draws some 700 images of 3 x 256 x 256 per second, so a one-step sampler on a GPU would wait for it.
     """
     pool = ThreadPoolExecutor(drawing_threads(), thread_name_prefix="noise")
     try:
@@ -129,12 +127,12 @@ def _noises(batches: Iterable[Sequence[int]], device: torch.device | str, pool: 
 
 
 def drawing_threads() -> int:
-    """This process's share of the machine's cores, at most 8; torchrun's OMP_NUM_THREADS=1 says nothing of them."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
+    """This process's share of the machine's cores, at most 8. Ignores OMP_NUM_THREADS, which torchrun sets to 1."""
+    affinity = getattr(os, "sched_getaffinity", None)  # only Linux has this function
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def image_seeds(seed: int, indices: Sequence[int]) -> list[int]:
-    """One seed an image from the sampling seed and the image's index in the whole set."""
+    """One seed per image, from the sampling seed and the image's index among all images."""
     return [derive("image", seed, index) for index in indices]

@@ -179,7 +179,7 @@ def test_an_interrupt_is_one_sentence(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(status, "main", interrupted)
-    assert told(["status"], capsys) == (128 + signal.SIGINT, "", "interrupted. Files that are finished are kept.\n")
+    assert told(["status"], capsys) == (128 + signal.SIGINT, "", "interrupted. Finished files are kept.\n")
 
 
 # -- the dialect -------------------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_only_the_weights_that_are_asked_for_are_opened_and_verified(tmp_path, m
     assert set(opened) == {"manifest.json", "trainer.json", "model.safetensors"}
     largest = tmp_path / "run" / "checkpoints" / "step-00000008" / "optimizer-loss-0.safetensors"
     largest.write_bytes(largest.read_bytes()[:-1])
-    with pytest.raises(UserError, match="no whole checkpoint"):  # what is not read must still be there in full
+    with pytest.raises(UserError, match="no intact checkpoint"):  # what is not read must still be there in full
         run_weights(tmp_path / "run")
 
 

@@ -302,7 +302,7 @@ def test_an_image_that_scaling_would_blow_up_is_refused(size: tuple[int, int]) -
     with pytest.raises(
         UserError,
         match=(
-            r"x\.png .* which would become [\d,]+ with a shorter side of 256; .*raise MAX_PIXELS "
+            r"x\.png .* With a shorter side of 256 it would have [\d,]+, but the limit is .*raise MAX_PIXELS "
             r"in common/images/crop\.py"
         ),
     ):
@@ -314,7 +314,7 @@ def test_a_huge_image_names_our_limit_and_how_to_raise_it(monkeypatch: pytest.Mo
     content, pillows = png_of(14_000, 14_000), Image.MAX_IMAGE_PIXELS
     with pytest.raises(UserError) as caught:
         decode_square(content, 8, "x.png")
-    assert "has 196,000,000 pixels, and at most 178,956,970 are decoded" in str(caught.value)
+    assert "has 196,000,000 pixels, but pixlat decodes at most 178,956,970." in str(caught.value)
     assert "raise MAX_PIXELS in common/images/crop.py" in str(caught.value) and ".." not in str(caught.value)
     monkeypatch.setattr(crop, "MAX_PIXELS", 200_000_000)
     assert decode_square(content, 8, "x.png").shape == (3, 8, 8)
@@ -500,7 +500,7 @@ def test_a_file_that_was_overwritten_in_place_is_noticed_when_it_is_read(kept_ro
     noise_image(50, 50).save(kept_root / "a" / "003.png")
     train = load_data(folder_config(kept_root, holdout=0.0)).train
     with pytest.raises(
-        UserError, match=r"a/003\.png has [\d,]+ bytes, and had [\d,]+ when its folder was listed.*Run `touch "
+        UserError, match=r"a/003\.png has [\d,]+ bytes, but had [\d,]+ when pixlat listed its folder.*Run `touch "
     ):
         train.fetch([3])
     os.utime(kept_root / "a", ns=(10**18, 10**18))
@@ -629,8 +629,8 @@ def test_stage_1_of_rae_is_trained_on_the_crops_of_the_released_code_and_other_r
     ("data", "images", "path", "expected"),
     [
         (("photos", 10, 100), 500_000, "x", []),
-        (("photos", 1, 100), 1000, "x", ["photos has one class: labels tell nothing"]),
-        (("photos", 10, 100), 768_700_200, "x", ["shows photos's 100 training images 7,687,002 epochs long"]),
+        (("photos", 1, 100), 1000, "x", ["photos has only one class, so class guidance"]),
+        (("photos", 10, 100), 768_700_200, "x", ["shows photos's 100 training images for 7,687,002 epochs:"]),
         (("imagenet", 1000, 1_281_167), 1_024_000_000, "x", []),
         (("folder", 1000, 0), 10**9, None, ["data.path is null"]),
     ],

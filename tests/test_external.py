@@ -65,7 +65,7 @@ def test_refuses_damaged_files(tmp_path, name, content):
 )
 def test_refuses_what_holds_no_tensors(tmp_path, content, listed):
     torch.save(content, tmp_path / "w.pt")
-    with pytest.raises(UserError, match=rf"no tensors under names. It holds: {listed}\."):
+    with pytest.raises(UserError, match=rf"no named tensors. It holds: {listed}\."):
         read_tensors(tmp_path / "w.pt")
 
 
@@ -211,7 +211,7 @@ def test_run_weights_refuse_what_is_not_there(run_folder, tmp_path):
         run_weights(run_folder, "0.999")
     for step in (1, 2):
         (run_folder / "checkpoints" / f"step-0000000{step}" / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no whole checkpoint.*Finish that run"):
+    with pytest.raises(UserError, match=r"no intact checkpoint.*Finish that run"):
         run_weights(run_folder)
     with pytest.raises(UserError, match="not a run folder"):
         run_weights(tmp_path / "elsewhere")

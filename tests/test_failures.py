@@ -145,7 +145,7 @@ def test_an_interrupt_while_the_command_starts_is_one_sentence(monkeypatch, caps
     monkeypatch.setattr("sys.argv", ["run.py", "method=jit"])
     monkeypatch.setattr("pixlat.launch.run.within_budget", lambda run: raise_(KeyboardInterrupt()))
     assert main() == 130
-    assert capsys.readouterr().err == "interrupted. Files that are finished are kept.\n"
+    assert capsys.readouterr().err == "interrupted. Finished files are kept.\n"
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

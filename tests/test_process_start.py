@@ -129,7 +129,7 @@ def test_a_process_whose_peers_never_come_says_so(monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(
-        UserError, match=r"the 2 processes of this start did not all come to 127\.0\.0\.1:\d+ within 0\.01"
+        UserError, match=r"the 2 processes of this start did not all connect to 127\.0\.0\.1:\d+ within 0\.01"
     ):
         processes._meet(timedelta(minutes=0.01))
 

@@ -1,1 +1,1 @@
-"""From `data.*` to training batches: which data set, which images a step sees, and what was prepared in files."""
+"""From `data.*` to training batches: opens data sets, chooses the images of each step, reads prepared shards."""

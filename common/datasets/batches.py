@@ -1,7 +1,7 @@
-"""From a data set to training batches: which images a step sees is a pure function of the seed and the step.
+"""From a data set to training batches. The images of a step are a pure function of the seed and the step.
 
-`TrainingPlan` decides, `training_batches` reads. Resuming at a step, the number of processes and the number
-of loader processes change nothing.
+`TrainingPlan` chooses them and `training_batches` reads them. They do not depend on the step at which a run resumes,
+on the number of processes, or on the number of loader processes.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from pixlat.common.images.image_set import ImageSet
 from pixlat.common.seeds import derive
 
 log = logging.getLogger("pixlat")
-GRACE_SECONDS = 30  # how long loader processes outlive a SIGTERM; Slurm's default KillWait
+GRACE_SECONDS = 30  # how long loader processes continue after a SIGTERM; Slurm's default KillWait
 
-# of one micro-batch: indices (m,), flips (m,), and offsets (m, 2) of random crops or None
+# the content of one micro-batch: indices (m,), flips (m,), and offsets (m, 2) of random crops or None
 Request = tuple[NDArray[np.int64], NDArray[np.bool_], "NDArray[np.float64] | None"]
 
 
 class TrainingPlan:
-    """The images of every training step. It has no state but a cache."""
+    """Chooses the images of every training step. Its only state is a cache."""
 
     def __init__(
         self, labels: NDArray[np.int64], batch: int, seed: int, balanced: bool, flip: bool = False, crop: bool = False
     ) -> None:
         """
         labels (N,): the classes of the training images.
-        batch: images a step, over all processes.
+        batch: images per step, over all processes.
         balanced: draw a class uniformly, then one of its images, with replacement;
             otherwise every epoch is a new permutation of all images.
         flip: mirror each drawn image with probability one half.
@@ -61,29 +61,28 @@ class TrainingPlan:
         self._permutation = self._by_class
 
     def indices(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """The global batch of a step: positions in the training set (batch,) int64,
-        and whether each is mirrored (batch,) bool.
+        """The global batch of a step: positions in the training set, (batch,) int64, and flips, (batch,) bool.
+
+        An image is mirrored where its flip is true.
         """
         rng = np.random.Generator(np.random.PCG64(derive("batch", self.seed, step)))
         flips = rng.random(self.batch) < (0.5 if self.flip else 0.0)
         return (self._balanced_draw(rng) if self.balanced else self._epoch_walk(step)), flips
 
     def offsets(self, step: int) -> NDArray[np.float64] | None:
-        """Where the images of a step are cut, (batch, 2) in [0, 1), down and right;
-        None where they are cut at the centre.
+        """The places of a step's random crops, (batch, 2) in [0, 1), down and right; None for centre crops.
 
-        They have a generator of their own, so a run with random crops sees the same images
-        in the same order as one without.
+        A separate generator draws them, so a run with random crops sees the same images in the same order
+        as a run without.
         """
         if not self.crop:
             return None
         return np.random.Generator(np.random.PCG64(derive("crop", self.seed, step))).random((self.batch, 2))
 
     def distinct(self, steps: int, micro_batch: int, world: int = 1) -> int:
-        """How many images, mirror images counted apart, the first `steps` steps show to a process for the first time,
-        summed over the processes.
+        """How many distinct images each process sees in the first `steps` steps, summed over the processes.
 
-        An image that is cut at a random place is never shown again.
+        A mirror image counts as another image. With random crops every image counts, because no crop comes twice.
         """
         if self.crop:
             return steps * self.batch
@@ -99,7 +98,10 @@ class TrainingPlan:
         return self._by_class[self._class_start[classes] + rng.integers(self._class_count[classes])]
 
     def _epoch_walk(self, step: int) -> NDArray[np.int64]:
-        """Positions step * batch ... of the endless sequence of permutations; a batch may span the end of an epoch."""
+        """The next `batch` images after the first step * batch of an endless sequence of permutations.
+
+        A batch may span the end of an epoch.
+        """
         parts, position, missing = [], step * self.batch, self.batch
         while missing:
             epoch, offset = divmod(position, self._num_images)
@@ -128,15 +130,15 @@ def training_batches(
     pin_memory: bool = False,
     needs_images: bool = True,
 ) -> Iterator[list[dict[str, Tensor]]]:
-    """Endless: for every step from `start_step` on, this process' `accumulation` micro-batches.
+    """Yields without end: for every step from `start_step` on, a list of this process's `accumulation` micro-batches.
 
-    A micro-batch is {"image": uint8 (m, 3, H, W), "label": int64 (m,), "index":
-    int64 (m,)}, with "mirrored": bool (m,) where the plan mirrors images and "moments": float32 (m, 2 C, h, h)
-    where the set has stored latents (common/datasets/stored_latents.py). Without `needs_images` it has no "image",
-    and none is read. The global batch is cut into world * accumulation micro-batches, of which number j * world + rank
-    is the j-th of process `rank`; so two processes with one micro-batch each see what one process with two sees.
-    With `workers` > 0 that many processes read ahead. An unreadable image is a UserError in the process that trains,
-    or where the set skips such images a warning and an entry in its `broken`.
+    A micro-batch is {"image": uint8 (m, 3, H, W), "label": int64 (m,), "index": int64 (m,)}. It also has
+    "mirrored": bool (m,) if the plan mirrors images, and "moments": float32 (m, 2 C, h, h) if the set has stored
+    latents (common/datasets/stored_latents.py). Without `needs_images` it has no "image", and no image is read.
+    The global batch is cut into world * accumulation micro-batches. Number j * world + rank is the j-th of process
+    `rank`, so two processes with one micro-batch each see the same images as one process with two.
+    If `workers` > 0, that many loader processes read ahead. For an unreadable image the training process raises
+    UserError; if the set skips such images, it warns instead and adds the image to the set's `broken`.
     """
     if micro_batch * accumulation * world != plan.batch:
         raise UserError(
@@ -152,7 +154,7 @@ def training_batches(
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=_outlive_signals,
-        generator=torch.Generator(),  # else the loader would draw from the global one
+        generator=torch.Generator(),  # otherwise the loader would draw from the global generator
     )
     steps = _steps(iter(loader), accumulation, images)
     atexit.register(_close, weakref.ref(steps))
@@ -162,9 +164,9 @@ def training_batches(
 def _steps(
     micro_batches: Iterator[dict[str, Any]], accumulation: int, images: ImageSet
 ) -> Generator[list[dict[str, Tensor]], None, None]:
-    told: set[int] = set()
+    warned: set[int] = set()
     while True:
-        yield [_checked(next(micro_batches), images, told) for _ in range(accumulation)]
+        yield [_checked(next(micro_batches), images, warned) for _ in range(accumulation)]
 
 
 def _requests(
@@ -182,8 +184,7 @@ def _requests(
 class _Reader(Dataset[dict[str, Any]]):
     """Turns requests into micro-batches, in this process or in a loader process.
 
-    A UserError travels as a value, because an exception that crosses the process boundary arrives wrapped
-    in the traceback of the other process.
+    It returns the text of a UserError instead of raising it: torch would add the traceback of the loader process.
     """
 
     def __init__(self, images: ImageSet, mirrors: bool, needs_images: bool) -> None:
@@ -208,28 +209,30 @@ class _Reader(Dataset[dict[str, Any]]):
         return {name: torch.from_numpy(array) for name, array in arrays.items()} | ({"skipped": new} if new else {})
 
 
-def _checked(micro_batch: dict[str, Any], images: ImageSet, told: set[int]) -> dict[str, Tensor]:
-    """The micro-batch without news of other processes: an error is raised,
-    skipped images are told once and kept in `images.broken`.
+def _checked(micro_batch: dict[str, Any], images: ImageSet, warned: set[int]) -> dict[str, Tensor]:
+    """The micro-batch without its "error" and "skipped" entries.
+
+    Raises the error as UserError. Warns once of each skipped image and adds it to `images.broken`.
     """
     if "error" in micro_batch:
         raise UserError(micro_batch["error"])
     for position, reason in micro_batch.pop("skipped", {}).items():
-        if position not in told:
-            told.add(position)
+        if position not in warned:
+            warned.add(position)
             images.broken[position] = reason
             log.warning(
                 "%s Another image of its class stands in for it; %d of %d were skipped so far.",
                 reason,
-                len(told),
+                len(warned),
                 len(images),
             )
     return micro_batch
 
 
 def _close(steps: weakref.ref[Generator[Any, None, None]]) -> None:
-    """Ends the loader processes of an iterator that is still alive at exit,
-    where otherwise they would sit out their grace period.
+    """Ends the loader processes of an iterator that is still alive when Python exits.
+
+    Otherwise they would continue until the end of their grace period.
     """
     generator = steps()
     if generator is not None:
@@ -237,8 +240,9 @@ def _close(steps: weakref.ref[Generator[Any, None, None]]) -> None:
 
 
 def _outlive_signals(worker: int) -> None:
-    """A scheduler signals every process of a job, and the trainer still needs its loader processes
-    to finish the step and save.
+    """Lets a loader process survive stop signals for a while.
+
+    A scheduler signals every process of a job, but training still needs the loader to finish its step and save.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)

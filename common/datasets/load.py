@@ -1,13 +1,12 @@
-"""What there is to train on: `load_data(config)` gives a training part and a held-out part
-of labelled square uint8 images.
+"""Opens a data set: `load_data(config)` returns a training part and a held-out part of labelled square uint8 images.
 
-emoji32    the embedded data set (emoji32.py, data/README.md), in memory
-folder     any folder of images with one sub-folder a class, decoded on demand
-tar, parquet, arrow    images inside WebDataset tars or the tables of Hugging Face, decoded on demand (archives.py)
+emoji32    the embedded data set (common/images/emoji32.py, common/data/README.md), in memory
+folder     any folder of images with one sub-folder per class, decoded on demand
+tar, parquet, arrow    images in WebDataset tars or Hugging Face's tables, decoded on demand (common/images/)
 shards     any of these, cropped once by `pixlat prepare images` (shards.py)
 synthetic  coloured shapes of any size, drawn on demand
 
-Nothing here is random: order, split and pixels depend on the configuration and the files alone.
+Nothing here is random: order, split and pixels depend only on the configuration and the files.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class DataSettings(Protocol):
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set, split. `balanced`: whether training should draw classes uniformly."""
+    """A data set in two parts. balanced: whether training should draw classes uniformly."""
 
     info: DataSummary
     train: ImageSet
@@ -66,10 +65,9 @@ class DataSource:
 
 
 def load_data(config: DataSettings, verify: bool = True) -> DataSource:
-    """The data set that the configuration names. Folders are listed and measured, not decoded.
+    """Opens the data set that the configuration names. Lists files and their sizes, but decodes no image.
 
-    verify: whether image shards and stored latents are held against their digests, as before a training;
-    plans and costs do without.
+    verify: whether to compare image shards and stored latents with their SHA-256. Trainings do; plans and costs do not.
     """
     if not 0 <= config.holdout < 1:
         raise UserError(
@@ -95,7 +93,7 @@ def load_data(config: DataSettings, verify: bool = True) -> DataSource:
         )
     if config.path and config.name not in ON_DISK:
         raise UserError(
-            f"data.path={config.path!r} is not read by data={config.name}. Add data=folder, or leave the path out."
+            f"data.path={config.path!r} has no use with data={config.name}. Add data=folder, or leave the path out."
         )
     source = loaders[config.name](config)
     for part in (source.train, source.heldout):
@@ -104,29 +102,29 @@ def load_data(config: DataSettings, verify: bool = True) -> DataSource:
             part.part.verify()
     if config.crop == "random":
         _allow_random_crops(source.train, config.resize)
-    found = source.info.num_classes
-    if config.num_classes not in (None, found):
+    num_classes = source.info.num_classes
+    if config.num_classes not in (None, num_classes):
         raise UserError(
-            f"data.num_classes={config.num_classes}, but {config.path or config.name} has {found} classes. "
-            f"Set {found} or leave it out."
+            f"data.num_classes={config.num_classes}, but {config.path or config.name} has {num_classes} classes. "
+            f"Set {num_classes} or leave it out."
         )
     return with_latents(source, Path(config.latents).expanduser(), config.flip, verify) if config.latents else source
 
 
 def _allow_random_crops(images: ImageSet, resize: int | None) -> None:
-    """Sets the size of which random crops are cut, as the configuration has it or as the shards hold it."""
+    """Sets `images.resize`, the size of images before random crops are cut, from the configuration or the shards."""
     if isinstance(images, ShardImages):
         resize = images.check_resized(resize)
     images.resize = resize or images.image_size
     if images.resize < images.image_size:
         raise UserError(
-            f"data.resize={images.resize} is smaller than the squares of {images.image_size} pixels "
-            "that are cut of it. Raise it."
+            f"data.resize={images.resize} is smaller than the crops, which have {images.image_size} pixels. "
+            f"Set data.resize={images.image_size} or more."
         )
 
 
 def with_latents(source: DataSource, folder: Path, mirrored: bool, verify: bool = True) -> DataSource:
-    """The same data, whose training images come with their stored latents; a folder of other images is a UserError."""
+    """The same data, with stored latents for the training images. UserError if the latents are of other images."""
     from pixlat.common.datasets.stored_latents import open_latents
 
     source.train.latents = latents = open_latents(folder, source.train, mirrored, verify)
@@ -134,8 +132,9 @@ def with_latents(source: DataSource, folder: Path, mirrored: bool, verify: bool 
 
 
 def summarise(config: DataSettings) -> DataSummary:
-    """What the data are, for plans and benchmarks: a folder that is not named yet, or is not on this computer,
-    is described by the configuration alone, with no training images.
+    """Describes the data for plans and benchmarks.
+
+    If data.path is not set or not on this computer, the summary comes from the configuration and has no images.
     """
     here = config.path is not None and Path(config.path).expanduser().exists()
     if config.name in ON_DISK and not here and config.num_classes and config.image_size:
@@ -150,7 +149,7 @@ def _source(name: str, class_names: Sequence[str], train: ImageSet, heldout: Ima
 
 
 def _load_emoji32(config: DataSettings) -> DataSource:
-    """Classes are drawn uniformly by default, because they differ sixfold in size."""
+    """By default training draws classes uniformly: the largest has almost six times the images of the smallest."""
     if config.image_size not in (None, IMAGE_SIZE):
         raise UserError(
             f"data.image_size={config.image_size}, but emoji32 has {IMAGE_SIZE}x{IMAGE_SIZE} pixels. "
@@ -176,7 +175,7 @@ def _load_synthetic(config: DataSettings) -> DataSource:
 
 
 def _load_archive(config: DataSettings) -> DataSource:
-    """Split by what the names of files and folders say, else by the hash of the images' names."""
+    """Splits by the names of files and folders (train, val, ...); without such names by hashes of the images' names."""
     root, size = _place_and_size(config)
     archive = open_archive(config.name, root)
     train, heldout = archive.split()
@@ -188,19 +187,17 @@ def _load_archive(config: DataSettings) -> DataSource:
         if len(labels) and (labels.min() < 0 or labels.max() >= len(archive.class_names)):
             first = archive.name(int(positions[0]))
             raise UserError(
-                f"{first} and what follows it: labels from {labels.min()} to {labels.max()}, "
-                f"and there are {len(archive.class_names)} classes."
+                f"{first} and the images after it have labels from {labels.min()} to {labels.max()}, "
+                f"but there are {len(archive.class_names)} classes."
             )
     parts = [ArchiveImages(archive, positions, size, config.modes == "convert") for positions in (train, heldout)]
     return _source(root.resolve().name, archive.class_names, parts[0], parts[1], balanced=bool(config.balanced))
 
 
 def _load_shards(config: DataSettings) -> DataSource:
-    """What `pixlat prepare images` made, with the classes,
-    the split and the digests of the data that it was made of.
-    """
+    """Shards from `pixlat prepare images`. They have the classes, the split and the digests of the original data."""
     if not config.path:
-        raise UserError("data=shards needs data.path=FOLDER: what `pixlat prepare images` made.")
+        raise UserError("data=shards needs data.path=FOLDER: the folder that `pixlat prepare images` made.")
     card = shards.read_shard_card(Path(config.path).expanduser())
     if config.image_size not in (None, card.image_size):
         raise UserError(
@@ -212,8 +209,9 @@ def _load_shards(config: DataSettings) -> DataSource:
 
 
 def _load_folder(config: DataSettings) -> DataSource:
-    """`train/` and `val/` (or `validation/`, `test/`) sub-folders where they exist,
-    else a split by the hash of the file names.
+    """Uses the sub-folders `train/` and `val/` (or `validation/`, `test/`) if they exist.
+
+    Otherwise splits the images by hashes of their file names.
     """
     root, size = _place_and_size(config)
     convert = config.modes == "convert"
@@ -234,8 +232,10 @@ def _load_folder(config: DataSettings) -> DataSource:
 
 
 def _held_out_files(listing: Listing, fraction: float) -> NDArray[np.bool_]:
-    """Mask (N,), class by class: a name begins with its class, so no group spans two,
-    and only one class's names are strings at a time.
+    """Mask (N,) of the held-out files, computed class by class.
+
+    This gives the same mask as all classes at once, because a name begins with its class, so no group spans two.
+    It saves memory: only the names of one class are Python strings at a time.
     """
     counts = np.bincount(listing.labels)
     ends = np.cumsum(counts)
@@ -244,7 +244,7 @@ def _held_out_files(listing: Listing, fraction: float) -> NDArray[np.bool_]:
 
 
 def _place_and_size(config: DataSettings) -> tuple[Path, int]:
-    """data.path and data.image_size, which data that are decoded on demand need."""
+    """data.path and data.image_size. Data that are decoded on demand need both."""
     if not config.path:
         what = (
             "a folder with one sub-folder of images for each class"
@@ -261,7 +261,7 @@ def _place_and_size(config: DataSettings) -> tuple[Path, int]:
 
 
 def _parts_of(root: Path) -> tuple[Path, Path | None]:
-    """The folder of training classes and that of held-out classes, if the data come split."""
+    """The folder of the training classes, and the folder of the held-out classes or None."""
     names = sub_folders(root)
     if "train" not in names or not sub_folders(root / "train"):
         return root, None

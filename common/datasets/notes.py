@@ -1,4 +1,4 @@
-"""What a user should know of the data before anything is trained on them. Imports no torch."""
+"""Warnings about the data that a user should read before the training. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Data(Protocol):
 
 
 def epochs_text(images: int, num_train: int) -> str:
-    """How often so many shown images go through the training set, for people; "" where its size is not known."""
+    """The number of epochs that `images` shown images are, as text for people; "" if the set's size is not known."""
     if not num_train:
         return ""
     epochs = images / num_train
@@ -28,9 +28,9 @@ def epochs_text(images: int, num_train: int) -> str:
 
 
 def data_notes(data: Data, images: int, path: str | None, on_disk: bool) -> list[str]:
-    """Sentences about a training on `images` shown images; none where there is nothing odd.
+    """Warnings about a training that shows `images` images. The list is empty if nothing is unusual.
 
-    path: `data.path`; on_disk: whether the data set is one that needs it (`common.datasets.ON_DISK`).
+    path: `data.path`; on_disk: whether the data set needs that key (`common.datasets.load.ON_DISK`).
     """
     return list(_notes(data, images, path, on_disk))
 
@@ -38,17 +38,17 @@ def data_notes(data: Data, images: int, path: str | None, on_disk: bool) -> list
 def _notes(data: Data, images: int, path: str | None, on_disk: bool) -> Iterator[str]:
     if on_disk and path is None:
         yield (
-            "data.path is null, so the data are described by the configuration alone. "
+            "data.path is null, so all facts about the data come from the configuration. "
             "Give data.path=FOLDER to train on them."
         )
     if data.num_classes == 1:
         yield (
-            f"{data.name} has one class: labels tell nothing, so guidance by class and class accuracy mean nothing. "
-            "With classes, each needs a sub-folder of its own."
+            f"{data.name} has only one class, so class guidance and class accuracy mean nothing. "
+            "If your images have classes, give each class a sub-folder."
         )
     if data.num_train and images > MANY_EPOCHS * data.num_train:
         yield (
             f"train.images={images:,} shows {data.name}'s {data.num_train:,} training images "
-            f"{epochs_text(images, data.num_train)} long: a model of that many repeats learns its images by heart. "
+            f"for {epochs_text(images, data.num_train)}: with so many repeats a model memorises its training images. "
             "Lower train.images, or give more images."
         )

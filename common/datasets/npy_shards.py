@@ -1,8 +1,8 @@
-"""Rows in shards of .npy files: written whole or not at all, described by a card that is written last,
-checked when they are opened. Imports no torch.
+"""Rows in shards of .npy files. Imports no torch.
 
-A row is read with one `pread`: on a network file system that is one request,
-where touching a memory map would be one for each page.
+A shard gets its name only once it is complete. A card (a JSON file) describes the shards; it is written last, and
+compared with the files when they are opened. A row is read with one `pread`: on a network file system that is one
+request, while a memory map would send one for each page.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from pixlat.common.errors import UserError
 from pixlat.common.files import sha256_of, write_whole
 from pixlat.common.progress import progress_bar
 
-OPEN_FILES = 256  # that a process keeps open
-CARD_BYTES = 256 * 2**20  # of the largest card: it lists the images that were skipped
-# beside the shards: those whose digests were found right, with their size and time of change
+OPEN_FILES = 256  # how many files a process keeps open
+CARD_BYTES = 256 * 2**20  # limit of a card; cards can be large, because they list the skipped images
+# a file beside the shards; it lists those whose digests were correct, with their size and time of change
 VERIFIED = ".verified.json"
-SHOWN_BYTES = 2**30  # verifying more than this shows a progress bar
+SHOWN_BYTES = 2**30  # a progress bar appears if more bytes than this must be verified
 
 
 # -- .npy files --------------------------------------------------------------------------------------------------------
 
 
 class Header(NamedTuple):
-    """What the beginning of an .npy file says."""
+    """The header of an .npy file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -43,9 +43,9 @@ class Header(NamedTuple):
 
 
 def read_header(file: Path) -> Header:
-    """The header of an .npy file of plain numbers whose size agrees with it; anything else is a UserError.
+    """Reads the header of an .npy file, without its numbers.
 
-    No memory is taken for the numbers.
+    UserError unless the file holds plain numbers and has the size that the header implies.
     """
     try:
         size = file.stat().st_size
@@ -57,29 +57,29 @@ def read_header(file: Path) -> Header:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
     except Exception as error:
-        # NumPy's parser meets damaged bytes with whatever they lead to, and the file's name must come with it
+        # NumPy's parser may raise any exception for damaged bytes, and the message must name the file
         raise UserError(
             f"{file} is not an .npy file ({error or type(error).__name__}). It is damaged: make it again."
         ) from error
     expected = header.offset + prod(shape) * dtype.itemsize
     if columns_first or dtype.hasobject or min(shape, default=0) < 0 or size != expected:
         raise UserError(
-            f"{file} is damaged: its header tells of {shape} numbers of type {dtype}, which are {expected:,} bytes, "
-            f"and it has {size:,}. Make it again."
+            f"{file} is damaged: its header announces {shape} numbers of type {dtype}, which are {expected:,} bytes, "
+            f"but the file has {size:,}. Make it again."
         )
     return header
 
 
 def check_header(file: Path, shape: tuple[int, ...], dtypes: Sequence[DTypeLike], advice: str) -> Header:
-    """The header, which must tell of this shape and one of these types; `advice` ends the message of the UserError."""
+    """Reads the header. UserError, which ends with `advice`, unless it has this shape and one of these types."""
     if not file.is_file():
         raise UserError(f"{file} is missing. {advice}")
     header = read_header(file)
-    if header.shape != shape or header.dtype not in [np.dtype(each) for each in dtypes]:
-        wanted = " or ".join(str(np.dtype(each)) for each in dtypes)
+    if header.shape != shape or header.dtype not in [np.dtype(dtype) for dtype in dtypes]:
+        wanted = " or ".join(str(np.dtype(dtype)) for dtype in dtypes)
         raise UserError(
             f"{file} holds {header.shape} numbers of type {header.dtype}, "
-            f"and the card says {shape} of type {wanted}. {advice}"
+            f"but the card says {shape} of type {wanted}. {advice}"
         )
     return header
 
@@ -87,7 +87,7 @@ def check_header(file: Path, shape: tuple[int, ...], dtypes: Sequence[DTypeLike]
 class Shards:
     """Rows of equal shape in several .npy files, each read with one request.
 
-    It can be handed to other processes; each opens files of its own.
+    It can be pickled for other processes; each process opens the files anew.
     """
 
     def __init__(
@@ -105,9 +105,9 @@ class Shards:
 
 
 class OpenFiles:
-    """Files read at any place; the newest OPEN_FILES stay open.
+    """Files that are read at any position. Keeps the OPEN_FILES most recently opened files open.
 
-    A forked process may go on with the same ones, because `pread` moves no position.
+    A forked process may use the same descriptors, because `pread` does not move a file's position.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -115,7 +115,7 @@ class OpenFiles:
         self.descriptors: dict[int, int] = {}
 
     def read(self, number: int, size: int, offset: int) -> bytes:
-        """So many bytes of a file; fewer are a UserError."""
+        """Reads `size` bytes of a file from `offset` on. UserError if the file ends before."""
         try:
             content = os.pread(self._descriptor(number), size, offset)
         except OSError as error:
@@ -124,8 +124,8 @@ class OpenFiles:
             ) from error
         if len(content) < size:
             raise UserError(
-                f"{self.files[number]} ends after {offset + len(content):,} bytes, within an image. "
-                "It was cut short: prepare it again."
+                f"{self.files[number]} is cut short: it ends after {offset + len(content):,} bytes, within an image. "
+                "Prepare it again."
             )
         return content
 
@@ -146,19 +146,19 @@ class OpenFiles:
 
 
 def shard_count(count: int, shard_size: int) -> int:
-    """How many shards `count` things are in."""
+    """The number of shards for `count` items."""
     return -(-count // shard_size)
 
 
 def shard_ranges(count: int, shard_size: int) -> Iterator[tuple[int, range]]:
-    """(number, positions) of each shard of `count` things."""
+    """Yields (number, positions) of each shard of `count` items."""
     for number, start in enumerate(range(0, count, shard_size)):
         yield number, range(start, min(start + shard_size, count))
 
 
 @contextmanager
 def new_shard(file: Path, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[NDArray[Any]]:
-    """An array to be filled; the file has its name once the block has ended well."""
+    """Yields an array to fill. The file gets its name only if the block ends without an exception."""
     temporary = file.with_name(f".{file.name}")
     array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
     yield array
@@ -172,65 +172,66 @@ Rule = Callable[[Any], bool]
 
 
 def whole_number(low: int, high: int = 2**53) -> Rule:
-    """A whole number within bounds."""
+    """The rule that a value is an integer from `low` to `high`."""
     return lambda value: type(value) is int and low <= value <= high
 
 
 def text(value: Any) -> bool:
-    """A string."""
+    """The rule that a value is a string."""
     return isinstance(value, str)
 
 
 def texts(value: Any) -> bool:
-    """A list of strings."""
+    """The rule that a value is a list of strings."""
     return isinstance(value, list) and all(map(text, value))
 
 
 def text_map(value: Any) -> bool:
-    """Strings by name."""
+    """The rule that a value is a dict of strings."""
     return isinstance(value, dict) and all(map(text, value.values()))
 
 
 def read_card(
     file: Path, version: int, what: str, rules: Mapping[str, Rule], later: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The card of a folder that `pixlat prepare` made of images or latents (`what`); a UserError if it is missing,
-    damaged or of another format.
+    """Reads the card of a folder from `pixlat prepare images` or `pixlat prepare latents` (`what`).
 
-    later: fields that earlier versions did not write, with what they mean where they are missing.
+    UserError if it is missing, damaged or of another format.
+    later: fields that earlier versions did not write, with the values that stand for their absence.
     """
     again = f"Make the folder with `pixlat prepare {what}`, or let it finish."
     try:
         if file.stat().st_size > CARD_BYTES:
-            raise UserError(f"{file} has {file.stat().st_size:,} bytes, and a card at most {CARD_BYTES:,}. {again}")
+            raise UserError(f"{file} has {file.stat().st_size:,} bytes, but a card at most {CARD_BYTES:,}. {again}")
         content: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise (
             error if isinstance(error, UserError) else UserError(f"{file} cannot be read ({error}). {again}")
         ) from error
     if not isinstance(content, dict) or content.get("format") != version:
-        found = content.get("format") if isinstance(content, dict) else None
-        raise UserError(f"{file} has format {found}, and this version reads {version}. Prepare the {what} again.")
+        written = content.get("format") if isinstance(content, dict) else None
+        raise UserError(f"{file} has format {written}, but this version reads {version}. Prepare the {what} again.")
     return check_fields({**(later or {}), **content}, rules, file, again)
 
 
 def check_fields(content: Any, rules: Mapping[str, Rule], where: object, advice: str) -> dict[str, Any]:
-    """The content, if it has exactly the fields of the rules and each is as its rule says;
-    else a UserError that names the first that is not.
+    """Returns the content if it has exactly the fields of `rules` and each obeys its rule.
+
+    Otherwise raises UserError that names the first faulty field.
     """
     fields = content if isinstance(content, dict) else {}
     missing, unknown = sorted(rules.keys() - fields.keys()), sorted(fields.keys() - rules.keys())
     wrong = [name for name, rule in rules.items() if name in fields and not rule(fields[name])]
     if missing or unknown or wrong:
         name = [*missing, *unknown, *wrong][0]
-        told = (
+        fault = (
             "is missing"
             if missing
             else f"is unknown ({str(fields[name])[:40]})"
             if unknown
             else f"cannot be {str(fields[name])[:40]}"
         )
-        raise UserError(f"{where} is damaged: {name!r} {told}. {advice}")
+        raise UserError(f"{where} is damaged: {name!r} {fault}. {advice}")
     return fields
 
 
@@ -238,11 +239,11 @@ def check_fields(content: Any, rules: Mapping[str, Rule], where: object, advice:
 
 
 def verify(folder: Path, digests: Mapping[str, str], advice: str) -> None:
-    """UserError unless every file has the digest (SHA-256) that the card gives it; `advice` ends the message.
+    """Raises UserError, which ends with `advice`, unless every file has the SHA-256 that the card gives for it.
 
-    A file is read once for each size and time of change: which ones were right is kept beside them,
-    or in the user's cache folder where they cannot be written to. Of several processes of a machine one reads,
-    and the others wait for it.
+    Reads a file again only if its size or time of change differs: a note of the correct files is kept beside them,
+    or in the user's cache folder if theirs is read-only. If several processes of a machine call this,
+    one reads the files while the others wait.
     """
     kept = _kept(folder)
     with one_at_a_time(kept):
@@ -256,18 +257,18 @@ def verify(folder: Path, digests: Mapping[str, str], advice: str) -> None:
             progress_bar("verifying", len(unread), unit=" files", enabled=total > SHOWN_BYTES) as bar,
             ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
         ):
-            for name, found in zip(unread, pool.map(lambda name: sha256_of(folder / name), unread), strict=True):
-                if found != digests[name]:
+            for name, digest in zip(unread, pool.map(lambda name: sha256_of(folder / name), unread), strict=True):
+                if digest != digests[name]:
                     raise UserError(
-                        f"{folder / name} is damaged: its SHA-256 is {found[:12]}..., "
-                        f"and the card says {digests[name][:12]}... {advice}"
+                        f"{folder / name} is damaged: its SHA-256 is {digest[:12]}..., "
+                        f"but the card says {digests[name][:12]}... {advice}"
                     )
                 bar.update()
         _keep(kept, known | states)
 
 
 def keep_verified(folder: Path, digests: Mapping[str, str]) -> None:
-    """Notes files whose digests were just computed, so that nobody reads them again for it."""
+    """Records files whose digests were just computed, so that `verify` does not read them again."""
     kept = _kept(folder)
     with one_at_a_time(kept):
         _keep(kept, _read_kept(kept) | {name: _state(folder / name, digest, "") for name, digest in digests.items()})
@@ -286,7 +287,7 @@ def _state(file: Path, digest: str, advice: str) -> list[object]:
 
 
 def _read_kept(kept: Path) -> dict[str, Any]:
-    """What was noted; nothing where the note is missing or damaged, because it can be made again."""
+    """The recorded states of verified files. Empty if the record is missing or damaged; it can be made again."""
     try:
         content = json.loads(kept.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -295,5 +296,5 @@ def _read_kept(kept: Path) -> dict[str, Any]:
 
 
 def _keep(kept: Path, states: Mapping[str, Any]) -> None:
-    with suppress(OSError):  # a full or read-only disk: the files are verified at each start
+    with suppress(OSError):  # on a full or read-only disk, every start verifies the files
         write_whole(kept, json.dumps(states) + "\n")

@@ -1,4 +1,4 @@
-"""Images that were cropped once and stored raw (shards.py), as a data set."""
+"""A data set of images that were cropped once and stored as raw pixels (shards.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pixlat.common.images.image_set import ImageSet
 
 
 class ShardImages(ImageSet):
-    """Images that were cropped before, read as they are."""
+    """Reads images that `pixlat prepare images` has cropped."""
 
     def __init__(self, part: shards.StoredPart, image_size: int) -> None:
         super().__init__(part.labels(), image_size, part.identity)
@@ -21,25 +21,26 @@ class ShardImages(ImageSet):
         return self.part.read(index)
 
     def _read_resized(self, index: int) -> NDArray[np.uint8]:
-        assert self.part.whole is not None  # `check_resized` has looked
+        assert self.part.whole is not None  # `check_resized` has checked this
         return self.part.whole.read(index)
 
     def check_resized(self, wanted: int | None) -> int:
-        """The pixels of the shorter side of the whole images that the shards hold; a UserError where they hold none,
-        or others than wanted.
+        """The shorter side, in pixels, of the uncropped images in the shards.
+
+        UserError if the shards hold no uncropped images, or of another size than `wanted`.
         """
-        found, folder = self.part.resize, self.part.folder
-        if found is None or wanted not in (None, found):
-            holds = "squares alone" if found is None else f"images whose shorter side has {found} pixels"
-            asked = f" data.resize={wanted}" if wanted else ""
+        stored, folder = self.part.resize, self.part.folder
+        if stored is None or wanted not in (None, stored):
+            holds = "only cropped squares" if stored is None else f"images whose shorter side has {stored} pixels"
+            setting = f" data.resize={wanted}" if wanted else ""
             raise UserError(
                 (
-                    f"data.crop=random{asked}: {folder} holds {holds}. Prepare shards with `pixlat prepare "
-                    f"images data.crop=random{asked} ...`"
+                    f"data.crop=random{setting}: {folder} holds {holds}. Prepare shards with `pixlat prepare "
+                    f"images data.crop=random{setting} ...`"
                 )
-                + (f", or set data.resize={found}." if found else ".")
+                + (f", or set data.resize={stored}." if stored else ".")
             )
-        return found
+        return stored
 
     @property
     def decoding(self) -> str | None:

@@ -1,14 +1,14 @@
-"""Images that were decoded and cropped once, as raw uint8 in files of which one request reads an image.
+"""Reads shards of images that were decoded and cropped once. They hold raw uint8 pixels; one request reads one image.
 
-images.json               the card, written last: a folder without one is not finished. It has the SHA-256 of every file
-plan.json                 what the folder is for, written first
+images.json               the card with the SHA-256 of every file, written last; a folder without it is unfinished
+plan.json                 the data and the layout for which the folder was started, written first
 train-labels.npy          int64 (N,)
 train-00000.npy           uint8 (n, 3, S, S), and so on; `heldout-` likewise
-train-resized-00000.bin   with data.crop=random: the whole images, (H, W, 3) one behind the other,
+train-resized-00000.bin   with data.crop=random: the uncropped images, (H, W, 3) one after another,
                           whose shorter side has data.resize pixels
 train-resized-sizes.npy   int32 (N, 2): their heights and widths
 
-Pixels, labels, order and identity are those of the data set behind them, so nothing that depends on its digest changes.
+Pixels, labels, order and identity are the same as in the original data set, and therefore also its digest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CARD = "images.json"
 FORMAT = 1
 PARTS = ("train", "heldout")
 
-AGAIN = f"Remove it and {CARD}, and run the same `pixlat prepare images` again: it makes what is missing."
+AGAIN = f"Remove it and {CARD}, and run the same `pixlat prepare images` again: it makes the missing files."
 log = logging.getLogger("pixlat")
 
 CARD_RULES: dict[str, mapped.Rule] = {
@@ -40,25 +40,25 @@ CARD_RULES: dict[str, mapped.Rule] = {
 }  # fmt: skip
 PART_RULES: dict[str, mapped.Rule] = {
     "images": mapped.whole_number(0), "identity": mapped.text,
-    "skipped": mapped.text_map, "sha256": lambda found: found is None or mapped.text_map(found),
-    "decoding": lambda found: found is None or mapped.text(found),
+    "skipped": mapped.text_map, "sha256": lambda value: value is None or mapped.text_map(value),
+    "decoding": lambda value: value is None or mapped.text(value),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class PartCard:
-    """One part of the data set."""
+    """The entry of one part (train or heldout) in images.json."""
 
     images: int
-    identity: str  # of the set behind it (common/datasets/load.py)
-    skipped: dict[str, str]  # position -> what is wrong, of images in whose place another stands
-    sha256: dict[str, str] | None = None  # file name -> digest; None: prepared by a version that kept none
-    decoding: str | None = UNKNOWN  # how they were decoded (`ImageSet.decoding`)
+    identity: str  # of the original image set (`ImageSet.identity`)
+    skipped: dict[str, str]  # position -> error message, for unreadable images that another image replaces
+    sha256: dict[str, str] | None = None  # file name -> digest; None: prepared by a version that wrote no digests
+    decoding: str | None = UNKNOWN  # digest of how the images were decoded (`ImageSet.decoding`)
 
 
 @dataclass(frozen=True)
 class ShardCard:
-    """images.json."""
+    """The content of images.json."""
 
     format: int
     name: str
@@ -67,7 +67,7 @@ class ShardCard:
     shard_images: int
     parts: dict[str, PartCard]
     folder: Path
-    resize: int | None = None  # pixels of the shorter side of the whole training images; None: there are only squares
+    resize: int | None = None  # shorter side of the uncropped training images in pixels; None: only squares are stored
 
     def part(self, name: str) -> StoredPart:
         """The images of "train" or "heldout"."""
@@ -75,7 +75,7 @@ class ShardCard:
 
 
 class StoredPart:
-    """Reads what was written; everything that the card says is held against the files before memory is taken."""
+    """Reads one part of the shards. Compares its files with the card before it allocates memory."""
 
     def __init__(self, card: ShardCard, name: str) -> None:
         self.folder, self.name, self.shard_images, self.resize = card.folder, name, card.shard_images, card.resize
@@ -99,53 +99,54 @@ class StoredPart:
             {file.name for file in files} | {f"{name}-labels.npy"} | (self.whole.names() if self.whole else set())
         )
         if self.digests is not None and self.digests.keys() != expected:
-            odd = sorted(self.digests.keys() ^ expected)[0]
-            raise UserError(f"{self.folder / CARD} is damaged: it has a digest too many or too few of {odd}. {AGAIN}")
+            file = sorted(self.digests.keys() ^ expected)[0]
+            fault = "lacks the digest of" if file in expected else "has a digest of the unknown file"
+            raise UserError(f"{self.folder / CARD} is damaged: it {fault} {file}. {AGAIN}")
 
     def _ranges(self, suffix: str, stem: str) -> list[tuple[int, range]]:
-        """The number and the positions of each shard, of which there must be as many as the card says."""
+        """The number and the positions of each shard. UserError unless there are as many files as the card implies."""
         expected = mapped.shard_count(self.images, self.shard_images)
-        found = sum(
+        existing = sum(
             path.name.removeprefix(f"{stem}-").removesuffix(f".{suffix}").isdecimal()
             for path in self.folder.glob(f"{stem}-*.{suffix}")
         )
-        if found != expected:
+        if existing != expected:
             raise UserError(
-                f"{self.folder / CARD} tells of {self.images:,} {self.name} images in {expected:,} files "
-                f"{stem}-*.{suffix} of {self.shard_images:,}, and {found:,} are there. {AGAIN}"
+                f"{self.folder / CARD} lists {self.images:,} {self.name} images in {expected:,} files "
+                f"{stem}-*.{suffix} of {self.shard_images:,}, but the folder has {existing:,} such files. {AGAIN}"
             )
         return list(mapped.shard_ranges(self.images, self.shard_images))
 
     def verify(self) -> None:
-        """UserError for a file that does not have its digest, which is read once for each size and time of change."""
+        """Raises UserError if a file does not have its digest. Reads each file again only if it has changed."""
         if self.digests is not None:
             mapped.verify(self.folder, self.digests, AGAIN)
-        elif self.name == "train":  # told once for both parts
+        elif self.name == "train":  # warn once for both parts
             log.warning(
-                "%s holds no digests, so damage of its images would go unnoticed. "
-                "The `pixlat prepare images` that made it adds them to the files that are there.",
+                "%s holds no digests, so pixlat would not notice damaged images. "
+                "Run the same `pixlat prepare images` again: it keeps the files and adds their digests.",
                 self.folder / CARD,
             )
 
     def labels(self) -> NDArray[np.int64]:
-        """(N,), each a class of the card."""
+        """Labels (N,). UserError unless each is the number of a class in the card."""
         file = self.folder / f"{self.name}-labels.npy"
         mapped.check_header(file, (self.images,), [np.int64], AGAIN)
         labels: NDArray[np.int64] = np.load(file)
         if len(labels) and not (labels.min() >= 0 and labels.max() < self.classes):
             raise UserError(
                 f"{file} holds labels from {labels.min()} to {labels.max()}, "
-                f"and {CARD} names {self.classes} classes. {AGAIN}"
+                f"but {CARD} names {self.classes} classes. {AGAIN}"
             )
         return labels
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        """(3, S, S)."""
+        """Reads the cropped image at a position, (3, S, S)."""
         return self.shards.read(index // self.shard_images, index % self.shard_images)
 
 
 class WholeImages:
-    """The resized images of which random crops are cut."""
+    """Reads the resized, uncropped images, from which random crops are cut."""
 
     def __init__(self, part: StoredPart) -> None:
         ranges, self.shard_images = part._ranges("bin", f"{part.name}-resized"), part.shard_images
@@ -159,13 +160,13 @@ class WholeImages:
             )
         if pixels.max(initial=0) > MAX_PIXELS:
             raise UserError(
-                f"{sizes} holds an image of {pixels.max():,} pixels, and there can be {MAX_PIXELS:,}. {AGAIN}"
+                f"{sizes} holds an image of {pixels.max():,} pixels, but the limit is {MAX_PIXELS:,}. {AGAIN}"
             )
         files = [part.folder / f"{part.name}-resized-{number:05d}.bin" for number, _ in ranges]
         for file, (_, rows) in zip(files, ranges, strict=True):
             expected = 3 * int(pixels[rows.start : rows.stop].sum())
             if file.stat().st_size != expected:
-                raise UserError(f"{file} has {file.stat().st_size:,} bytes, and its images have {expected:,}. {AGAIN}")
+                raise UserError(f"{file} has {file.stat().st_size:,} bytes, but its images have {expected:,}. {AGAIN}")
         self.offsets = np.concatenate(
             [3 * (np.cumsum(pixels[rows.start : rows.stop]) - pixels[rows.start : rows.stop]) for _, rows in ranges]
             or [pixels]
@@ -173,18 +174,18 @@ class WholeImages:
         self.opened = mapped.OpenFiles(files)
 
     def names(self) -> set[str]:
-        """Of all files."""
+        """The names of all files."""
         return {self.sizes_file.name, *(file.name for file in self.opened.files)}
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        """(H, W, 3)."""
+        """Reads the uncropped image at a position, (H, W, 3)."""
         height, width = self.sizes[index].tolist()
         content = self.opened.read(index // self.shard_images, 3 * height * width, int(self.offsets[index]))
         return np.frombuffer(content, dtype=np.uint8).reshape(height, width, 3)
 
 
 def read_shard_card(folder: Path) -> ShardCard:
-    """The card of a finished folder; a UserError where there is none or where it is damaged."""
+    """Reads the card of a finished folder. UserError if it is missing or damaged."""
     content = mapped.read_card(folder / CARD, FORMAT, "images", CARD_RULES, later={"resize": None})
     where = f"{folder / CARD}, parts"
     parts = {

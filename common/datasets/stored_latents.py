@@ -1,11 +1,10 @@
-"""Latents of training images in files, which the training reads in the place of images (`data.latents`).
+"""Reads stored latents of training images, which a training uses instead of the images (`data.latents`). No torch.
 
-Imports no torch.
+LatentShards     our format: arrays with the posterior's moments of every image and of its mirror image
+ReleasedLatents  the layout of REPA's and REG's released training code: one .npy file per image
 
-LatentShards     a folder of arrays with the posterior's moments of every image and of its mirror image
-ReleasedLatents  the folder of one .npy file an image that the released training code of REPA and REG reads
-
-Moments are kept and not latents: the posterior is sampled anew at every read, as when images are encoded in the loop.
+The files hold moments (mean and standard deviation) instead of latents, because a training samples the posterior anew
+each time it shows an image, just as it does when it encodes images itself.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ DTYPES = ("float32", "float16")
 
 @dataclass(frozen=True)
 class LatentCard:
-    """latents.json: what the shards hold and where they come from."""
+    """latents.json: the content and the origin of the shards."""
 
     format: int
     tokenizer: str
@@ -48,12 +47,12 @@ CARD_RULES: dict[str, mapped.Rule] = {
     "encoder_sha256": mapped.text, "data_digest": mapped.text,
     "images": mapped.whole_number(1),
     "shape": lambda size: isinstance(size, list) and len(size) == 3 and all(map(mapped.whole_number(1, 2**20), size)),
-    "dtype": lambda found: found in DTYPES, "shard_images": mapped.whole_number(1), "shards": mapped.text_map,
+    "dtype": lambda name: name in DTYPES, "shard_images": mapped.whole_number(1), "shards": mapped.text_map,
 }  # fmt: skip
 
 
 class LatentShards:
-    """The folder that `write_latents` made. What its card says is held against the files before memory is taken."""
+    """The folder that `write_latents` made. Compares its files with its card before it allocates memory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -66,7 +65,7 @@ class LatentShards:
             mapped.check_header(file, shape, [card.dtype], self.advice(file))
             for file, shape in zip(files, shapes, strict=True)
         ]
-        # a row is one orientation
+        # a row holds one orientation of an image: row 2 i is image i, row 2 i + 1 its mirror image
         self.shards = mapped.Shards(files, card.shape, card.dtype, [header.offset for header in headers])
 
     def moments(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -75,49 +74,49 @@ class LatentShards:
         return np.stack([self.shards.read(number, row) for number, row in rows]).astype(np.float32)
 
     def check(self, images: ImageSet) -> None:
-        """UserError unless the moments are those of these training images."""
+        """Raises UserError unless the moments belong to these training images."""
         if self.card.data_digest != images.digest:
             raise UserError(
                 f"{self.folder} holds the latents of {self.card.images} other images than the {len(images)} "
                 f"of this training set (digest {self.card.data_digest[:12]} instead of {images.digest[:12]}). "
-                "Prepare them again for these data settings."
+                "Prepare the latents again with the present data settings."
             )
 
     def verify(self) -> None:
-        """UserError if a shard does not have the digest of the card;
-        it is read once for each size and time of change.
+        """Raises UserError if a shard does not have the SHA-256 of the card.
+
+        Reads each shard once; later calls read it again only if its size or time of change differs.
         """
         mapped.verify(self.folder, self.card.shards, self.advice("the damaged file"))
 
     def advice(self, file: object) -> str:
-        """How damage is mended."""
+        """The sentence with which messages about damage end."""
         return f"Remove {self.folder / CARD} and {file}, and prepare the latents again."
 
 
 def read_latent_card(folder: Path) -> LatentCard:
-    """latents.json of a folder; a UserError if it is missing, damaged or of another format."""
+    """Reads latents.json of a folder. UserError if it is missing, damaged or of another format."""
     content = mapped.read_card(folder / CARD, FORMAT, "latents", CARD_RULES)
     count = mapped.shard_count(content["images"], content["shard_images"])
     if len(content["shards"]) != count or list(content["shards"]) != [shard_name(number) for number in range(count)]:
-        told = (
-            f"{content['images']:,} images, {content['shard_images']:,} a file, are in {count:,} files, "
-            f"and it lists {len(content['shards']):,}"
+        fault = (
+            f"{content['images']:,} images with {content['shard_images']:,} per file need {count:,} files, "
+            f"but it lists {len(content['shards']):,}"
         )
-        raise UserError(f"{folder / CARD} is damaged: {told}. Remove it, and prepare the latents again.")
+        raise UserError(f"{folder / CARD} is damaged: {fault}. Remove it, and prepare the latents again.")
     return LatentCard(**{**content, "shape": tuple(content["shape"])})
 
 
 def shard_name(number: int) -> str:
-    """The file of a shard."""
+    """The file name of a shard."""
     return f"moments-{number:05d}.npy"
 
 
 class ReleasedLatents:
-    """One float32 .npy (2 C, h, h) = [mean, std] an image, and dataset.json {"labels": [[file name,
-    class], ...]}; no mirror images.
+    """One float32 .npy (2 C, h, h) = [mean, std] per image, and dataset.json {"labels": [[file name, class], ...]}.
 
-    The images are those of the training set in the sorted order of the file names,
-    which is how the released code pairs them.
+    The layout has no mirror images. As in the released code, the i-th file name in sorted order belongs to
+    the i-th training image.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -136,12 +135,12 @@ class ReleasedLatents:
 
     @cached_property
     def facts(self) -> LatentFacts:
-        """The shape is that of the first file."""
+        """The shape of the first file."""
         header = mapped.read_header(self.folder / self.files[0])
         if len(header.shape) != 3 or header.shape[0] % 2 or header.dtype.kind != "f":
             raise UserError(
                 f"{self.folder / self.files[0]} holds {header.shape} numbers of type {header.dtype}, "
-                "and moments are (2 C, h, h) of floats."
+                "but moments are floats of shape (2 C, h, h)."
             )
         return LatentFacts(header.shape, None)
 
@@ -154,14 +153,15 @@ class ReleasedLatents:
             self.folder / name,
             self.facts.shape,
             ["float16", "float32", "float64"],
-            "All latents of a folder have one shape.",
+            "All latents of a folder must have the same shape.",
         )
         array: NDArray[np.float32] = np.load(self.folder / name).astype(np.float32)
         return array
 
     def check(self, images: ImageSet) -> None:
-        """UserError unless number and classes are those of these training images;
-        the files do not say more of their origin.
+        """Raises UserError unless the number of latents and their classes are those of these training images.
+
+        The files hold no other facts about their origin that could be checked.
         """
         if not np.array_equal(self.labels, images.labels):
             raise UserError(
@@ -173,10 +173,11 @@ class ReleasedLatents:
 def open_latents(
     folder: Path, images: ImageSet, mirrored: bool = False, verify: bool = True
 ) -> LatentShards | ReleasedLatents:
-    """Stored moments for a training set: our shards, or the released layout. A folder of other images is a UserError.
+    """Opens the stored moments of a training set: our shards, or the released layout.
 
-    verify: whether damaged shards are looked for, as before a training; the released layout has no digests.
-    mirrored: whether those of mirror images are needed, too, which the released layout does not have.
+    Raises UserError if they belong to other images.
+    verify: whether to compare our shards with their digests, as before a training; the released layout has none.
+    mirrored: whether the training also needs the moments of mirror images, which the released layout lacks.
     """
     if not folder.is_dir():
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a data set is, without its images."""
+"""The description of a data set: classes, sizes and digest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What the data are, without the images."""
+    """The facts about a data set that a method, a plan or a record needs, without the images."""
 
     name: str
     num_classes: int
@@ -20,4 +20,4 @@ class DataSummary:
     num_heldout: int
     class_names: tuple[str, ...]
     digest: str  # SHA-256 over the identity of both parts
-    latents: LatentFacts | None = None  # stored ones, where training batches bring them (`data.latents`)
+    latents: LatentFacts | None = None  # facts of the stored latents, if training batches hold them (`data.latents`)

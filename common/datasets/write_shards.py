@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pixlat.common.images.image_set import ImageSet
 from pixlat.common.datasets.shards import CARD, FORMAT, PartCard, ShardCard
 
-BATCH = 64  # images decoded before they are written
+BATCH = 64  # images that are decoded at once, before they are written
 
 
 class Task(NamedTuple):
@@ -31,25 +31,24 @@ class Task(NamedTuple):
     file: Path
     part: str
     positions: range
-    resized: bool = False  # of whole images instead of squares
+    resized: bool = False  # whether the shard holds resized, uncropped images instead of squares
 
 
 class Written(NamedTuple):
-    """What came of a task."""
+    """The result of a task."""
 
     sha256: str
-    skipped: dict[str, str]  # position -> what is wrong
-    sizes: list[tuple[int, int]]  # heights and widths of whole images
+    skipped: dict[str, str]  # position -> error message, for unreadable images
+    sizes: list[tuple[int, int]]  # heights and widths of uncropped images
 
 
 def write_shards(
     folder: Path, source: DataSource, workers: int, shard_images: int, resize: int | None = None
 ) -> ShardCard:
-    """Decodes and crops every image on `workers` processes (0: in this one).
+    """Decodes and crops every image in `workers` processes (0: in this process).
 
-    Whole shards are kept, so the command can be repeated.
-
-    resize: pixels of the shorter side of the whole training images that are kept as well, for random crops.
+    Keeps complete shards of an earlier start, so an interrupted command can be repeated.
+    resize: also stores the uncropped training images for random crops, with a shorter side of this many pixels.
     """
     sets = {"train": source.train, "heldout": source.heldout}
     facts = {"digest": source.info.digest, "image_size": source.info.image_size, "shard_images": shard_images} | (
@@ -99,7 +98,7 @@ def _tasks(folder: Path, part: str, images: int, shard_images: int, resized: boo
 
 
 def _finish_part(folder: Path, part: str, images: ImageSet, written: dict[Task, Written]) -> PartCard:
-    """Writes labels and sizes, and says what the part holds."""
+    """Writes the labels and sizes of a part and returns its entry for the card."""
     np.save(folder / f"{part}-labels.npy", images.labels)
     small = [f"{part}-labels.npy"]
     if any(task.resized for task in written):
@@ -114,21 +113,22 @@ def _finish_part(folder: Path, part: str, images: ImageSet, written: dict[Task, 
 
 
 def _check_room(folder: Path, needed: int) -> None:
-    """UserError where the disk has less room than the images take, before anything is written;
-    a folder in progress is not asked.
+    """Raises UserError, before anything is written, if the disk is too small for the images.
+
+    Skips the check if an earlier start has already written files to the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     status = os.statvfs(folder)
     free = status.f_bavail * status.f_frsize
     if free < needed and not (folder / "plan.json").exists():
         raise UserError(
-            f"{folder} has {free / 1e9:.1f} GB free, and the images take {needed / 1e9:.1f} GB. "
-            "Choose another place with to=FOLDER."
+            f"{folder} has {free / 1e9:.1f} GB free, but the images take {needed / 1e9:.1f} GB. "
+            "Choose another folder with to=FOLDER."
         )
 
 
 def _written(tasks: list[Task], sets: dict[str, ImageSet], workers: int) -> Iterator[Written]:
-    """Writes the shards, and says in their order what came of them."""
+    """Writes the shards and yields their results in order."""
     if not workers:
         _remember(sets)
         yield from map(_write, tasks)
@@ -137,7 +137,7 @@ def _written(tasks: list[Task], sets: dict[str, ImageSet], workers: int) -> Iter
         yield from pool.map(_write, tasks)
 
 
-_sets: dict[str, ImageSet] = {}  # of this process: the sets are handed over once, not with every task
+_sets: dict[str, ImageSet] = {}  # each process receives the sets once, at its start, and not with every task
 
 
 def _remember(sets: dict[str, ImageSet]) -> None:
@@ -145,7 +145,7 @@ def _remember(sets: dict[str, ImageSet]) -> None:
 
 
 def _write(task: Task) -> Written:
-    """Writes one shard unless it is there, with a note of what was skipped and of the sizes beside it."""
+    """Writes one shard unless it exists, and beside it a note of the skipped images or of the sizes."""
     images = _sets[task.part]
     note = task.file.with_suffix(".sizes.json" if task.resized else ".skipped.json")
     if not task.file.exists():
@@ -167,7 +167,7 @@ def _write_squares(task: Task, images: ImageSet) -> list[tuple[int, int]]:
 
 
 def _write_whole_images(task: Task, images: ImageSet, note: Path) -> list[tuple[int, int]]:
-    """The note with the sizes comes first: a file without it could not be read."""
+    """Writes a shard of uncropped images. The note with the sizes comes first: without it the shard is unreadable."""
     sizes, temporary = [], task.file.with_name(f".{task.file.name}")
     with temporary.open("wb") as file:
         for position in task.positions:

@@ -1,1 +1,1 @@
-"""Labelled images and the files that hold them: folders, tars, tables, and the embedded set. No torch."""
+"""Reads labelled images from folders, tars, tables and the embedded data set. Imports no torch."""

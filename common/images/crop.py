@@ -1,8 +1,9 @@
-"""From an image file to a square uint8 image, exactly as in the ADM pre-processing that every ImageNet
-paper of this suite uses.
+"""Decodes an image file and crops a square uint8 image, exactly as ADM does. All ImageNet papers of this suite use
+ADM's pre-processing.
 
-Files may come from anywhere. So only regular files are read, only formats that Pillow decodes by itself are opened
-(its EPS reader would start Ghostscript), and size, pixels and scaled pixels are bounded before memory is taken.
+Files may come from untrusted sources. So this module reads only regular files and opens only formats that Pillow
+decodes without other programs (its EPS reader would start Ghostscript). It checks file size, pixels and scaled pixels
+before it allocates memory.
 """
 
 from __future__ import annotations
@@ -23,41 +24,39 @@ from pixlat.common.errors import UserError
 _BOX, _BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow's names; none of their readers starts a program
-PLAIN_MODES = ("RGB", "L")  # 8-bit colour and grey: what a data set of photographs is expected to hold
-MAX_FILE_BYTES = 2**30  # of one image file
-MAX_PIXELS = 178_956_970  # of one image, before and after it is scaled: about 0.5 GB as RGB, Pillow's own limit
-LIMITS = "common/images/crop.py"  # where the limits are written, for messages
+PLAIN_MODES = ("RGB", "L")  # 8-bit colour and grey, the usual modes of photographs
+MAX_FILE_BYTES = 2**30  # limit of one image file
+MAX_PIXELS = 178_956_970  # limit of one image, before and after scaling: about 0.5 GB as RGB; Pillow has the same limit
+LIMITS = "common/images/crop.py"  # the file that defines the limits, for messages
 
 
 def read_square(path: Path, size: int, convert: bool = True) -> NDArray[np.uint8]:
-    """The file as (3, size, size) uint8 RGB, centre-cropped.
+    """Reads a file as (3, size, size) uint8 RGB, centre-cropped. Raises UserError, which names it, if that fails.
 
-    A file that cannot be decoded is a UserError that names it.
-
-    convert: CMYK, palette, 16-bit and transparent images become RGB; without it they are a UserError too.
+    convert: whether to convert CMYK, palette, 16-bit and transparent images to RGB; otherwise they raise UserError.
     """
     return decode_square(read_image_file(path), size, path, convert)
 
 
 def decode_square(content: bytes, size: int, name: object, convert: bool = True) -> NDArray[np.uint8]:
-    """The same for the bytes of an image file; `name` is for the message of the UserError."""
+    """Like `read_square` for the bytes of an image file. name: names the image in the message of a UserError."""
     return centre_square(decode_resized(content, size, name, convert), size)
 
 
 def decode_resized(content: bytes, shorter: int, name: object, convert: bool = True) -> NDArray[np.uint8]:
-    """The whole image, its shorter side scaled to so many pixels as ADM does it: (H, W, 3) uint8."""
+    """The uncropped image, (H, W, 3) uint8, with its shorter side scaled to `shorter` pixels as in ADM."""
     with opened_image(content, name) as image:
         if not convert and image.mode not in PLAIN_MODES:
             raise UserError(
-                f"{_about(content, name)} is of mode {image.mode}, and data.modes=strict allows "
-                f"{' and '.join(PLAIN_MODES)} only."
+                f"{_about(content, name)} has mode {image.mode}, but data.modes=strict allows "
+                f"only {' and '.join(PLAIN_MODES)}."
             )
         check_scaled(image.size, shorter, _about(content, name))
         return np.asarray(resize_shorter(to_rgb(image), shorter))
 
 
 def read_rgb(path: Path) -> NDArray[np.uint8]:
-    """The file as it is, (H, W, 3) uint8 RGB. A file that cannot be read or decoded is a UserError that names it."""
+    """Reads a file in its original size, (H, W, 3) uint8 RGB. Raises UserError, which names it, if that fails."""
     content = read_image_file(path)
     with opened_image(content, path) as image:
         return np.asarray(to_rgb(image))
@@ -66,7 +65,7 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
 def read_image_file(path: Path) -> bytes:
     """The content of a regular file of at most MAX_FILE_BYTES.
 
-    A pipe or a device, also behind a link, is a UserError and is never waited for.
+    Raises UserError for a pipe or a device, also behind a link, without waiting for data from it.
     """
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
@@ -83,21 +82,21 @@ def read_image_file(path: Path) -> bytes:
 
 
 def check_file_bytes(size: int, name: object) -> None:
-    """UserError for an image file of more than MAX_FILE_BYTES."""
+    """Raises UserError for an image file of more than MAX_FILE_BYTES."""
     if size > MAX_FILE_BYTES:
         raise UserError(
-            f"{name} has {size:,} bytes, and an image file may have {MAX_FILE_BYTES:,}. "
+            f"{name} has {size:,} bytes, but an image file may have at most {MAX_FILE_BYTES:,}. "
             f"Replace or remove it, set data.broken=skip, or raise MAX_FILE_BYTES in {LIMITS}."
         )
 
 
 @contextmanager
 def opened_image(content: bytes, name: object) -> Iterator[Image.Image]:
-    """The image in the bytes of a file of one of FORMATS with at most MAX_PIXELS.
+    """Opens an image of one of FORMATS with at most MAX_PIXELS. content: the bytes of the file.
 
-    Whatever fails within the block is a UserError that names the file.
+    Converts every exception of the block to a UserError that names the file.
     """
-    about = _about(content, name)  # with the bytes: none at all is the commonest fault
+    about = _about(content, name)  # includes the number of bytes, because empty files are the most common fault
     try:
         with _open(content) as image:
             _check_pixels(image.width * image.height, about)
@@ -110,7 +109,7 @@ def opened_image(content: bytes, name: object) -> Iterator[Image.Image]:
             f"{about} is not an image that pixlat can read ({shown}). Replace or remove it, or set data.broken=skip."
         ) from None
     except Exception as error:
-        # Pillow's decoders meet damaged bytes with whatever they lead to, and a name must come with it
+        # Pillow's decoders may raise any exception for damaged bytes, and the message must name the file
         reason = str(error).rstrip(".") or type(error).__name__
         raise UserError(
             f"{about} cannot be decoded: {reason}. Replace or remove it, or set data.broken=skip."
@@ -122,47 +121,47 @@ def _about(content: bytes, name: object) -> str:
 
 
 def _open(content: bytes) -> Image.Image:
-    """Pillow's own limit on pixels is lifted meanwhile: its error cannot be raised by a setting of ours,
-    and MAX_PIXELS holds right behind it.
+    """Opens the image without Pillow's limit of pixels, which no setting of ours could raise.
+
+    The caller checks MAX_PIXELS immediately afterwards.
     """
-    theirs, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         return Image.open(io.BytesIO(content), formats=FORMATS)
     finally:
-        Image.MAX_IMAGE_PIXELS = theirs
+        Image.MAX_IMAGE_PIXELS = pillow_limit
 
 
 def _check_pixels(pixels: int, about: str) -> None:
     if pixels > MAX_PIXELS:
         raise UserError(
-            f"{about} has {pixels:,} pixels, and at most {MAX_PIXELS:,} are decoded. "
+            f"{about} has {pixels:,} pixels, but pixlat decodes at most {MAX_PIXELS:,}. "
             f"Scale it down or remove it, set data.broken=skip, or raise MAX_PIXELS in {LIMITS}."
         )
 
 
 def check_scaled(size: tuple[int, int], shorter: int, about: str) -> None:
-    """UserError where scaling the shorter side of an image of `size` (width, height)
-    to `shorter` pixels would make more than MAX_PIXELS.
+    """Raises UserError if scaling the shorter side of an image to `shorter` pixels would give more than MAX_PIXELS.
 
-    An image of 1 x 20,000,000 pixels is small, and 256 x 5,120,000,000 pixels are not.
+    An image of 1 x 20,000,000 pixels is small, but it would become 256 x 5,120,000,000.
+    size: (width, height).
     """
     width, height = size
     scale = shorter / max(1, min(size))
-    # the width is scaled first
+    # `_resize` scales the width first, so the intermediate image counts as well
     pixels = max(round(width * scale) * height, round(width * scale) * round(height * scale)) if scale > 1 else 0
     if pixels > MAX_PIXELS:
         raise UserError(
-            f"{about} has {width:,} x {height:,} pixels, which would become {pixels:,} with a shorter side "
-            f"of {shorter}; at most {MAX_PIXELS:,} are made. Crop it or remove it, set data.broken=skip, "
+            f"{about} has {width:,} x {height:,} pixels. With a shorter side of {shorter} it would have {pixels:,}, "
+            f"but the limit is {MAX_PIXELS:,}. Crop it or remove it, set data.broken=skip, "
             f"or raise MAX_PIXELS in {LIMITS}."
         )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Pillow's `convert("RGB")`, as the ADM code has it: transparency is dropped (not blended),
-    EXIF rotation is ignored.
+    """Converts with Pillow's `convert("RGB")`, as ADM's code does. It drops transparency without blending.
 
-    Only 16-bit grey is treated apart, by its high byte, because Pillow would clip it to white.
+    It also ignores EXIF rotation. For 16-bit grey this takes the high byte instead, because Pillow would clip to white.
     """
     if image.mode.startswith("I"):
         high = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
@@ -171,15 +170,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """ADM's centre crop of an RGB image, (3, size, size) uint8: the shorter side becomes `size`,
-    then the middle is cut.
-    """
+    """ADM's centre crop of an RGB image, (3, size, size) uint8: scales the shorter side, then cuts the middle."""
     return centre_square(np.asarray(resize_shorter(image, size)), size)
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:
-    """ADM's resize of an RGB image: halve by box filter while both sides allow it,
-    then scale the shorter side to `size` by bicubic.
+    """ADM's resize of an RGB image: halves it with a box filter while both sides have at least 2 `size` pixels,
+    then scales the shorter side to `size` with a bicubic filter.
     """
     while min(image.size) >= 2 * size:
         image = _resize(image, image.width // 2, image.height // 2, _BOX)
@@ -194,15 +191,16 @@ def centre_square(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 
 def cut_square(pixels: NDArray[np.uint8], offset: tuple[float, float], size: int) -> NDArray[np.uint8]:
-    """A square of (H, W, 3) pixels as (3, size, size): offset (down, right) in [0, 1)
-    chooses uniformly among all places where it lies inside.
+    """Cuts a square of (H, W, 3) pixels as (3, size, size).
+
+    offset: (down, right) in [0, 1); a uniform offset chooses uniformly among all places inside the image.
     """
     top, left = (int(share * (length - size + 1)) for share, length in zip(offset, pixels.shape[:2], strict=True))
     return _square(pixels, top, left, size)
 
 
 def enlarged(square: NDArray[np.uint8], shorter: int) -> NDArray[np.uint8]:
-    """A (3, S, S) square scaled to (shorter, shorter, 3), for data that have no larger original."""
+    """Scales a (3, S, S) square to (shorter, shorter, 3), for data sets that hold only squares."""
     return np.asarray(resize_shorter(Image.fromarray(square.transpose(1, 2, 0)), shorter))
 
 
@@ -211,10 +209,10 @@ def _square(pixels: NDArray[np.uint8], top: int, left: int, size: int) -> NDArra
 
 
 def _resize(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
-    """Resizes the width, then the height.
+    """Resizes the width, then the height, in two calls.
 
-    Pillow up to 12 always did it in this order, with 8 bits between the passes;
-    Pillow 13 may begin with the height, which changes tall images by some grey levels.
-    One axis at a time gives the pixels of Pillow 12 with both, bit for bit.
+    Pillow up to version 12 always resizes in this order, with 8 bits between the passes. Pillow 13 may begin with the
+    height, which changes tall images by some grey levels. With one call per axis, both versions give the pixels of
+    Pillow 12, bit for bit.
     """
     return image.resize((width, image.height), kernel).resize((width, height), kernel)

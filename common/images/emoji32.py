@@ -18,20 +18,20 @@ from PIL import Image
 from pixlat.common.errors import UserError
 
 IMAGE_SIZE = 32
-HELD_OUT_SHARE = 0.1  # of every class; fixed, as the split is part of the data set
+HELD_OUT_SHARE = 0.1  # held-out share of every class; fixed, because the split is part of the data set
 SHA256 = {
     "emoji32.webp": "1e6b76c1cf45760f295dd5d56f3e16d9de7d86956e2e1efd06cb2046d0b5b456",
     "emoji32.json": "e89c6e92338690b6e7d8f29ca6dc92335091e7f421c332d3518623557c48aa2b",
 }
 
-# Man, woman, boy, girl, ... to the ungendered person of the same age or role. Skin tones are not in the data.
+# Replaces man, woman, boy, girl, ... by the ungendered person of the same age or role. The data have no skin tones.
 _NEUTRAL = {
     "1f468": "1f9d1", "1f469": "1f9d1", "1f466": "1f9d2", "1f467": "1f9d2", "1f474": "1f9d3", "1f475": "1f9d3",
     "1f478": "1f934", "1fac5": "1f934", "1f936": "1f385",
 }  # fmt: skip
 _GENDER_AND_DIRECTION = {"2640", "2642", "27a1"}
-# Different code points with (nearly) one drawing: in some style they differ by less than 0.035 root
-# mean square of the full range.
+# Different code points with (nearly) the same drawing: in some style their root mean square difference is below 0.035
+# of the full range.
 _SAME_DRAWING = {
     "1f46a": "1f9d1-1f9d2",  # family
     "1f491": "1f9d1-2764",  # couple with heart
@@ -60,13 +60,12 @@ class Emoji32:
 
     @property
     def concepts(self) -> list[str]:
-        """The group of each image that train and held-out part must not share."""
+        """The concept of each image. The training part and the held-out part must not share a concept."""
         return [concept(code) for code in self.codes]
 
 
 def concept(code: str) -> str:
-    """What an emoji shows: its code points without gender, direction and number of persons,
-    and without the synonyms above.
+    """The concept that an emoji shows: its code points without gender, direction, number of persons and synonyms.
 
     "1f468-200d-1f680" (man astronaut) -> "1f9d1-1f680";
     "1f3c3-200d-2640-200d-27a1" (woman running to the right) -> "1f3c3".
@@ -78,7 +77,7 @@ def concept(code: str) -> str:
 
 
 def load_emoji32() -> Emoji32:
-    """Decodes the sheet: lossless, so the pixels are the same with every version of the decoder. Takes about 0.4 s."""
+    """Decodes the sheet, in about 0.4 s. It is lossless, so every version of the decoder gives the same pixels."""
     index = json.loads(_read("emoji32.json"))
     with Image.open(io.BytesIO(_read("emoji32.webp"))) as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
@@ -94,14 +93,15 @@ def load_emoji32() -> Emoji32:
 
 
 def _read(name: str) -> bytes:
-    """A file of the package, verified: a damaged or unfetched copy would silently make numbers
-    that compare with nothing.
+    """Reads a file of the package and verifies its SHA-256.
+
+    With a damaged or incomplete copy, results could not be compared with any others, and nobody would notice.
     """
     content = files("pixlat.common.data").joinpath(name).read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256[name]:
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != SHA256[name]:
         raise UserError(
-            f"common/data/{name} is damaged: its SHA-256 is {found}, it should be {SHA256[name]}. "
+            f"common/data/{name} is damaged: its SHA-256 is {digest}, it should be {SHA256[name]}. "
             "Install the package again."
         )
     return content

@@ -1,4 +1,4 @@
-"""Images in a folder or inside archives, decoded when they are asked for."""
+"""Data sets of images in a folder or in archives, which are decoded on demand."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ class FolderImages(ImageSet):
         convert: bool = True,
         sizes: NDArray[np.int64] | None = None,
     ) -> None:
-        """files: relative to root, with "/"; convert: as in crop.py; sizes: bytes of the files when they were listed,
-        None not to compare them.
+        """
+        files: names relative to root, with "/".
+        convert: as in crop.py.
+        sizes: bytes of the files when the folder was listed; None: do not compare them.
         """
         super().__init__(labels, image_size, identity)
         self.root, self.files, self.convert, self.sizes = root, files, convert, sizes
@@ -47,8 +49,8 @@ class FolderImages(ImageSet):
         content = read_image_file(path)
         if self.sizes is not None and len(content) != self.sizes[index]:
             raise UserError(
-                f"{path} has {len(content):,} bytes, and had {self.sizes[index]:,} when its folder was listed: "
-                f"the data have changed. Run `touch {path.parent}`, so that it is listed anew, and start again."
+                f"{path} has {len(content):,} bytes, but had {self.sizes[index]:,} when pixlat listed its folder: "
+                f"the data have changed. Run `touch {path.parent}`, so that pixlat lists it again, and start again."
             )
         return content, path
 
@@ -78,7 +80,5 @@ class ArchiveImages(ImageSet):
 
 
 def strictness(convert: bool) -> str:
-    """What the identity of a set has besides names and sizes: where odd modes are refused,
-    other images may stand in.
-    """
+    """The text to add to a set's identity for data.modes=strict, because it may replace images by others."""
     return "" if convert else "\nstrict"

@@ -1,4 +1,4 @@
-"""Labelled square uint8 images: the base class and images in memory. A subclass says how an image is read."""
+"""Labelled square uint8 images: the base class, images in memory, and synthetic images."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pixlat.common.images.crop import cut_square, enlarged
 
 @dataclass(frozen=True)
 class LatentFacts:
-    """What a method may know of stored moments before it is built."""
+    """The facts about stored moments that a method gets when it is built."""
 
     shape: tuple[int, ...]  # (2 C, h, h)
-    encoder_sha256: str | None  # None: the files do not say
+    encoder_sha256: str | None  # None: the files do not contain it
 
 
 class Latents(Protocol):
@@ -31,39 +31,34 @@ class Latents(Protocol):
     def facts(self) -> LatentFacts: ...
 
     def moments(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """(B, 2 C, h, h): means, then standard deviations, not normalised;
-        of the mirror image where `flips` is true.
-        """
+        """(B, 2 C, h, h): means, then standard deviations, not normalised. If `flips` is true, of the mirror image."""
 
 
 class ImageSet:
-    """Labelled square images. A subclass says how an image is read."""
+    """Labelled square images. Subclasses implement how to read an image."""
 
     def __init__(self, labels: NDArray[np.int64], image_size: int, identity: str) -> None:
         """`identity`: a text that determines every image of the set."""
         self.labels = labels
         self.image_size = image_size
-        self.latents: Latents | None = None  # stored moments of the images, which then come with every training batch
+        self.latents: Latents | None = None  # stored moments; if set, every training batch contains them
         self.identity = identity
-        self.resize = image_size  # pixels of the shorter side of which random crops are cut
-        # whether the next readable image of its class stands in for one that cannot be read,
-        # which otherwise is a UserError
+        self.resize = image_size  # pixels of an image's shorter side before random crops are cut
+        # whether to replace an unreadable image by the next readable image of its class; otherwise it raises UserError
         self.skips = False
-        self.broken: dict[int, str] = {}  # position -> what is wrong, of the images that were skipped so far
+        self.broken: dict[int, str] = {}  # position -> error message, for the images that were skipped so far
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def decoding(self) -> str | None:
-        """A digest of how the images are decoded and scaled (common/images/decoding.py);
-        none where their numbers are stored as they are.
-        """
+        """A digest of how the images are decoded and scaled (decoding.py); None if the set stores pixels."""
         return None
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what determines the images, their labels, order and size."""
+        """SHA-256 of everything that determines the images, their labels, order and size."""
         text = f"{self.identity}\n{self.image_size}\n".encode()
         return hashlib.sha256(text + self.labels.astype("<i8").tobytes()).hexdigest()
 
@@ -75,8 +70,8 @@ class ImageSet:
     ) -> NDArray[np.uint8]:
         """Images (B, 3, H, W) uint8 at these positions, mirrored left to right where `flips` (B,) is true.
 
-        They are centre crops. With offsets (B, 2) in [0, 1), down and right, they are cut there,
-        of images whose shorter side has `resize` pixels.
+        Without offsets they are centre crops. With offsets (B, 2) in [0, 1), down and right, each image is scaled
+        so that its shorter side has `resize` pixels, and the crop is cut at the offset.
         """
         images = self._read(np.asarray(indices, dtype=np.int64), offsets)
         if flips is not None:
@@ -93,13 +88,13 @@ class ImageSet:
         return images
 
     def fetch_resized(self, index: int) -> NDArray[np.uint8]:
-        """One whole image, (H, W, 3) uint8, whose shorter side has `resize` pixels."""
+        """One uncropped image, (H, W, 3) uint8, whose shorter side has `resize` pixels."""
         return self._read_or_next(index, self._read_resized) if self.skips else self._read_resized(index)
 
     def _read_or_next(self, index: int, read: Callable[[int], NDArray[np.uint8]]) -> NDArray[np.uint8]:
-        """The image; where it cannot be read the next one of its class, in a circle.
+        """Reads the image, or the next readable image of its class; after the last one comes the first.
 
-        The same in every process, whatever it has met before.
+        The result is the same in every process: it does not depend on the images that a process has read before.
         """
         for candidate in self._stand_ins(index):
             if candidate not in self.broken:
@@ -107,7 +102,7 @@ class ImageSet:
                     return read(candidate)
                 except UserError as error:
                     self.broken[candidate] = str(error)
-        raise UserError(f"no image of class {self.labels[index]} can be read. The first of them: {self.broken[index]}")
+        raise UserError(f"no image of class {self.labels[index]} can be read. The first error: {self.broken[index]}")
 
     def _stand_ins(self, index: int) -> Iterator[int]:
         yield index
@@ -122,8 +117,9 @@ class ImageSet:
         raise NotImplementedError
 
     def _read_resized(self, index: int) -> NDArray[np.uint8]:
-        """The whole image, (H, W, 3), whose shorter side has `resize` pixels;
-        here of a set that has nothing but the square.
+        """The uncropped image, (H, W, 3), whose shorter side has `resize` pixels.
+
+        This version is for sets that hold only squares: it scales the square.
         """
         return enlarged(self._read_one(index), self.resize)
 
@@ -144,7 +140,7 @@ class ArrayImages(ImageSet):
 
 
 class SyntheticImages(ImageSet):
-    """Shapes, drawn on demand; image i of the set is number start + i of the sequence."""
+    """Coloured shapes, drawn on demand. Image i of the set is image start + i of the sequence in synthetic.py."""
 
     def __init__(self, start: int, count: int, image_size: int) -> None:
         labels = np.arange(start, start + count, dtype=np.int64) % len(synthetic.CLASS_NAMES)

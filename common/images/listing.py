@@ -1,11 +1,10 @@
-"""Which images a folder holds: names, sizes and classes in arrays, listed once and kept for later starts
-and other processes. Imports no torch.
+"""Lists the images of a folder: names, sizes and classes in arrays. Imports no torch.
 
-Listing 1.28 million files asks the file system for each one's size. On a network file system that takes minutes,
-and every process of every start would ask again. So the listing of a large folder is kept in the user's cache folder,
-with the time of change of every folder below it: adding, removing or renaming a file changes the time of its folder,
-and then all is listed anew. A file that is overwritten in place does not change it;
-that is noticed when the file is read, because its size is compared with the listed one.
+To list 1.28 million files, pixlat must ask the file system for the size of each. On a network file system that takes
+minutes, and every process of every start would do it. So the listing of a large folder is kept in the user's cache
+folder, with the time of change of every folder below it. Adding, removing or renaming a file changes the time of its
+folder; then pixlat lists all files again. Overwriting a file in place does not change that time. `FolderImages` notices
+it when it reads the file, because it compares the file's size with the listed size.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from pixlat.common.errors import UserError
 from pixlat.common.images.archive import IMAGE_SUFFIXES
 from pixlat.common.images.names import Names
 
-FORMAT = 1  # of kept listings
+FORMAT = 1  # version of the cache files
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Listing:
         return replace(self, files=self.files.chosen(chosen), sizes=self.sizes[chosen], labels=self.labels[chosen])
 
     def digest(self) -> str:
-        """SHA-256 over names and sizes in bytes: hashing the contents of 1.28 million files would take hours."""
+        """SHA-256 over names and sizes. It does not read the contents: for 1.28 million files that would take hours."""
         hasher = hashlib.sha256()
         for index, size in enumerate(self.sizes.tolist()):
             hasher.update(b"%b\0%d\n" % (self.files.raw(index), size))
@@ -55,13 +54,13 @@ class Listing:
 
 @dataclass(frozen=True)
 class Tree:
-    """The folders that were listed, and when each had last changed."""
+    """The folders that were listed, and the time of the last change of each."""
 
-    folders: tuple[str, ...]  # relative to the root, "" for itself
+    folders: tuple[str, ...]  # relative to the root; "" is the root
     changed_ns: tuple[int, ...]
 
     def unchanged(self, root: Path) -> bool:
-        """Whether every folder is there and has not changed since."""
+        """Whether every folder still exists and has not changed since."""
         with contextlib.suppress(OSError):
             return all(
                 (root / folder).stat().st_mtime_ns == then
@@ -71,11 +70,10 @@ class Tree:
 
 
 def list_folder(root: Path) -> Listing:
-    """All images below the sub-folders of `root`, classes in sorted order.
+    """All images below the sub-folders of `root`, with the classes in sorted order.
 
-    Hidden folders and files that are not images are passed over.
-
-    Of several processes of a machine that ask at once, one lists a large folder and the others read what it kept.
+    Skips hidden folders and files that are not images. If several processes of a machine call this at once,
+    one lists a large folder and the others read its cache file.
     """
     kept = cache_file("listing", root).with_suffix(".npz")
     with one_at_a_time(kept):
@@ -89,7 +87,7 @@ def list_folder(root: Path) -> Listing:
 
 
 def _walk(root: Path) -> tuple[Listing, Tree]:
-    folders = {"": _changed_ns(root)}  # before it is listed: a change meanwhile makes it newer
+    folders = {"": _changed_ns(root)}  # read before the listing, so that a change during the listing is noticed
     class_names = sub_folders(root)
     if not class_names:
         raise UserError(
@@ -136,10 +134,11 @@ def _changed_ns(folder: Path) -> int:
 
 
 def _images_below(folder: Path, prefix: str, folders: dict[str, int]) -> list[tuple[str, int]]:
-    """(relative name, size in bytes) of every image file, at any depth;
-    the folders that were looked into are added to `folders`.
+    """(relative name, size in bytes) of every image file, at any depth.
+
+    Adds each folder that it lists to `folders`, with its time of change.
     """
-    found = []
+    images = []
     try:
         folders[prefix.removesuffix("/")] = folder.stat().st_mtime_ns
         with os.scandir(folder) as entries:
@@ -147,20 +146,20 @@ def _images_below(folder: Path, prefix: str, folders: dict[str, int]) -> list[tu
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir():
-                    found += _images_below(Path(entry.path), f"{prefix}{entry.name}/", folders)
+                    images += _images_below(Path(entry.path), f"{prefix}{entry.name}/", folders)
                 elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    found.append((prefix + entry.name, entry.stat().st_size))
+                    images.append((prefix + entry.name, entry.stat().st_size))
     except OSError as error:
         raise UserError(
             f"{error.filename or folder} cannot be read: {error.strerror}. "
-            "Check that the file exists and its permissions."
+            "Check that the file exists and that you may read it."
         ) from error
-    return found
+    return images
 
 
 def _keep(kept: Path, listing: Listing, tree: Tree) -> None:
     texts = {"class_names": Names.of(listing.class_names), "files": listing.files, "folders": Names.of(tree.folders)}
-    arrays: dict[str, Any] = {key: array for name, found in texts.items() for key, array in found.arrays(name).items()}
+    arrays: dict[str, Any] = {key: array for name, text in texts.items() for key, array in text.arrays(name).items()}
     arrays |= {
         "format": np.array(FORMAT),
         "sizes": listing.sizes,
@@ -171,7 +170,7 @@ def _keep(kept: Path, listing: Listing, tree: Tree) -> None:
 
 
 def _read_kept(kept: Path, root: Path) -> Listing | None:
-    """The kept listing, if the folder is still as it was listed."""
+    """The cached listing, if no folder has changed since."""
     arrays = kept_arrays(kept, FORMAT)
     if arrays is None:
         return None
@@ -180,14 +179,14 @@ def _read_kept(kept: Path, root: Path) -> Listing | None:
             return None
         files, sizes, labels = Names.from_arrays(arrays, "files"), arrays["sizes"], arrays["labels"]
         class_names = tuple(Names.from_arrays(arrays, "class_names"))
-    except (ValueError, KeyError):  # damaged: it is made again
+    except (ValueError, KeyError):  # the cache file is damaged; `list_folder` makes it again
         return None
-    whole = (
+    consistent = (
         len(files) == len(sizes) == len(labels)
         and sizes.dtype == labels.dtype == np.int64
         and tree.folders[:1] == ("",)
     )
-    return Listing(root, class_names, files, sizes, labels) if whole else None
+    return Listing(root, class_names, files, sizes, labels) if consistent else None
 
 
 def _tree_of(arrays: Mapping[str, Any]) -> Tree:

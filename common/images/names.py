@@ -1,4 +1,4 @@
-"""Many texts in one buffer. Imports no torch."""
+"""A sequence of strings in one buffer. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 
 class Names(Sequence[str]):
-    """Texts in one buffer.
+    """A sequence of strings, stored in one buffer.
 
-    A Python string each would be copied into every loader process, because counting references writes to it.
+    A list of Python strings would be copied into every forked loader process, because reading a string changes its
+    reference count.
     """
 
     def __init__(self, buffer: NDArray[np.uint8], starts: NDArray[np.int64], lengths: NDArray[np.int32]) -> None:
@@ -21,7 +22,7 @@ class Names(Sequence[str]):
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> Names:
-        """From strings; names of files need not be UTF-8."""
+        """Makes it from strings. File names need not be valid UTF-8."""
         encoded = [os.fsencode(text) for text in texts]
         lengths = np.array([len(text) for text in encoded], dtype=np.int32)
         ends = np.cumsum(lengths, dtype=np.int64)
@@ -29,7 +30,7 @@ class Names(Sequence[str]):
 
     @classmethod
     def joined(cls, parts: Sequence[Names]) -> Names:
-        """One after the other."""
+        """Concatenates several."""
         before = np.cumsum([0, *(len(part.buffer) for part in parts)])
         starts = [part.starts + shift for part, shift in zip(parts, before[:-1].tolist(), strict=True)]
         return cls(
@@ -55,22 +56,23 @@ class Names(Sequence[str]):
         return map(self.__getitem__, range(len(self)))
 
     def raw(self, index: int) -> bytes:
-        """The bytes of a text."""
+        """The bytes of a string."""
         start = int(self.starts[index])
         return self.buffer[start : start + int(self.lengths[index])].tobytes()
 
     def chosen(self, positions: NDArray[np.int64]) -> Names:
-        """Those at some positions; the buffer is shared."""
+        """The strings at these positions. The result shares the buffer."""
         return Names(self.buffer, self.starts[positions], self.lengths[positions])
 
     def arrays(self, name: str) -> dict[str, NDArray[Any]]:
-        """As `Names.from_arrays` reads it, to be kept in a file."""
+        """The arrays to store in a file, for `Names.from_arrays`."""
         return {f"{name}_buffer": self.buffer, f"{name}_lengths": self.lengths}
 
     @classmethod
     def from_arrays(cls, arrays: Any, name: str) -> Names:
-        """The inverse of `arrays` for texts that lie one behind the other;
-        ValueError if the parts do not belong together.
+        """Makes it from stored arrays. Raises ValueError if they are inconsistent.
+
+        The strings must lie in the buffer one after another, without gaps.
         """
         buffer, lengths = arrays[f"{name}_buffer"], arrays[f"{name}_lengths"]
         ends = np.cumsum(lengths, dtype=np.int64)

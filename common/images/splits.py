@@ -1,6 +1,4 @@
-"""Which images are held out, decided by hashes of names, and which few images stand for all:
-both are the same on every machine.
-"""
+"""Chooses held-out images by hashes of names, and draws fixed samples. Both are the same on every machine."""
 
 from __future__ import annotations
 
@@ -14,11 +12,11 @@ from pixlat.common.seeds import derive
 
 
 def held_out(groups: Sequence[str], labels: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:
-    """Mask (N,) of the held-out images: about `fraction` of every class, groups kept whole.
+    """Mask (N,) of the held-out images: about `fraction` of every class, without splitting a group.
 
-    A group (all drawings of one concept, or one file) goes with the label of its first image.
-    In the order of their hashes the groups of a class are held out as long as the quota of the class,
-    at least one image, is not exceeded; a class of a single group stays in training.
+    A group (all drawings of one concept, or one file) belongs to the class of its first image. This goes through the
+    groups of a class in the order of their hashes, and holds out each group that does not exceed what is left of the
+    quota. The quota is at least the smallest group. A class with only one group stays in training.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for index, group in enumerate(groups):
@@ -35,8 +33,9 @@ def held_out(groups: Sequence[str], labels: NDArray[np.int64], fraction: float) 
 
 
 def fixed_draw(available: int, wanted: int) -> NDArray[np.int64]:
-    """At most `wanted` of the positions 0 to `available` - 1, sorted: a fixed random draw, because stored images are
-    sorted by class and the first ones are of a few classes only. A draw of all positions is all of them in their order.
+    """A fixed random draw of at most `wanted` positions from 0 to `available` - 1, sorted.
+
+    The first `wanted` positions would not do: stored images are sorted by class, so they would show a few classes only.
     """
     rng = np.random.Generator(np.random.PCG64(derive("reconstruction sample")))
     return np.sort(rng.permutation(available)[:wanted])

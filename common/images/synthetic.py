@@ -1,4 +1,4 @@
-"""Procedural images for tests and dry runs: ten classes, any size, each image a pure function of its index."""
+"""Procedural images for tests and dry runs: ten classes, any size. Each image is a pure function of its index."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def draw(index: int, size: int) -> NDArray[np.uint8]:
 
 
 def _inside(label: int, x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.floating]:
-    """(H, W): positive inside the shape, negative outside, about the distance to the outline;
-    the shape spans [-1, 1].
+    """(H, W): approximate distance to the outline of the shape, positive inside, negative outside.
+
+    The shape spans [-1, 1].
     """
     box = 1 - np.maximum(abs(x), abs(y))
     disc = 1 - np.hypot(x, y)

@@ -1,4 +1,4 @@
-"""Images in Parquet tables and Arrow files as Hugging Face writes them, read by row."""
+"""Reads images from Parquet tables and Arrow files in Hugging Face's layout, row by row."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from pixlat.common.images.archive import Archive, and_others, check_largest, par
 
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
 
-GROUPS_KEPT = 2  # row groups of Parquet files that a process keeps decoded: reading in order decodes each once
+GROUPS_KEPT = 2  # decoded Parquet row groups that a process caches; reading in order then decodes each group once
 
 
 class TableArchive(Archive):
-    """Tables with a column of images (a struct with `bytes`, or binary) and one of class numbers,
-    in pieces that are read as wholes.
+    """Tables with a column of images (a struct with `bytes`, or binary) and a column of class numbers.
+
+    A file consists of pieces; pixlat reads one piece at a time.
     """
 
     def __init__(self, root: Path, files: Sequence[Path]) -> None:
@@ -37,18 +38,18 @@ class TableArchive(Archive):
         schema = self.schema(files[0])
         self.image, self.label = _columns(schema, files[0])
         for file in files[1:]:
-            if (odd := _columns(self.schema(file), file)) != (self.image, self.label):
+            if (columns := _columns(self.schema(file), file)) != (self.image, self.label):
                 raise UserError(
-                    f"{file} has its images and labels in the columns {odd}, "
-                    f"and {files[0]} in {(self.image, self.label)}. Use one layout."
+                    f"{file} has its images and labels in the columns {columns}, "
+                    f"but {files[0]} in {(self.image, self.label)}. Use one layout."
                 )
-        pieces = [_opened(file, partial(self.pieces, file)) for file in files]  # of each file, the labels of its pieces
-        self.owners = [(number, piece) for number, found in enumerate(pieces) for piece in range(len(found))]
-        self.starts = np.cumsum([0, *(len(labels) for found in pieces for labels in found)])
-        rows = [sum(len(labels) for labels in found) for found in pieces]
+        pieces = [_opened(file, partial(self.pieces, file)) for file in files]  # per file, the labels of each piece
+        self.owners = [(number, piece) for number, of_file in enumerate(pieces) for piece in range(len(of_file))]
+        self.starts = np.cumsum([0, *(len(labels) for of_file in pieces for labels in of_file)])
+        rows = [sum(len(labels) for labels in of_file) for of_file in pieces]
         self.first_rows = np.cumsum([0, *rows])
         self.file_sizes = [file.stat().st_size for file in files]
-        labels = np.concatenate([labels for found in pieces for labels in found] or [np.empty(0, np.int64)])
+        labels = np.concatenate([labels for of_file in pieces for labels in of_file] or [np.empty(0, np.int64)])
         class_names = _feature_names(schema, self.label, files[0])
         if class_names is None:
             check_largest(
@@ -97,9 +98,9 @@ class TableArchive(Archive):
 
 
 class ParquetArchive(TableArchive):
-    """A piece is a row group, which is decoded whole: fast in order, slow at random.
+    """Parquet tables. A piece is a row group, and reading one image decodes its whole group.
 
-    Prepare shards of it for training.
+    That is fast in order but slow in random order: use `pixlat prepare images` before a training.
     """
 
     suffix = ".parquet"
@@ -120,7 +121,7 @@ class ParquetArchive(TableArchive):
 
 
 class ArrowArchive(TableArchive):
-    """What `save_to_disk` and the cache of `datasets` hold: memory-mapped, each image is read where it lies."""
+    """Arrow files of `save_to_disk` and of the cache of `datasets`. They are memory-mapped, so random order is fast."""
 
     suffix = ".arrow"
 
@@ -135,12 +136,12 @@ class ArrowArchive(TableArchive):
 
 
 def _as_labels(column: pyarrow.ChunkedArray, file: Path, name: str) -> NDArray[np.int64]:
-    """Class numbers (n,) of a column; whatever is not a whole number is a UserError."""
+    """Class numbers (n,) of a column. Raises UserError if a value is not a whole number."""
     from pyarrow import types
 
     kind, wanted = column.type, "Class numbers are whole numbers from 0 on, without gaps in the column. Convert it."
     if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
-        raise UserError(f"{file}: the column {name} holds {kind} and not class numbers. {wanted}")
+        raise UserError(f"{file}: the column {name} holds {kind} instead of class numbers. {wanted}")
     if column.null_count:
         raise UserError(f"{file}: {column.null_count:,} rows of the column {name} are empty. {wanted}")
     values = column.to_numpy()
@@ -148,16 +149,16 @@ def _as_labels(column: pyarrow.ChunkedArray, file: Path, name: str) -> NDArray[n
         values.astype(np.int64) if kind.bit_width < 64 or not len(values) or abs(values).max() < 2**62 else values[:0]
     )
     if len(labels) != len(values) or (types.is_floating(kind) and (labels != values).any()):
-        odd = next(
+        wrong = next(
             (value for value in values.tolist() if value != value or abs(value) >= 2**62 or value != int(value)),
             values[0],
         )
-        raise UserError(f"{file}: the column {name} holds {odd}. {wanted}")
+        raise UserError(f"{file}: the column {name} holds {wrong}. {wanted}")
     return labels
 
 
 def _opened(file: Path, open_it: Callable[[], Any], what: object = None) -> Any:
-    """What `open_it` returns; pyarrow's errors are UserErrors that name the file, or `what` lies in it."""
+    """Calls `open_it` and returns its result. Converts pyarrow's errors to UserErrors that name `what`, or the file."""
     from pyarrow import ArrowException
 
     try:
@@ -182,7 +183,7 @@ def _row_group(file: Path, group: int, column: str) -> pyarrow.ChunkedArray:
     return _parquet(file).read_row_group(group, [column], use_threads=False).column(0)
 
 
-@cache  # maps of files take no memory
+@cache  # a memory map takes no memory
 def _arrow_table(file: Path) -> pyarrow.Table:
     import pyarrow
 
@@ -208,21 +209,21 @@ def _columns(schema: pyarrow.Schema, file: Path) -> tuple[str, str]:
     label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
     if image is None or label is None:
         raise UserError(
-            f"{file} has the columns {', '.join(schema.names)}; "
-            f"wanted are one of images and one called {', '.join(LABEL_COLUMNS)}."
+            f"{file} has the columns {', '.join(schema.names)}. "
+            f"It needs a column of images and a label column called one of {', '.join(LABEL_COLUMNS)}."
         )
     return image, label
 
 
 def _feature_names(schema: pyarrow.Schema, label: str, file: Path) -> tuple[str, ...] | None:
-    """The class names that Hugging Face keeps beside the columns, if there are any."""
+    """The class names in the metadata that Hugging Face writes, or None."""
     try:
         found: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         for key in ("info", "features", label, "names"):
             found = found.get(key) or {}
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{file}: its metadata of Hugging Face are damaged ({error}). Download it again, or save it without them."
+            f"{file}: its Hugging Face metadata are damaged ({error}). Download it again, or save it without them."
         ) from error
     if not found:
         return None

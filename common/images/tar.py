@@ -1,8 +1,7 @@
-"""Images in tars, read by position: WebDataset shards, tars of class folders, ImageNet's own tar a synset.
+"""Reads images in tars by their position, without unpacking: WebDataset shards, tars of class folders, and ImageNet's
+layout of one tar per synset.
 
-Nothing is unpacked.
-
-Names of files and folders tell what is for training (train) and what is held out (val, validation, test).
+Names of files and folders tell the training part (train) and the held-out part (val, validation, test).
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ from pixlat.common.images.archive import (
 from pixlat.common.images.crop import check_file_bytes
 from pixlat.common.images.names import Names
 
-LABEL_BYTES = 255  # of a .cls member: a class number or a name
+LABEL_BYTES = 255  # size limit of a .cls member, which holds a class number or a class name
 
-TARS_FORMAT = 1  # of what is kept of tars
+TARS_FORMAT = 1  # version of the cache files
 
 
 class Member(NamedTuple):
@@ -42,13 +41,14 @@ class Member(NamedTuple):
     offset: int  # bytes
     size: int
     name: str
-    label: str | int  # a number where `.cls` gives one
+    label: str | int  # a number if the `.cls` member holds a number
     part: str
 
 
 class TarArchive(Archive):
-    """Members of one name are one sample (`0001.jpg`, `0001.cls`); without a `.cls` the class is the member's folder,
-    or the tar of its synset.
+    """Images in tars. Members with the same stem are one sample (`0001.jpg`, `0001.cls`).
+
+    Without a `.cls` member, the class is the name of the member's folder, or of the synset's tar.
     """
 
     suffix = ".tar"
@@ -63,15 +63,15 @@ class TarArchive(Archive):
                 f"{files[0]}{and_others(files)}: some images have a class number (.cls) "
                 "and some only a folder. Repair the tars."
             )
-        found: list[str] = list(index.classes)
+        classes: list[str] = list(index.classes)
         if index.numbered.all():
-            largest = max(map(int, found))
+            largest = max(map(int, classes))
             check_largest(largest, len(index.where), f"{files[0]}{and_others(files)}, .cls")
-            class_names, numbers = list(map(str, range(1 + largest))), np.array(list(map(int, found)), dtype=np.int64)
+            class_names, numbers = list(map(str, range(1 + largest))), np.array(list(map(int, classes)), dtype=np.int64)
         else:
-            class_names = sorted(found)
+            class_names = sorted(classes)
             places = {name: place for place, name in enumerate(class_names)}
-            numbers = np.array([places[name] for name in found], dtype=np.int64)
+            numbers = np.array([places[name] for name in classes], dtype=np.int64)
         super().__init__(files, numbers[index.class_of], tuple(class_names), np.array(PARTS_IN_TARS)[index.part_of])
 
     def name(self, index: int) -> str:
@@ -98,23 +98,22 @@ PARTS_IN_TARS = ("", "train", *HELD_OUT_NAMES)
 
 @dataclass(frozen=True)
 class TarIndex:
-    """What lies where in some tars."""
+    """The images in a list of tars: their places, names, classes and parts."""
 
     where: NDArray[np.int64]  # (N, 3): number of the tar, offset and size of the image in bytes
-    names: Names  # of the members
+    names: Names  # (N,) names of the members
     classes: Names  # distinct labels in the order of their first image
-    numbered: NDArray[np.bool_]  # of each of them: whether it is the number in a .cls
-    class_of: NDArray[np.int32]  # (N,) into `classes`
-    part_of: NDArray[np.int8]  # (N,) into PARTS_IN_TARS
+    numbered: NDArray[np.bool_]  # for each of `classes`, whether it is a number from a .cls member
+    class_of: NDArray[np.int32]  # (N,) index into `classes`
+    part_of: NDArray[np.int8]  # (N,) index into PARTS_IN_TARS
 
 
 def list_tars(root: Path, files: Sequence[Path]) -> TarIndex:
-    """The images of tars.
+    """Lists the images of tars.
 
-    All headers of a tar are read to find them, so what large tars hold is kept while their names,
-    sizes and times of change stay.
-
-    Of several processes of a machine that ask at once, one reads the headers and the others what it kept.
+    This must read all headers of a tar. So the list of large tars is cached, and used again while their names, sizes
+    and times of change are the same. If several processes of a machine call this at once, one reads the headers and
+    the others read its cache file.
     """
     kept = cache_file("tars", root).with_suffix(".npz")
     with one_at_a_time(kept):
@@ -129,10 +128,10 @@ def list_tars(root: Path, files: Sequence[Path]) -> TarIndex:
 
 
 def _state_of(root: Path, files: Sequence[Path]) -> dict[str, NDArray[Any]]:
-    """What tells whether tars have changed."""
-    status = [file.stat() for file in files]
+    """Names, sizes and times of change of the tars. If they are equal, the tars have not changed."""
+    states = [file.stat() for file in files]
     places = Names.of(str(file.relative_to(root)) for file in files).arrays("tars")
-    numbers = {"tar_sizes": [each.st_size for each in status], "changed_ns": [each.st_mtime_ns for each in status]}
+    numbers = {"tar_sizes": [state.st_size for state in states], "changed_ns": [state.st_mtime_ns for state in states]}
     return places | {name: np.array(values, dtype=np.int64) for name, values in numbers.items()}
 
 
@@ -140,7 +139,7 @@ def _walk_tars(root: Path, files: Sequence[Path]) -> TarIndex:
     where, names, class_of, parts = [], [], [], []
     classes: dict[str | int, int] = {}
     for number, file in enumerate(files):
-        members = list(_members(file, part_of_file(root, file)))  # of one tar at a time
+        members = list(_members(file, part_of_file(root, file)))  # one tar at a time, to save memory
         where += [np.array([(number, member.offset, member.size) for member in members], dtype=np.int64).reshape(-1, 3)]
         names.append(Names.of(member.name for member in members))
         class_of.append(
@@ -148,9 +147,9 @@ def _walk_tars(root: Path, files: Sequence[Path]) -> TarIndex:
         )
         parts.append(np.array([PARTS_IN_TARS.index(member.part) for member in members], dtype=np.int8))
     numbered = np.array([isinstance(label, int) for label in classes], dtype=bool)
-    found = Names.of(map(str, classes))
+    labels = Names.of(map(str, classes))
     return TarIndex(
-        np.concatenate(where), Names.joined(names), found, numbered, np.concatenate(class_of), np.concatenate(parts)
+        np.concatenate(where), Names.joined(names), labels, numbered, np.concatenate(class_of), np.concatenate(parts)
     )
 
 
@@ -169,14 +168,14 @@ def _keep(kept: Path, state: dict[str, NDArray[Any]], index: TarIndex) -> None:
 
 
 def _read_kept(kept: Path, state: dict[str, NDArray[Any]]) -> TarIndex | None:
-    """What was kept of tars that are still as they were."""
+    """The cached index, if the tars have not changed since."""
     arrays = kept_arrays(kept, TARS_FORMAT)
     try:
         if arrays is None or not all(np.array_equal(arrays[name], value) for name, value in state.items()):
             return None
         names, classes = Names.from_arrays(arrays, "names"), Names.from_arrays(arrays, "classes")
         index = TarIndex(arrays["where"], names, classes, arrays["numbered"], arrays["class_of"], arrays["part_of"])
-    except (ValueError, KeyError):  # damaged: the headers are read again
+    except (ValueError, KeyError):  # the cache file is damaged; `list_tars` reads the headers again
         return None
     lengths = {len(index.where), len(index.names), len(index.class_of), len(index.part_of)}
     return index if len(lengths) == 1 and len(index.classes) == len(index.numbered) else None
@@ -185,7 +184,7 @@ def _read_kept(kept: Path, state: dict[str, NDArray[Any]]) -> TarIndex | None:
 def _members(file: Path, part: str) -> Iterator[Member]:
     images: dict[PurePosixPath, tuple[str, int, int]] = {}  # sample -> name, offset, size
     labels: dict[PurePosixPath, str] = {}
-    end = 0  # of the last member
+    end = 0  # position in bytes after the last member
     try:
         with tarfile.open(file, mode="r:") as tar:
             for entry in tar:
@@ -207,9 +206,10 @@ def _members(file: Path, part: str) -> Iterator[Member]:
         raise UserError(
             f"{file} cannot be read as an uncompressed tar ({error}). Download it again, or unpack a compressed one."
         ) from error
-    if file.stat().st_size < end + tarfile.BLOCKSIZE:  # an empty block ends every tar, and tarfile does not miss it
+    # an empty block ends every tar, but tarfile does not report that it is missing
+    if file.stat().st_size < end + tarfile.BLOCKSIZE:
         raise UserError(
-            f"{file} is cut short: its {file.stat().st_size:,} bytes end in or behind {entry.name} "
+            f"{file} is cut short: its {file.stat().st_size:,} bytes end in or after {entry.name} "
             "without an end mark. Download it again."
         )
     for sample, (name, offset, size) in images.items():
@@ -219,21 +219,19 @@ def _members(file: Path, part: str) -> Iterator[Member]:
 
 
 def _label_text(tar: tarfile.TarFile, entry: tarfile.TarInfo, file: Path) -> str:
-    """What a .cls member holds; a long one is a UserError before it is read."""
+    """The text of a .cls member. Raises UserError for a long one, before reading it."""
     if entry.size > LABEL_BYTES:
         raise UserError(
-            f"{file}: {entry.name} has {entry.size:,} bytes, and a class number or name "
+            f"{file}: {entry.name} has {entry.size:,} bytes, but a class number or name has "
             f"at most {LABEL_BYTES}. Repair the tar."
         )
     return tar.extractfile(entry).read().decode().strip()  # type: ignore[union-attr]  # it is a file
 
 
 def _class_of(file: Path, sample: PurePosixPath) -> str:
-    """The folder, or the synset of a tar like ImageNet's own (n01440764.tar with n01440764_10026.JPEG)."""
+    """The member's folder, or the synset of a tar in ImageNet's layout (n01440764.tar with n01440764_10026.JPEG)."""
     if sample.parent.name:
         return sample.parent.name
     if sample.name.startswith(f"{file.stem}_"):
         return file.stem
-    raise UserError(
-        f"{file}: the class of {sample.name} is unknown; it has neither a .cls member beside it nor a folder."
-    )
+    raise UserError(f"{file}: the class of {sample.name} is unknown; it has no .cls member and lies in no folder.")

@@ -1,4 +1,4 @@
-"""Weights in files: our checkpoints, tensors that others saved, Hugging Face's cache, and finished runs.
+"""Files of weights: our checkpoints, tensors that others saved, Hugging Face's cache, and finished runs.
 
-Nothing is downloaded but what the user names as hf:owner/name (fetch.py).
+Only fetch.py downloads anything: repositories that the user names as hf:owner/name.
 """

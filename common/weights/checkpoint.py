@@ -1,14 +1,14 @@
-"""Checkpoints that are whole or do not exist.
+"""Atomic checkpoints: a checkpoint folder is complete or does not exist.
 
 checkpoints/step-00001000/
     model.safetensors              the method's state
-    ema-<name>.safetensors         one file an average
+    ema-<name>.safetensors         one file per average
     optimizer-<phase>-<n>.safetensors
-    trainer.json                   step, images seen, meters, optimizer scalars, the run's identity
+    trainer.json                   step, images seen, meters, the run's identity
     manifest.json                  size and sha256 of every other file, written last
 
-Everything is written into a temporary folder beside it, synced to disk, and renamed.
-`latest` skips what is unfinished or damaged and says so.
+`save` writes all files into a temporary folder beside it, syncs them to disk, and renames the folder.
+`latest` skips unfinished and damaged checkpoints with a warning.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from pixlat.common.files import read_json, sha256_of
 
 log = logging.getLogger("pixlat")
 MANIFEST, FACTS = "manifest.json", "trainer.json"
-EXPECTED = ("model.safetensors", FACTS)  # in every checkpoint
-MAX_FACTS_BYTES = 2**24  # of manifest.json and trainer.json
+EXPECTED = ("model.safetensors", FACTS)  # files that every checkpoint has
+MAX_FACTS_BYTES = 2**24  # size limit of manifest.json and trainer.json
 
 
 @dataclass
 class Checkpoint:
-    """Tensors by file stem, and what fits in JSON."""
+    """The tensors of each file by the file's stem, and the facts of trainer.json."""
 
     tensors: dict[str, dict[str, Tensor]]
     facts: dict[str, Any]
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lives."""
+    """The folder of a step's checkpoint."""
     return folder / f"step-{step:08d}"
 
 
 def save(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> None:
-    """Writes `path_of(folder, step)` atomically, then removes all but the `keep` newest whole checkpoints.
+    """Writes `path_of(folder, step)` atomically, then removes all but the `keep` newest complete checkpoints.
 
-    A failure to write (full disk, no permission) is a UserError that names the last good checkpoint,
-    which is never touched before the new one is whole.
+    Raises UserError if it cannot write (full disk, no permission). The message names the last good checkpoint,
+    which stays until the new one is complete.
     """
     final = path_of(folder, step)
     temporary = folder / f".writing-{final.name}-{os.getpid()}"
@@ -74,11 +74,11 @@ def save(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> None:
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for file in (*temporary.iterdir(), temporary):
             _sync(file)
-        if final.exists():  # only a damaged one can be here: a whole one would have been resumed
+        if final.exists():  # it must be damaged: the run would have resumed from an intact one
             shutil.rmtree(final)
         temporary.rename(final)
         _sync(folder)
-    except Exception as error:  # safetensors reports a full disk as its own error type
+    except Exception as error:  # safetensors raises its own error type for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         if not _is_write_error(error):
             raise
@@ -86,25 +86,27 @@ def save(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> None:
         raise UserError(
             f"cannot write the checkpoint {final}: {error}. "
             f"{f'The last good checkpoint is {last}.' if last else 'There is no earlier checkpoint.'} "
-            "Make room or mend the permissions and run the same command again; it resumes."
+            "Free disk space or correct the permissions, and run the same command again; it resumes."
         ) from error
     for old in list(intact(folder, verify=False))[keep:]:
         shutil.rmtree(old)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """safetensors' `save_file` with the mode of any new file: the library makes files that only their owner can read,
-    whatever the umask.
+    """Like safetensors' `save_file`, but gives the file the usual mode of new files.
+
+    The library ignores the umask and makes files that only their owner can read.
     """
-    path.touch()  # a new file's mode, 0666 less the umask
+    path.touch()  # creates a file with the usual mode, 0666 without the bits of the umask
     mode = stat.S_IMODE(path.stat().st_mode)
     save_file(dict(tensors), path, None if metadata is None else dict(metadata))
     path.chmod(mode)
 
 
 def intact(folder: Path, verify: bool = True, stems: Collection[str] | None = None) -> Iterator[Path]:
-    """Checkpoint folders, newest first, that carry a manifest; with `verify`, only those whose files match it,
-    as `find_damage` says.
+    """Yields the checkpoint folders that have a manifest, newest first.
+
+    With `verify`, yields only those in which `find_damage` finds no damage.
     """
     for path in sorted(folder.glob("step-*"), reverse=True):
         if not (path / MANIFEST).exists():
@@ -116,16 +118,15 @@ def intact(folder: Path, verify: bool = True, stems: Collection[str] | None = No
 
 
 def latest(folder: Path, stems: Collection[str] | None = None) -> Path | None:
-    """The newest whole checkpoint, or None. stems: as for `find_damage`."""
+    """The newest intact checkpoint, or None. stems: as for `find_damage`."""
     return next(intact(folder, stems=stems), None)
 
 
 def find_damage(path: Path, stems: Collection[str] | None = None) -> str | None:
-    """What is wrong with a checkpoint folder, or None if its files are those of the manifest,
-    with the size and digest that it gives.
+    """The damage of a checkpoint folder, as text; None if all files of the manifest have its sizes and digests.
 
-    stems: of the files of tensors whose digests are compared, which means reading them; None:
-    all. Of the others the size is.
+    stems: the files of tensors that are read to compare their digests; None: all files. For the others,
+        only the size is compared.
     """
     try:
         manifest = read_json(path / MANIFEST, MAX_FACTS_BYTES)
@@ -146,13 +147,13 @@ def find_damage(path: Path, stems: Collection[str] | None = None) -> str | None:
 
 
 def _manifest_fault(manifest: Any, path: Path) -> str | None:
-    """Why a value is not the manifest of this folder's files, or None."""
+    """The fault of a manifest, as the rest of a sentence; None if it is a valid manifest of this folder."""
     if not isinstance(manifest, dict):
         return "is not an object of file names"
-    if odd := [name for name in manifest if name in ("", MANIFEST) or "/" in name or "\0" in name]:
-        return f"names {odd[0]!r}, which is no file of a checkpoint"
-    if odd := [name for name, entry in manifest.items() if not _is_entry(entry)]:
-        return f"does not give a size and a sha256 for {odd[0]!r}"
+    if invalid := [name for name in manifest if name in ("", MANIFEST) or "/" in name or "\0" in name]:
+        return f"names {invalid[0]!r}, which is no file of a checkpoint"
+    if invalid := [name for name, entry in manifest.items() if not _is_entry(entry)]:
+        return f"does not give a size and a sha256 for {invalid[0]!r}"
     if missing := sorted({*EXPECTED, *(file.name for file in _tensor_files(path))} - set(manifest)):
         return f"does not name {missing[0]}"
     return None
@@ -165,12 +166,12 @@ def _is_entry(entry: Any) -> bool:
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads a whole checkpoint."""
+    """Reads all files of a checkpoint."""
     return Checkpoint({file.stem: load_file(file) for file in _tensor_files(path)}, load_facts(path))
 
 
 def load_facts(path: Path) -> dict[str, Any]:
-    """What a whole checkpoint says of itself (trainer.json)."""
+    """Reads trainer.json of a checkpoint: step, images seen, identity, ..."""
     facts: dict[str, Any] = read_json(path / FACTS, MAX_FACTS_BYTES)
     return facts
 
@@ -181,9 +182,9 @@ def averages(path: Path) -> list[str]:
 
 
 def load_weights(path: Path, average: str | None) -> dict[str, Tensor]:
-    """The method's state in a whole checkpoint, with a named average in the place of the raw weights that it follows.
+    """The method's state dict from a checkpoint. The weights of `average`, if given, replace the raw ones.
 
-    Opens no other file.
+    Reads only model.safetensors and the file of the average.
     """
     tensors = load_file(path / f"ema-{average}.safetensors") if average else {}
     with safe_open(path / "model.safetensors", framework="pt") as file:
@@ -192,12 +193,12 @@ def load_weights(path: Path, average: str | None) -> dict[str, Tensor]:
 
 
 def _tensor_files(path: Path) -> list[Path]:
-    """Hidden files are not a checkpoint's: file systems leave theirs in any folder."""
+    """The files of tensors in a checkpoint. Skips hidden files, which some file systems create in any folder."""
     return [file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith(".")]
 
 
 def digest(path: Path) -> str:
-    """sha256 of a checkpoint: of its manifest, which holds the sha256 of every file."""
+    """The sha256 of a checkpoint's manifest. It identifies the checkpoint: the manifest holds each file's sha256."""
     return sha256_of(path / MANIFEST)
 
 

@@ -1,7 +1,7 @@
-"""Files of Hugging Face's and torch's caches, or at a given place: found, never fetched, and never written.
+"""Finds files in the caches of Hugging Face and torch, or at a given path. Downloads nothing and writes nothing.
 
-Every error says which repository and file is wanted, where it was looked for, under what licence it comes,
-and the command or key that mends it.
+Every error names the repository and file, the place where pixlat looked, the licence of the weights,
+and the command or key that solves it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the usual names in a
 def hub_files(
     repository: str, files: Sequence[str], given: str | None = None, key: str = "", licence: str = ""
 ) -> list[Path]:
-    """The files of a Hugging Face repository, from the local cache (newest `main`) or, with `given`, from that folder.
+    """The files of a Hugging Face repository in the local cache (newest `main`), or in the folder `given`.
 
-    key: the configuration key that takes `given`; licence: of the weights;
-    both for the message of the UserError where a file is missing.
+    Raises UserError if a file is missing. Its message uses `key`, the configuration key that sets `given`,
+    and `licence`, the licence of the weights.
     """
     return [hub_file(repository, [file], given, key, licence) for file in files]
 
@@ -37,8 +37,9 @@ def hub_file(
     key: str = "",
     licence: str = "",
 ) -> Path:
-    """The first of a repository's files that is there; `given` is a folder that holds one of them,
-    or the file itself.
+    """The first of `alternatives` that is in the cache of a repository.
+
+    If `given` is set, it is the file, or a folder with one of the alternatives.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -57,7 +58,7 @@ def hub_file(
 def hub_checkpoint_file(name: str, url: str, given: str | None = None, key: str = "", licence: str = "") -> Path:
     """A file of torch's hub cache (`torch.hub.get_dir()`/checkpoints), or `given`, which is the file or its folder.
 
-    A name such as vgg16-397923af.pth carries the beginning of the file's sha256, which is checked.
+    A name such as vgg16-397923af.pth contains the beginning of the file's sha256. UserError if it does not match.
     """
     if given is not None:
         return _given(given, [name], url, licence)
@@ -77,7 +78,7 @@ def hub_checkpoint_file(name: str, url: str, given: str | None = None, key: str 
 
 
 def _given(given: str, names: Sequence[str], origin: str, licence: str) -> Path:
-    """The file that the user points to: itself, or the first of `names` in the folder."""
+    """The file at the path that the user gave, or the first of `names` if the path is a folder."""
     path = Path(given).expanduser()
     if path.is_file():
         return path
@@ -88,11 +89,11 @@ def _given(given: str, names: Sequence[str], origin: str, licence: str) -> Path:
         if path.is_dir()
         else "there is no such file or folder"
     )
-    raise UserError(f"{path}: wanted {' or '.join(names)} of {origin}, but {state}.{_licence(licence)}")
+    raise UserError(f"{path}: pixlat needs {' or '.join(names)} of {origin}, but {state}.{_licence(licence)}")
 
 
 def _or_key(key: str) -> str:
-    return f" (or give its place as {key}=)" if key else ""
+    return f" (or give its path as {key}=)" if key else ""
 
 
 def _licence(licence: str) -> str:

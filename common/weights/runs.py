@@ -1,4 +1,4 @@
-"""The weights of a finished run of this suite, for a later stage."""
+"""Loads the weights of a finished pixlat run, for a later stage."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ from pixlat.common.weights.tensors import listed
 
 @dataclass(frozen=True)
 class RunWeights:
-    """What one run hands to another."""
+    """The weights and settings of a run that a later run uses."""
 
-    state: dict[str, Tensor]  # of the method, without its external networks
+    state: dict[str, Tensor]  # the method's state dict, without its external networks
     config: dict[str, Any]  # the run's resolved configuration
     sha256: str  # of the checkpoint's manifest, as in records
     folder: Path
-    facts: dict[str, Any]  # what the checkpoint says of itself
+    facts: dict[str, Any]  # the checkpoint's trainer.json
 
 
 def run_weights(folder: Path, ema: str | None = None) -> RunWeights:
-    """The newest whole checkpoint of a run folder, with an average in the place of the raw weights that it follows.
+    """Loads the weights of a run from its newest intact checkpoint. Reads no optimizer state.
 
-    Nothing else of it is read.
-
-    ema: the average's name ("0.999", "500000img"), "raw" for none, None for the one that the run was evaluated with.
-    A config.yaml that is not the one of the checkpoint is a UserError.
+    ema: the name of the average to load ("0.999", "500000img"), "raw" for the raw weights, None for the weights that
+        the run was evaluated with.
+    Raises UserError if config.yaml does not belong to the checkpoint.
     """
     config = read_config(folder)
     averages = ema_names(
@@ -54,12 +53,12 @@ def run_weights(folder: Path, ema: str | None = None) -> RunWeights:
 
 
 def no_checkpoint(folder: Path) -> str:
-    """What to do about a run folder without a whole checkpoint, as a sentence."""
-    fault = f"{folder} has no whole checkpoint under checkpoints/. "
-    # the run is finished, and the command that started it would say so and do nothing
+    """The message for a run folder without an intact checkpoint, with advice."""
+    fault = f"{folder} has no intact checkpoint under checkpoints/. "
+    # To repeat the command would not help a finished run: it would say that the run is finished and do nothing.
     if (folder / "result.json").exists():
         return fault + (
-            "The run is finished, so its files were damaged or removed afterwards: restore them from a copy, "
+            "The run is finished, so somebody damaged or removed its files afterwards: restore them from a copy, "
             "or remove the folder and run it again."
         )
     return fault + "Finish that run: the command that started it resumes it."

@@ -1,4 +1,4 @@
-"""Tensors from files that others wrote, and loading them into a network without a missing or extra key."""
+"""Reads tensors from files that others wrote, and loads them into a network; missing or extra keys are errors."""
 
 from __future__ import annotations
 
@@ -13,53 +13,53 @@ from torch import Tensor, nn
 
 from pixlat.common.errors import UserError
 
-PARTS = ("ema", "model", "state_dict")  # of a training checkpoint, best first
+PARTS = ("ema", "model", "state_dict")  # entries of a training checkpoint that may hold the weights, best first
 
 MAX_LISTED = 8
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pt, .pth, .bin or .ckpt file, on the CPU; no code in it is run.
+    """Reads the tensors of a .safetensors, .pt, .pth, .bin or .ckpt file to the CPU, without executing pickled code.
 
-    Entries that are None (statistics without a mean) are left out.
-    Of a training checkpoint whose entries are dictionaries, the first of "ema", "model" and "state_dict" is taken.
-    A file that is missing, damaged or without tensors is a UserError.
+    Skips entries that are not tensors, such as a mean that is None. If the file is a training checkpoint whose entries
+    are dictionaries, takes the first of "ema", "model" and "state_dict".
+    Raises UserError if the file is missing, damaged or without tensors.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _load_pickled(path)
-    except Exception as error:  # the unpickler meets damaged bytes with whatever they lead to
+    except Exception as error:  # the unpickler may raise any exception for damaged bytes
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path}: not readable as a file of tensors ({reason}). Download it again.") from error
-    found: Any = content
+    entries: Any = content
     if isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
-        found = next((content[part] for part in PARTS if isinstance(content.get(part), dict)), {})
+        entries = next((content[part] for part in PARTS if isinstance(content.get(part), dict)), {})
     tensors = (
-        {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
-        if isinstance(found, dict)
+        {str(key): value for key, value in entries.items() if isinstance(value, Tensor)}
+        if isinstance(entries, dict)
         else {}
     )
     if not tensors:
         held = listed(content if isinstance(content, dict) else [type(content).__name__])
-        raise UserError(f"{path}: holds no tensors under names. It holds: {held}.")
+        raise UserError(f"{path}: holds no named tensors. It holds: {held}.")
     return tensors
 
 
 def _load_pickled(path: Path) -> Any:
-    # the settings beside the weights of many released files
+    # many released files hold their training settings as a Namespace beside the weights
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def key_faults(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> list[str]:
-    """What keeps the tensors from being those of `shapes`, a line each: missing, unknown and misshapen keys."""
+    """One line for each missing, unknown or misshapen key of `state`, compared with `shapes`."""
     faults = [f"missing {name} {tuple(shape)}" for name, shape in shapes.items() if name not in state]
     faults += [f"not known {name} {tuple(tensor.shape)}" for name, tensor in state.items() if name not in shapes]
-    found = {name: tuple(state[name].shape) for name in shapes if name in state}
+    present = {name: tuple(state[name].shape) for name in shapes if name in state}
     return faults + [
         f"{name} is {shape}, expected {tuple(shapes[name])}"
-        for name, shape in found.items()
+        for name, shape in present.items()
         if shape != tuple(shapes[name])
     ]
 
@@ -67,9 +67,9 @@ def key_faults(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]])
 def check_released(
     state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], what: str = "model", note: str = ""
 ) -> None:
-    """Compares the keys of a released file with `shapes`, by the authors' names. UserError lists all that differ.
+    """Raises UserError unless the keys of a released file match `shapes` (authors' names). It lists all differences.
 
-    what: the network that the file is loaded into; note: is printed after the number of keys.
+    what: the network into which the file is loaded. note: text to print after the number of keys.
     """
     if faults := key_faults(state, shapes):
         raise UserError(
@@ -78,10 +78,9 @@ def check_released(
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
-    """Puts the tensors in the place of the module's parameters and buffers, which may be on the meta device;
-    on the CPU, in the module's types.
+    """Replaces the module's parameters and buffers by the tensors, on the CPU and in the module's dtypes.
 
-    Missing, extra and misshapen keys are a UserError that names them and `source`.
+    The module may be on the meta device. Raises UserError that names `source` and each missing, extra or misshapen key.
     """
     own = module.state_dict()
     faults = key_faults(state, {name: tensor.shape for name, tensor in own.items()})
