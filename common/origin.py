@@ -70,8 +70,12 @@ def gpu_versions() -> dict[str, str]:
     import torch
 
     driver = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", DRIVER.read_text()) if DRIVER.exists() else None
-    found = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "nvidia-driver": driver and driver[1]}
-    return {name: str(value) for name, value in found.items() if value is not None}
+    versions = {
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nvidia-driver": driver and driver[1],
+    }
+    return {name: str(value) for name, value in versions.items() if value is not None}
 
 
 def _note() -> dict[str, Any]:

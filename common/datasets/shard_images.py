@@ -21,8 +21,8 @@ class ShardImages(ImageSet):
         return self.part.read(index)
 
     def _read_resized(self, index: int) -> NDArray[np.uint8]:
-        assert self.part.whole is not None  # `check_resized` has checked this
-        return self.part.whole.read(index)
+        assert self.part.resized is not None  # `check_resized` has checked this
+        return self.part.resized.read(index)
 
     def check_resized(self, wanted: int | None) -> int:
         """The shorter side, in pixels, of the uncropped images in the shards.

@@ -94,9 +94,9 @@ class StoredPart:
         ]
         self.shards = mapped.Shards(files, row, np.uint8, [header.offset for header in headers])
         self.classes = len(card.class_names)
-        self.whole = WholeImages(self) if card.resize and name == "train" else None
+        self.resized = ResizedImages(self) if card.resize and name == "train" else None
         expected = (
-            {file.name for file in files} | {f"{name}-labels.npy"} | (self.whole.names() if self.whole else set())
+            {file.name for file in files} | {f"{name}-labels.npy"} | (self.resized.names() if self.resized else set())
         )
         if self.digests is not None and self.digests.keys() != expected:
             file = sorted(self.digests.keys() ^ expected)[0]
@@ -145,7 +145,7 @@ class StoredPart:
         return self.shards.read(index // self.shard_images, index % self.shard_images)
 
 
-class WholeImages:
+class ResizedImages:
     """Reads the resized, uncropped images, from which random crops are cut."""
 
     def __init__(self, part: StoredPart) -> None:

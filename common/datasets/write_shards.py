@@ -90,11 +90,11 @@ def _tasks(folder: Path, part: str, images: int, shard_images: int, resized: boo
         Task(folder / f"{part}-{number:05d}.npy", part, rows)
         for number, rows in mapped.shard_ranges(images, shard_images)
     ]
-    whole = [
+    uncropped = [
         Task(folder / f"{part}-resized-{number:05d}.bin", part, rows, True)
         for number, rows in mapped.shard_ranges(images, shard_images)
     ]
-    return squares + (whole if resized else [])
+    return squares + (uncropped if resized else [])
 
 
 def _finish_part(folder: Path, part: str, images: ImageSet, written: dict[Task, Written]) -> PartCard:
@@ -149,7 +149,7 @@ def _write(task: Task) -> Written:
     images = _sets[task.part]
     note = task.file.with_suffix(".sizes.json" if task.resized else ".skipped.json")
     if not task.file.exists():
-        sizes = _write_whole_images(task, images, note) if task.resized else _write_squares(task, images)
+        sizes = _write_resized(task, images, note) if task.resized else _write_squares(task, images)
         broken = {str(position): images.broken[position] for position in task.positions if position in images.broken}
         if broken and not task.resized:
             write_whole(note, json.dumps(broken) + "\n")
@@ -166,7 +166,7 @@ def _write_squares(task: Task, images: ImageSet) -> list[tuple[int, int]]:
     return []
 
 
-def _write_whole_images(task: Task, images: ImageSet, note: Path) -> list[tuple[int, int]]:
+def _write_resized(task: Task, images: ImageSet, note: Path) -> list[tuple[int, int]]:
     """Writes a shard of uncropped images. The note with the sizes comes first: without it the shard is unreadable."""
     sizes, temporary = [], task.file.with_name(f".{task.file.name}")
     with temporary.open("wb") as file:

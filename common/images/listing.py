@@ -96,15 +96,15 @@ def _walk(root: Path) -> tuple[Listing, Tree]:
         )
     names, sizes, counts = [], [], []
     for name in class_names:
-        found = sorted(_images_below(root / name, f"{name}/", folders))
-        if not found:
+        images = sorted(_images_below(root / name, f"{name}/", folders))
+        if not images:
             raise UserError(
                 f"class folder {root / name} holds no image ({', '.join(IMAGE_SUFFIXES)}). "
                 "Add images or remove the folder."
             )
-        names.append(Names.of(file for file, _ in found))
-        sizes.append(np.array([size for _, size in found], dtype=np.int64))
-        counts.append(len(found))
+        names.append(Names.of(file for file, _ in images))
+        sizes.append(np.array([size for _, size in images], dtype=np.int64))
+        counts.append(len(images))
     labels = np.repeat(np.arange(len(class_names)), counts)
     return Listing(root, tuple(class_names), Names.joined(names), np.concatenate(sizes), labels), Tree(
         tuple(folders), tuple(folders.values())

@@ -218,18 +218,18 @@ def _columns(schema: pyarrow.Schema, file: Path) -> tuple[str, str]:
 def _feature_names(schema: pyarrow.Schema, label: str, file: Path) -> tuple[str, ...] | None:
     """The class names in the metadata that Hugging Face writes, or None."""
     try:
-        found: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        names: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         for key in ("info", "features", label, "names"):
-            found = found.get(key) or {}
+            names = names.get(key) or {}
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{file}: its Hugging Face metadata are damaged ({error}). Download it again, or save it without them."
         ) from error
-    if not found:
+    if not names:
         return None
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(
-            f"{file}: its metadata name the classes {str(found)[:40]}, which is no list of names. "
+            f"{file}: its metadata name the classes {str(names)[:40]}, which is no list of names. "
             "Download it again, or save it without them."
         )
-    return tuple(found)
+    return tuple(names)

@@ -108,11 +108,11 @@ def decays_by_name(train: TrainConfig) -> dict[str, float | None]:
 
 def shortened_averages(train: TrainConfig) -> list[str]:
     """One message for each average that is too long for the run, so that the run uses a shorter one."""
-    asked = [
+    keys = [
         *(f"train.ema_decay={decay:g}" for decay in train.ema_decay),
         *(f"train.ema_halflife_images={h:g}" for h in train.ema_halflife_images),
     ]
-    wanted = [*train.ema_decay, *train.ema_halflife_images]
+    configured = [*train.ema_decay, *train.ema_halflife_images]
     used = [ema.halflife_images if ema.decay is None else ema.decay for ema in _effective_averages(train)]
     steps = _steps(train)
     return [
@@ -120,7 +120,7 @@ def shortened_averages(train: TrainConfig) -> list[str]:
             f"{key} is too long an average for a run of {steps} steps: samples would show mostly initial noise. "
             f"The run uses {real:.6g} instead."
         )
-        for key, given, real in zip(asked, wanted, used, strict=True)
+        for key, given, real in zip(keys, configured, used, strict=True)
         if real != given
     ]
 

@@ -266,9 +266,9 @@ class Muon(Optimizer):
         ]
         received = _all_to_all(torch.cat(parts), numbers, own_counts, team).view(team.size, -1 if own else 0)
         columns = received.split(sizes[team.rank], dim=1)
-        whole = [column.reshape(-1, p.shape[1])[: p.shape[0]] for p, column in zip(own, columns, strict=True)]
+        full = [column.reshape(-1, p.shape[1])[: p.shape[0]] for p, column in zip(own, columns, strict=True)]
         padded = [
-            _with_rows(u, -(-len(u) // team.size) * team.size).view(team.size, -1) for u in _orthogonal(whole, group)
+            _with_rows(u, -(-len(u) // team.size) * team.size).view(team.size, -1) for u in _orthogonal(full, group)
         ]
         results = torch.cat([*padded, received.new_empty(team.size, 0, dtype=_result_type(group))], dim=1)
         returned = _all_to_all(results.flatten(), own_counts, numbers, team)

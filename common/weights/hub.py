@@ -46,8 +46,8 @@ def hub_file(
     if given is not None:
         return _given(given, alternatives, f"{repository} on Hugging Face", licence)
     cached = [try_to_load_from_cache(repository, file, cache_dir=constants.HF_HUB_CACHE) for file in alternatives]
-    if found := next((path for path in cached if isinstance(path, str)), None):
-        return Path(found)
+    if path := next((path for path in cached if isinstance(path, str)), None):
+        return Path(path)
     raise UserError(
         f"{' or '.join(alternatives)} of {repository} is needed and not in the Hugging Face cache "
         f"{constants.HF_HUB_CACHE}. Nothing is downloaded silently; get it with: "
@@ -82,8 +82,8 @@ def _given(given: str, names: Sequence[str], origin: str, licence: str) -> Path:
     path = Path(given).expanduser()
     if path.is_file():
         return path
-    if found := next((path / name for name in names if (path / name).is_file()), None):
-        return found
+    if file := next((path / name for name in names if (path / name).is_file()), None):
+        return file
     state = (
         f"the folder holds {listed(sorted(p.name for p in path.iterdir()))}"
         if path.is_dir()
