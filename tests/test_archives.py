@@ -541,7 +541,7 @@ def test_shards_hold_whole_images_for_random_crops(tmp_path: Path, workers: int)
 def test_random_crops_of_shards_of_squares_are_refused(tmp_path: Path) -> None:
     assert prepared(wds(tmp_path / "data"), tmp_path / "shards", "workers=0") == 0
     with pytest.raises(
-        UserError, match=r"holds squares alone. Prepare shards with .*data\.crop=random data\.resize=20"
+        UserError, match=r"holds only cropped squares. Prepare shards with .*data\.crop=random data\.resize=20"
     ):
         load_data(DataConfig(name="shards", path=str(tmp_path / "shards"), crop="random", resize=20))
 

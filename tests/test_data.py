@@ -657,7 +657,7 @@ def test_a_start_tells_what_is_odd_of_the_data_once(tmp_path: Path, capfd: pytes
         "model.context_start": "0",
     }  # fmt: skip
     run_one(resolve(get_spec("jit"), keys))
-    assert capfd.readouterr().err.count("has one class") == 1
+    assert capfd.readouterr().err.count("has only one class") == 1
 
 
 # -- synthetic ---------------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def test_a_given_place_comes_before_the_cache(hub, tmp_path):
     assert hub_file("org/net", given=str(mine.parent)) == mine
     assert hub_file("org/net", given=str(mine)) == mine
     with pytest.raises(
-        UserError, match=r"wanted config.json of org/net on Hugging Face, but the folder holds pytorch_model.bin"
+        UserError, match=r"pixlat needs config.json of org/net on Hugging Face, but the folder holds pytorch_model.bin"
     ):
         hub_files("org/net", ["config.json"], given=str(mine.parent))
     with pytest.raises(UserError, match=r"nowhere: wanted .* there is no such file or folder"):
