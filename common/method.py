@@ -1,4 +1,4 @@
-"""The seam: what the trainer, the evaluator and the launcher may ask of a method, and nothing else."""
+"""The interface of a method: all that the trainer, the evaluator and the launcher may use of it."""
 
 from __future__ import annotations
 
@@ -19,37 +19,38 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What a method may know of the data before it is built."""
+    """What a method's constructor may know about the data."""
 
     name: str
     num_classes: int
     image_size: int  # pixels, square
     num_train: int
     channels: int = 3
-    latents: LatentFacts | None = None  # of stored latents: training batches then bring "moments"
+    latents: LatentFacts | None = None  # facts of the stored latents, if any: training batches then contain "moments"
 
     @classmethod
     def of(cls, summary: DataSummary) -> DataInfo:
-        """From what `common.datasets` says of a data set."""
+        """Takes the facts from the summary of a data set (`common.datasets`)."""
         return cls(summary.name, summary.num_classes, summary.image_size, summary.num_train, latents=summary.latents)
 
 
 @dataclass
 class ParamGroup:
-    """Parameters that one optimizer treats alike."""
+    """Parameters that share an optimizer and its settings."""
 
     params: list[nn.Parameter]
     kind: str = "adamw"  # a key of common.optim.BUILDERS
     lr_scale: float = 1.0
     weight_decay: float | None = None  # None: the run's `train.weight_decay`
-    betas: tuple[float, float] | None = None  # of AdamW; None: the run's `train.betas`
-    # Muon: a matrix is this many matrices stacked along dim 0 (a fused q, k, v has 3), each orthogonalised alone
+    betas: tuple[float, float] | None = None  # AdamW's betas; None: the run's `train.betas`
+    # Muon: how many matrices are stacked along dim 0 of each parameter (3 for a fused q, k, v).
+    # Muon orthogonalises each of them alone.
     split: int = 1
 
 
 @dataclass(frozen=True)
 class Component:
-    """A network that was trained elsewhere and that this method needs."""
+    """A network that the method needs and that was trained elsewhere."""
 
     name: str
     role: str  # "teacher", "tokenizer", ...
@@ -64,27 +65,27 @@ class Pretrained:
 
     role: str
     used_at: str
-    name: str | None = None  # None: the sub-module's own `name`, or else the name of its class
+    name: str | None = None  # None: the sub-module's `name` attribute, or the name of its class if it has none
 
 
 @dataclass(frozen=True)
 class Description:
-    """What the leaderboard says of a method and its sampler."""
+    """The facts that the leaderboard shows about a method and its sampler."""
 
     prediction: str
     loss_space: str
     sampler: str
     steps: int
-    guidance: str = "none"  # "none" where nothing guides, else its kind, e.g. "cfg"
+    guidance: str = "none"  # the kind of guidance, e.g. "cfg"; "none" if guidance is off
     guidance_scale: float | None = None
-    interval: tuple[float, float] | None = None  # in the paper's own time
+    interval: tuple[float, float] | None = None  # in the paper's time convention
     size: str | None = None  # "B/16"
     variant: str | None = None
     pretrained: tuple[Component, ...] = ()
 
 
 def guidance_facts(config: Any, kind: str = "cfg") -> dict[str, Any]:
-    """The fields of a `Description` that say how a sample config guides: `guidance` (1: off) and maybe `interval`."""
+    """The guidance fields of a `Description`, from a sample config with `guidance` (1: off) and maybe `interval`."""
     if config.guidance == 1.0:
         return {}
     return {"guidance": kind, "guidance_scale": config.guidance, "interval": getattr(config, "interval", None)}
@@ -92,38 +93,39 @@ def guidance_facts(config: Any, kind: str = "cfg") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Released:
-    """A file of a method's authors, opened, and what its shapes tell (`MethodSpec.released`)."""
+    """The content of a file that the authors released, with the settings that its shapes reveal."""
 
-    state: Mapping[str, Tensor]  # as `Method.from_reference` takes it
-    model: dict[str, Any]  # settings of `model.*`; what the shapes do not tell is left out
+    state: Mapping[str, Tensor]  # the tensors that `Method.from_reference` takes
+    model: dict[str, Any]  # settings of `model.*` that the shapes reveal; the others are left out
     num_classes: int
     image_size: int
-    weights: str  # which of the file's weights these are, in the file's words
-    ema_decay: float | None  # of these weights; None: unknown, or not averaged
-    licence: str  # of the repository that released it; a file says nothing of its own
-    # settings of `model.*` that fit the shapes equally well: the user must name one of them
+    weights: str  # which of the file's sets of weights this is; the name that the file gives it
+    ema_decay: float | None  # decay of this average; None: unknown, or not an average
+    licence: str  # licence of the authors' repository; the files themselves name none
+    # combinations of `model.*` settings that fit the shapes equally well: the user must choose one of them
     choices: tuple[dict[str, Any], ...] = ()
     why_choose: str = ""  # a sentence that says why the shapes do not decide
 
 
-# (file, which of its sets of weights; None: the one behind the published numbers) -> what is in it
+# Opens a released file (`MethodSpec.released`). Arguments: the file, and the name of one of its sets of weights;
+# None means the set behind the published numbers.
 OpenReleased = Callable[[Path, "str | None"], Released]
 
 
 class Method(nn.Module):
     """A generative method: networks, loss, sampler. It owns no optimizer, schedule, device, file or metric.
 
-    A subclass sets `phases` where more than one network is trained (a GAN has `("generator", "discriminator")`),
-    implements `forward`, `sample`, `evaluations`, `sampling_networks` and `describe`,
-    and overrides the rest where it differs from the default.
+    A subclass implements `forward`, `sample`, `evaluations`, `sampling_networks` and `describe`.
+    It sets `phases` if it trains several networks in turn (a GAN has `("generator", "discriminator")`)
+    and overrides other methods if their defaults do not fit.
     """
 
     phases: tuple[str, ...] = ("main",)
-    # or "reconstruction": a stage that is judged by encode and decode and has no `sample`
+    # "generation", or "reconstruction" for a stage that has no `sample`: evaluation then uses `encode` and `decode`
     task: ClassVar[str] = "generation"
     # sub-modules whose weights come from files (frozen encoders, another run's decoder), by name
     external: Mapping[str, Pretrained] = {}
-    # whether training takes "moments" (B, 2 C, h, h) of stored latents from the batch (`data.latents`)
+    # whether training can read "moments" (B, 2 C, h, h) of stored latents from the batch (`data.latents`)
     takes_moments: ClassVar[bool] = False
     space: ClassVar[str] = "pixel"  # "pixel" | "latent_vae" | "latent_rae" | "latent_self", the leaderboard's column
 
@@ -136,18 +138,16 @@ class Method(nn.Module):
     def needs_images(cls, data: DataInfo) -> bool:
         """Whether training reads "image" from its batches.
 
-        A method that needs nothing but stored latents spares the loader decoding the images.
+        If it reads stored latents only, the loader need not decode the images.
         """
         return True
 
     def load_external(self) -> None:
         """Loads the weights of the `external` sub-modules from their files, in place.
 
-        Checkpoints leave these sub-modules out.
-
-        Called once on a real device, after construction and before anything is trained or sampled;
-        never on the meta device, where costs are counted, so construction must not need the files.
-        A missing file is a UserError that says which repository and file is wanted.
+        Checkpoints do not contain these sub-modules. The program calls this once on a real device, after construction
+        and before training or sampling. It never calls it on the meta device, where it counts costs: so construction
+        must not need the files. If a file is missing, raises UserError with its repository and name.
         By default each sub-module loads itself (`pixlat.common.frozen.base.Frozen.load`).
         """
         for name in self.external:
@@ -155,7 +155,7 @@ class Method(nn.Module):
             network.load()
 
     def train(self, mode: bool = True) -> Method:
-        """Training or evaluation mode; external sub-modules are frozen and stay in evaluation mode."""
+        """Sets training or evaluation mode; external sub-modules are frozen and stay in evaluation mode."""
         super().train(mode)
         for name in self.external:
             self.get_submodule(name).eval()
@@ -164,83 +164,88 @@ class Method(nn.Module):
     # -- training ------------------------------------------------------------------------------------------------------
 
     def forward(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
-        """The loss of one phase. `forward` is the loss, so that a distributed wrapper sees every gradient.
+        """The loss of one phase. It is `forward`, so that a distributed wrapper (DDP, FSDP) sees every gradient.
 
         batch: "image" (B, C, H, W) float in [-1, 1] (absent unless `needs_images`), "label" (B,) int64 and "index" (B,)
         int64, the images' positions in the training set.
         Returns {"loss": scalar with gradient, "<name>": detached scalars to log}.
-        All randomness comes from torch's global generator, which the trainer has just reseeded;
-        by convention `forward` makes its draws first and hands them to a pure `objective`.
+        All random numbers come from torch's global generator, which the trainer reseeds before each call.
+        By convention `forward` draws them first and passes them to `objective`, which draws none.
         """
         raise NotImplementedError
 
     def parameters_of(self, phase: str) -> list[ParamGroup]:
-        """The parameters that the optimizer of this phase steps; default: every parameter that requires a gradient."""
+        """The parameters that the optimizers of this phase update; default: all that require a gradient."""
         return [ParamGroup([p for p in self.parameters() if p.requires_grad])]
 
     def begin_step(self, images_seen: int) -> None:
-        """Called once at the beginning of every training step, before its phases: `forward` may depend on the images
-        seen so far (an adversarial term that starts late), and what the phases of one step share may be forgotten here.
-        Does nothing unless a method overrides it.
+        """The trainer calls this once at the beginning of every training step, before its phases.
+
+        A method may note the images seen so far here, if `forward` depends on them (an adversarial term that starts
+        late), and clear values that the phases of one step share. The default does nothing.
         """
 
     def phase_active(self, phase: str, images_seen: int) -> bool:
-        """Whether the phase is stepped at this point ("the discriminator starts at image N").
+        """Whether the trainer runs this phase at this point (for example, the discriminator starts at image N).
 
-        A pure query: to ask it, or not, changes no loss.
+        It has no side effects: calling it changes no loss.
         """
         return True
 
     def turning_points(self) -> list[int]:
-        """Images seen after which a training step executes something else than before (a discriminator starts),
-        for counting what training costs.
+        """Numbers of images seen at which the work of a training step changes (a discriminator starts, for example).
+
+        The program counts the cost of training separately between them.
         """
         return []
 
     def schedule_images(self, phase: str, images_seen: int) -> int:
-        """The images that the phase's learning-rate schedule has seen;
-        a discriminator that starts late starts its own warm-up then.
+        """The position in the phase's learning-rate schedule, in images.
+
+        A discriminator that starts late begins its warm-up at that point.
         """
         return images_seen
 
     def before_training(self, batches: Iterator[Batch]) -> None:
-        """Called once before step 0 of a fresh run (latent statistics into buffers), under the training's autocast.
+        """The trainer calls this once before step 0 of a fresh run, under the training's autocast; not after a resume.
 
-        Not called on resume.
-
-        batches: endless, the micro-batches of all processes. Nothing is read before the first one is asked for.
+        A method may measure latent statistics here and store them in buffers.
+        batches: endless, the micro-batches of all processes. No data is read before the first `next`.
         """
 
     def after_training(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
-        """Called once after the last step, before its checkpoint is written,
-        with the evaluated average in place and in evaluation mode; `batches` as in `before_training`.
-        Returns buffers by name that were measured with these weights (moments of latents); they go into the checkpoint.
+        """The trainer calls this once after the last step, before it writes that checkpoint.
+
+        The method then holds the averaged weights that are evaluated and is in evaluation mode.
+        batches: see `before_training`.
+        Returns buffers, by name, measured with these weights (moments of latents); the checkpoint stores them.
         """
         return {}
 
     def check_micro_batch(self, images: int) -> None:
-        """Called before the training, with the images that a process takes at once.
+        """The program calls this before training with the micro-batch size of one process.
 
-        UserError where the loss needs another number.
+        Raises UserError if the loss does not work with this size.
         """
 
     def after_step(self, step: int) -> None:
-        """Called after the optimizers of a step (a teacher that is part of the loss).
+        """The trainer calls this after the optimizers of a step (to update a teacher in the loss, for example).
 
-        State goes into buffers or parameters.
+        Any state must be in buffers or parameters, because checkpoints store nothing else.
         """
 
     def alarms(self, means: Mapping[str, float]) -> dict[str, str]:
-        """What the user must know at once, name -> sentence, from the means of what `forward` reports (with "<phase>/"
-        before the names where there are several phases). The trainer asks when it writes a log line,
-        and prints each name once.
+        """Warnings that the user must see at once, name -> sentence.
+
+        means: means of the scalars that `forward` reports, with "<phase>/" before their names if there are several
+        phases. The trainer calls this when it writes a log line, and prints each name once.
         """
         return {}
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the trainer's EMAs follow; default: all trainable ones.
 
-        A discriminator leaves itself out.
+        A method with a discriminator excludes the discriminator's parameters.
         """
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
@@ -249,49 +254,52 @@ class Method(nn.Module):
         return []
 
     def frozen_blocks(self) -> list[nn.Module]:
-        """Blocks that training runs and never trains, for example of a target's copy of the network.
+        """Blocks that training runs but never trains, for example those of a target copy of the network.
 
-        They are compiled as `blocks` are, but not recomputed, since they keep nothing for a backward pass, not sharded,
-        since `after_step` writes them, and not listened to.
+        The trainer compiles them like `blocks`. It does not recompute them, because they keep nothing for a backward
+        pass, and does not shard them, because `after_step` writes them. Probes ignore them.
         """
         return []
 
     def probe(self, images: Tensor, time: float) -> None:
-        """One forward pass on images noised to `time` without their class,
-        for those who listen to `blocks()` (`pixlat study hidden-states`).
+        """Runs one forward pass on images noised to `time`, without their class.
+
+        `pixlat study hidden-states` hooks `blocks()` and reads their outputs during this pass.
         """
         raise UserError(
-            f"{type(self).__name__} has no probe(images, time), the forward pass on noised images "
-            "whose blocks are listened to."
+            f"{type(self).__name__} does not implement probe(images, time), the forward pass on noised images "
+            "during which the outputs of its blocks are read. Implement it, or study another method."
         )
 
     # -- sampling ------------------------------------------------------------------------------------------------------
 
     def sample(self, labels: Tensor, noise: Noise, config: Any) -> Tensor:
-        """Images (B, C, H, W) float, nominally in [-1, 1] and not clamped, for labels (B,) int64;
-        `config` is the method's Sample dataclass.
+        """Generates images (B, C, H, W) float, nominally in [-1, 1] and not clamped, for labels (B,) int64.
+
+        config: an instance of the method's Sample dataclass.
         """
         raise NotImplementedError
 
     def evaluations(self, config: Any) -> int:
-        """Velocity (or score, or one-step) evaluations per image with this sample config;
-        guidance branches do not count twice.
+        """Velocity (or score, or one-step) evaluations per image with this sample config.
+
+        Two branches of guidance at the same point count as one evaluation.
         """
         raise NotImplementedError
 
     def sampling_networks(self) -> dict[str, nn.Module]:
-        """The networks that sampling may call, by name; cost counting hooks them to count executed forwards.
+        """The networks that sampling may call, by name; a decoder must have the name "decoder".
 
-        Decoders are called "decoder".
+        The program hooks them to count their forward passes.
         """
         raise NotImplementedError
 
     def describe(self, config: Any) -> Description:
-        """The method and this sample config in the leaderboard's words."""
+        """Describes the method and this sample config for the leaderboard."""
         raise NotImplementedError
 
     def components(self) -> tuple[Component, ...]:
-        """The external sub-modules as `Description.pretrained` lists them, in the order of their declaration."""
+        """The external sub-modules in the form of `Description.pretrained`, in the order of `external`."""
         return tuple(self._component(module, listed) for module, listed in self.external.items())
 
     def _component(self, module: str, listed: Pretrained) -> Component:
@@ -306,7 +314,7 @@ class Method(nn.Module):
         return getattr(self.get_submodule(module), "sha256", None)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] to the space in which the method generates; the identity for pixel methods."""
+        """Maps images (B, C, H, W) in [-1, 1] to the space in which the method generates; identity by default."""
         return images
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -316,5 +324,8 @@ class Method(nn.Module):
     # -- released weights ----------------------------------------------------------------------------------------------
 
     def from_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The authors' released names to ours. Any missing, extra or misshapen key is a UserError that lists it."""
+        """Renames the authors' released tensors to ours.
+
+        Raises UserError with the list of all missing, extra and misshapen keys.
+        """
         raise NotImplementedError

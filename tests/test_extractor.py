@@ -93,7 +93,7 @@ def test_names_map_strictly():
     assert {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in expected.items()}
     # passes, so that the strict load refuses it
     assert "unknown.weight" in lite0.rename({"unknown.weight": torch.zeros(1)})
-    with pytest.raises(UserError, match="one block more"):
+    with pytest.raises(UserError, match="more blocks than"):
         lite0.rename({"_blocks.16._bn1.weight": torch.zeros(1)})
 
 

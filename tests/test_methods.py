@@ -208,7 +208,7 @@ def test_cost_is_counted_and_evaluations_are_those_executed(run, method):
 def test_the_blocks_of_every_generator_can_be_listened_to(method):
     images = batch(4)["image"]
     if method.task == "reconstruction":
-        with pytest.raises(UserError, match="no probe"):
+        with pytest.raises(UserError, match="does not implement probe"):
             method.probe(images, 0.5)
         return
     seen = {}

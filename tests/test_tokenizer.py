@@ -145,7 +145,7 @@ def test_unknown_tokenizers(tmp_path):
     with pytest.raises(UserError, match="Did you mean 'sd-ft-ema'"):
         build_tokenizer("sd-ft-em")
     (tmp_path / "config.yaml").write_text("model: {depth: 3}\n")
-    with pytest.raises(UserError, match="something else than an autoencoder"):
+    with pytest.raises(UserError, match="is not the run folder of an autoencoder"):
         build_tokenizer(str(tmp_path))
 
 

@@ -1,1 +1,1 @@
-"""What a method costs, counted without data: multiply-accumulates, parameters and memory."""
+"""Counts the cost of a method without data: multiply-accumulates, parameters and memory."""

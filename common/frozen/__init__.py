@@ -1,1 +1,1 @@
-"""Networks that a method uses and does not train: encoders, tokenizers, perceptual distances."""
+"""Networks that a method uses but does not train: encoders, tokenizers and perceptual distances."""

@@ -1,5 +1,6 @@
-"""What all networks share that were trained elsewhere and are only looked through here: no gradients,
-their layout on GPUs, their compilation.
+"""The base class of networks that were trained elsewhere and are used here without training them.
+
+It switches gradients off, sets the memory layout on GPUs and names the parts to compile.
 """
 
 from __future__ import annotations
@@ -15,48 +16,50 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 
 
 class Frozen(nn.Module):
-    """A network without gradients for its weights and always in evaluation mode.
+    """A network whose weights get no gradients and which is always in evaluation mode.
 
-    It is built without weights, so that costs can be counted where no file is, and `load` puts them in place.
+    The constructor creates it without weights, so that costs can be counted without the file; `load` reads them.
     Subclasses set `sha256` in `load`.
-    On GPUs the weights of its convolutions lie channels-last, which their fastest kernels read; on CPUs,
-    where that is not faster, they stay as loaded.
+    On GPUs the weights of the convolutions are stored channels-last, because the fastest kernels need that.
+    On CPUs this is not faster, so they stay as loaded.
     """
 
-    sha256: str | None = None  # of the weights' file, once loaded
+    sha256: str | None = None  # digest of the weight file, once loaded
 
     def load(self) -> None:
-        """Reads the weights from their file; a missing file is a UserError that says what to get.
+        """Reads the weights from their file; raises UserError with what to get if the file is missing.
 
-        Call it before moving to a device.
+        Call it before you move the network to a device.
         """
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in evaluation mode, whatever module contains it."""
+        """Stays in evaluation mode, even if the module that contains it is set to training mode."""
         return super().train(False)
 
     def working_parts(self) -> Sequence[tuple[nn.Module, str]]:
-        """(module, name of its function) of what does the work, for `compile_frozen`; tensors go in and out,
-        and nothing is decided there.
+        """The functions that do most of the work, as (module, function name), for `compile_frozen`.
+
+        They map tensors to tensors without branches on data.
         """
         return ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `to`, `cuda` and the containing module's `to` call."""
+        """Extends the hook that `to`, `cuda` and the containing module's `to` call."""
         super()._apply(fn, recurse)
         if any(p.is_cuda for p in self.parameters()):
             lay_channels_last(self)
         return self
 
     def num_parameters(self) -> int:
-        """Numbers in its weights."""
+        """The number of parameters."""
         return sum(p.numel() for p in self.parameters())
 
 
 def lay_channels_last(module: nn.Module) -> None:
-    """Lays the weights of all convolutions out channels-last, in place; the numbers,
-    hence digests and results but for rounding, stay the same.
+    """Stores the weights of all convolutions channels-last, in place.
+
+    The values and so the digests stay the same; results may differ by rounding.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
@@ -64,11 +67,10 @@ def lay_channels_last(module: nn.Module) -> None:
 
 
 def skeleton(make: Callable[[], Any]) -> Any:
-    """`make()` without weights: on the meta device, so nothing is initialised and an unloaded network
-    cannot be mistaken for a loaded one.
+    """Calls `make` on the meta device: nothing is initialised, and nobody mistakes the network for a loaded one.
 
-    Where memory is estimated with fake tensors, its own are made fake too;
-    libraries compute with real ones while they build.
+    While memory is estimated with fake tensors, the network gets fake tensors instead. They are created after `make`,
+    because libraries compute with real tensors while they build a network.
     """
     with unset_fake_temporarily(), torch.device("meta"):
         module = make().requires_grad_(False).eval()

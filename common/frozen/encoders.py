@@ -1,13 +1,13 @@
-"""Frozen encoders whose tokens methods generate (RAE) or are aligned with (REPA, REG, DSD), behind one interface.
+"""Frozen encoders with one interface. Methods generate their tokens (RAE) or align with them (REPA, REG, DSD).
 
-embedded                   EfficientNet-Lite0 at 128 px, inside the package: 112 channels on 8 x 8 positions
+embedded                   EfficientNet-Lite0 at 128 px, needs no download: 112 channels on 8 x 8 positions
 dinov2-reg-s, -b, -l       DINOv2 with registers (transformers), as RAE uses them
 siglip2-b, mae-b           SigLIP2 and MAE (transformers), as RAE uses them
 timm-dinov2-s, -b, -l, -g  DINOv2 without registers (timm), as REPA and REG use them
 timm-dinov3-s, -b, -l      DINOv3 (timm)
 
-RAE's encoders end in a LayerNorm without weight and bias, so that every token has mean 0 and variance
-1 over channels; timm's keep theirs.
+RAE's encoders end in a LayerNorm without weight and bias, so every token has mean 0 and variance 1 over channels.
+The timm encoders keep the weight and bias of their last LayerNorm.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from pixlat.common.maths.float32 import without_autocast
 
 
 class EmbeddedEncoder(RepresentationEncoder):
-    """EfficientNet-Lite0 at 128 px: its fifth stage through a LayerNorm over channels without weight and bias (eps
-    1e-6), as RAE ends its encoders.
+    """EfficientNet-Lite0 at 128 px, in float32. The tokens are its fifth stage.
 
-    The pooled features are the last stage's mean over positions (320), as they are. Computes in float32.
+    Like RAE's encoders it ends in a LayerNorm over channels without weight and bias (eps 1e-6).
+    The pooled features are the mean of the last stage over positions (320 channels), not normalised.
     """
 
     def __init__(self, name: str = "embedded") -> None:
@@ -50,7 +50,7 @@ class EmbeddedEncoder(RepresentationEncoder):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """The tokens (B, 112, 8, 8), without the stages behind them."""
+        """The tokens (B, 112, 8, 8); the later stages are not computed."""
         return self._normalised(self._stages(images, lite0.TEACHER_STAGE + 1)[-1])
 
     def working_parts(self) -> list[tuple[nn.Module, str]]:
@@ -65,13 +65,14 @@ class EmbeddedEncoder(RepresentationEncoder):
 
 
 def encoder_names() -> list[str]:
-    """Every encoder that `build_encoder` knows."""
+    """The names that `build_encoder` accepts."""
     return ["embedded", *HUB_ENCODERS, *TIMM_ENCODERS]
 
 
 def build_encoder(name: str, weights: str | None = None) -> RepresentationEncoder:
-    """A frozen encoder by name, without weights until `load`. weights:
-    a file or folder in the place of the Hugging Face cache.
+    """Builds a frozen encoder by name; it has no weights before `load`.
+
+    weights: a file or folder to read instead of the Hugging Face cache.
     """
     if name == "embedded":
         return EmbeddedEncoder()

@@ -1,4 +1,4 @@
-"""Encoders whose networks the package timm builds."""
+"""Frozen encoders from the package timm."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TimmEncoderSpec:
     repository: str
     licence: str
     patch: int
-    options: dict[str, Any] = field(default_factory=dict)  # of the architecture
+    options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the architecture
 
     def make(self, **options: Any) -> nn.Module:
         """The network with random weights, for images of any size."""
@@ -55,10 +55,10 @@ TIMM_ENCODERS = {f"timm-dinov2-{letter}": _timm(size, 2) for letter, size in TIM
 
 
 class TimmEncoder(RepresentationEncoder):
-    """REPA's procedure: normalise, then bicubic resize without antialiasing to `patch` pixels for each 16;
-    the final LayerNorm keeps its affine.
+    """An encoder that is used as in REPA: normalise the image, resize it, keep the affine of the final LayerNorm.
 
-    Position tables are resampled bicubically with antialiasing from the trained grid, prefix apart.
+    The resize is bicubic without antialiasing, to `patch` pixels for every 16 pixels of the image.
+    Position tables are resampled from the trained grid, bicubically with antialiasing, without the prefix tokens.
     """
 
     def __init__(self, name: str, spec: TimmEncoderSpec, weights: str | None = None) -> None:
@@ -84,7 +84,7 @@ class TimmEncoder(RepresentationEncoder):
         self.sha256 = sha256_of(file)
 
     def _compute_tables(self) -> None:
-        """Fills the buffers that are in no file (DINOv3's rotary periods) from a network of one block."""
+        """Fills the buffers that no file contains (DINOv3's rotary periods); a network of one block computes them."""
         if not any(buffer.is_meta for buffer in self.network.buffers()):
             return
         with torch.random.fork_rng(devices=[]):

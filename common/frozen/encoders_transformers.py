@@ -1,4 +1,4 @@
-"""Encoders whose networks the package transformers builds: DINOv2, SigLIP2, MAE and others."""
+"""Frozen encoders from the package transformers: DINOv2, SigLIP2 and MAE."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from pixlat.common.weights.tensors import read_tensors
 
 @dataclass(frozen=True)
 class HubEncoder:
-    """An encoder of the transformers library: where its weights are and how RAE feeds and reads it."""
+    """An encoder of the transformers library: where its weights are, and how RAE prepares its input and output."""
 
     repository: str
     licence: str
-    family: str  # of the library's classes: <family>Config, <family>Model
+    family: str  # beginning of the library's class names: <family>Config, <family>Model
     config: dict[str, Any]
-    final_norm: str  # the module that loses weight and bias
+    final_norm: str  # name of the last norm, whose weight and bias are removed
     patch: int
-    prefix_tokens: int  # dropped: the class token first, then registers
-    unwanted: tuple[str, ...] = ()  # how names begin in its file that belong to other networks
+    prefix_tokens: int  # tokens to drop at the beginning: the class token, then registers
+    unwanted: tuple[str, ...] = ()  # prefixes of names in its file that belong to other networks
     pixel_mean: Triple = IMAGENET_MEAN
     pixel_std: Triple = IMAGENET_STD
 
@@ -89,11 +89,10 @@ HUB_ENCODERS = {
 
 
 class TransformersEncoder(RepresentationEncoder):
-    """RAE's procedure: bicubic resize without antialiasing, normalise,
-    all tokens through a final LayerNorm without weight and bias.
+    """An encoder that is used as in RAE: resize bicubically without antialiasing, normalise, encode.
 
-    Networks with patches of 14 pixels see the image at 14/16 of its size (224 for 256, 448 for 512),
-    so every encoder has a token for 16 pixels.
+    All tokens pass a final LayerNorm without weight and bias. Networks with patches of 14 pixels get the image
+    at 14/16 of its size (224 for 256, 448 for 512), so every encoder has one token for 16 x 16 pixels.
     """
 
     def __init__(self, name: str, spec: HubEncoder, weights: str | None = None) -> None:
@@ -145,14 +144,14 @@ class TransformersEncoder(RepresentationEncoder):
         options: dict[str, Any] = (
             {} if self.spec.family == "Dinov2WithRegisters" else {"interpolate_pos_encoding": True}
         )
-        if self.spec.family == "ViTMAE":  # sorts the patches by this noise: equal to their order, it moves none
+        if self.spec.family == "ViTMAE":  # it sorts the patches by this noise; ascending numbers keep their order
             options["noise"] = torch.arange(count, device=pixels.device, dtype=torch.float32).expand(len(pixels), -1)
         tokens: Tensor = self.network(pixels, **options).last_hidden_state
         return tokens
 
 
 def _classes(family: str) -> tuple[type, Any]:
-    """The configuration and the model class of a family."""
+    """The configuration class and the model class of a family."""
     try:
         import transformers
     except ModuleNotFoundError as error:
@@ -161,8 +160,9 @@ def _classes(family: str) -> tuple[type, Any]:
 
 
 def _from_state(model: Any, config: Any, state: dict[str, Tensor], file: Path) -> Any:
-    """The library's own loading of a state, which knows the names that its older versions wrote;
-    incomplete or misshapen weights are a UserError.
+    """Loads a state by the library's own loader, because that knows the names that older versions wrote.
+
+    Raises UserError if weights are missing, unexpected or misshapen.
     """
     try:
         with _quiet():
@@ -182,7 +182,7 @@ def _from_state(model: Any, config: Any, state: dict[str, Tensor], file: Path) -
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's progress bar and reports: what they say becomes an error or is nothing."""
+    """Silences the library's progress bar and reports: `_from_state` turns the relevant part into an error."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -22,13 +22,12 @@ from pixlat.common.weights.tensors import read_tensors
 
 
 def export_tokenizer(folder: Path, file: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes the autoencoder of a run folder as `file` (float16 weights)
-    with a card beside it (.json), which it returns.
+    """Writes the autoencoder of a run folder as `file` (float16 weights) with a card beside it (.json).
 
-    The card holds the sizes and the recipe, the digest, and what the stored weights do with the run's own data:
-    the moments of the latents of all training images and the mean PSNR of the held-out ones. From the run's record it
-    takes what its training cost, which the records of generators that use the weights list as a parent: MACs, images,
-    seconds of devices, and the networks of others that took part.
+    Returns the card. It holds the sizes, the recipe, the digest and two measurements of the stored weights on the
+    run's data: the moments of the latents of all training images, and the mean PSNR of the held-out images.
+    The training cost comes from the run's record: MACs, images, device seconds and pretrained networks.
+    A generator that uses these weights lists that cost in its record.
     """
     run = run_weights(folder)
     names = ("encoder.", "decoder.")
@@ -62,7 +61,7 @@ def _pixels(images: ImageSet, batch: int = 64) -> Iterator[Tensor]:
 
 
 def _latent_moments(tokenizer: Tokenizer, images: ImageSet) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of the posterior's samples over all images and positions."""
+    """Mean and standard deviation (C,) of samples from the posterior, over all images and positions."""
     first, second = [], []
     for pixels in _pixels(images):
         mean, std = tokenizer.encode_moments(pixels)
@@ -73,11 +72,12 @@ def _latent_moments(tokenizer: Tokenizer, images: ImageSet) -> tuple[Tensor, Ten
 
 
 def _mean_psnr(tokenizer: Tokenizer, images: ImageSet) -> float:
-    """Mean over images of -10 log10 of the mean squared error on the [0, 1] scale, in dB,
-    through the posterior's mean.
+    """Mean PSNR over images in dB: -10 log10 of the mean squared error on the [0, 1] scale.
+
+    The decoder gets the posterior's mean.
     """
-    found = []
+    psnr = []
     for pixels in _pixels(images):
         rebuilt = tokenizer.decode(tokenizer.normalise(tokenizer.encode_moments(pixels)[0])).clamp(-1, 1)
-        found.append(-10 * ((rebuilt - pixels) / 2).square().mean(dim=(1, 2, 3)).log10())
-    return torch.cat(found).mean().item()
+        psnr.append(-10 * ((rebuilt - pixels) / 2).square().mean(dim=(1, 2, 3)).log10())
+    return torch.cat(psnr).mean().item()

@@ -1,9 +1,9 @@
-"""Perceptual distances between images, one number a pair, and the crops under which pMF compares.
+"""Perceptual distances between images, one number per pair.
 
-Every distance is a frozen network with `load()`; called with two image batches (B, 3, H, W) in [-1, 1],
-not clamped, it returns (B,), differentiable in both. All compute in float32 whatever autocast says: they subtract
-features that are nearly equal. On GPUs the products of that float32 are what the run's precision makes of it:
-TF32 under train.precision=tf32. Convolutions follow cuDNN's own switch, which PyTorch leaves at TF32.
+Every distance is a frozen network with `load()`. It takes two image batches (B, 3, H, W) in [-1, 1], not clamped,
+and returns (B,), differentiable in both. All distances compute in float32 even under autocast, because they subtract
+nearly equal features. On GPUs, train.precision=tf32 turns their matrix products into TF32. Convolutions follow
+cuDNN's own setting, which PyTorch leaves at TF32.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from pixlat.common.weights.tensors import load_strictly, read_tensors
 
 
 def unit_channels(features: Tensor) -> Tensor:
-    """Features (B, C, H, W) with the channels of each position at length 1;
-    the gradient of a zero vector is zero, not NaN.
+    """Scales the channel vector of each position of (B, C, H, W) to length 1.
+
+    The gradient at a zero vector is zero, not NaN.
     """
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 
@@ -42,8 +43,9 @@ LPIPS_HEADS = "weights/v0.1/vgg.pth"
 
 
 class Lpips(Frozen):
-    """LPIPS v0.1 on VGG16 (arXiv 1801.03924): weighted squared difference of unit-length features,
-    mean over positions, sum over five layers.
+    """LPIPS v0.1 on VGG16 (arXiv 1801.03924).
+
+    The weighted squared difference of unit-length features, averaged over positions and summed over five layers.
     """
 
     mean: Tensor
@@ -61,7 +63,7 @@ class Lpips(Frozen):
         )
         for module in self.features:
             if isinstance(module, nn.ReLU):
-                module.inplace = False  # a tapped map must survive
+                module.inplace = False  # the features before it may be one of the five compared maps
         self.register_buffer("mean", 2 * channel_constants(IMAGENET_MEAN) - 1, persistent=False)
         self.register_buffer("std", 2 * channel_constants(IMAGENET_STD), persistent=False)
         self.eval()
@@ -88,16 +90,16 @@ class Lpips(Frozen):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """The unit-length features of the five layers."""
-        x, found = (images - self.mean) / self.std, []
+        x, maps = (images - self.mean) / self.std, []
         for index, layer in enumerate(self.features):
             x = layer(x)
             if index in VGG16_TAPS:
-                found.append(unit_channels(x))
-        return found
+                maps.append(unit_channels(x))
+        return maps
 
 
 def lpips_heads() -> dict[str, Tensor]:
-    """The learned layer weights inside the package lpips, which is not imported for them."""
+    """The learned layer weights from the files of the package lpips, without importing the package."""
     spec = importlib.util.find_spec("lpips")
     if spec is None or spec.origin is None:
         raise UserError(
@@ -126,7 +128,7 @@ CONVNEXT_RENAMES = (
 class ConvNeXtDistance(Frozen):
     """Sum of squared differences of ConvNeXt V2-B's pooled, normalised features (1024), as in pMF.
 
-    The network sees the image in [-1, 1] as it is, without ImageNet's mean and deviation: pMF's code feeds it so.
+    As in pMF's code, the network gets the image in [-1, 1] directly, not normalised by ImageNet's mean and deviation.
     """
 
     def __init__(
@@ -149,9 +151,7 @@ class ConvNeXtDistance(Frozen):
         self.sha256 = sha256_of(file)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """(B,) for images (B, 3, H, W) of at least 32 pixels a side;
-        224 is the size that the network was trained for.
-        """
+        """(B,) for images (B, 3, H, W) of at least 32 pixels a side; the network was trained at 224."""
         with without_autocast(x):
             return (self.network(x.float()) - self.network(y.float())).square().sum(dim=1)
 
@@ -160,10 +160,9 @@ class ConvNeXtDistance(Frozen):
 
 
 def convnext_v2(depths: Sequence[int], widths: Sequence[int]) -> nn.Module:
-    """timm's ConvNeXt V2 without classifier: every LayerNorm with eps 1e-6, exact GELU,
-    mean over positions before the last norm.
+    """timm's ConvNeXt V2 without classifier: LayerNorms with eps 1e-6, exact GELU, mean pooling before the last norm.
 
-    Its global response norm takes sqrt(sum x^2 + 1e-6) as in the reference, which libraries leave at sqrt(sum x^2).
+    We replace its global response norm: the reference has sqrt(sum x^2 + 1e-6), the library sqrt(sum x^2).
     """
     from timm.models.convnext import ConvNeXt
 
@@ -175,8 +174,9 @@ def convnext_v2(depths: Sequence[int], widths: Sequence[int]) -> nn.Module:
 
 
 class GlobalResponseNorm(nn.Module):
-    """ConvNeXt V2's x + weight x N(x) + bias with N the norm over positions,
-    divided by its mean over channels; x is (B, H, W, C).
+    """ConvNeXt V2's x + weight x N(x) + bias for x (B, H, W, C).
+
+    N is the norm over positions, divided by its mean over channels.
     """
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
@@ -190,7 +190,7 @@ class GlobalResponseNorm(nn.Module):
 
 
 def rename_convnext(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A released state under timm's names, without its classifier."""
+    """Renames a released state to timm's names and drops the classifier."""
     renamed = {}
     for name, tensor in state.items():
         for pattern, replacement in CONVNEXT_RENAMES:
@@ -205,15 +205,16 @@ EMBEDDED_STAGES = (0, 1, 2, 4)  # 16, 24, 40 and 112 channels at 1/2, 1/4, 1/8 a
 
 
 class EmbeddedDistance(Frozen):
-    """A perceptual distance that needs no download: EfficientNet-Lite0's features in the place of VGG's.
+    """A perceptual distance that needs no download: it uses EfficientNet-Lite0 instead of VGG.
 
-    The mean over four stages of the squared difference of unit-length features, averaged over positions as in LPIPS,
-    plus that of the deepest one after pooling, which forgets places as pMF's ConvNeXt term does. Two unrelated images
-    are about 2 apart. The evaluator's features (the last stage) are left out, lest the loss be the score.
+    It is the sum of two terms. The first is the squared difference of unit-length features, averaged over positions
+    as in LPIPS and over four stages. The second is that difference for the deepest stage after pooling; like pMF's
+    ConvNeXt term it ignores positions. Two unrelated images have a distance of about 2. The last stage is left out,
+    because the evaluator scores with it.
     """
 
     def __init__(self, size: int = EMBEDDED_SIZE) -> None:
-        """size: pixels at which images are compared, a multiple of 16; cost grows with its square."""
+        """size: side in pixels to which images are resized, a multiple of 16; the cost grows with its square."""
         super().__init__()
         self.size = size
         self.network = EfficientNetLite0(loaded=False)
@@ -234,8 +235,9 @@ class EmbeddedDistance(Frozen):
         return [(self.network, "stages")]
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """The features of the compared stages; images are resized as by the evaluator but not clipped,
-        which would stop gradients.
+        """The features of the compared stages.
+
+        Images are resized as in the evaluator, but not clipped, because clipping would stop gradients.
         """
         if images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(
@@ -246,9 +248,9 @@ class EmbeddedDistance(Frozen):
 
 
 def build_distance(name: str, weights: str | None) -> Frozen | None:
-    """The perceptual distance of this name, not yet loaded: embedded, lpips or convnext; for none, None.
+    """Builds the perceptual distance "embedded", "lpips" or "convnext" without loading it; for "none" returns None.
 
-    weights: the file of LPIPS's or ConvNeXt's network or its folder; None for the usual caches.
+    weights: the file or folder of the VGG16 (lpips) or ConvNeXt weights; None for the usual caches.
     """
     if name == "none":
         return None

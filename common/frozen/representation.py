@@ -1,4 +1,4 @@
-"""The interface of a frozen encoder whose tokens methods generate (RAE) or are aligned with (REPA, REG, DSD)."""
+"""The interface of frozen encoders. Methods generate their tokens (RAE) or align with them (REPA, REG, DSD)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ NORM_EPS = 1e-6
 
 
 class Representation(NamedTuple):
-    """What an encoder sees in images, float32."""
+    """The output of an encoder for a batch of images, in float32."""
 
     tokens: Tensor  # (B, C, h, w), rows first
-    pooled: Tensor  # (B, C'): the class token, or where there is none a mean over positions
+    pooled: Tensor  # (B, C'): the class token, or a mean over positions if the encoder has none
 
 
 class RepresentationEncoder(Frozen):
-    """Images (B, 3, S, S) in [-1, 1] to tokens. No gradient passes, and the blocks run under the caller's autocast."""
+    """Maps images (B, 3, S, S) in [-1, 1] to tokens, without gradients; the blocks run under the caller's autocast."""
 
     mean: Tensor
     std: Tensor
@@ -32,20 +32,18 @@ class RepresentationEncoder(Frozen):
     ) -> None:
         super().__init__()
         self.name = name
-        self.channels = channels  # of a token
+        self.channels = channels  # channels of one token
         self.pooled_channels = channels
         self.pixel_mean, self.pixel_std = pixel_mean, pixel_std  # of the network's input, for RGB in [0, 1]
         self.register_buffer("mean", channel_constants(pixel_mean), persistent=False)
         self.register_buffer("std", channel_constants(pixel_std), persistent=False)
 
     def grid(self, image_size: int) -> int:
-        """Tokens a side for square images of `image_size` pixels;
-        a size that the encoder cannot divide is a UserError.
-        """
+        """Tokens per side for square images of `image_size` pixels; UserError if the encoder cannot divide the size."""
         raise NotImplementedError
 
     def represent(self, images: Tensor) -> Representation:
-        """Tokens and pooled features of images (B, 3, S, S) in [-1, 1], in one pass."""
+        """Tokens and pooled features of images (B, 3, S, S) in [-1, 1], by one forward pass."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
@@ -58,15 +56,13 @@ class RepresentationEncoder(Frozen):
 
 
 def as_map(tokens: Tensor) -> Tensor:
-    """Tokens (B, N, C) of a square, rows first, to (B, C, h, w)."""
+    """Reshapes tokens (B, N, C) of a square grid, rows first, to (B, C, h, w)."""
     side = round(tokens.shape[1] ** 0.5)
     return tokens.transpose(1, 2).unflatten(2, (side, side)).float()
 
 
 def resize_bicubic(images: Tensor, size: int) -> Tensor:
-    """To size x size by bicubic interpolation without antialiasing and without clipping,
-    as the papers' encoders are fed; in float32.
-    """
+    """Resizes to size x size, bicubically in float32, without antialiasing and clipping, as the papers do."""
     if images.shape[-2:] == (size, size):
         return images
     return F.interpolate(images.float(), size=(size, size), mode="bicubic", align_corners=False)
@@ -75,7 +71,7 @@ def resize_bicubic(images: Tensor, size: int) -> Tensor:
 def grid_of_16(name: str, image_size: int) -> int:
     if image_size % 16:
         raise UserError(
-            f"the encoder {name} has a token for 16 x 16 pixels, and data.image_size={image_size} "
-            "is not a multiple of 16."
+            f"the encoder {name} has one token for 16 x 16 pixels, but data.image_size={image_size} "
+            "is not a multiple of 16. Choose a size that is."
         )
     return image_size // 16

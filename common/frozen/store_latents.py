@@ -25,7 +25,7 @@ SHARD_IMAGES = 16_384
 
 
 def encoder_digest(tokenizer: Tokenizer) -> str:
-    """SHA-256 over the encoder's tensors. Two tokenizers that differ in the decoder only have the same."""
+    """SHA-256 of the encoder's tensors; two tokenizers that differ only in the decoder have the same digest."""
     hasher = hashlib.sha256()
     for name, tensor in sorted(tokenizer.encoder.state_dict().items()):
         hasher.update(f"{name} {tuple(tensor.shape)}\n".encode())
@@ -41,12 +41,11 @@ def write_latents(
     dtype: str = "float32",
     shard_images: int = SHARD_IMAGES,
 ) -> LatentCard:
-    """Encodes every image and its mirror image on the tokenizer's device.
+    """Encodes every image and its mirror image on the tokenizer's device and writes the moments to shards.
 
-    Shards that are whole are kept, so the command can be repeated.
-
-    The card is written last: a folder without one is not finished,
-    and one of other images or of another encoder is refused.
+    If the command was interrupted, it can be repeated: it keeps shards that are complete. It writes the card last,
+    so a folder without a card is not finished. Raises UserError if the folder holds latents of other images or of
+    another encoder.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
@@ -77,7 +76,7 @@ def write_latents(
 def _write_shard(
     file: Path, images: ImageSet, tokenizer: Tokenizer, indices: NDArray[np.int64], batch: int, dtype: str
 ) -> None:
-    """(images, 2, 2 C, h, h): axis 1 is the image and its mirror image."""
+    """Writes one shard (images, 2, 2 C, h, h); axis 1 holds the image and its mirror image."""
     side = images.image_size // tokenizer.factor
     with mapped.new_shard(file, (len(indices), 2, 2 * tokenizer.channels, side, side), dtype) as array:
         for start in range(0, len(indices), batch):
@@ -97,11 +96,12 @@ def _moments_of(images: ImageSet, tokenizer: Tokenizer, indices: NDArray[np.int6
 
 
 def check_encoder(encoder_sha256: str | None, tokenizer: Tokenizer) -> None:
-    """UserError unless moments of the encoder with this digest are this tokenizer's;
-    None (files that do not say) is taken as it is.
+    """Raises UserError if stored moments with this digest come from another encoder than this tokenizer's.
+
+    None (files without a digest) passes.
     """
     if encoder_sha256 not in (None, encoder_digest(tokenizer)):
         raise UserError(
             f"The stored latents come from another encoder than model.tokenizer={tokenizer.name}. "
-            "Prepare them again with this one."
+            "Prepare them again with this one (`pixlat prepare latents`)."
         )

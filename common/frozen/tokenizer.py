@@ -1,11 +1,11 @@
-"""Frozen KL autoencoders: images to Gaussian moments, latents to images, one interface for three origins.
+"""Frozen KL autoencoders with one interface: images to Gaussian moments, and latents to images.
 
-embedded               our own small one, trained on emoji32 and part of the package (common/data/autoencoder32.*)
+embedded               our small one, trained on emoji32 and part of the package (common/data/autoencoder32.*)
 sd-ft-ema, sd-ft-mse   Stable Diffusion's (diffusers' AutoencoderKL), from the Hugging Face cache or a given folder;
-                       they differ in the decoder only
-a run folder           one that this suite trained
+                       they differ only in the decoder
+a run folder           an autoencoder that pixlat trained
 
-Latents are normalised: what a generator sees is (z - shift) * scale, per channel.
+Generators get normalised latents: (z - shift) * scale, per channel.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pixlat.common.weights.tensors import load_strictly, read_tensors
 
 CARD = Path(AUTOENCODERS["embedded"])
 EMBEDDED = CARD.with_suffix(".safetensors")
-TRAIN = "train"  # a stage that is not trained yet; it will have the shape of the embedded one
+TRAIN = "train"  # an autoencoder that is not trained yet; it will have the shape of the embedded one
 SHAPE_KEYS = ("widths", "stem", "depth", "latent_channels")
 
 SD_REPOSITORIES = {"sd-ft-ema": "stabilityai/sd-vae-ft-ema", "sd-ft-mse": "stabilityai/sd-vae-ft-mse"}
@@ -53,14 +53,14 @@ SD_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "t
 class Tokenizer(Frozen):
     """A frozen encoder and decoder with the normalisation of their latents.
 
-    Computes in float32 whatever autocast says.
+    It computes in float32 even under autocast.
     """
 
     shift: Tensor
     scale: Tensor
 
     def __init__(self, name: str, encoder: nn.Module, decoder: nn.Module, channels: int, factor: int) -> None:
-        """channels: of the latents; factor: pixels a side of one latent position."""
+        """channels: channels of the latents; factor: side in pixels of one latent position."""
         super().__init__()
         self.name, self.channels, self.factor = name, channels, factor
         self.encoder, self.decoder = encoder, decoder
@@ -70,15 +70,16 @@ class Tokenizer(Frozen):
 
     @torch.no_grad()
     def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B, C, S / f, S / f) of the posterior, not normalised,
-        for images (B, 3, S, S) in [-1, 1].
+        """Mean and standard deviation (B, C, S / f, S / f) of the posterior of images (B, 3, S, S) in [-1, 1].
+
+        They are not normalised.
         """
         with without_autocast(images):
             mean, std = self.encoder(images.float())
         return mean.contiguous(), std.contiguous()
 
     def normalise(self, z: Tensor) -> Tensor:
-        """Raw latents to those that a generator sees."""
+        """Maps raw latents to the normalised latents that generators use."""
         return (z - self.shift) * self.scale
 
     @torch.no_grad()
@@ -92,13 +93,13 @@ class Tokenizer(Frozen):
         return [(self.encoder, "forward"), (self.decoder, "forward")]
 
     def fill(self, state: Mapping[str, Tensor], source: object, shift: Tensor, scale: Tensor) -> None:
-        """Puts weights into encoder and decoder, all of them and no others, and the normalisation (C,) beside them."""
+        """Loads encoder, decoder and normalisation (C,); UserError if a tensor is missing or not expected."""
         constants = {"shift": shift.float().view(1, -1, 1, 1), "scale": scale.float().view(1, -1, 1, 1)}
         load_strictly(self, {**state, **constants}, source)
 
 
 class OwnTokenizer(Tokenizer):
-    """An autoencoder of `common.autoencoder`: the one in the package, or one from a run folder."""
+    """An autoencoder of `common/layers/autoencoder.py`: the one in the package, or one from a run folder."""
 
     def __init__(self, name: str, shape: Mapping[str, Any]) -> None:
         sizes = {key: shape[key] for key in SHAPE_KEYS}
@@ -129,19 +130,19 @@ class EmbeddedWeights:
     """The content of the package's tokenizer."""
 
     state: dict[str, Tensor]
-    mean: Tensor  # (C,) of the posterior's samples over the training images
-    std: Tensor
+    mean: Tensor  # (C,) mean of samples from the posterior over the training images
+    std: Tensor  # (C,) their standard deviation
     sha256: str
 
 
 def read_autoencoder_card() -> dict[str, Any]:
-    """What is known of the embedded tokenizer: shape, recipe, scores, digest, moments of its latents."""
+    """The card of the embedded tokenizer: shape, recipe, scores, digest, moments of its latents."""
     card: dict[str, Any] = json.loads(CARD.read_text(encoding="utf-8"))
     return card
 
 
 def read_embedded() -> EmbeddedWeights:
-    """The package's weights as float32, their digest checked."""
+    """The package's weights as float32; UserError if the file does not have the expected digest."""
     card, digest = read_autoencoder_card(), sha256_of(EMBEDDED)
     if digest != card["sha256"]:
         raise UserError(f"{EMBEDDED} has sha256 {digest}, expected {card['sha256']}. Reinstall the package.")
@@ -150,7 +151,7 @@ def read_embedded() -> EmbeddedWeights:
 
 
 class SdTokenizer(Tokenizer):
-    """Stable Diffusion's autoencoder, 8 pixels a position."""
+    """Stable Diffusion's autoencoder; one latent position is 8 pixels wide."""
 
     def __init__(self, name: str, path: str | None = None, config: Mapping[str, Any] = SD_CONFIG) -> None:
         from diffusers import AutoencoderKL
@@ -175,7 +176,7 @@ class SdTokenizer(Tokenizer):
 
 
 class _SdEncoder(nn.Module):
-    """diffusers' encoder up to the standard deviation."""
+    """diffusers' encoder, which ends in the mean and the standard deviation."""
 
     def __init__(self, encoder: nn.Module, quant_conv: nn.Module) -> None:
         super().__init__()
@@ -187,7 +188,7 @@ class _SdEncoder(nn.Module):
 
 
 def sd_name(key: str) -> str:
-    """Our name of a tensor of AutoencoderKL; the released files still use the names of its attention before 2023."""
+    """Our name of a tensor of AutoencoderKL; the released files still have the attention's names from before 2023."""
     key = re.sub(r"(?<=attentions\.\d\.)(query|key|value|proj_attn)\b", lambda match: SD_OLD_NAMES[match[1]], key)
     places = {
         "encoder.": "encoder.network.0.",
@@ -200,8 +201,10 @@ def sd_name(key: str) -> str:
 
 
 def build_tokenizer(name: str, path: str | None = None) -> Tokenizer:
-    """The tokenizer without its weights: "embedded", one of `SD_REPOSITORIES` (path: its folder or file),
-    or the run folder of one that was trained here.
+    """Builds a tokenizer without its weights.
+
+    name: "embedded", one of `SD_REPOSITORIES`, or the run folder of a trained autoencoder.
+    path: folder or file of the SD weights; None for the Hugging Face cache.
     """
     if name in SD_REPOSITORIES:
         return SdTokenizer(name, path)
@@ -221,7 +224,7 @@ def run_shape(folder: Path) -> Mapping[str, Any]:
     model = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")).get("model")  # type: ignore[union-attr]
     if not isinstance(model, dict) or not all(key in model for key in SHAPE_KEYS):
         raise UserError(
-            f"{folder} is the run folder of something else than an autoencoder: "
-            f"its config.yaml has no model.{', model.'.join(SHAPE_KEYS)}."
+            f"{folder} is not the run folder of an autoencoder: "
+            f"its config.yaml has no model.{', model.'.join(SHAPE_KEYS)}. Give the run folder of a trained autoencoder."
         )
     return model

@@ -1,7 +1,7 @@
 """The transformer block that JiT and RAE's DiT-DH share: RMSNorm, rotated attention and SwiGLU under adaLN-zero.
 
-The two networks differ by what the arguments switch: JiT normalises queries and keys and may drop activations;
-DiT-DH may have another condition for every token. They share all numbers: the same settings give the same bits,
+Arguments switch the differences between the two networks: JiT normalises queries and keys and can use dropout;
+DiT-DH can have a different condition for every token. With the same settings both compute the same bits,
 forward and backward, and draw the same initial weights.
 
 Shape legend: B batch, N tokens, D width, H heads, K head dimension.
@@ -16,7 +16,7 @@ from pixlat.common.layers.transformer import RMSNorm, SwiGLU, attend, modulate, 
 
 
 class RotaryAttention(nn.Module):
-    """Multi-head attention whose queries and keys are rotated by their positions.
+    """Multi-head attention with rotary positions (RoPE) on queries and keys.
 
     The rows of `qkv` are q | k | v, each head-major.
     """
@@ -30,7 +30,7 @@ class RotaryAttention(nn.Module):
         attn_dropout: float = 0.0,
         exact: bool = False,
     ) -> None:
-        """dropout: after the projection; attn_dropout: on the attention weights; exact: see `attend`."""
+        """dropout: rate after the projection; attn_dropout: rate on the attention weights; exact: see `attend`."""
         super().__init__()
         self.heads, self.exact, self.attn_dropout = heads, exact, attn_dropout
         self.qkv = nn.Linear(width, 3 * width)
@@ -40,7 +40,7 @@ class RotaryAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
-        """(B, N, D) to the same shape; rope: a `rope_table` of the N tokens, or None for no rotation."""
+        """Maps (B, N, D) to the same shape. rope: a `rope_table` of the N tokens, or None for no rotation."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, K)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -50,9 +50,9 @@ class RotaryAttention(nn.Module):
 
 
 class AdaLNBlock(nn.Module):
-    """x += gate Attention(modulated norm(x)), then the same with SwiGLU (adaLN-zero).
+    """x += gate1 Attention(modulate(norm1(x))), then x += gate2 SwiGLU(modulate(norm2(x))) (adaLN-zero).
 
-    The condition gives the shifts, scales and gates.
+    A linear map of the condition gives the shifts, scales and gates.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class AdaLNBlock(nn.Module):
 
 
 class AdaLNFinal(nn.Module):
-    """A modulated norm, then one linear map to a token's outputs."""
+    """A modulated norm, then a linear map from each token to its outputs."""
 
     def __init__(self, width: int, outputs: int, activate: bool = False) -> None:
-        """outputs: numbers of a token in the network's prediction; activate: see `condition_activation`."""
+        """outputs: values per token in the network's prediction; activate: see `condition_activation`."""
         super().__init__()
         self.norm = RMSNorm(width)
         self.linear = nn.Linear(width, outputs)
@@ -99,20 +99,20 @@ class AdaLNFinal(nn.Module):
         self.modulation = nn.Linear(width, 2 * width)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, outputs), for a condition as in `AdaLNBlock`."""
+        """Maps (B, N, D) to (B, N, outputs), for a condition as in `AdaLNBlock`."""
         shift, scale = per_token(self.modulation(self.activation(condition))).chunk(2, dim=-1)
         return self.linear(modulate(self.norm(x), shift, scale))
 
 
 def condition_activation(activate: bool) -> nn.Module:
-    """SiLU where a layer applies it to its condition; nothing where the network has done so once for all layers.
+    """SiLU if each layer applies it to the condition; the identity if the network applies it once for all layers.
 
-    Both compute the same function, but their gradients are summed in another order:
-    a network must stay with one to keep its bits.
+    Both compute the same function but sum gradients in a different order. So a network must always use the same one
+    to stay bit for bit the same.
     """
     return nn.SiLU() if activate else nn.Identity()
 
 
 def per_token(modulation: Tensor) -> Tensor:
-    """A modulation (B, D) as (B, 1, D), to be broadcast over the tokens; one for each token (B, N, D) as it is."""
+    """Reshapes a modulation (B, D) to (B, 1, D), so that it broadcasts over tokens; (B, N, D) passes unchanged."""
     return modulation.unsqueeze(1) if modulation.ndim == 2 else modulation

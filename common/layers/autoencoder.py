@@ -1,7 +1,7 @@
-"""A small convolutional autoencoder with a Gaussian posterior: the network behind our own tokenizer.
+"""A small convolutional autoencoder with a Gaussian posterior: the network of our own tokenizer.
 
-Shape legend: B batch, S image side, W channels of a level, C latent channels, f = stem * 2^(levels - 1)
-pixels a latent side, h = S / f.
+Shape legend: B batch, S image side, W channels of a level, C latent channels,
+f = stem * 2^(levels - 1) image pixels per latent position along a side, h = S / f latent side.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from torch import Tensor, nn
 
 from pixlat.common.maths.float32 import at_least_float32
 
-GROUP = 8  # channels that share a norm
-LOG_VARIANCE = (-30.0, 20.0)  # as in the latent diffusion models that this one stands in for
+GROUP = 8  # channels per group of GroupNorm
+LOG_VARIANCE = (-30.0, 20.0)  # clamp of the log variance, as in latent diffusion models
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))); the last convolution starts at zero,
-    so a new block is the identity.
-    """
+    """x + conv2(SiLU(norm2(conv1(SiLU(norm1(x)))))). The weights of conv2 start at zero."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -37,7 +35,7 @@ class ResidualBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images to the mean and standard deviation of their latents."""
+    """Maps images to the mean and standard deviation of their latents."""
 
     def __init__(self, widths: Sequence[int], stem: int, depth: int, latent_channels: int, channels: int = 3) -> None:
         super().__init__()
@@ -55,8 +53,9 @@ class Encoder(nn.Module):
         self.out = nn.Conv2d(widths[-1], 2 * latent_channels, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, S, S) in [-1, 1] to two (B, C, h, h), float32 at least, also under autocast:
-        the KL and the moments need the digits.
+        """Maps (B, 3, S, S) in [-1, 1] to mean and standard deviation, each (B, C, h, h).
+
+        They are float32 or wider even under autocast, because the KL term and the moments need the precision.
         """
         x = images
         for level in self.levels:
@@ -66,7 +65,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to images."""
+    """Maps latents to images."""
 
     def __init__(self, widths: Sequence[int], stem: int, depth: int, latent_channels: int, channels: int = 3) -> None:
         super().__init__()
@@ -81,8 +80,9 @@ class Decoder(nn.Module):
         self.shuffle = nn.PixelShuffle(stem)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """(B, C, h, h) to (B, 3, S, S), nominally in [-1, 1] and not clamped; float32 at least,
-        as bf16 has fewer steps than there are grey levels.
+        """Maps (B, C, h, h) to images (B, 3, S, S), nominally in [-1, 1] and not clamped.
+
+        They are float32 or wider, because bf16 has fewer steps than 8-bit images have levels.
         """
         x = self.inner(latents)
         for level in self.levels:

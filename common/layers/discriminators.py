@@ -1,4 +1,4 @@
-"""What adversarial losses share: differentiable augmentation, hinge losses, the adaptive weight and discriminators.
+"""Discriminators for adversarial losses, with spectral norm. The losses are in common/maths/adversarial.py.
 
 Shape legend: B batch, C channels, H x W pixels, N tokens.
 """
@@ -13,17 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
-SLOPE = 0.2  # of the leaky ReLUs
+SLOPE = 0.2  # negative slope of the leaky ReLUs
 NORM_EPS = 1e-6
 
-POWER_ITERATIONS = 30  # before the first step
+POWER_ITERATIONS = 30  # iterations of the spectral norm's estimate before the first training step
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within the block the module is in evaluation mode;
-    a spectral norm then keeps its estimate instead of improving it.
-    """
+    """Sets the module to evaluation mode inside the `with` block, so that spectral norms keep their estimates."""
     was_training = module.training
     module.eval()
     try:
@@ -33,8 +31,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def normed(layer: nn.Module) -> nn.Module:
-    """The layer under a spectral norm whose estimate is good from the start:
-    a generator may be judged before the discriminator's first step.
+    """Adds a spectral norm to the layer and runs its power iteration until the estimate is good.
+
+    A generator may use the discriminator before the discriminator's first training step.
     """
     normed: nn.Module = spectral_norm(layer)
     for hook in normed._forward_pre_hooks.values():
@@ -44,8 +43,9 @@ def normed(layer: nn.Module) -> nn.Module:
 
 
 class TokenNorm(nn.Module):
-    """Normalises each channel of each sample over its tokens, then scales and shifts:
-    batch norm with virtual batches of one sample.
+    """Normalises each channel of each sample over its tokens, then scales and shifts it.
+
+    This is batch norm with virtual batches of one sample.
     """
 
     def __init__(self, channels: int) -> None:
@@ -54,7 +54,7 @@ class TokenNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, N), in float32 at least, to the same shape and type."""
+        """Maps (B, C, N) to the same shape and type; computes in float32."""
         return F.instance_norm(x.float(), weight=self.weight, bias=self.bias, eps=NORM_EPS).to(x.dtype)
 
 
@@ -67,8 +67,9 @@ def _activated(channels: int, kernel: int) -> nn.Sequential:
 
 
 class FeatureHead(nn.Module):
-    """A logit for each token of a feature map, as in StyleGAN-T: 1 x 1 convolution,
-    residual convolution of width 9, 1 x 1 to one channel.
+    """Maps each token of a feature map to a logit, as in StyleGAN-T.
+
+    Layers: 1 x 1 convolution, residual convolution of width 9, 1 x 1 convolution to one channel.
     """
 
     def __init__(self, channels: int) -> None:
@@ -78,30 +79,31 @@ class FeatureHead(nn.Module):
         self.out = _convolution(channels, 1, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, C, N) to (B, N)."""
+        """Maps (B, C, N) to logits (B, N)."""
         x = self.mix(features)
         x = (self.neighbours(x) + x) / 2**0.5
         return self.out(x).squeeze(1)
 
 
 class FeatureDiscriminator(nn.Module):
-    """Heads on several maps of one frozen feature extractor, each head judging its own map."""
+    """One head for each feature map of a frozen feature extractor."""
 
     def __init__(self, features: nn.Module, channels: Sequence[int]) -> None:
-        """features: images to feature maps (B, C_k, N_k); channels: C_k of each."""
+        """features: network from images to feature maps (B, C_k, N_k); channels: C_k of each map."""
         super().__init__()
         self.features = features
         self.heads = nn.ModuleList(FeatureHead(c) for c in channels)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] to the logits of all tokens of all maps, (B, sum N_k)."""
+        """Maps (B, 3, H, W) in [-1, 1] to the logits of all tokens of all maps, (B, sum N_k)."""
         maps = self.features(images)
         return torch.cat([head(features) for head, features in zip(self.heads, maps, strict=True)], dim=1)
 
 
 class PatchDiscriminator(nn.Module):
-    """A small convolutional discriminator of images, latents or feature maps:
-    a logit for each patch of 2^(len(widths) - 1) pixels a side.
+    """A small convolutional discriminator of images, latents or feature maps.
+
+    It returns one logit for each patch of 2^(len(widths) - 1) pixels a side.
     """
 
     def __init__(self, channels: int, widths: Sequence[int]) -> None:
@@ -114,7 +116,7 @@ class PatchDiscriminator(nn.Module):
         self.out = normed(nn.Conv2d(widths[-1], 1, 3, padding=1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) to logits (B, h * w)."""
+        """Maps (B, C, H, W) to logits (B, h * w)."""
         x = images
         for layer in self.layers:
             x = F.leaky_relu(layer(x), SLOPE)

@@ -1,4 +1,4 @@
-"""The block of DiT and SiT: attention, MLP and six modulations (Peebles and Xie 2023), and the projector of REPA."""
+"""The transformer block of DiT and SiT (Peebles and Xie 2023) and the projector of REPA."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) to the same shape."""
+        """Maps (B, N, D) to the same shape."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, K)
         out = attend(self.q_norm(q), self.k_norm(k), v, exact=self.exact)
         return self.proj(out.transpose(1, 2).flatten(2))
@@ -43,8 +43,9 @@ class Mlp(nn.Module):
 
 
 class DitBlock(nn.Module):
-    """x += gate Attention(modulated norm(x)), then the same with the MLP;
-    shifts, scales and gates come from the condition (adaLN-zero).
+    """x += gate1 Attention(modulate(norm1(x))), then x += gate2 MLP(modulate(norm2(x))) (adaLN-zero).
+
+    SiLU and a linear map turn the condition into the two shifts, scales and gates.
     """
 
     def __init__(self, width: int, heads: int, qk_norm: bool = False, exact: bool = False) -> None:
@@ -54,14 +55,14 @@ class DitBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x (B, N, D), condition time + class (B, D)."""
+        """x: (B, N, D); condition: the sum of the time and class embeddings (B, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).unsqueeze(1).chunk(6, dim=-1)
         x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
         return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
 def projector(width: int, hidden: int, outputs: int) -> nn.Sequential:
-    """REPA's map from a transformer's tokens to a teacher's: three linear layers with SiLU between them."""
+    """REPA's map from a transformer's tokens to the teacher's tokens: three linear layers with SiLU between them."""
     layers = nn.Sequential(
         nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs)
     )

@@ -1,4 +1,4 @@
-"""Building blocks of transformers that methods share with identical numerics.
+"""Building blocks of transformers that several methods use with identical numerics.
 
 Shape legend: B batch, N tokens, D width, H heads, K head dimension, C image channels, S image side,
 p patch side, g = S / p grid side.
@@ -16,13 +16,15 @@ from pixlat.common.errors import UserError
 from pixlat.common.maths.float32 import at_least_float32, without_autocast
 
 NORM_EPS = 1e-6
-# between tables of positions: ours are computed in float64, others in float64 or float32, and all are kept in float32
+# Largest difference between our position tables and released ones. We compute ours in float64, others use float64
+# or float32; all are stored in float32.
 TABLE_TOLERANCE = 1e-5
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32 at least and cast back
-    to the input's type after the weight.
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis.
+
+    It computes in float32 or wider and casts back to the input's type after the multiplication by the weight.
     """
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
@@ -33,9 +35,9 @@ class RMSNorm(nn.RMSNorm):
 
 
 class SinusoidalEmbedding(nn.Module):
-    """A scalar to a vector: [cos(t f_k), sin(t f_k)] with f_k = period^(-k / half), then Linear - SiLU - Linear.
+    """Maps a scalar to a vector: [cos(t f_k), sin(t f_k)] with f_k = period^(-k / half), then Linear - SiLU - Linear.
 
-    The scalar is used as it is: a time in [0, 1] is not multiplied by 1000.
+    It does not scale t: a time in [0, 1] is not multiplied by 1000.
     """
 
     frequencies: Tensor
@@ -47,7 +49,7 @@ class SinusoidalEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        """(B,) to (B, D). The angles stay in float32 under autocast."""
+        """Maps (B,) to (B, D). The angles stay in float32 under autocast."""
         angles = t[:, None] * self.frequencies
         return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1))
 
@@ -67,17 +69,17 @@ class SwiGLU(nn.Module):
 
 
 def swiglu_hidden(width: int, ratio: float) -> int:
-    """The hidden width at which SwiGLU's three matrices cost what a two-matrix MLP of `ratio` does;
-    not rounded to a multiple of anything.
+    """The hidden width at which SwiGLU's three matrices cost as much as a two-matrix MLP of this ratio.
+
+    It is not rounded to a multiple of any number.
     """
     return int(int(width * ratio) * 2 / 3)
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens through a bottleneck without an activation:
-    convolution C -> bottleneck, then linear -> width.
+    """Embeds non-overlapping patches by a convolution C -> bottleneck and a linear map bottleneck -> width.
 
-    bottleneck = 0 is the plain embedding by one convolution with a bias.
+    There is no activation between them. bottleneck = 0 means the usual embedding by one convolution with a bias.
     """
 
     def __init__(self, channels: int, patch: int, width: int, bottleneck: int, bias: bool) -> None:
@@ -86,13 +88,14 @@ class PatchEmbed(nn.Module):
         self.up = nn.Linear(bottleneck, width) if bottleneck else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, S, S) to (B, g * g, D), rows first."""
+        """Maps (B, C, S, S) to (B, g * g, D), rows first."""
         return self.up(self.down(images).flatten(2).transpose(1, 2))
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """(B, C, S, S) to (B, g * g, p * p * C); a token's vector is ordered (row, column, channel),
-    the channel fastest.
+    """Cuts (B, C, S, S) into tokens (B, g * g, p * p * C).
+
+    The values of a token are ordered (row, column, channel); the channel varies fastest.
     """
     batch, channels, height, width = images.shape
     grid = images.reshape(batch, channels, height // patch, patch, width // patch, patch)
@@ -108,10 +111,10 @@ def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:
 
 
 def sincos_table(grid: int, width: int) -> Tensor:
-    """(grid * grid, width) float32 fixed positions: [sin(j w), cos(j w), sin(i w),
-    cos(i w)] for the token of row i and column j.
+    """Table of fixed positions (grid * grid, width), computed in float64 and returned as float32.
 
-    w_k = 10000^(-k / (width / 4)). The column fills the first half, unlike in `rope_table`. Computed in float64.
+    The token of row i and column j has [sin(j w), cos(j w), sin(i w), cos(i w)] with w_k = 10000^(-k / (width / 4)).
+    So the column fills the first half, unlike in `rope_table`.
     """
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     row, column = _grid_indices(grid)
@@ -120,11 +123,11 @@ def sincos_table(grid: int, width: int) -> Tensor:
 
 
 def rope_table(grid: int, head_dim: int, prefix: int = 0) -> Tensor:
-    """(prefix + grid * grid, head_dim / 2, 2) float32 table of [cos, sin] for the axial rotation;
-    the prefix tokens are not rotated.
+    """Table of [cos, sin] for axial RoPE, (prefix + grid * grid, head_dim / 2, 2) float32.
 
-    The first half of the channels turns with the row, the second with the column;
-    in a half of d channels the adjacent pair (2k, 2k + 1) turns by index * 10000^(-2k / d).
+    The prefix tokens are not rotated. The angle depends on the row in the first half of the channels, and on the
+    column in the second half. In a half of d channels, the adjacent pair (2k, 2k + 1) turns by
+    index * 10000^(-2k / d).
     """
     half = head_dim // 2
     frequencies = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
@@ -135,11 +138,10 @@ def rope_table(grid: int, head_dim: int, prefix: int = 0) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns the adjacent channel pairs of x (..., N, K) by a `rope_table`: (a, b) -> (a cos - b sin,
-    b cos + a sin). bf16 becomes float32.
+    """Rotates the adjacent channel pairs of x (..., N, K) by a `rope_table`; bf16 becomes float32.
 
-    Eager mode takes one complex product, twice as fast on a CPU as real arithmetic;
-    the compiler fuses real arithmetic and has no complex numbers.
+    (a, b) -> (a cos - b sin, b cos + a sin). Eager mode uses one complex product, which is twice as fast on a CPU as
+    real arithmetic. Compiled code uses real arithmetic, because the compiler fuses it and has no complex numbers.
     """
     pairs = at_least_float32(x).unflatten(-1, (-1, 2))
     if not torch.compiler.is_compiling():
@@ -150,8 +152,9 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 @torch.no_grad()
 def initialize_linears(network: nn.Module, zero: Callable[[str], bool], normal: Callable[[str], bool]) -> None:
-    """DiT's rule for linear maps and convolutions by name: weights of 0, of N(0, 0.02^2),
-    and Xavier's for all others; biases of 0.
+    """Initialises linear maps and convolutions by DiT's rule, by their names; biases are 0.
+
+    Weights are 0 where `zero(name)`, from N(0, 0.02^2) where `normal(name)`, and Xavier-uniform elsewhere.
     """
     for name, module in network.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv2d):
@@ -169,8 +172,8 @@ def initialize_linears(network: nn.Module, zero: Callable[[str], bool], normal: 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, exact: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(K)) v for (B, H, N, K) tensors, with dropout on the weights.
 
-    exact: logits and softmax in float32 at least, whatever autocast says, as in the authors' code;
-    else PyTorch's fused attention in v's type.
+    exact: compute logits and softmax in float32 or wider even under autocast, as in the authors' code;
+    if False, use PyTorch's fused attention in v's type.
     """
     if not exact:
         return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, dropout_p=dropout)
@@ -185,7 +188,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def plain_norm(width: int) -> nn.LayerNorm:
-    """Layer norm whose scale and shift come from elsewhere."""
+    """Layer norm without weight and bias: the caller scales and shifts its output."""
     return nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
 
 
@@ -196,19 +199,20 @@ def _grid_indices(grid: int) -> tuple[Tensor, Tensor]:
 
 
 def drop_labels(labels: Tensor, probability: float, null_label: int) -> Tensor:
-    """The labels (B,) int64 with each replaced by `null_label` with this probability,
-    so that a network learns to do without the class.
+    """Replaces each label of (B,) int64 by `null_label` with this probability.
 
-    Takes one uniform number for each label from torch's global generator.
+    So a network also learns to generate without the class. Draws one uniform number per label from torch's global
+    generator.
     """
     dropped = torch.rand(len(labels), device=labels.device) < probability
     return labels.masked_fill(dropped, null_label)
 
 
 def check_table(name: str, stored: Tensor, expected: Tensor) -> None:
-    """Compares a table of positions or rotations in a released file with ours, of the same shape.
+    """Compares a table of positions or rotations in a released file with ours.
 
-    UserError if they differ by more than rounding: the weights then expect another order of the tokens.
+    Raises UserError if shapes differ or values differ by more than rounding: then the weights expect another order
+    of the tokens.
     """
     difference = (stored.to(expected) - expected).abs().max().item() if stored.shape == expected.shape else float("inf")
     if not difference <= TABLE_TOLERANCE:

@@ -1,6 +1,6 @@
-"""The random crops under which pMF compares images, and the matrices that resize them.
+"""Random crops for pMF's perceptual terms, and the matrices that resize them.
 
-A crop is drawn first and cut second, so that all images of a comparison are cut alike.
+The boxes are drawn separately from the cropping, so that both images of a comparison get the same crop.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from pixlat.common.maths.float32 import without_autocast
 
-MIN_AREA = 0.08  # of the image
-MAX_ASPECT = 4 / 3  # width / height, and its inverse
+MIN_AREA = 0.08  # smallest area of a crop, as a share of the image
+MAX_ASPECT = 4 / 3  # largest width / height; the smallest is its inverse
 
 
 @dataclass(frozen=True)
 class CropBoxes:
-    """One box a sample, each (B,) in whole pixels; held as floats."""
+    """One box per sample; each field is (B,), in whole pixels stored as floats."""
 
     top: Tensor
     left: Tensor
@@ -28,15 +28,16 @@ class CropBoxes:
     width: Tensor
 
     def at(self, positions: Tensor) -> CropBoxes:
-        """The boxes of some samples, by position (K,)."""
+        """The boxes of the samples at these positions (K,)."""
         return CropBoxes(self.top[positions], self.left[positions], self.height[positions], self.width[positions])
 
 
 def draw_crops(n: int, size: int, device: torch.device | str) -> CropBoxes:
-    """Random boxes in square images of `size` pixels, from torch's global generator.
+    """Draws n boxes in square images of `size` pixels from torch's global generator.
 
-    Area uniform in [0.08, 1] of the image, log aspect uniform between 3/4 and 4/3, sides rounded half to even
-    and clipped to the image (torchvision's would try again), place uniform over all whole pixels.
+    The area is uniform in [0.08, 1] of the image, and the aspect log-uniform between 3/4 and 4/3. Sides are rounded
+    half to even and clipped to the image (torchvision draws again instead). The position is uniform over all whole
+    pixels.
     """
     area, log_aspect, top, left = torch.rand(4, n, device=device)
     area = (MIN_AREA + (1 - MIN_AREA) * area) * size**2
@@ -47,17 +48,16 @@ def draw_crops(n: int, size: int, device: torch.device | str) -> CropBoxes:
 
 
 def _uniform_integer(u: Tensor, highest: Tensor) -> Tensor:
-    """0 ... highest from u uniform in [0, 1), whose product may round up to the next integer."""
+    """Maps u, uniform in [0, 1), to an integer 0 ... highest; the minimum guards against a product rounded up."""
     return torch.minimum((u * (highest + 1)).floor(), highest)
 
 
 def paired_crop(images: Sequence[Tensor], box: CropBoxes, size: int) -> list[Tensor]:
-    """Each batch (B, C, S, S) cropped to its samples' boxes and resized to (B, C, size, size),
-    by one linear map for all batches.
+    """Crops each batch (B, C, S, S) to the boxes of its samples and resizes it to (B, C, size, size).
 
-    Keys' cubic (a = -0.5), widened by the ratio of the sizes where the box is larger than `size`, over the whole image:
-    pixels beside the box count where the kernel reaches them, and at the image's edge the weights are scaled to sum 1.
-    This is not the same as cropping and then resizing.
+    All batches pass the same linear map. The kernel is Keys' cubic (a = -0.5), widened by the ratio of the sizes if
+    the box is larger than `size`. It runs over the whole image: it also uses pixels outside the box within its reach,
+    and at the image's edge the weights are scaled to sum 1. So this differs from cropping and then resizing.
     """
     side = images[0].shape[-1]
     with without_autocast(images[0]):
@@ -67,8 +67,9 @@ def paired_crop(images: Sequence[Tensor], box: CropBoxes, size: int) -> list[Ten
 
 
 def resampling_matrices(offset: Tensor, length: Tensor, side: int, size: int) -> Tensor:
-    """(B, size, side): the weights of `side` input pixels in `size` output pixels that cover [offset,
-    offset + length), both (B,).
+    """The weights (B, size, side) of `side` input pixels in `size` output pixels.
+
+    The output pixels cover [offset, offset + length); offset and length are (B,).
     """
     ratio = (length / size)[:, None, None]
     outputs = torch.arange(size, device=offset.device)[:, None]

@@ -1,10 +1,10 @@
-"""The mathematics of linear-path diffusion, in one convention: t = 1 is noise, t = 0 is data.
+"""The mathematics of linear-path diffusion. Everywhere t = 1 is noise and t = 0 is data.
 
     z = (1 - t) x + t n,    v = dz/dt = n - x
 
-A network may predict the data ("x"), the noise ("eps") or the velocity ("v"),
-and its error may be measured in any of the three.
-Times are a tensor (B,) or one Python float. `clip` is the floor of every denominator, t or 1 - t.
+A network may predict the data ("x"), the noise ("eps") or the velocity ("v"), and the loss may measure its error
+in any of these three spaces. Times are a tensor (B,) or a Python float. `clip` is the smallest value of every
+denominator (t or 1 - t).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Time = Tensor | float
 
 
 def match_dims(t: Time, like: Tensor) -> Time:
-    """A time (B,) with trailing axes of length one, so that it multiplies `like` (B, ...); a float as it is."""
+    """Adds trailing axes of length one to times (B,), so that they multiply `like` (B, ...); floats pass unchanged."""
     return t.view(-1, *[1] * (like.ndim - 1)) if isinstance(t, Tensor) else t
 
 
@@ -34,9 +34,9 @@ def interpolate(x: Tensor, n: Tensor, t: Time) -> Tensor:
 
 
 def logit_normal(mean: float, std: float, *shape: int, device: torch.device | str | None = None) -> Tensor:
-    """sigmoid(N(mean, std^2)), one draw from torch's global generator.
+    """Draws sigmoid(N(mean, std^2)) from torch's global generator.
 
-    A method that counts time the other way negates the mean.
+    For a paper whose time runs the other way (1 = data), negate the mean.
     """
     return torch.sigmoid(torch.randn(*shape, device=device) * std + mean)
 
@@ -47,7 +47,7 @@ def target(space: str, x: Tensor, n: Tensor) -> Tensor:
 
 
 def to_data(output: Tensor, space: str, z: Tensor, t: Time, clip: float) -> Tensor:
-    """The data x that a prediction in `space` stands for."""
+    """Converts a prediction in `space` to the data x."""
     t = match_dims(t, z)
     if space == "x":
         return output
@@ -55,7 +55,7 @@ def to_data(output: Tensor, space: str, z: Tensor, t: Time, clip: float) -> Tens
 
 
 def to_noise(output: Tensor, space: str, z: Tensor, t: Time, clip: float) -> Tensor:
-    """The noise n that a prediction in `space` stands for."""
+    """Converts a prediction in `space` to the noise n."""
     t = match_dims(t, z)
     if space == "eps":
         return output
@@ -63,7 +63,7 @@ def to_noise(output: Tensor, space: str, z: Tensor, t: Time, clip: float) -> Ten
 
 
 def to_velocity(output: Tensor, space: str, z: Tensor, t: Time, clip: float) -> Tensor:
-    """The velocity v that a prediction in `space` stands for."""
+    """Converts a prediction in `space` to the velocity v."""
     t = match_dims(t, z)
     if space == "v":
         return output
@@ -71,11 +71,11 @@ def to_velocity(output: Tensor, space: str, z: Tensor, t: Time, clip: float) -> 
 
 
 def error_gain(prediction: str, measured: str, t: Time, clip: float) -> Time:
-    """How much an error of the prediction counts in the space where it is measured.
+    """The factor by which an error of the prediction grows when it is measured in another space.
 
-    At a given z the three spaces are affine in one another, so converting prediction and target alike (same z,
-    same clip) leaves gain * (output - target): the nine prediction x loss combinations are nine gains,
-    and a perfect prediction has no loss in any.
+    At a given z each space is an affine function of the others. So if prediction and target are converted with the
+    same z and clip, the error becomes gain * (output - target). The nine combinations of prediction and loss space
+    are nine gains, and a perfect prediction has loss 0 in all of them.
     """
     if prediction == measured:
         return 1.0

@@ -1,4 +1,4 @@
-"""Classifier-free guidance that runs no branch whose result is not used."""
+"""Classifier-free guidance that skips the unconditional branch if its result is not needed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 def classifier_free(
     predict: Callable[[Tensor, Tensor], Tensor], z: Tensor, labels: Tensor, null_label: int, scale: float
 ) -> Tensor:
-    """u + scale (c - u), where c = predict(z, labels) and u = predict(z, null); with scale 1, c alone.
+    """u + scale (c - u), where c = predict(z, labels) and u = predict(z, null). With scale 1 only c is computed.
 
-    Both branches share one forward of the doubled batch, conditional half first. Whatever is affine in the prediction
-    at a given z (data, noise, velocity, drift) may be guided before or after its conversion alike.
+    Both branches run as one forward of a doubled batch, conditional half first. Quantities that are affine functions
+    of the prediction at a given z (data, noise, velocity, drift) may be guided before or after the conversion.
     """
     if scale == 1.0:
         return predict(z, labels)

@@ -1,7 +1,7 @@
-"""Solvers of dz/dt = v(z, t) over a grid of times given as Python floats: no host sync,
-and no notion of direction, method or guidance.
+"""Solvers of dz/dt = v(z, t) over a grid of times.
 
-The stochastic ones draw from `Noise`, one generator an image, in the order of the steps.
+Times are Python floats, so no solver waits for the GPU. Solvers know nothing of the direction of time, the method or
+its guidance. The stochastic solvers draw from `Noise` (one generator per image) in the order of the steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def euler(velocity: Velocity, z: Tensor, times: Sequence[float]) -> Tensor:
 def heun(velocity: Velocity, z: Tensor, times: Sequence[float], last_euler: bool = True) -> Tensor:
     """Second order (trapezoid with an Euler predictor): two evaluations a step.
 
-    last_euler: the last step is a plain Euler step, so that the velocity is never asked for at times[-1],
+    last_euler: make the last step an Euler step, so that the velocity is never evaluated at times[-1],
     where it may be singular.
     """
     second_order = times[:-1] if last_euler else times
@@ -39,8 +39,9 @@ def heun(velocity: Velocity, z: Tensor, times: Sequence[float], last_euler: bool
 
 
 def solver_evaluations(solver: str, steps: int) -> int:
-    """Evaluations of the velocity that `steps` steps take: two a step for "heun", whose last step is Euler's,
-    and one for any other solver.
+    """Evaluations of the velocity in `steps` steps: one per step, but two per step for "heun" except in its last.
+
+    The last step of "heun" is an Euler step.
     """
     return 2 * steps - 1 if solver == "heun" else steps
 
@@ -50,7 +51,7 @@ def euler_maruyama(
 ) -> Tensor:
     """dz = drift(z, t) dt + sqrt(variance_rate(t) |dt|) N(0, 1), for z (B, ...): len(times) - 1 evaluations.
 
-    The last step adds no noise: nothing after it would take it away.
+    The last step adds no noise, because no later step would remove it.
     """
     last = len(times) - 2
     for step, (t, t_next) in enumerate(pairwise(times)):
@@ -62,8 +63,9 @@ def euler_maruyama(
 
 
 def ancestral(posterior: Callable[[Tensor, int], tuple[Tensor, Tensor]], z: Tensor, steps: int, noise: Noise) -> Tensor:
-    """Draws z from N(mean, std^2) = posterior(z, i) for i = steps - 1, ..., 0, for z (B, ...);
-    the last one is the mean itself.
+    """Draws z (B, ...) from N(mean, std^2) with (mean, std) = posterior(z, i) for i = steps - 1, ..., 0.
+
+    The last step returns the mean without noise.
     """
     for i in reversed(range(steps)):
         mean, std = posterior(z, i)

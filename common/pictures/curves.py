@@ -1,4 +1,4 @@
-"""Training curves: loss, learning rate and speed over the images seen. matplotlib is imported when a curve is drawn."""
+"""Training curves: loss, learning rate and speed over the images seen. Functions import matplotlib when they draw."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ FROM_ZERO = (PANEL_TITLES["lr"], PANEL_TITLES["images_per_s"])
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws the rows of a metrics.jsonl over the images seen: all losses in one panel,
-    each other quantity in its own, one line a phase.
+    """Draws the rows of a metrics.jsonl over the images seen.
+
+    All losses share one panel; every other quantity has its own panel, with one line per phase.
     """
     if not rows:
         raise UserError(
@@ -49,7 +50,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Draws a matplotlib figure into a PNG file, whole or not at all."""
+    """Draws a matplotlib figure into a PNG file; after an interruption no partial file remains under this name."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -60,13 +61,13 @@ def save_figure(figure: Figure, path: Path) -> None:
 def _panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Panel title -> the keys drawn in it.
 
-    "generator/adv_loss" is a loss of a phase; losses come first, learning rate and speed last.
+    "generator/adv_loss" is a loss of the phase "generator". Losses come first, learning rate and speed last.
     """
-    found = dict.fromkeys(
+    quantities = dict.fromkeys(
         name for row in rows for name, value in row.items() if name not in NOT_DRAWN and isinstance(value, int | float)
     )
     panels: dict[str, list[str]] = {"loss": []}
-    for name in sorted(found, key=lambda name: name in ("lr", "images_per_s")):
+    for name in sorted(quantities, key=lambda name: name in ("lr", "images_per_s")):
         quantity = name.rpartition("/")[2]
         quantity = "loss" if "loss" in quantity else quantity
         panels.setdefault(PANEL_TITLES.get(quantity, quantity), []).append(name)
@@ -74,9 +75,9 @@ def _panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def _draw_panel(axes: Axes, title: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line a key; noisy quantities as a pale line with their running mean over it.
+    """Draws one line per key: for noisy quantities a pale line and their running mean over it.
 
-    A learning rate and a speed start at zero instead.
+    Learning rate and speed are not smoothed, and their axis starts at zero.
     """
     exact = title in FROM_ZERO
     for number, name in enumerate(names):
@@ -109,7 +110,7 @@ def _draw_panel(axes: Axes, title: str, names: Sequence[str], rows: Sequence[Map
 
 
 def _draw_x_axis(axes: Axes, images: Sequence[int]) -> None:
-    """Logarithmic for long runs: most of what happens, happens early."""
+    """Makes the axis logarithmic for long runs, because most changes happen early."""
     from matplotlib.ticker import EngFormatter
 
     if images[0] > 0 and images[-1] > 100 * images[0]:
@@ -120,8 +121,9 @@ def _draw_x_axis(axes: Axes, images: Sequence[int]) -> None:
 
 
 def _running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
-    """(N,) to (N,): each value's mean with its neighbours up to `reach` away; the start, where curves are steep,
-    is averaged over fewer.
+    """The mean (N,) of each value and its neighbours up to `reach` away.
+
+    Near the start, where curves are steep, it averages over fewer neighbours.
     """
     position = np.arange(len(values))
     reaches = np.minimum(position, reach)

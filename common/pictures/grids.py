@@ -1,7 +1,4 @@
-"""The pictures of a run: sample grids, nearest training images, training curves.
-
-matplotlib is imported when a curve is drawn, so that grids do not wait for it.
-"""
+"""Grids of images as one picture, the colours of all pictures, and writing PNG files."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pixlat.common.errors import UserError
 
 BACKGROUND, FRAME, INK, FAINT, ALARM = (242, 242, 239), (222, 222, 218), (40, 40, 40), (110, 110, 110), (204, 41, 41)
-TILE_PIXELS = 96  # small images are enlarged to about this
+TILE_PIXELS = 96  # small images are enlarged to about this side
 MARGIN = 16
 TEXT_SIZE = 15
 
@@ -27,10 +24,10 @@ def image_grid(
     scale: int | None = None,
     gap: int | None = None,
 ) -> Image.Image:
-    """Images (N, 3, H, W) uint8 in rows of `columns`, with a name at the left of each row.
+    """Arranges images (N, 3, H, W) uint8 in rows of `columns` images, with optional labels at the left of the rows.
 
-    scale: whole-number enlargement without smoothing; none: to about 96 pixels. gap: pixels between images;
-    none: a twelfth of an image.
+    scale: whole-number enlargement without smoothing; None: to about 96 pixels.
+    gap: pixels between images; None: a twelfth of an enlarged image.
     """
     if len(images) == 0 or columns < 1:
         raise UserError(f"a grid needs images and columns, not {len(images)} images in {columns} columns.")
@@ -53,12 +50,12 @@ def image_grid(
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Writes the file whole or not at all."""
+    """Writes a temporary file first and then renames it, so that an interruption leaves no partial file."""
     temporary = path.with_name(path.name + ".tmp")
     image.save(temporary, format="PNG")
     temporary.replace(path)
 
 
 def magnified(image: NDArray[np.uint8], scale: int) -> Image.Image:
-    """(3, H, W) uint8 as a picture, each pixel a square of `scale` pixels."""
+    """Turns (3, H, W) uint8 into a picture in which each pixel becomes a square of `scale` x `scale` pixels."""
     return Image.fromarray(image.transpose(1, 2, 0).repeat(scale, 0).repeat(scale, 1))

@@ -1,6 +1,4 @@
-"""The search for the training images nearest to samples, exact and in blocks,
-and the picture that lays them side by side.
-"""
+"""Finds the training image nearest to each sample, exactly, and draws the pairs side by side."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from pixlat.common.pictures.grids import ALARM, BACKGROUND, FAINT, FRAME, INK, M
 
 PAIR_GAP = 4
 BLOCK_VALUES = 2**24  # pixel values of training images in memory at once, in float32
-EXACT_TERMS = 1024  # so many products of numbers from -128 to 127 add up to at most 2**24
+EXACT_TERMS = 1024  # the sum of 1024 products of numbers from -128 to 127 is at most 2**24
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Neighbours:
     """The nearest training image of each of N samples."""
 
     indices: NDArray[np.int64]  # (N,) positions in the training set
-    mirrored: NDArray[np.bool_]  # (N,) the mirror image is the nearer one
+    mirrored: NDArray[np.bool_]  # (N,) whether the mirror image is nearer
     # (N,) root mean square difference of the pixels, in [0, 1]: 0 is a copy, 1 is black against white
     distances: NDArray[np.float64]
 
@@ -37,36 +35,34 @@ def nearest(
     positions: NDArray[np.int64] | None = None,
     device: torch.device | str = "cpu",
 ) -> Neighbours:
-    """The exact nearest training image of each sample (N, 3, H, W) uint8 by pixel distance:
-    the lowest position among equals, there not mirrored.
+    """The exact nearest training image of each sample (N, 3, H, W) uint8 by pixel distance.
 
-    mirrored: compare with the mirror images too, as training saw them. positions: search only these,
-    where the training set is too large to read, or a process's share of them (`merged` joins the shares).
-    Each image is read once. The samples stay on the device in float32.
+    Ties go to the lowest position, and there to the image that is not mirrored.
+    mirrored: also compare with mirror images, if training used them.
+    positions: search only these training images: a subset if the set is too large to read, or the share of one
+    process (`merged` joins the shares). Each image is read once. The samples stay on the device in float32.
     """
     positions = np.arange(len(train)) if positions is None else np.sort(positions)
     queries, values = _centred(torch.from_numpy(samples).to(device)), samples[0].size
     best = torch.full((len(samples),), torch.iinfo(torch.int64).max, device=device)
-    places = torch.zeros_like(best)  # twice the position of the best, and one more where it is mirrored
+    places = torch.zeros_like(best)  # 2 * position of the nearest image, plus 1 if it is mirrored
     block = max(1, BLOCK_VALUES // values)
     for start in range(0, len(positions), block):
         chosen = positions[start : start + block]
         images = torch.from_numpy(train.fetch(chosen)).to(device)
         orientations = (images, images.flip(-1)) if mirrored else (images,)
-        # position by position
-        apart = torch.stack([_distances_from(_centred(each), queries) for each in orientations], dim=2).flatten(1)
-        column = apart.argmin(1)  # the first among equals
-        found = apart.gather(1, column[:, None])[:, 0]
+        # columns: for each position the image, then its mirror image
+        distances = torch.stack([_distances_from(_centred(batch), queries) for batch in orientations], dim=2).flatten(1)
+        column = distances.argmin(1)  # argmin returns the first of equal values
+        lowest = distances.gather(1, column[:, None])[:, 0]
         place = 2 * torch.from_numpy(chosen).to(device)[column // len(orientations)] + column % len(orientations)
-        best, places = torch.where(found < best, found, best), torch.where(found < best, place, places)
+        best, places = torch.where(lowest < best, lowest, best), torch.where(lowest < best, place, places)
     squared = (best + _squared_norms(queries)).cpu().numpy() if len(positions) else np.full(len(samples), np.inf)
     return Neighbours(places.cpu().numpy() // 2, places.cpu().numpy() % 2 == 1, np.sqrt(squared / values) / 255)
 
 
 def merged(parts: Sequence[Neighbours]) -> Neighbours:
-    """The neighbours in a training set of which each part searched a share;
-    the answer does not depend on how it was divided.
-    """
+    """Joins the results of searches over shares of the training set; the result does not depend on the division."""
     # (P, N) each
     columns = [np.stack([getattr(part, name) for part in parts]) for name in ("mirrored", "indices", "distances")]
     first = np.lexsort(columns, axis=0)[0]  # by distance, then position, then not mirrored
@@ -75,20 +71,20 @@ def merged(parts: Sequence[Neighbours]) -> Neighbours:
 
 
 def _centred(images: torch.Tensor) -> torch.Tensor:
-    """(N, 3, H, W) uint8 to whole numbers from -128 to 127 in float32, (N, K, 1024), zeros behind the last;
-    distances stay what they are.
+    """Maps (N, 3, H, W) uint8 to whole numbers from -128 to 127 in float32, (N, K, 1024), padded with zeros.
+
+    Neither the shift by 128 nor the padding changes a distance.
     """
     values = images.flatten(1).float().sub_(128)
     return torch.nn.functional.pad(values, (0, -values.shape[1] % EXACT_TERMS)).unflatten(1, (-1, EXACT_TERMS))
 
 
 def _distances_from(images: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """Of images (M, K, 1024) from queries (N, K, 1024): (N, M) int64,
-    the squared distance less the query's squared norm, |x|^2 - 2 qx.
+    """Squared distances (N, M) int64 between queries (N, K, 1024) and images (M, K, 1024), up to a constant.
 
-    Nothing is rounded: every product is a whole number, and 1024 of them add up to at most 2^24,
-    below which float32 holds all whole numbers.
-    TF32 and bf16 hold the factors, too.
+    The constant is the query's squared norm, so the result is |x|^2 - 2 qx. Nothing is rounded: every product is a
+    whole number, 1024 of them add up to at most 2^24, and float32 represents all whole numbers up to there.
+    TF32 and bf16 represent the factors exactly, too.
     """
     with torch.autocast(images.device.type, enabled=False):
         products = torch.bmm(queries.transpose(0, 1), images.permute(1, 2, 0))  # (K, N, M)
@@ -96,21 +92,23 @@ def _distances_from(images: torch.Tensor, queries: torch.Tensor) -> torch.Tensor
 
 
 def _squared_norms(values: torch.Tensor) -> torch.Tensor:
-    """(N, K, 1024) to (N,) int64."""
+    """Squared norms (N,) int64 of vectors (N, K, 1024)."""
     return values.square().sum(2).sum(1, dtype=torch.int64)
 
 
 def contrast(images: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """(N,) root mean square difference of the pixels of (N, 3, H, W) uint8 images from their image's mean colour,
-    in [0, 1] as `Neighbours.distances`.
+    """Root mean square difference (N,) between the pixels of each image (N, 3, H, W) uint8 and its mean colour.
+
+    It lies in [0, 1], like `Neighbours.distances`.
     """
     values = images.astype(np.float32)
     return np.sqrt(np.square(values - values.mean((2, 3), keepdims=True)).mean((1, 2, 3), dtype=np.float64)) / 255
 
 
 def variety(images: NDArray[np.uint8]) -> float:
-    """Root mean square difference of the pixels of (N, 3, H, W) uint8 images from the mean of all of them,
-    in [0, 1]: 0 where all are alike.
+    """Root mean square difference between images (N, 3, H, W) uint8 and their mean image.
+
+    It lies in [0, 1]; 0 means that all images are equal.
     """
     values = images.astype(np.float32)
     return float(np.sqrt(np.square(values - values.mean(0)).mean(dtype=np.float64))) / 255
@@ -123,12 +121,11 @@ def neighbour_picture(
     reference: NDArray[np.float64] | None = None,
     pairs_a_row: int = 5,
 ) -> Image.Image:
-    """Pairs of sample (left) and nearest training image (right), both (N, 3, H, W) uint8,
-    with their distance (N,) below.
+    """Draws pairs of sample (left) and nearest training image (right), both (N, 3, H, W) uint8.
 
-    reference: the distances of real held-out images to their nearest training images.
-    A pair nearer than 95 % of those gets a red frame, unless the sample is nearer to its own mean colour:
-    a grey area is near to every image and a copy of none.
+    Their distance (N,) stands below. reference: distances of real held-out images to their nearest training images.
+    A pair gets a red frame if it is nearer than 95 % of those. Samples that are still nearer to their own mean colour
+    get none: an almost grey image is near to every image and a copy of none.
     """
     bound = float(np.quantile(reference, 0.05)) if reference is not None and len(reference) else None
     near = distances < bound if bound is not None else np.zeros(len(distances), dtype=bool)
@@ -169,7 +166,7 @@ def neighbour_picture(
 def _neighbour_caption(
     distances: NDArray[np.float64], reference: NDArray[np.float64] | None, bound: float | None, copies: int, plain: int
 ) -> list[str]:
-    """The lines above the pairs. copies: framed samples; plain: those that are near for want of contrast."""
+    """The lines of text above the pairs. copies: number of framed samples; plain: samples with almost no contrast."""
     lines = [
         "In each pair: a generated sample, and at its right the nearest training image.",
         (
