@@ -33,11 +33,11 @@ METHODS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Stage:
-    """A run that must come first: `model.<key>` names its run folder (or a released file),
-    and "train" trains it before.
+    """An earlier run whose weights a method needs.
 
-    shipped: weights of such a run that are part of the package, by the value of `model.<key>`,
-    with the file of their card, which tells their cost.
+    `model.<key>` names its run folder or a released file; the value "train" trains that run first.
+    shipped: values of `model.<key>` that select weights inside the package, each with the file of its card,
+    which holds the cost of their training.
     """
 
     key: str
@@ -47,9 +47,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method as the command line sees it.
+    """The facts that the command line needs about a method.
 
-    The module that holds it must not import torch: `--help` answers in under a second.
+    The module that defines it must not import torch, so that `--help` answers in under a second.
     """
 
     name: str
@@ -60,18 +60,19 @@ class MethodSpec:
     sample: type  # dataclass of its sampler's settings (`sample.*`)
     presets: str  # path of presets.yaml
     stages: tuple[Stage, ...] = ()  # runs whose weights this method uses
-    released: str = ""  # "module:function" that opens a file of the authors (`base.Released`); "" where there is none
+    released: str = ""  # "module:function" that opens a file which the authors released (`base.Released`); "" for none
 
 
 def registered() -> dict[str, str]:
-    """All methods, built in and from other packages' entry points, name -> "module:attribute"; a built-in name cannot
-    be taken.
+    """All methods, built in or from the entry points of other packages, name -> "module:attribute".
+
+    A plug-in cannot replace a built-in method.
     """
     return {**{name: plugin.value for name, plugin in plugins().items()}, **METHODS}
 
 
 def plugins() -> dict[str, Plugin]:
-    """The methods of other packages. What they register wrongly is left out with a warning."""
+    """The methods of other packages; a wrong registration is skipped with a warning."""
     return plugins_of(ENTRY_POINT_GROUP, frozenset(METHODS), "method")
 
 
@@ -82,7 +83,7 @@ def load_object(path: str) -> object:
 
 
 def get_spec(name: str) -> MethodSpec:
-    """The spec of a registered method. An unknown name, and a plug-in that cannot be loaded, are UserErrors."""
+    """The spec of a registered method; UserError if the name is unknown or the plug-in cannot be loaded."""
     options = registered()
     if name not in options:
         raise UserError(

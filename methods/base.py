@@ -1,6 +1,6 @@
-"""The seam: what the trainer, the evaluator and the launcher may ask of a method, and nothing else.
+"""The interface of a method: all that the trainer, the evaluator and the launcher may use of it.
 
-It is written in common/method.py, because the trainer in common/ needs its types. Methods import it from here.
+The code is in common/method.py, because the trainer in common/ needs its types. Methods import it from here.
 """
 
 from pixlat.common.method import (

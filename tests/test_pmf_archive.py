@@ -93,7 +93,7 @@ def test_types_and_arrays_in_pieces(tmp_path):
         ("checkpoint_1", b"\xc1\x00", "not readable as a flax checkpoint"),
         ("checkpoint_1", packed({"params": {"a": "PLACEHOLDER://params.a"}}), "in files of their own"),
         ("checkpoint_1", packed([1]), "holds a list"),
-        ("weights.pkl", b"", "no file of it is called checkpoint"),
+        ("weights.pkl", b"", "no file in it is called checkpoint"),
     ],
 )
 def test_other_archives_are_explained(tmp_path, name, content, message):

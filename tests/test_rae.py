@@ -388,7 +388,7 @@ def test_a_run_of_other_settings_is_refused_by_the_one_that_differs(tmp_path):
 
 
 def test_a_decoder_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"model\.decoder='nowhere' is not there"):
+    with pytest.raises(UserError, match=r"model\.decoder='nowhere' does not exist"):
         stage2(decoder="nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="neither a run folder"):

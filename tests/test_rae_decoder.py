@@ -392,5 +392,5 @@ def test_the_patch_follows_from_image_and_grid():
     assert build_decoder("demo", ToyEncoder(), INFO.image_size).patch == 2
     encoder = ToyEncoder()
     encoder.grid = lambda image_size: 3
-    with pytest.raises(UserError, match=r"data.image_size=8: must be a multiple of the 3 tokens"):
+    with pytest.raises(UserError, match=r"data.image_size=8: must be a multiple of 3, the number of tokens"):
         build_decoder("demo", encoder, 8)

@@ -1,4 +1,4 @@
-"""JiT's settings. Torch-free, so that `--help` is quick; presets.yaml holds the published sizes."""
+"""JiT's settings. presets.yaml holds the published sizes. No torch is imported here, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SPACES = ("x", "eps", "v")
 
 @dataclass
 class JiTConfig:
-    """The network and its objective. Image size and class count come from the data."""
+    """Settings of the network and its objective. Image size and class count come from the data."""
 
     depth: int = 12
     width: int = 768
@@ -21,21 +21,21 @@ class JiTConfig:
     patch: int = 16  # pixels; the papers keep 16 x 16 tokens: patch = image size / 16
     mlp_ratio: float = 4.0  # SwiGLU's hidden width is 2/3 of width * mlp_ratio
     bottleneck: int = 128  # channels between the two linear maps of the patch embedding; 0: one linear map
-    context_tokens: int = 32  # class tokens put in front of the image tokens; 0: none
-    context_start: int = 4  # index of the block before which they are put
+    context_tokens: int = 32  # class tokens in front of the image tokens; 0: none
+    context_start: int = 4  # index of the first block that gets the class tokens
     rope: bool = True
     qk_norm: bool = True
-    #: in the middle half of the blocks: after the attention projection and on SwiGLU's hidden vector
+    #: dropout in the middle half of the blocks, after the attention projection and on SwiGLU's hidden vector
     dropout: float = 0.0
-    attn_dropout: float = 0.0  # on the attention weights, in the same blocks
+    attn_dropout: float = 0.0  # dropout on the attention weights, in the same blocks
     attention: str = "fused"  # fused | reference (logits and softmax in float32 under bf16; slower)
     prediction: str = "x"  # x | eps | v: what the network returns
-    loss_space: str = "v"  # x | eps | v: where the squared error is taken
+    loss_space: str = "v"  # x | eps | v: the space in which the loss measures the squared error
     preconditioner: str = "none"  # none | edm | linear: x = c_skip z + c_out * output (ablation; needs prediction=x)
     noise_scale: float | None = None  # standard deviation of the noise; none: image size / 256
-    time_mean: float = -0.8  # of the logit of the paper's time (1 = data)
-    time_std: float = 0.8
-    clip: float = 0.05  # floor of every denominator t and 1 - t
+    time_mean: float = -0.8  # mean of the logit of the paper's time (1 = data)
+    time_std: float = 0.8  # its standard deviation
+    clip: float = 0.05  # smallest value of a denominator t or 1 - t
     label_drop: float = 0.1  # probability of training without the class
 
     def __post_init__(self) -> None:
@@ -86,15 +86,15 @@ class JiTConfig:
 
 @dataclass
 class JiTSample:
-    """The sampler.
+    """Settings of the sampler.
 
-    The defaults are the released one, up to the guidance scale, which depends on the size (presets.yaml).
+    The defaults are those of the released code, except the guidance scale, which depends on the size (presets.yaml).
     """
 
     steps: int = 50
     solver: str = "heun"  # heun (the last step is Euler's) | euler
     guidance: float = 3.0  # 1: off
-    #: where guidance is on, in the paper's time (1 = data), ends excluded; a lower end of 0 includes 0
+    #: times at which guidance is on, in the paper's convention (1 = data), ends excluded; a lower end of 0 includes 0
     interval: tuple[float, float] = (0.1, 1.0)
     #: official: the clip leaves 1.7 % of the noise in the image | clean (ours): the last step lands on the prediction
     ending: str = "official"

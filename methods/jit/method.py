@@ -1,7 +1,6 @@
 """JiT's objective and sampler (arXiv 2511.13720, sections 3 and 4).
 
-Time runs as everywhere in `common/`: t = 1 is noise. The paper counts the other way;
-1 - t is what the network receives.
+As everywhere in `common/`, t = 1 is noise. In the paper t = 1 is data, so the network receives 1 - t.
 """
 
 from __future__ import annotations
@@ -26,13 +25,14 @@ EDM_DATA_STD = 0.5
 
 
 class JiTMethod(Method):
-    """x-prediction with v-loss by default; `config.prediction` and `config.loss_space` give
-    the paper's nine combinations.
+    """Predicts x with a loss on v by default.
+
+    `config.prediction` and `config.loss_space` select one of the paper's nine combinations.
     """
 
     def __init__(self, config: JiTConfig, data: DataInfo) -> None:
         super().__init__(config, data)
-        patches_a_side(data.image_size, config.patch)  # before anything is built
+        patches_a_side(data.image_size, config.patch)  # raises UserError before the network is built
         self.noise_scale = data.image_size / 256 if config.noise_scale is None else config.noise_scale
         self.network = JiT(config, data.image_size, data.channels, data.num_classes)
 
@@ -42,15 +42,16 @@ class JiTMethod(Method):
         return {"loss": self.objective(batch["image"], *self.draw(batch))}
 
     def draw(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Labels after the drop (B,) int64, times (B,) and noise (B, C, S, S), on the images' device."""
+        """Draws (labels, t, noise) on the images' device: (B,) int64 with some labels dropped, (B,), (B, C, S, S)."""
         x, labels = batch["image"], batch["label"]
         labels = drop_labels(labels, self.config.label_drop, self.data.num_classes)
         t = flow.logit_normal(-self.config.time_mean, self.config.time_std, len(labels), device=x.device)
         return labels, t, self.noise_scale * torch.randn_like(x)
 
     def objective(self, x: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """mean || q(output) - q(target) ||^2 where q converts to the loss space with clipped denominators;
-        the scaled noise is given.
+        """mean || q(output) - q(target) ||^2, where q converts to the loss space with clipped denominators.
+
+        noise: already multiplied by the noise scale.
         """
         z = flow.interpolate(x, noise, t)
         error = self.predict(z, t, labels) - flow.target(self.config.prediction, x, noise)
@@ -58,19 +59,19 @@ class JiTMethod(Method):
         return (flow.match_dims(gain, error) * error).square().mean()
 
     def predict(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """The network's prediction in `config.prediction`, (B, C, S, S) in z's type (autocast's bf16 ends here)."""
+        """The prediction in the space `config.prediction`, (B, C, S, S); autocast's bf16 is cast back to z's type."""
         output = self.network(z, 1 - t, labels).to(z.dtype)
         if self.config.preconditioner == "none":
             return output
         noise, data = flow.match_dims(t, z), flow.match_dims(1 - t, z)
         if self.config.preconditioner == "linear":
             return data * z + noise * output
-        # EDM's c_skip and c_out at sigma = t / (1 - t), both fractions multiplied out so that t = 1 is regular.
+        # EDM's c_skip and c_out at sigma = t / (1 - t), rewritten so that there is no division by 0 at t = 1.
         variance = (data * EDM_DATA_STD) ** 2 + noise**2
         return data * EDM_DATA_STD**2 / variance * z + noise * EDM_DATA_STD / variance**0.5 * output
 
     def parameters_of(self, phase: str) -> list[ParamGroup]:
-        """Weight decay leaves out vectors and biases, as in the authors' code."""
+        """Vectors and biases get no weight decay, as in the authors' code."""
         groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
         for name, p in self.named_parameters():
             groups[p.ndim > 1 and not name.endswith(".bias")].append(p)
@@ -92,7 +93,10 @@ class JiTMethod(Method):
         return solve(lambda z, t: self.velocity(z, t, labels, config), z, time_grid(config.steps))
 
     def velocity(self, z: Tensor, t: float, labels: Tensor, config: JiTSample) -> Tensor:
-        """The guided velocity dz/dt; guidance acts on the prediction, in which the velocity is affine."""
+        """The guided velocity dz/dt.
+
+        Guidance acts on the prediction; this is equivalent, because the velocity is an affine function of it.
+        """
 
         def predict(z: Tensor, labels: Tensor) -> Tensor:
             return self.predict(z, torch.full((len(z),), t, device=z.device), labels)
@@ -125,16 +129,18 @@ class JiTMethod(Method):
 
 
 def time_grid(steps: int) -> list[float]:
-    """From t = 1 to 0.
+    """The times of the sampler, from 1 to 0.
 
-    The paper's float32 grid, 1 - t in Python floats, so that 1 - t gives back its points exactly.
+    The paper's grid is in float32 with 1 = data. We subtract its points from 1 in Python floats, so that 1 - t
+    returns them exactly.
     """
     return [1.0 - tau for tau in torch.linspace(0, 1, steps + 1, dtype=torch.float32, device="cpu").tolist()]
 
 
 def in_interval(t: float, low: float, high: float) -> bool:
-    """Whether low < 1 - t < high, strictly, as the released sampler tests it in float32;
-    a lower end of 0 includes 1 - t = 0.
+    """Whether low < 1 - t < high, compared strictly in float32 like the released sampler.
+
+    A lower end of 0 includes 1 - t = 0.
     """
     low32, high32 = torch.tensor((low, high), dtype=torch.float32, device="cpu").tolist()
     tau = 1.0 - t

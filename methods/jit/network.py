@@ -22,7 +22,7 @@ from pixlat.methods.jit.config import JiTConfig
 
 
 class JiT(nn.Module):
-    """Noisy image, time and class to a prediction of the image's shape."""
+    """Maps noisy image, time and class to a prediction of the image's shape."""
 
     pos_embed: Tensor
     rope: Tensor | None
@@ -49,9 +49,7 @@ class JiT(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Xavier for every matrix, normal for embeddings, zero for what modulates or leaves the network:
-        the untrained output is 0.
-        """
+        """Xavier for matrices, normal for embeddings, 0 for modulations and the final map: the first output is 0."""
         initialize_linears(
             self,
             zero=lambda name: name.endswith("modulation") or name == "final.linear",
@@ -62,13 +60,14 @@ class JiT(nn.Module):
             nn.init.normal_(self.context, std=0.02)
 
     def forward(self, z: Tensor, time: Tensor, labels: Tensor) -> Tensor:
-        """z (B, C, S, S); time (B,) in the paper's convention, 1 = data; labels (B,) int64,
-        the last row of the table being "no class".
+        """Returns the prediction (B, C, S, S).
+
+        z: (B, C, S, S); time: (B,) in the paper's convention, 1 = data; labels: (B,) int64, num_classes for "no class".
         """
         class_embed = self.class_embed(labels)
         condition = F.silu(self.time_embed(time) + class_embed)
         x = self.patch_embed(z)
-        # under autocast the residual stream stays bf16 until the float32 context tokens join it
+        # Under autocast the residual stream stays bf16 until the float32 context tokens are concatenated.
         x = x + self.pos_embed.to(x.dtype)
         rope_image = None if self.rope is None else self.rope[self.context_tokens :]
         for block in self.blocks[: self.context_start]:
@@ -81,10 +80,7 @@ class JiT(nn.Module):
 
 
 def build_block(config: JiTConfig, dropout: bool) -> AdaLNBlock:
-    """A block; dropout: whether it is one of those that drop activations in training.
-
-    Its condition is SiLU(time + class).
-    """
+    """Builds one block, whose condition is SiLU(time + class). dropout: whether it uses the configured dropout."""
     return AdaLNBlock(
         config.width,
         config.heads,

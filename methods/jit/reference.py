@@ -1,6 +1,4 @@
-"""The authors' released checkpoints: opening the file, recognising the architecture,
-and their parameter names as ours.
-"""
+"""Opens the authors' released checkpoints, recognises the architecture and renames their parameters to ours."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from pixlat.common.weights.tensors import check_released
 from pixlat.methods.base import Released
 
 FILE_NAME = "checkpoint-last.pth"
-# name of the average's decay in `args`; the first was published
+# set of weights -> name of its decay in `args`; the published numbers are of the first set
 WEIGHTS = {"model_ema1": "ema_decay1", "model_ema2": "ema_decay2", "model": None}
 
 # Ours to theirs, applied in order to a name of `JiTMethod.state_dict()`.
@@ -38,15 +36,17 @@ POSITIONS = "net.pos_embed"
 
 
 def read_checkpoint(path: str | Path, weights: str = "model_ema1") -> dict[str, Tensor]:
-    """One of the three state dicts of a released file (or of the folder that holds it), memory-mapped;
-    no code in the file is run.
+    """One of the three state dicts of a released file (or of the folder that holds it), memory-mapped.
+
+    It runs no code from the file.
     """
     return open_checkpoint(path, weights)[0]
 
 
 def open_checkpoint(path: str | Path, weights: str) -> tuple[dict[str, Tensor], float | None]:
-    """The same with the decay of this average, from the training's settings in the file (`args`);
-    none where it is no average or the file does not say.
+    """Like `read_checkpoint`, and also returns the decay of this average from the settings in the file (`args`).
+
+    The decay is None for the raw weights or if the file does not contain it.
     """
     if weights not in WEIGHTS:
         raise UserError(
@@ -59,24 +59,23 @@ def open_checkpoint(path: str | Path, weights: str) -> tuple[dict[str, Tensor], 
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # the unpickler meets damaged bytes with whatever they lead to
+    except Exception as error:  # damaged bytes can make the unpickler raise any exception
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint ({reason}). Download it again.") from error
     if not isinstance(content, dict) or not isinstance(content.get(weights), dict):
-        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{path}: holds no {weights!r}, so it is not a released JiT checkpoint. It holds: {found}.")
-    settings, key = content.get("args"), WEIGHTS[weights]
-    told = (
-        settings if isinstance(settings, dict) else vars(settings) if isinstance(settings, argparse.Namespace) else {}
-    )
-    decay = told.get(key) if key else None
+        keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{path}: holds no {weights!r}, so it is not a released JiT checkpoint. It holds: {keys}.")
+    args, key = content.get("args"), WEIGHTS[weights]
+    settings = args if isinstance(args, dict) else vars(args) if isinstance(args, argparse.Namespace) else {}
+    decay = settings.get(key) if key else None
     return content[weights], float(decay) if isinstance(decay, int | float) else None
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the shapes of a released state dict tell; the block where the context tokens enter
-    and the dropout they do not.
+    """Sizes read from a released state dict.
+
+    The shapes do not reveal the block where the context tokens enter, nor the dropout.
     """
 
     depth: int
@@ -112,7 +111,7 @@ def recognise(state: Mapping[str, Tensor]) -> Architecture:
 
 
 def open_released(path: Path, weights: str | None = None) -> Released:
-    """A released file for `pixlat import`."""
+    """Opens a released file for `pixlat import`."""
     weights = weights or next(iter(WEIGHTS))
     state, decay = open_checkpoint(path, weights)
     model = asdict(recognise(state))
@@ -120,22 +119,22 @@ def open_released(path: Path, weights: str | None = None) -> Released:
 
 
 def released_name(name: str) -> str:
-    """Their name of one of our parameters."""
+    """The authors' name for one of our parameters."""
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def released_shape(name: str, shape: torch.Size) -> torch.Size:
-    """Their shape of one of our parameters: the second patch map is a 1 x 1 convolution there and linear here."""
+    """The authors' shape of one of our parameters: their second patch map is a 1 x 1 convolution, ours is linear."""
     return torch.Size((*shape, 1, 1)) if name.endswith("patch_embed.up.weight") else shape
 
 
 def from_released(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The released tensors under the names and shapes of `ours`,
-    a `JiTMethod.state_dict()` (it may be on the meta device).
+    """The released tensors under the names and shapes of `ours`.
 
-    UserError lists every missing, extra and misshapen key; the fixed position table must equal ours.
+    ours: a `JiTMethod.state_dict()`; it may be on the meta device.
+    Raises UserError with every missing, extra and misshapen key, or if the fixed position table differs from ours.
     """
     shapes = {released_name(name): released_shape(name, tensor.shape) for name, tensor in ours.items()}
     check_released(state, shapes)

@@ -1,6 +1,6 @@
-"""pMF's settings.
+"""pMF's settings. Here and in the paper, time 1 is noise.
 
-Torch-free, so that `--help` is quick; presets.yaml holds the published sizes. Time is the paper's and ours: 1 = noise.
+This module does not import torch, so that `--help` is quick. presets.yaml holds the published sizes.
 """
 
 from __future__ import annotations
@@ -20,50 +20,54 @@ OPTIMIZERS = ("muon", "torch_muon", "adam")
 
 @dataclass
 class PMFConfig:
-    """The network and its objective. Image size and class count come from the data."""
+    """Settings of the network and its objective. Image size and class count come from the data."""
 
-    depth: int = 16  # blocks on the way to the average velocity: shared ones and its own
-    head_depth: int = 8  # of these its own; the instantaneous velocity has as many more, in training only
+    depth: int = 16  # blocks that compute the average velocity: shared blocks plus the blocks of its head
+    head_depth: int = 8  # blocks of each head; the head of the instantaneous velocity is used in training only
     width: int = 768
     heads: int = 12
     mlp_hidden: int | None = None  # SwiGLU's hidden width; none: 8/3 of the width, rounded down
     patch: int = 16  # pixels; the paper keeps 16 x 16 tokens: patch = image size / 16
     bottleneck: int = 128  # channels between the two linear maps of the patch embedding; 0: one linear map
     class_tokens: int = 8  # prefix tokens that carry the class
-    guidance_tokens: int = 4  # ... the guidance scale
-    interval_tokens: int = 2  # ... each end of the guidance interval
-    time_tokens: int = 4  # ... the length t - r of the step
+    guidance_tokens: int = 4  # prefix tokens that carry the guidance scale
+    interval_tokens: int = 2  # prefix tokens for each end of the guidance interval
+    time_tokens: int = 4  # prefix tokens that carry the step length t - r
     prediction: str = "x"  # x | u: what the network returns
     #: none | linear | edm | scm: x = c_skip z + c_out * output (ablation; needs prediction=x)
     preconditioner: str = "none"
-    clip: float = 0.05  # floor of every denominator t
+    clip: float = 0.05  # smallest value of a denominator t
     noise_scale: float = 1.0  # standard deviation of the noise
     time_sampler: str = "plane"  # plane | diagonal (r = t only) | zero (r = 0 only) | edges (r = t or 0)
-    time_mean: float = 0.8  # of the logit of both times
-    time_std: float = 0.8
+    time_mean: float = 0.8  # mean of the logit of both times
+    time_std: float = 0.8  # standard deviation of the logit of both times
     uniform_share: float = 0.0  # share of samples whose times are uniform instead
-    zero_share: float = 0.0  # share of samples off the diagonal whose r is 0 instead: steps all the way to the image
-    #: share of a micro-batch, its first samples, that has r = t (flow matching); a whole number of samples
+    #: share of the samples with r < t whose r is set to 0: their step ends at the image
+    zero_share: float = 0.0
+    #: share of a micro-batch with r = t (flow matching), its first samples; must be a whole number of samples
     flow_share: float = 0.5
-    label_drop: float = 0.1  # mean share of a micro-batch, its first samples, that is trained without the class
+    label_drop: float = 0.1  # mean share of a micro-batch that is trained without the class, its first samples
     guidance_max: float = 8.0  # guidance scales are drawn from [1, guidance_max]
-    guidance_beta: float = 1.0  # with density proportional to scale^-beta
+    guidance_beta: float = 1.0  # the density of guidance scales is proportional to scale^-beta
     norm_eps: float = 0.01  # adaptive weight: every summed error is divided by (itself + norm_eps)^norm_power
     norm_power: float = 1.0
     perceptual: str = "none"  # none | embedded (EfficientNet-Lite0, needs no download) | lpips+convnext (as published)
-    perceptual_max_t: float = 0.8  # perceptual terms act where t is below
+    perceptual_max_t: float = 0.8  # perceptual terms apply to samples with t below this
     perceptual_size: int = 224  # pixels of the crops that the perceptual networks see
     lambda1: float = 0.4  # weight of LPIPS, or of the embedded features
-    lambda2: float = 0.1  # weight of ConvNeXt; 0 leaves it out, and so does lambda1=0 for LPIPS
-    lpips_weights: str | None = None  # file or folder; none: the usual caches
-    convnext_weights: str | None = None
-    optimizer: str = "muon"  # muon | torch_muon | adam: for the matrices; the rest has Nesterov Adam with the first two
-    scalar_lr: float = 1.0  # learning rate of what embeds guidance, interval and step length, relative to all others'
-    #: fused (tangents beside the forward, without a graph) | func (torch.func.jvp; not with train.compile)
+    lambda2: float = 0.1  # weight of ConvNeXt; a weight of 0 leaves ConvNeXt (lambda2) or LPIPS (lambda1) out
+    lpips_weights: str | None = None  # file or folder of the VGG16 weights; none: the usual caches
+    convnext_weights: str | None = None  # file or folder of the ConvNeXt weights; none: the usual caches
+    #: muon | torch_muon | adam: optimizer of the matrices; with the first two, Nesterov Adam trains the rest
+    optimizer: str = "muon"
+    #: learning rate of the embeddings of guidance scale, interval and step length, relative to all others
+    scalar_lr: float = 1.0
+    #: fused (layers compute tangents in the forward pass, without a graph) | func (torch.func.jvp; not with
+    #: train.compile)
     jvp: str = "fused"
 
     def flow_matching_samples(self, count: int) -> float:
-        """How many of `count` samples have r = t; the loss is the published one only where this is a whole number."""
+        """How many of `count` samples have r = t; the loss is the published one only if this is a whole number."""
         share = {"plane": self.flow_share, "diagonal": 1.0, "zero": 0.0, "edges": self.flow_share}[self.time_sampler]
         return round(count * share, 9)
 
@@ -124,17 +128,17 @@ class PMFConfig:
 
     @property
     def prefix(self) -> int:
-        """Tokens in front of the image tokens."""
+        """The number of prefix tokens before the image tokens."""
         return self.class_tokens + self.guidance_tokens + 2 * self.interval_tokens + self.time_tokens
 
 
 @dataclass
 class PMFSample:
-    """The sampler. Guidance scale and interval are inputs of the network: a step is one evaluation."""
+    """Settings of the sampler. Guidance is an input of the network, so a step is one evaluation."""
 
     steps: int = 1
     guidance: float = 7.0  # omega; 1: off
-    interval: tuple[float, float] = (0.1, 0.7)  # where guidance is on, as the network was told in training
+    interval: tuple[float, float] = (0.1, 0.7)  # times at which guidance is on; an input of the network, as in training
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "sample.steps", self.steps, "must be at least 1")

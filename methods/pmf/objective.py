@@ -1,7 +1,7 @@
-"""What pMF draws for a training step, and the formulas of its loss:
-sections 3 and 4 of arXiv 2601.22158 and its released code.
+"""The random draws of a pMF training step and the formulas of its loss.
 
-Nothing here calls a network. Times, scales and flags are (B,), images (B, C, S, S); t = 1 is noise and 0 <= r <= t.
+They follow sections 3 and 4 of arXiv 2601.22158 and its released code. No function here calls a network.
+Times, scales and flags are (B,), images (B, C, S, S); t = 1 is noise and 0 <= r <= t.
 """
 
 from __future__ import annotations
@@ -18,32 +18,33 @@ from pixlat.common.maths.flow import floor_at, logit_normal, match_dims
 from pixlat.methods.pmf.config import PMFConfig
 
 DATA_STD = {"edm": 0.5, "scm": 1.0}
-# the perceptual networks meet so many batch sizes at most:
-# each may cost a compilation and a search for the fastest kernels
+# The perceptual networks run with at most this many different batch sizes, because each new size
+# may cost a compilation and a search for the fastest kernels.
 COMPARED_SIZES = 8
 
 
 @dataclass(frozen=True)
 class Draws:
-    """All that is random in a step. The first `flow_matching` samples have r = t and the interval (0, 1)."""
+    """All random numbers of a step. The first `flow_matching` samples have r = t and the guidance interval (0, 1)."""
 
     t: Tensor
     r: Tensor
     omega: Tensor  # guidance scale
-    t_min: Tensor  # guidance interval
+    t_min: Tensor  # the guidance interval is [t_min, t_max]
     t_max: Tensor
-    noise: Tensor  # (B, C, S, S), the noise scale included
-    dropped: Tensor  # bool: trained without the class
+    noise: Tensor  # (B, C, S, S), already multiplied by the noise scale
+    dropped: Tensor  # bool: the sample is trained without its class
     flow_matching: int
     crops: CropBoxes | None = None  # for the perceptual terms
-    compared: Tensor | None = None  # (K,) positions of the samples that the perceptual networks see; none: all
+    compared: Tensor | None = None  # (K,) positions of the samples that the perceptual networks see; None: all
 
 
 def draw(config: PMFConfig, images: Tensor) -> Draws:
-    """From torch's global generators. Which samples match flows and which lose their label is a matter of position.
+    """Draws from torch's global generators.
 
-    Times come from the CPU's generator, everything else from the images' device.
-    So the host knows how many samples the perceptual networks must see, without waiting for a GPU.
+    The position in the batch decides which samples are trained by flow matching and which lose their label.
+    Times come from the CPU's generator, all other numbers from the generator of the images' device. So the CPU knows
+    how many samples the perceptual networks must see, without waiting for a GPU.
     """
     count, device = len(images), images.device
     t_host, r_host, flow_matching = draw_times(config, count, "meta" if images.is_meta else "cpu")
@@ -59,8 +60,8 @@ def draw(config: PMFConfig, images: Tensor) -> Draws:
         t_min=low.masked_fill(first, 0.0),
         t_max=(0.5 + high).masked_fill(first, 1.0),
         noise=config.noise_scale * torch.randn_like(images),
-        # The released rule: a random number of samples, but always the first ones,
-        # so what loses its label matches flows.
+        # The released rule: a random number of samples lose their label, but always the first ones.
+        # So these are flow-matching samples as a rule.
         dropped=position < (torch.rand(count, device=device) < config.label_drop).sum(),
         flow_matching=flow_matching,
         crops=None if config.perceptual == "none" else draw_crops(count, images.shape[-1], device),
@@ -69,21 +70,21 @@ def draw(config: PMFConfig, images: Tensor) -> Draws:
 
 
 def compared_samples(config: PMFConfig, t: Tensor) -> Tensor | None:
-    """Positions of the samples that the perceptual networks see, in order; None where they see all of them.
+    """Positions of the samples that the perceptual networks see, in ascending order; None if they see all of them.
 
-    t: (B,), on the CPU. These are all samples below `perceptual_max_t` and the earliest ones above it, up to a multiple
-    of an eighth of the micro-batch. A fixed number for all steps would have to be the whole micro-batch,
-    because any number of samples may lie below the threshold.
+    t: (B,), on the CPU. These are all samples with t below `perceptual_max_t`, filled up with the samples of the next
+    larger t to a multiple of an eighth of the micro-batch. The same number for all steps would have to be the full
+    micro-batch, because any number of samples may lie below the threshold.
     """
     number = number_compared(config, t)
     return None if number == len(t) else t.argsort(stable=True)[:number].sort().values
 
 
 def number_compared(config: PMFConfig, t: Tensor) -> int:
-    """How many samples the perceptual networks see at times t (B,). Without data it is what costs are counted with.
+    """How many samples the perceptual networks see at times t (B,).
 
-    That is the mean number on the meta device, where training's MACs are counted, and all samples among fake tensors,
-    where its peak memory is.
+    On the meta device, where the MACs of training are counted, it returns the mean number. For fake tensors, with
+    which peak memory is measured, it returns the full batch.
     """
     count = len(t)
     step = max(1, count // COMPARED_SIZES)
@@ -96,8 +97,9 @@ def number_compared(config: PMFConfig, t: Tensor) -> int:
 
 
 def share_below(config: PMFConfig, threshold: float) -> float:
-    """The probability of a time below the threshold under `draw_times`: with F of one draw,
-    F for flow matching and F^2 for the larger of two.
+    """The probability that `draw_times` draws t below the threshold.
+
+    If F is this probability for one draw, it is F for flow-matching samples and F^2 for the larger of two draws.
     """
     if not 0 < threshold < 1:
         return float(threshold >= 1)
@@ -112,9 +114,9 @@ def share_below(config: PMFConfig, threshold: float) -> float:
 
 
 def draw_times(config: PMFConfig, count: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor, int]:
-    """(t, r, number of flow-matching samples).
+    """Returns (t, r, number of flow-matching samples).
 
-    The published sampler covers the half-plane r <= t; the others are the paper's Table 3b.
+    The published time sampler covers the half-plane r <= t; the other samplers are ablations of the paper's Table 3b.
     """
     pair = logit_normal(config.time_mean, config.time_std, 2, count, device=device)
     if config.uniform_share:
@@ -133,7 +135,7 @@ def draw_times(config: PMFConfig, count: int, device: torch.device | str | None 
 
 
 def power_law(u: Tensor, highest: float, beta: float) -> Tensor:
-    """Scales in [1, highest] with density proportional to scale^-beta, from uniforms u."""
+    """Turns u, uniform in [0, 1), into scales in [1, highest] with density proportional to scale^-beta."""
     if beta == 1:
         return highest**u
     power = 1 - beta
@@ -141,25 +143,26 @@ def power_law(u: Tensor, highest: float, beta: float) -> Tensor:
 
 
 def effective_scale(draws: Draws) -> Tensor:
-    """The guidance scale where t is inside the interval, ends included, else 1."""
+    """The guidance scale if t is inside the guidance interval, ends included; else 1."""
     inside = (draws.t_min <= draws.t) & (draws.t <= draws.t_max)
     return torch.where(inside, draws.omega, 1.0)
 
 
 def velocity_of_data(x: Tensor, z: Tensor, t: Tensor, clip: float) -> Tensor:
-    """(z - x) / max(t, clip). Of the true image this is noise - x, but for t below the clip."""
+    """(z - x) / max(t, clip). If x is the true image and t >= clip, this is noise - x."""
     return (z - x) / match_dims(floor_at(t, clip), z)
 
 
 def to_velocity(config: PMFConfig, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    """The velocity that a network's output stands for."""
+    """Converts a network's output to the velocity."""
     return output if config.prediction == "u" else velocity_of_data(to_data(config, output, z, t), z, t, config.clip)
 
 
 def to_data(config: PMFConfig, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    """c_skip z + c_out output.
+    """Converts a network's output to the data: c_skip z + c_out output.
 
-    EDM's and TrigFlow's coefficients at sigma = t / (1 - t), multiplied out so that t = 1 is regular.
+    "edm" and "scm" use EDM's and TrigFlow's coefficients at sigma = t / (1 - t), rewritten without a division by 0
+    at t = 1.
     """
     if config.preconditioner == "none":
         return output
@@ -173,12 +176,13 @@ def to_data(config: PMFConfig, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
 
 
 def squared_error(a: Tensor, b: Tensor) -> Tensor:
-    """(B,) sums over all pixels."""
+    """The squared error of each sample, summed over all pixels: (B,)."""
     return (a - b).square().flatten(1).sum(1)
 
 
 def adaptive(error: Tensor, config: PMFConfig) -> Tensor:
-    """error / stopgrad((error + eps)^power): each sample's term is about 1,
-    and its gradient does not depend on the error's scale.
+    """error / stopgrad((error + eps)^power).
+
+    With power = 1 the term of each sample is about 1, and its gradient does not depend on the scale of the error.
     """
     return error / (error.detach() + config.norm_eps) ** config.norm_power

@@ -1,7 +1,7 @@
-"""The authors' released weights: a flat PyTorch dict, and a tree of flax parameters whose keys are joined by "/".
+"""Reads the authors' released weights: a flat PyTorch dict, or a tree of flax parameters with keys joined by "/".
 
-Everything works on the PyTorch layout; `torch_layout` and `flax_layout` go between the two. A file of the first kind
-is opened by `read_tensors`, an archive of the second kind by `flax_archive.py`, which takes one of its averages.
+The functions work on the PyTorch layout; `torch_layout` and `flax_layout` convert between the two. `read_tensors`
+opens a PyTorch file, and `flax_archive.py` opens a flax archive and selects one of its averages.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ RENAMES = (
     (r"((?:_proj|\.mlp\.(?:w\d|\d)|\.linear))\.(weight|bias)$", r"\1._flax_linear.\2"),
 )
 ROPE = "net.rope_freqs"
-V_HEAD = ("net.v_heads.", "net.v_final_layer.")  # a file for sampling has none of it
-SPATIAL = "patch_embed.up.weight"  # a 1 x 1 convolution there, linear here
+V_HEAD = ("net.v_heads.", "net.v_final_layer.")  # files for sampling contain none of these
+SPATIAL = "patch_embed.up.weight"  # a 1 x 1 convolution in their code, a linear map in ours
 
 
 def released_name(name: str) -> str:
-    """Their PyTorch name of one of our parameters."""
+    """The authors' PyTorch name for one of our parameters."""
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def torch_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Flax names and shapes to PyTorch's; a dict in PyTorch's layout as it is."""
+    """Converts flax names and shapes to PyTorch's; a dict in PyTorch's layout stays unchanged."""
     return dict(_from_flax(name, tensor) if "/" in name else (name, tensor) for name, tensor in state.items())
 
 
@@ -74,7 +74,7 @@ def _from_flax(name: str, tensor: Tensor) -> tuple[str, Tensor]:
 
 
 def flax_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `torch_layout`. The rotation table is no parameter and stays behind."""
+    """The inverse of `torch_layout`. It drops the rotation table, which is not a parameter."""
     return dict(_to_flax(name, tensor) for name, tensor in state.items() if name != ROPE)
 
 
@@ -91,7 +91,7 @@ def _to_flax(name: str, tensor: Tensor) -> tuple[str, Tensor]:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the shapes of a released state dict tell; the fields of `PMFConfig` of the same names, and the data's."""
+    """Sizes read from a released state dict: fields of `PMFConfig` with the same names, and those of the data."""
 
     depth: int
     head_depth: int
@@ -135,8 +135,9 @@ def recognise(state: Mapping[str, Tensor]) -> Architecture:
 
 
 def open_released(path: Path, weights: str | None = None) -> Released:
-    """A released file for `pixlat import`: PyTorch's, which does not tell its average,
-    or an archive of flax, whose weights are chosen by name.
+    """Opens a released file for `pixlat import`.
+
+    A PyTorch file does not say which average it holds. In a flax archive, `weights` names the average.
     """
     name = None
     if path.suffix == ".zip":
@@ -168,8 +169,8 @@ class WithNetwork(Protocol):
 def from_released(state: Mapping[str, Tensor], method: WithNetwork) -> dict[str, Tensor]:
     """The released tensors, in either layout, under the names and shapes of `method.state_dict()`.
 
-    UserError lists every missing, extra and misshapen key; the rotation table must equal ours.
-    Files for sampling lack the v-head and all of its keys: the method keeps its own then.
+    Raises UserError with every missing, extra and misshapen key, or if the rotation table differs from ours.
+    Files for sampling do not contain the v-head; then the method keeps its present v-head.
     """
     from_flax = any("/" in name for name in state)
     state = torch_layout(state)
@@ -192,8 +193,9 @@ def from_released(state: Mapping[str, Tensor], method: WithNetwork) -> dict[str,
 
 
 def to_released(method: WithNetwork) -> dict[str, Tensor]:
-    """The method's weights in the PyTorch layout, the v-head and the rotation table included;
-    `flax_layout` makes the other one of it.
+    """The method's weights in the authors' PyTorch layout, with v-head and rotation table.
+
+    `flax_layout` converts the result to the flax layout.
     """
     state = {name: tensor for name, tensor in method.state_dict().items() if name.startswith(("network.", "v_head."))}
     released = {

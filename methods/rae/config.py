@@ -1,6 +1,7 @@
 """Settings of both stages.
 
-Torch-free, so that `--help` is quick; presets_decoder.yaml and presets.yaml hold the published recipes.
+This module does not import torch, so that `--help` is quick. presets_decoder.yaml and presets.yaml hold the published
+recipes.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from pixlat.methods import MethodSpec, Stage
 
 
 class DecoderShape(NamedTuple):
-    """Numbers of a ViT decoder; its patch follows from the image and the encoder's grid."""
+    """Sizes of a ViT decoder; the image and the encoder's grid determine its patch size."""
 
     width: int
     depth: int
     heads: int
-    hidden: int  # of the MLPs
+    hidden: int  # hidden width of the MLPs
 
 
 DECODERS = {
@@ -31,7 +32,7 @@ DECODERS = {
 
 
 class NetworkShape(NamedTuple):
-    """Numbers of a DiT-DH; without a head (depth 0) it is a LightningDiT."""
+    """Sizes of a DiT-DH; without a head (head_depth 0) it is a LightningDiT."""
 
     width: int
     depth: int
@@ -46,24 +47,24 @@ class NetworkShape(NamedTuple):
 
 @dataclass
 class DecoderConfig:
-    """The decoder of a frozen encoder's latents, and its losses."""
+    """Settings of the decoder of a frozen encoder's latents, and of its losses."""
 
-    encoder: str = "dinov2-reg-b"  # frozen encoder; common/frozen/encoders.py lists them
-    encoder_weights: str | None = None  # folder or file of its weights; none: the library's cache
-    size: str = "xl"  # of the decoder: b | l | xl | demo
+    encoder: str = "dinov2-reg-b"  # frozen encoder; common/frozen/encoders.py lists the names
+    encoder_weights: str | None = None  # folder or file of the encoder's weights; none: the library's cache
+    size: str = "xl"  # size of the decoder: b | l | xl | demo
     #: largest (uniform) or typical (halfnormal) standard deviation of the noise on the latents in training; 0: none
     noise: float = 0.8
-    #: of each image's standard deviation: uniform (released code) | halfnormal (paper)
+    #: distribution of the noise's standard deviation over images: uniform (released code) | halfnormal (paper)
     noise_distribution: str = "uniform"
     perceptual: str = "lpips"  # lpips | embedded | none
     perceptual_weights: str | None = None  # file of the perceptual network's weights; none: the library's cache
-    perceptual_scale: float = 1.0
+    perceptual_scale: float = 1.0  # weight of the perceptual loss
     discriminator: str = "dino"  # dino (heads on a frozen DINO ViT-S/8) | light (a small convolutional network) | none
     discriminator_weights: str | None = None  # folder of the DINO weights; none: the library's cache
-    gan_scale: float = 0.75  # of the adversarial loss, beside its adaptive weight
-    gan_start: int = 0  # training images after which the decoder sees the adversarial loss
-    discriminator_start: int = 0  # training images after which the discriminator is trained; at most gan_start
-    remember: bool = False  # keep the latents of every training image in memory, so that the encoder sees each once
+    gan_scale: float = 0.75  # factor of the adversarial loss, in addition to its adaptive weight
+    gan_start: int = 0  # images seen after which the decoder's loss includes the adversarial term
+    discriminator_start: int = 0  # images seen after which the discriminator is trained; at most gan_start
+    remember: bool = False  # cache the latents of every training image in memory, so that each is encoded once
 
     def __post_init__(self) -> None:
         one_of("model.size", self.size, tuple(DECODERS))
@@ -83,7 +84,7 @@ class DecoderConfig:
 
 @dataclass
 class DecoderSample:
-    """There is nothing to sample: the stage is judged by what it makes of held-out images."""
+    """This stage samples nothing; its evaluation reconstructs held-out images."""
 
 
 DECODER_SPEC = MethodSpec(
@@ -102,33 +103,33 @@ DECODER_SPEC = MethodSpec(
 
 @dataclass
 class RaeConfig:
-    """The latents, the network and its objective. Image size and class count come from the data."""
+    """Settings of the latents, the network and its objective. Image size and class count come from the data."""
 
     #: run folder of method=rae_decoder | released model.pt | folder of diffusers' AutoencoderRAE
     #: | train: train it first
     decoder: str = "train"
     decoder_size: str = "xl"  # b | l | xl | demo
-    encoder: str = "dinov2-reg-b"  # the one that the decoder was trained for
-    encoder_weights: str | None = None  # folder or file of its weights; none: the library's cache
-    #: of the latents: exact | momentum (the authors' script), measured before training | a released stat.pt
+    encoder: str = "dinov2-reg-b"  # the encoder that the decoder was trained for
+    encoder_weights: str | None = None  # folder or file of the encoder's weights; none: the library's cache
+    #: latent statistics: exact | momentum (the authors' script), both measured before training | a released stat.pt
     statistics: str = "exact"
-    stat_images: int = 50_000  # training images over which they are measured
-    width: int = 1152  # of the backbone
+    stat_images: int = 50_000  # training images over which the statistics are measured
+    width: int = 1152  # width of the backbone
     depth: int = 28
     heads: int = 16
-    head_width: int = 2048  # at least the latents' channels, see README.md
+    head_width: int = 2048  # should be at least the number of latent channels, see README.md
     head_depth: int = 2  # blocks of the wide head; 0: none, a plain LightningDiT
     head_heads: int = 16
     init: str = "official"  # official (as in the released code) | xavier (a DiT-DH initialised as a LightningDiT)
     #: run folder or released file of a weaker model for autoguidance; none: guidance is classifier-free
     guide: str | None = None
-    guide_width: int = 384  # its numbers; it has the same head
-    guide_depth: int = 12
-    guide_heads: int = 6
-    shift_base: int = 4096  # numbers in a latent at which times are not shifted towards noise; 0: never shift
+    guide_width: int = 384  # width of the weaker model; its head is the same as here
+    guide_depth: int = 12  # depth of the weaker model
+    guide_heads: int = 6  # attention heads of the weaker model
+    shift_base: int = 4096  # number of values in a latent at which times are not shifted; 0: never shift
     time: str = "logit_normal"  # before the shift: logit_normal (released GPU code) | uniform (earlier releases)
     label_drop: float = 0.1  # probability of training without the class
-    remember: bool = False  # keep the latents of every training image in memory, so that the encoder sees each once
+    remember: bool = False  # cache the latents of every training image in memory, so that each is encoded once
 
     def __post_init__(self) -> None:
         for name in (
@@ -162,12 +163,12 @@ class RaeConfig:
 
     @property
     def shape(self) -> NetworkShape:
-        """The numbers of the network."""
+        """The sizes of the network."""
         return NetworkShape(self.width, self.depth, self.heads, self.head_width, self.head_depth, self.head_heads)
 
     @property
     def guide_shape(self) -> NetworkShape:
-        """The numbers of the weaker model."""
+        """The sizes of the weaker model."""
         return NetworkShape(
             self.guide_width, self.guide_depth, self.guide_heads, self.head_width, self.head_depth, self.head_heads
         )
@@ -175,7 +176,7 @@ class RaeConfig:
 
 @dataclass
 class RaeSample:
-    """The sampler: Euler's. The defaults are the released one without guidance."""
+    """Settings of the Euler sampler. The defaults are those of the released code, without guidance."""
 
     steps: int = 49  # network evaluations
     ending: str = "official"  # official: the unshifted times go from 1 to 0.001 | clean: to 0

@@ -1,6 +1,4 @@
-"""Stage 1: training the decoder of a frozen encoder's latents with L1, perceptual and adversarial losses
-(arXiv 2510.11690, appendix).
-"""
+"""Stage 1 trains the decoder of a frozen encoder with L1, perceptual and adversarial losses (arXiv 2510.11690)."""
 
 from __future__ import annotations
 
@@ -35,26 +33,26 @@ from pixlat.methods.rae.vit import ViTDecoder
 
 
 def build_decoder(size: str, encoder: RepresentationEncoder, image_size: int) -> ViTDecoder:
-    """The decoder of an encoder's latents of square images; its patch follows from both."""
+    """Builds the decoder of an encoder's latents; image size and encoder determine its patch size."""
     grid = encoder.grid(image_size)
     require(
         image_size % grid == 0,
         "data.image_size",
         image_size,
-        f"must be a multiple of the {grid} tokens a side that the encoder makes of it",
+        f"must be a multiple of {grid}, the number of tokens per side that the encoder returns",
     )
     return ViTDecoder(DECODERS[size], encoder.channels, grid, image_size // grid, encoder.pixel_mean, encoder.pixel_std)
 
 
 class DecoderMethod(GanPhases, Method):
-    """A decoder D(E(x) + noise) against a discriminator that sees noise-free reconstructions."""
+    """Trains a decoder D(E(x) + noise) against a discriminator that sees noise-free reconstructions."""
 
     task = "reconstruction"
     space = "latent_rae"
 
     def __init__(self, config: DecoderConfig, data: DataInfo) -> None:
         super().__init__(config, data)
-        # which other frozen networks there are depends on the losses
+        # the losses decide which other frozen networks are needed
         external = {"encoder": Pretrained("encoder", "both")}
         self.encoder = build_encoder(config.encoder, config.encoder_weights)
         self.decoder = build_decoder(config.size, self.encoder, data.image_size)
@@ -67,7 +65,7 @@ class DecoderMethod(GanPhases, Method):
         if config.discriminator == "dino":
             external["discriminator.features"] = Pretrained("discriminator", "train")
         self.external = external
-        # a micro-batch's images -> their latents, from the generator's phase to the discriminator's
+        # images of a micro-batch -> their latents; the generator's phase stores them for the discriminator's phase
         self.latents_of_step = WeakTensorKeyDictionary()
         self.schedule_gan(self.discriminator is not None, config.discriminator_start, config.gan_start)
         self.latents_of = FeatureTable(lambda images: (self.encoder(images),), data.num_train if config.remember else 0)
@@ -86,8 +84,8 @@ class DecoderMethod(GanPhases, Method):
     def encoded_once(self, phase: str, batch: Batch) -> Tensor:
         """The latents of a micro-batch.
 
-        The discriminator's phase takes those that the generator's phase of the same step computed:
-        the encoder is frozen.
+        The encoder is frozen, so the discriminator's phase reuses the latents that the generator's phase computed in
+        the same step.
         """
         images = batch["image"]
         if phase == "discriminator" and images in self.latents_of_step:
@@ -98,21 +96,20 @@ class DecoderMethod(GanPhases, Method):
         return latents
 
     def draw_noise(self, latents: Tensor) -> Tensor:
-        """sigma n with n ~ N(0, 1) and one sigma an image: tau U(0, 1) in the released code,
-        |N(0, tau^2)| in the paper.
+        """Draws sigma n with n ~ N(0, 1) and one sigma per image.
+
+        sigma is tau U(0, 1) in the released code ("uniform") and |N(0, tau^2)| in the paper ("halfnormal").
         """
         draw = torch.rand if self.config.noise_distribution == "uniform" else torch.randn
         sigma = self.config.noise * draw(len(latents), 1, 1, 1, device=latents.device).abs()
         return sigma * torch.randn_like(latents)
 
     def draw_augmentation(self, images: Tensor) -> Augmentation:
-        """DiffAug's draws for these images."""
+        """Draws DiffAug's random numbers for these images."""
         return draw_augmentation(len(images), images.shape[-1], images.device)
 
     def generator_objective(self, images: Tensor, noisy: Tensor, augmentation: Augmentation) -> dict[str, Tensor]:
-        """L1 on the [0, 1] scale + perceptual distance + the adversarial loss at its adaptive weight,
-        once it has started.
-        """
+        """L1 on the [0, 1] scale + perceptual distance + (once active) adversarial loss with its adaptive weight."""
         rebuilt = self.decoder(noisy)
         l1 = 0.5 * (rebuilt - images).abs().mean()
         out = {"l1": l1.detach()}
@@ -133,8 +130,9 @@ class DecoderMethod(GanPhases, Method):
     def discriminator_objective(
         self, images: Tensor, latents: Tensor, fakes: Augmentation, reals: Augmentation
     ) -> dict[str, Tensor]:
-        """Hinge loss on images and on what the decoder, as it is now, makes of their noise-free latents,
-        rounded to 8 bits.
+        """Hinge loss on images and their reconstructions.
+
+        The current decoder reconstructs them from noise-free latents; the result is rounded to 8 bits.
         """
         assert self.discriminator is not None
         with torch.no_grad():
@@ -186,7 +184,7 @@ class DecoderMethod(GanPhases, Method):
     # -- released weights ----------------------------------------------------------------------------------------------
 
     def from_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A released decoder; the discriminator, which is not released, stays as it is."""
+        """Renames the tensors of a released decoder; the discriminator was not released and stays as it is."""
         outside = tuple(f"{name}." for name in (*self.external, "decoder"))
         own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(outside)}
         return own | {

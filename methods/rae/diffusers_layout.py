@@ -1,8 +1,8 @@
-"""diffusers' AutoencoderRAE on disk: config.json and diffusion_pytorch_model.safetensors, written and read.
+"""Reads and writes the files of diffusers' AutoencoderRAE: config.json and diffusion_pytorch_model.safetensors.
 
-It is not our implementation: at other than 16 x 16 tokens its table of positions is scaled and the stored one ignored,
-it adds 1e-5 to the latents' standard deviation once more when it encodes,
-and under transformers 5 it cannot build SigLIP2.
+That class differs from our implementation. If there are not 16 x 16 tokens, it scales its table of positions and
+ignores the stored one. When it encodes, it adds 1e-5 to the latents' standard deviation a second time. With
+transformers 5 it cannot build SigLIP2.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from pixlat.methods.rae.statistics import VARIANCE_EPS
 from pixlat.methods.rae.vit import ViTDecoder
 
 CLASS, WEIGHTS, CONFIG = "AutoencoderRAE", "diffusion_pytorch_model.safetensors", "config.json"
-NAMES = (  # the released files', theirs
+NAMES = (  # (name in the authors' files, name in diffusers)
     ("attention.attention.query.", "attention.to_q."),
     ("attention.attention.key.", "attention.to_k."),
     ("attention.attention.value.", "attention.to_v."),
     ("attention.output.dense.", "attention.to_out.0."),
 )
 ENCODER_TYPES = {"Dinov2WithRegisters": "dinov2", "SiglipVision": "siglip2", "ViTMAE": "mae"}
-POSITIONS = "decoder_pos_embed"  # not in their files
+POSITIONS = "decoder_pos_embed"  # not in diffusers' files
 
 
 def to_theirs(name: str) -> str:
-    """A released decoder's name in this layout."""
+    """diffusers' name of a parameter of a released decoder."""
     for released, theirs in NAMES:
         name = name.replace(released, theirs)
     return f"decoder.{name}"
@@ -51,7 +51,7 @@ def from_theirs(name: str) -> str:
 
 
 def read_decoder(folder: Path) -> dict[str, Tensor]:
-    """The decoder under the names of the released files."""
+    """The decoder's tensors under the names of the authors' files."""
     config, tensors = _read(folder)
     state = {from_theirs(name): tensor for name, tensor in tensors.items() if name.startswith("decoder.")}
     table = sincos_table(config["encoder_input_size"] // config["encoder_patch_size"], config["decoder_hidden_size"])
@@ -59,7 +59,7 @@ def read_decoder(folder: Path) -> dict[str, Tensor]:
 
 
 def read_latent_statistics(folder: Path) -> tuple[Tensor, Tensor]:
-    """Mean and variance as they broadcast over (C, h, h). The file holds sqrt(variance + 1e-5)."""
+    """Mean and variance, broadcastable to (C, h, h). The file holds sqrt(variance + 1e-5)."""
     _, tensors = _read(folder)
     return tensors["_latents_mean"], (tensors["_latents_std"].double().square() - VARIANCE_EPS).clamp(min=0).float()
 
@@ -78,11 +78,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def write(
     folder: Path, decoder: ViTDecoder, encoder: RepresentationEncoder, statistics: tuple[Tensor, Tensor] | None = None
 ) -> None:
-    """Writes a folder that `AutoencoderRAE.from_pretrained` reads, with the encoder,
-    which must be one of transformers' and loaded.
+    """Writes decoder and encoder to a folder that `AutoencoderRAE.from_pretrained` reads.
 
+    encoder: a loaded `TransformersEncoder`. Its tensors keep the names of the installed transformers version, because
+    diffusers does not translate between versions.
     statistics: mean and variance (C, h, h) of the latents; None for latents that are not normalised.
-    The encoder's names are those of the installed transformers, as diffusers does not translate between its versions.
     """
     if not isinstance(encoder, TransformersEncoder):
         raise UserError(f"diffusers' {CLASS} has no encoder like {encoder.name}; it has {', '.join(HUB_ENCODERS)}.")

@@ -15,25 +15,24 @@ from pixlat.common.weights.hub import hub_file
 from pixlat.common.weights.tensors import load_strictly, read_tensors
 
 REPOSITORY, FILE = "nyu-visionx/RAE-collections", "discs/dino_vit_small_patch8_224.pth"
-ARCHITECTURE = "vit_small_patch8_224"  # timm's; its names are the file's
+ARCHITECTURE = "vit_small_patch8_224"  # timm's name; its parameters have the same names as in the file
 WIDTH, INPUT_SIZE = 384, 224
-TAPS = (2, 5, 8, 11)  # blocks whose outputs are judged
+TAPS = (2, 5, 8, 11)  # blocks whose outputs the heads get
 LIGHT_WIDTHS = (32, 64, 128)
 
 
 class DinoFeatures(Frozen):
-    """Images in [-1, 1] to five maps (B, 384, 784) of patch tokens.
+    """Maps images in [-1, 1] to five maps (B, 384, 784) of patch tokens.
 
-    The last block is tapped twice: the released code puts the network's output in front of the maps,
-    so two of its heads see the same tokens.
-    GELU is the tanh approximation, as there.
+    The output of the last block appears twice, because the released code puts the network's output in front of the
+    maps. So two of the heads see the same tokens. As in the released code, GELU is the tanh approximation.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, weights: str | None) -> None:
-        """weights: the file or its folder; None for the Hugging Face cache."""
+        """weights: the weight file or its folder; None for the Hugging Face cache."""
         super().__init__()
         self.weights = weights
         self.network = skeleton(
@@ -44,7 +43,7 @@ class DinoFeatures(Frozen):
         self.eval()
 
     def load(self) -> None:
-        """The released weights, without the key third of each bias, which attention does not feel."""
+        """Loads the released weights, but sets the key biases to 0, because they do not change the attention."""
         file = hub_file(
             REPOSITORY, [FILE], self.weights, key="model.discriminator_weights", licence="Apache-2.0 (DINO)"
         )
@@ -64,7 +63,7 @@ class DinoFeatures(Frozen):
 
 
 def build_discriminator(kind: str, weights: str | None) -> nn.Module:
-    """ "dino", or "light": a small convolutional network that needs no weights."""
+    """Builds "dino", or "light": a small convolutional network that needs no pretrained weights."""
     if kind == "light":
         return PatchDiscriminator(3, LIGHT_WIDTHS)
     return FeatureDiscriminator(DinoFeatures(weights), [WIDTH] * (len(TAPS) + 1))

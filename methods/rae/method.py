@@ -1,6 +1,6 @@
 """Stage 2: flow matching of normalised latents (arXiv 2510.11690, sections 4 and 5).
 
-Time runs as everywhere in `common/`: t = 1 is noise. The released code counts the same way.
+As everywhere in `common/` and in the released code, t = 1 is noise.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from pixlat.methods.rae.network import LatentDiT
 from pixlat.methods.rae.reference import decoder_from_released, network_from_released, read_released
 from pixlat.methods.rae.statistics import KINDS, denormalise, measure, normalise, read_statistics
 
-LARGEST_TIME = 0.999  # of training, before the shift
-SMALLEST_TIME = 1e-3  # where the official sampler ends, before the shift
+LARGEST_TIME = 0.999  # largest time in training, before the shift
+SMALLEST_TIME = 1e-3  # last time of the official sampler, before the shift
 
 
 class RaeMethod(Method):
-    """Velocity prediction with times shifted by the size of a latent;
-    a frozen encoder before it and a frozen decoder behind it.
+    """Predicts the velocity of latents between a frozen encoder and a frozen decoder.
+
+    Times are shifted; the shift depends on the size of a latent.
     """
 
     space = "latent_rae"
@@ -61,7 +62,7 @@ class RaeMethod(Method):
         self.register_buffer("latent_var", torch.ones(self.latent_shape))
         self.shift = (self.latent_mean.numel() / config.shift_base) ** 0.5 if config.shift_base else 1.0
         self.latents_of = FeatureTable(lambda images: (self.encoder(images),), data.num_train if config.remember else 0)
-        self.digests: dict[str, str] = {}  # of the files behind decoder and guide
+        self.digests: dict[str, str] = {}  # SHA-256 of the files of decoder and guide
 
     # -- weights that come from elsewhere ------------------------------------------------------------------------------
 
@@ -81,13 +82,14 @@ class RaeMethod(Method):
             self.load_guide(self.guide, Path(self.config.guide))
 
     def load_decoder(self, path: Path) -> None:
-        """From a run of stage 1, its evaluated average; from a released file;
-        or from a folder of diffusers' AutoencoderRAE.
+        """Loads the decoder from a run folder of stage 1, a released file or a folder of diffusers' AutoencoderRAE.
+
+        From a run it takes the averaged weights that were evaluated.
         """
         if not path.exists():
             raise UserError(
-                f"model.decoder={str(path)!r} is not there. Give a run folder of stage 1, a released decoder, "
-                "or train to train one first."
+                f"model.decoder={str(path)!r} does not exist. Give a run folder of stage 1 or a released decoder, "
+                "or model.decoder=train to train one first."
             )
         if (path / "config.yaml").exists():
             run = run_weights(path)
@@ -101,8 +103,9 @@ class RaeMethod(Method):
             self.digests["decoder"] = sha256_of(file)
 
     def load_guide(self, guide: LatentDiT, path: Path) -> None:
-        """From a run, whose latent statistics are taken over, as both models must live in one space;
-        or from a released file.
+        """Loads the guide from a run folder or a released file.
+
+        From a run it also takes the latent statistics, because both models must use the same normalisation.
         """
         if (path / "config.yaml").exists():
             run = run_weights(path)
@@ -121,7 +124,7 @@ class RaeMethod(Method):
             self.digests["guide"] = sha256_of(path)
 
     def check_run(self, key: str, run: RunWeights, settings: Mapping[str, str]) -> None:
-        """UserError where a setting of the earlier run differs from ours; `settings`: its name there, its name here."""
+        """Raises UserError if the earlier run has other settings. settings: setting in that run -> setting here."""
         theirs = run.config["model"]
         for there, here in settings.items():
             if theirs.get(there) != getattr(self.config, here):
@@ -132,7 +135,7 @@ class RaeMethod(Method):
                 )
 
     def set_statistics(self, mean: Tensor, variance: Tensor) -> None:
-        """Puts the latents' mean and variance (C, h, h) into the buffers."""
+        """Copies the latents' mean and variance (C, h, h) into the buffers."""
         self.latent_mean.copy_(mean)
         self.latent_var.copy_(variance)
 
@@ -144,11 +147,11 @@ class RaeMethod(Method):
         return {"loss": self.objective(x, *self.draw(x, batch["label"]))}
 
     def draw(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Labels after the drop (B,) int64, shifted times (B,) and noise like the latents x (B, C, h, h)."""
+        """Draws (labels, shifted t, noise) for latents x (B, C, h, h): (B,) int64 with some dropped, (B,), like x."""
         labels = drop_labels(labels, self.config.label_drop, self.data.num_classes)
         if self.config.time == "uniform":
             t = LARGEST_TIME * torch.rand(len(labels), device=x.device)
-        else:  # the released code truncates the distribution; what lies beyond has a probability of 2e-12
+        else:  # the released code truncates the distribution; times beyond have a probability of only 2e-12
             t = flow.logit_normal(0.0, 1.0, len(labels), device=x.device).clamp(max=LARGEST_TIME)
         return labels, shifted(t, self.shift), torch.randn_like(x)
 
@@ -159,7 +162,7 @@ class RaeMethod(Method):
 
     @torch.no_grad()
     def before_training(self, batches: Iterator[Batch]) -> None:
-        """Measures the latents, unless a file or a guide's run has brought the statistics."""
+        """Measures the latent statistics, unless a file or the guide's run has set them."""
         from_run = self.config.guide is not None and (Path(self.config.guide) / "config.yaml").exists()
         if self.config.statistics in KINDS and not from_run:
             self.set_statistics(
@@ -192,7 +195,8 @@ class RaeMethod(Method):
     def velocity(self, z: Tensor, t: float, labels: Tensor, config: RaeSample) -> Tensor:
         """The guided velocity.
 
-        Autoguidance moves away from a weaker model with the same label; without one, guidance is classifier-free.
+        With a guide (a weaker model) it is autoguidance: away from the guide's velocity for the same label.
+        Without one, guidance is classifier-free.
         """
 
         def predict(z: Tensor, labels: Tensor, network: nn.Module = self.network) -> Tensor:
@@ -235,9 +239,9 @@ class RaeMethod(Method):
     # -- released weights ----------------------------------------------------------------------------------------------
 
     def from_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A released network.
+        """Renames the tensors of a released network to ours.
 
-        The statistics, which are in a file of their own (`model.statistics`), stay as they are.
+        The latent statistics stay as they are: the authors released them as a separate file (`model.statistics`).
         """
         network = network_from_released(state, self.network.state_dict(), self.config.shape)
         statistics = {"latent_mean": self.latent_mean, "latent_var": self.latent_var}
@@ -245,7 +249,7 @@ class RaeMethod(Method):
 
 
 def part_of(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors of one sub-module, under its own names."""
+    """The tensors of one sub-module, without its prefix in their names."""
     return {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
 
 
@@ -255,9 +259,10 @@ def shifted(t: Tensor, shift: float) -> Tensor:
 
 
 def time_grid(steps: int, ending: str, shift: float) -> list[float]:
-    """From 1 down to 0.001 (official) or 0 (clean) in equal steps, then shifted;
-    the released sampler's float32 arithmetic.
+    """Times from 1 down to 0.001 (official) or 0 (clean) in equal steps, then shifted.
+
+    The arithmetic is float32, as in the released sampler.
     """
     last = SMALLEST_TIME if ending == "official" else 0.0
     times = shifted(1 - torch.linspace(0, 1 - last, steps + 1, dtype=torch.float32, device="cpu"), shift)
-    return times.clamp(max=1.0).tolist()  # rounding may lift the first above the end of guidance's interval
+    return times.clamp(max=1.0).tolist()  # rounding could raise the first time above 1, outside the guidance interval

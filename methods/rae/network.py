@@ -1,5 +1,4 @@
-"""DiT-DH: a DiT of the latents' tokens with a shallow, wide head (arXiv 2510.11690,
-section 5), and the plain LightningDiT.
+"""DiT-DH, a DiT on latent tokens with a shallow, wide head (arXiv 2510.11690, section 5), and plain LightningDiT.
 
 Shape legend: B batch, C latent channels, h latent side, N = h * h tokens, D width, H heads, K head dimension.
 """
@@ -21,8 +20,9 @@ TIME_FREQUENCIES = 256
 
 
 class FourierEmbedding(nn.Module):
-    """A time in [0, 1] to a vector: [sin(2 pi t w), cos(2 pi t w)] with fixed random frequencies w ~ N(0, 1),
-    then Linear - SiLU - Linear.
+    """Maps a time in [0, 1] to a vector: [sin(2 pi t w), cos(2 pi t w)], then Linear - SiLU - Linear.
+
+    The frequencies w ~ N(0, 1) are random but fixed.
     """
 
     frequencies: Tensor
@@ -33,16 +33,16 @@ class FourierEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        """(B,) to (B, D). The angles stay in float32 under autocast."""
+        """Maps (B,) to (B, D). The angles stay in float32 under autocast."""
         angles = t[:, None] * self.frequencies * 2 * math.pi
         return self.mlp(torch.cat((angles.sin(), angles.cos()), dim=-1))
 
 
 class LatentDiT(nn.Module):
-    """The velocity of noisy latents, given their time and class.
+    """Predicts the velocity of noisy latents from their time and class.
 
-    With a head (`shape.head_depth` > 0) this is DiT-DH: the backbone sees the noisy latents and conditions,
-    token by token, a head of its own width, which sees them again. Without one it is LightningDiT.
+    With a head (`shape.head_depth` > 0) this is DiT-DH: the output of the backbone conditions, token by token,
+    a head of a different width, which gets the noisy latents again. Without a head it is LightningDiT.
     """
 
     pos_embed: Tensor
@@ -50,9 +50,7 @@ class LatentDiT(nn.Module):
     head_rope: Tensor
 
     def __init__(self, shape: NetworkShape, channels: int, grid: int, num_classes: int, xavier: bool = False) -> None:
-        """grid: tokens a side. xavier: initialise a DiT-DH's matrices as LightningDiT's,
-        and not as the released code does.
-        """
+        """grid: tokens per side. xavier: initialise DiT-DH like LightningDiT and not like the released code."""
         super().__init__()
         width, has_head = shape.width, shape.head_depth > 0
         out_width = shape.head_width if has_head else width
@@ -73,11 +71,10 @@ class LatentDiT(nn.Module):
 
     @torch.no_grad()
     def initialize(self, xavier: bool) -> None:
-        """Zero for what modulates or leaves the network, normal for time and class,
-        Xavier for the embeddings of the latents.
+        """Initialises modulations and the final map with 0, time and class with a normal, embeddings with Xavier.
 
-        The released DiT-DH leaves all other matrices as PyTorch makes them; LightningDiT (`xavier`)
-        has Xavier's, and biases of zero.
+        All other matrices keep PyTorch's default initialisation in the released DiT-DH. In LightningDiT (`xavier`)
+        they get Xavier's, and biases are 0.
         """
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear):
@@ -95,15 +92,15 @@ class LatentDiT(nn.Module):
         nn.init.normal_(self.class_embed.weight, std=0.02)
 
     def forward(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """z (B, C, h, h); t (B,), 1 = noise; labels (B,) int64, the last row of the table being "no class".
+        """Returns the velocity (B, C, h, h).
 
-        Returns (B, C, h, h).
+        z: (B, C, h, h); t: (B,), 1 = noise; labels: (B,) int64, num_classes for "no class".
         """
         tokens = z.flatten(2).transpose(1, 2)
         time = self.time_embed(t)
         condition = time + self.class_embed(labels)
         if self.has_head:
-            condition = F.silu(condition)  # the blocks apply another one
+            condition = F.silu(condition)  # the blocks apply SiLU a second time
         x = self.embed(tokens) + self.pos_embed
         for block in self.blocks[: self.depth]:
             x = block(x, condition, self.rope)
@@ -116,9 +113,9 @@ class LatentDiT(nn.Module):
 
 
 def macs_per_forward(shape: NetworkShape, channels: int, grid: int, num_classes: int) -> tuple[int, int]:
-    """(executed, as published) MACs of one forward of one image.
+    """MACs of one forward pass of one image, as (executed, as published).
 
-    The paper counts the head's modulation once an image; it is computed for every token, and that is what is executed.
+    The network executes the head's modulation for every token; the paper counts it once per image.
     """
     with torch.device("meta"):
         network = LatentDiT(shape, channels, grid, num_classes)

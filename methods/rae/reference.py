@@ -1,9 +1,7 @@
-"""Released files: decoders, DiT-DH and LightningDiT networks, training checkpoints of both stages.
+"""Reads released files: decoders, DiT-DH and LightningDiT networks, training checkpoints of both stages.
 
-Their names as ours, strictly.
-
-The statistics are read in statistics.py, the discriminator's features in discriminator.py,
-diffusers' layout in diffusers_layout.py.
+It renames their tensors to ours and accepts no missing or extra ones. statistics.py reads the latent statistics,
+discriminator.py the discriminator's features, and diffusers_layout.py the files of diffusers.
 """
 
 from __future__ import annotations
@@ -51,13 +49,13 @@ NETWORK_RENAMES: Renames = (
 HEAD_RENAMES: Renames = ((r"^embed\.", "s_embedder.proj."), (r"^head_embed\.", "x_embedder.proj."), *NETWORK_RENAMES)
 PLAIN_RENAMES: Renames = ((r"^embed\.", "x_embedder.proj."), *NETWORK_RENAMES)
 
-TOKEN_PIXELS = 16  # an image side of a token, in every released network
-EMA_DECAY = 0.9995  # of the released recipe
+TOKEN_PIXELS = 16  # image pixels per side of a token, in every released network
+EMA_DECAY = 0.9995  # decay of the average in the released recipe
 ROTATIONS = re.compile(r"(enc_|dec_|)feat_rope\.freqs_(cos|sin)")
 
 
 def rename(name: str, renames: Renames) -> str:
-    """One of our names as theirs."""
+    """The authors' name for one of our names."""
     for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
     return name
@@ -69,8 +67,8 @@ def rename(name: str, renames: Renames) -> str:
 def read_released(path: Path, part: str = "") -> dict[str, Tensor]:
     """The state dict in a released file, or the averaged weights of a training checkpoint ({"ema": ..., "model": ...}).
 
-    part: keep the names that begin with "<part>." and take that off, where there are any:
-    a training checkpoint of stage 1 holds "decoder.*" beside the encoder.
+    part: if some names begin with "<part>.", keep only these and remove the prefix. A training checkpoint of stage 1
+    holds "decoder.*" and also the encoder.
     """
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in read_tensors(path).items()}
     inside = {
@@ -80,9 +78,9 @@ def read_released(path: Path, part: str = "") -> dict[str, Tensor]:
 
 
 def matched(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], renames: Renames, what: str) -> dict[str, Tensor]:
-    """The released tensors under our names and in our shapes (1 x 1 convolutions are linear here).
+    """The released tensors under our names and in our shapes (their 1 x 1 convolutions are linear maps in our code).
 
-    UserError lists every key that differs.
+    Raises UserError with every key that differs.
     """
     theirs = {rename(name, renames): name for name in ours}
     state = {name: tensor[:, :, 0, 0] if tensor.shape[2:] == (1, 1) else tensor for name, tensor in state.items()}
@@ -103,34 +101,32 @@ def decoder_from_released(state: Mapping[str, Tensor], ours: Mapping[str, Tensor
 
 
 def decoder_to_released(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse: a ViTDecoder's state dict under the released names."""
+    """The inverse of `decoder_from_released`: a ViTDecoder's state dict under the released names."""
     return {rename(name, DECODER_RENAMES): tensor for name, tensor in ours.items()}
 
 
 def decoder_hint(state: Mapping[str, Tensor]) -> str:
-    """Which size of decoder the file holds, for an error message: " (the file's is size xl)",
-    or nothing where no size fits.
-    """
+    """Names the file's decoder size for an error message: " (the file's is size xl ...)"; "" if no size fits."""
     embed, hidden = state.get("decoder_embed.weight"), state.get("decoder_layers.0.intermediate.dense.weight")
     if embed is None or hidden is None:
         return ""
     depth = 1 + max(int(match[1]) for match in map(re.compile(r"decoder_layers\.(\d+)\.").match, state) if match)
-    found = [
+    sizes = [
         size
         for size, shape in DECODERS.items()
         if (shape.width, shape.depth, shape.hidden) == (len(embed), depth, len(hidden))
     ]
-    return f" (the file's is size {found[0]} for {embed.shape[1]} latent channels)" if found else ""
+    return f" (the file's is size {sizes[0]} for {embed.shape[1]} latent channels)" if sizes else ""
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------
 
 
 def recognise(state: Mapping[str, Tensor], head_depth: int | None = None) -> NetworkShape:
-    """The numbers of a released network; head counts follow from the tables of rotations.
+    """The sizes of a released network; the tables of rotations reveal the number of attention heads.
 
-    Backbone and head lie in one list of blocks and are told apart by their widths. Where these are equal,
-    `head_depth` must be given: UserError if not.
+    The file holds backbone and head in one list of blocks; their widths distinguish them. If both have the same width,
+    the caller must give `head_depth`, or this raises UserError.
     """
     choices = choices_of(state)
     if choices and head_depth is None:
@@ -159,8 +155,9 @@ def recognise(state: Mapping[str, Tensor], head_depth: int | None = None) -> Net
 
 
 def choices_of(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], ...]:
-    """The depths that a network whose backbone and head are equally wide may have;
-    none where the widths or the lack of a head decide.
+    """The possible depths of backbone and head if both have the same width; empty if the file decides.
+
+    The file decides if the widths differ or there is no head.
     """
     if "s_embedder.proj.weight" not in state or state["pos_embed"].shape[2] != len(
         state["final_layer.norm_final.weight"]
@@ -171,7 +168,7 @@ def choices_of(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], ...]:
 
 
 def why_choose(state: Mapping[str, Tensor]) -> str:
-    """Why the user must say where the head begins."""
+    """A sentence that says why the user must choose where the head begins."""
     return (
         f"The backbone and the head of this network are both {state['pos_embed'].shape[2]} wide, "
         "so the file does not tell where the head begins."
@@ -179,11 +176,11 @@ def why_choose(state: Mapping[str, Tensor]) -> str:
 
 
 def open_released(path: Path, weights: str | None = None) -> Released:
-    """A released network, or a training checkpoint's average, for `pixlat import`."""
+    """Opens a released network, or the average in a training checkpoint, for `pixlat import`."""
     if weights is not None:
         raise UserError(
-            f"weights={weights!r}: a released network is one set of weights, "
-            "and of a training checkpoint the average is taken."
+            f"weights={weights!r}: a released network holds one set of weights, "
+            "and of a training checkpoint pixlat takes the average. Leave the key out."
         )
     state = read_released(path)
     choices = choices_of(state)
@@ -208,26 +205,26 @@ def network_from_released(
 ) -> dict[str, Tensor]:
     """A released network under the names of `ours`, a LatentDiT's state dict.
 
-    A file of other numbers is a UserError that names the settings.
+    Raises UserError with the settings that differ if the file has other sizes.
     """
-    found = recognise(state, shape.head_depth)
-    compared = found._fields if found.head_depth else ("width", "depth", "heads", "head_depth")
-    pairs = ((name, getattr(shape, name), getattr(found, name)) for name in compared)
+    released = recognise(state, shape.head_depth)
+    compared = released._fields if released.head_depth else ("width", "depth", "heads", "head_depth")
+    pairs = ((name, getattr(shape, name), getattr(released, name)) for name in compared)
     if wrong := [
         f"{where}{name}={wanted}, the file has {theirs}" for name, wanted, theirs in pairs if wanted != theirs
     ]:
         raise UserError(f"The released weights are of another network: {'; '.join(wrong)}.")
     grid = round(state["pos_embed"].shape[1] ** 0.5)
-    check_table("pos_embed", state["pos_embed"][0], sincos_table(grid, found.width))
+    check_table("pos_embed", state["pos_embed"][0], sincos_table(grid, released.width))
     rotations = {name: tensor for name, tensor in state.items() if ROTATIONS.fullmatch(name)}
     for name, tensor in rotations.items():
         check_rotation(name, tensor, grid)
     rest = {name: tensor for name, tensor in state.items() if name not in rotations}
-    return matched(rest, ours, HEAD_RENAMES if found.head_depth else PLAIN_RENAMES, "network")
+    return matched(rest, ours, HEAD_RENAMES if released.head_depth else PLAIN_RENAMES, "network")
 
 
 def network_to_released(ours: Mapping[str, Tensor], shape: NetworkShape) -> dict[str, Tensor]:
-    """The inverse, with the tables of rotations that the released files hold."""
+    """The inverse of `network_from_released`, with the tables of rotations that the released files hold."""
     grid = round(ours["pos_embed"].shape[1] ** 0.5)
     stacks = (
         {"enc_": shape.width // shape.heads, "dec_": shape.head_width // shape.head_heads}
@@ -245,6 +242,6 @@ def network_to_released(ours: Mapping[str, Tensor], shape: NetworkShape) -> dict
 
 
 def check_rotation(name: str, table: Tensor, grid: int) -> None:
-    """A stored table (N, K) of cosines or sines against ours; the two channels of a pair turn alike."""
+    """Compares a stored table (N, K) of cosines or sines with ours, in which both channels of a pair share an angle."""
     ours = rope_table(grid, table.shape[1])[..., 0 if name.endswith("cos") else 1]
     check_table(name, table, ours.repeat_interleave(2, dim=-1))

@@ -1,7 +1,7 @@
 """Mean and variance of the latents, for each channel and position.
 
-`exact` is the mean and the variance of the first images of the training, each counted once whatever the number
-of processes. `momentum` is what the authors' script computes: running averages that remember some twenty batches.
+`exact` is the mean and the variance over the first images of the training; each image counts once, for any number of
+processes. `momentum` does the same as the authors' script: running averages over roughly the last twenty batches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pixlat.methods.base import Batch
 
 VARIANCE_EPS = 1e-5
 MOMENTUM = 0.1
-CHUNK = 16  # images whose latents are in float64 at once: 25 MB of DINOv2-B's
+CHUNK = 16  # images whose latents are converted to float64 at once: 25 MB for DINOv2-B
 
 
 def normalise(latents: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
@@ -34,9 +34,7 @@ def denormalise(latents: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 
 def moments_of(latents: Tensor) -> Tensor:
-    """Mean and summed squared deviations of a batch (B, C, h, h), (2, C, h, h) float64 on its device;
-    zeros of an empty batch.
-    """
+    """Mean and summed squared deviations of a batch (B, C, h, h): (2, C, h, h) float64; zeros for an empty batch."""
     chunks = (latents.cpu() if latents.device.type == "mps" else latents).split(CHUNK)  # MPS has no float64
     mean = torch.stack([chunk.double().sum(dim=0) for chunk in chunks]).sum(dim=0) / max(1, len(latents))
     return torch.stack(
@@ -45,12 +43,13 @@ def moments_of(latents: Tensor) -> Tensor:
 
 
 class ExactStatistics:
-    """Count, mean and summed squared deviations in float64, updated batch by batch without cancellation (Chan,
-    Golub and LeVeque).
+    """Count, mean and summed squared deviations in float64, updated with each batch.
+
+    The update avoids cancellation (Chan, Golub and LeVeque).
     """
 
     def __init__(self, moments: Tensor) -> None:
-        """moments: any (2, C, h, h), for the shape and the device."""
+        """moments: any tensor (2, C, h, h); it gives the shape and the device."""
         self.count = 0
         self.mean, self.squares = torch.zeros_like(moments)
 
@@ -69,12 +68,13 @@ class ExactStatistics:
 
 
 class MomentumStatistics:
-    """Running averages as batch norm keeps them, from 0 and 1: average += 0.1 (of the batch - average),
-    with the batch's biased variance.
+    """Running averages as in batch norm: average += 0.1 (value of the batch - average).
+
+    The mean starts at 0 and the variance at 1; the batch's variance is the biased one.
     """
 
     def __init__(self, moments: Tensor) -> None:
-        """moments: any (2, C, h, h), for the shape and the device."""
+        """moments: any tensor (2, C, h, h); it gives the shape and the device."""
         self.mean, self.variance = torch.zeros_like(moments[0]), torch.ones_like(moments[0])
 
     def add(self, size: int, moments: Tensor) -> None:
@@ -100,8 +100,8 @@ def measure(
     """Mean and variance (C, h, h) float64 of the latents of the first `images` images, the same on every process.
 
     batches: the micro-batches of all processes in the order in which one process would see them
-    (`Method.before_training`). Of as many batches as there are processes, this process encodes its own and receives
-    the moments of the others, so that every image is encoded and counted once.
+    (`Method.before_training`). With P processes, each process encodes one of P batches and receives the moments of
+    the others. So every image is encoded and counted once.
     """
     processes, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     statistics, seen = None, 0
@@ -121,8 +121,9 @@ def measure(
 
 
 def read_statistics(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """A released stat.pt, {"mean": tensor or None, "var": tensor or None}:
-    no mean is a mean of 0, no variance one of 1.
+    """Reads a released stat.pt, {"mean": tensor or None, "var": tensor or None}.
+
+    A missing mean counts as 0 and a missing variance as 1.
     """
     tensors = read_tensors(path)
     if unknown := tensors.keys() - {"mean", "var"}:
@@ -140,9 +141,7 @@ def read_statistics(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]
 
 
 def _gathered(moments: Tensor, processes: int) -> list[Tensor]:
-    """The moments of all processes in the order of their ranks;
-    through the accelerator where the group's backend needs it.
-    """
+    """The moments of all processes in the order of their ranks; NCCL needs them on the GPU."""
     if processes == 1:
         return [moments]
     mine = moments.to("cuda" if dist.get_backend() == "nccl" else "cpu")

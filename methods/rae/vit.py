@@ -1,5 +1,6 @@
-"""The ViT decoder of stage 1: tokens of a frozen encoder to pixels (arXiv 2510.11690, section 3;
-the decoder of a masked autoencoder).
+"""The ViT decoder of stage 1 maps the tokens of a frozen encoder to pixels (arXiv 2510.11690, section 3).
+
+Its architecture is the decoder of a masked autoencoder (MAE).
 
 Shape legend: B batch, C latent channels, h latent side, N = h * h tokens, D width, H heads,
 p patch side, S = h p image side.
@@ -36,7 +37,7 @@ class DecoderBlock(nn.Module):
         self.fc2 = nn.Linear(shape.hidden, shape.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N + 1, D) to the same shape."""
+        """Maps (B, N + 1, D) to the same shape."""
         normed = self.norm1(x)
         q, k, v = (
             layer(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -47,7 +48,7 @@ class DecoderBlock(nn.Module):
 
 
 class ViTDecoder(nn.Module):
-    """Latents (B, C, h, h) to images (B, 3, S, S), nominally in [-1, 1] and not clamped."""
+    """Maps latents (B, C, h, h) to images (B, 3, S, S), nominally in [-1, 1] and not clamped."""
 
     positions: Tensor
     pixel_mean: Tensor
@@ -62,7 +63,7 @@ class ViTDecoder(nn.Module):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
     ) -> None:
-        """pixel_mean, pixel_std: of the encoder's input scaled to [0, 1]; the last layer's output is in these units."""
+        """pixel_mean, pixel_std: the encoder's normalisation of RGB in [0, 1]; `forward` undoes it on the output."""
         super().__init__()
         self.shape, self.grid, self.patch = shape, grid, patch
         self.embed = nn.Linear(channels, shape.width)
@@ -76,7 +77,7 @@ class ViTDecoder(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """The output is float32 at least, also under autocast."""
+        """Returns the images in float32 or wider, also under autocast."""
         tokens = self.embed(latents.flatten(2).transpose(1, 2))
         x = torch.cat((self.class_token.expand(len(tokens), -1, -1), tokens), dim=1) + self.positions
         for block in self.blocks:
