@@ -271,8 +271,8 @@ def silent_copies() -> Iterator[None]:
 def activation_bytes(method_class: type[Method], config: Any, data: DataInfo, batch: int, bf16: bool = False) -> int:
     """Bytes that autograd keeps from the forward to the backward of a micro-batch, without parameters.
 
-    This is the phase that keeps most. The tensors are fake CPU tensors and not meta tensors, because PyTorch then
-    chooses fused attention, which keeps no attention weights.
+    If the method has several phases, the result is that of the phase that keeps most. The tensors are fake CPU tensors
+    and not meta tensors, because PyTorch then chooses fused attention, which keeps no attention weights.
     """
     with silent_copies(), Fakes(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         method = method_class(config, data).train()

@@ -51,7 +51,7 @@ class LiveBytes(Fakes):
 
     @cache_enabled.setter
     def cache_enabled(self, wanted: bool) -> None:
-        """Ignores the value: the base class sets True once, and the getter returns that outside forward mode anyway."""
+        """Ignores the value: the base class sets it once, and the getter above decides."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Some optimizers read their step count as a Python number, which a fake tensor does not have.
@@ -96,8 +96,8 @@ class StepMemory:
     optimizer: int  # optimizer states
     averages: int  # EMA copies
     activations: int  # tensors that the forward pass keeps for the backward pass, in the phase that keeps most
-    # The largest sum within the step: all of the above, gradients and temporary tensors.
-    # Gradients appear while the backward pass frees activations, so it is less than the sum of the maxima.
+    # Largest sum of all live tensors during the step: all of the above, gradients and temporary tensors.
+    # The backward pass frees activations while it creates gradients, so the two do not reach their maxima together.
     peak: int
     peak_of_others: int  # the largest sum without gradients
 
