@@ -200,7 +200,7 @@ def test_what_held_anything_before_or_since_is_kept(tmp_path, data, monkeypatch)
 
 def test_a_start_that_waited_for_a_refused_one_says_so(tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(UserError, match="was refused and removed it"), contextlib.ExitStack() as stack:
+    with pytest.raises(UserError, match="failed before it trained, and removed it"), contextlib.ExitStack() as stack:
         stack.enter_context(pytest.MonkeyPatch.context()).setattr(
             "pixlat.launch.job.folder.is_locked", lambda lock: bool((tmp_path / "run" / LOCK).unlink(missing_ok=True))
         )

@@ -26,9 +26,9 @@ YEAR_MIN = 525_600
 
 
 def run_locally(planned: Sequence[Planned]) -> int:
-    """Runs one after the other, each in as many processes as asked for, through the code path of a cluster.
+    """Executes the runs one after the other, each in its number of processes, through the code path of a cluster.
 
-    Returns the exit code.
+    Returns the largest exit code.
     """
     from pixlat.launch.cluster.local_job import WatchedExecutor
 
@@ -57,9 +57,9 @@ def run_locally(planned: Sequence[Planned]) -> int:
 
 
 def visible_gpus(count: int) -> list[str]:
-    """The first `count` of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them.
+    """The first `count` GPUs that this process may use, by their names in CUDA_VISIBLE_DEVICES.
 
-    Fewer than that are a UserError.
+    UserError if there are fewer.
     """
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is None:
@@ -68,36 +68,37 @@ def visible_gpus(count: int) -> list[str]:
     if len(gpus) < count:
         raise UserError(
             f"cluster.gpus_per_node={count}, but CUDA_VISIBLE_DEVICES={given!r} shows {len(gpus)}. "
-            "Lower the one or widen the other."
+            "Lower cluster.gpus_per_node, or add GPUs to CUDA_VISIBLE_DEVICES."
         )
     return gpus[:count]
 
 
 def tell_idle_gpus(cluster: ClusterConfig) -> None:
-    """Says that the processes of this machine will leave its GPUs alone, where nobody has said that they shall."""
+    """Says that the run will not use this machine's GPUs, unless the user has set cluster.gpus_per_node."""
     if cluster.gpus_per_node is None and (idle := torch.cuda.device_count()):
         print(f"computing on CPUs, {idle} GPUs are here: set cluster.gpus_per_node={idle}", file=sys.stderr)
 
 
 def fresh_folder(jobs: Path) -> Path:
-    """A folder of its own for a local job: its number is that of a process, which comes again,
-    and submitit would take an old result for the new one.
+    """Creates a new folder for each local job.
+
+    submitit numbers local jobs by process id. Ids come again, so in a shared folder it could read an old job's result.
     """
     folder = Path(tempfile.mkdtemp(prefix="local-", dir=jobs))
-    folder.chmod(stat.S_IMODE(jobs.stat().st_mode))  # mkdtemp's are closed to everybody else, and there are logs in it
+    folder.chmod(stat.S_IMODE(jobs.stat().st_mode))  # mkdtemp shuts other users out, but they may need the logs
     return folder
 
 
 def outcome(each: Planned, job: Job[Any]) -> int:
-    """Waits for a local job and says how it ended."""
+    """Waits for a local job, says how it ended, and returns its exit code."""
     # submitit has no other way to wait for a job without its result
     process = job._process  # type: ignore[attr-defined]
     try:
         process.wait()
-    except KeyboardInterrupt:  # the terminal has told the job's processes, too
+    except KeyboardInterrupt:  # the terminal has sent the signal to the job's processes as well
         process.wait()
         print(
-            f"interrupted; what is whole is kept in {each.folder}. Run the same command again to go on.",
+            f"interrupted. Finished files are in {each.folder}; run the same command again to continue.",
             file=sys.stderr,
         )
         return 130

@@ -1,8 +1,8 @@
-"""The processes of a job on this machine, and their parent: `python -m pixlat.launch.cluster.local_job FOLDER`,
-which submitit's executor starts.
+"""The parent of a local job's processes, which submitit's executor starts as
+`python -m pixlat.launch.cluster.local_job FOLDER`.
 
-submitit's own parent waits until every process has ended. A process that is killed before it has met the others leaves
-them waiting for minutes, so this one ends them, and says in the run folder which process was the first.
+submitit's own parent waits until every process has ended. If one is killed before it has connected to the others, they
+wait for it for minutes. This parent ends them, and writes into the run folder which process failed first.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE, Controller, LocalExe
 from pixlat.common.files import write_whole
 from pixlat.launch.job.folder import FAILURE
 
-RUN_FOLDER = "PIXLAT_RUN_FOLDER"  # the environment variable that tells the parent where a failure is kept
-ASKED_TO_END = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # a process leaves with these when everything is saved
-SLICE_S = 0.05  # how long the parent sleeps between looks at its processes
+RUN_FOLDER = "PIXLAT_RUN_FOLDER"  # environment variable: the folder into which the parent writes failure.json
+ASKED_TO_END = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit codes of processes that saved everything and left
+SLICE_S = 0.05  # seconds that the parent sleeps before it polls its processes again
 
 
 class WatchedExecutor(LocalExecutor):
-    """submitit's local executor with our parent process and with GPUs by any name that CUDA knows."""
+    """submitit's local executor with our parent process, and with GPUs by any name that CUDA accepts."""
 
     def __init__(self, folder: Path, run_folder: Path, gpus: Sequence[str], **options: Any) -> None:
-        """gpus: what CUDA_VISIBLE_DEVICES shall hold, for example ["2", "3"]."""
+        """gpus: the entries of CUDA_VISIBLE_DEVICES for the job, for example ["2", "3"]."""
         super().__init__(folder, **options)
         self.run_folder, self.gpus = run_folder, gpus
 
@@ -59,13 +59,12 @@ class WatchedExecutor(LocalExecutor):
 
 
 class Parent(Controller):
-    """Starts the processes, warns them before the time limit, starts them again after it,
-    and ends the others when one has failed.
-    """
+    """Starts the processes, warns them before the time limit, restarts them after it; if one fails, ends the others."""
 
     def wait(self, freq: int = 24) -> Sequence[int | None]:
-        """The processes' exit codes; none for those that still work,
-        at the time limit or because another one has failed.
+        """Waits until all processes have ended, one has failed, or the time is over.
+
+        Returns their exit codes, None for a process that still runs.
         """
         start, warned = time.monotonic(), False
         while (seconds := time.monotonic() - start) < self.timeout_s:
@@ -82,16 +81,16 @@ class Parent(Controller):
         return [task.poll() for task in self.tasks]
 
     def kill_tasks(self) -> None:
-        """Ends the processes, and returns when they have ended: whoever waits for the command may then rely on it."""
+        """Ends the processes and waits for their end, so that none runs on after the command has returned."""
         tasks = self.tasks
         super().kill_tasks()
         for task in tasks:
             task.wait()
 
     def keep_failure(self, rank: int, code: int) -> None:
-        """Writes failure.json, unless the process has done so itself.
+        """Writes failure.json, unless the process has written it.
 
-        After a SIGKILL only the others can have: they lost their connection to it.
+        A process that got SIGKILL cannot have written it; another process that lost its connection may have.
         """
         file = Path(os.environ[RUN_FOLDER]) / FAILURE
         if file.exists() and signal_of(code) != signal.SIGKILL:
@@ -108,8 +107,9 @@ class Parent(Controller):
 
 
 def first_failure(codes: Sequence[int | None]) -> tuple[int, int] | None:
-    """(process, exit code) of a process that has failed, those that a signal ended first;
-    none if the job is to go on, or was asked to end.
+    """(process, exit code) of a failed process, preferably one that a signal ended.
+
+    None if no process has failed: the job continues, or the scheduler asked it to end.
     """
     if LOCAL_REQUEUE_RETURN_CODE in codes:
         return None
@@ -122,13 +122,13 @@ def first_failure(codes: Sequence[int | None]) -> tuple[int, int] | None:
 
 
 def signal_of(code: int) -> signal.Signals | None:
-    """The signal that ended a process, told by Python (-9) or by a shell around it (137)."""
+    """The signal that ended a process, from the exit code of Python (-9) or of a shell around it (137)."""
     number = -code if code < 0 else code - 128
     return signal.Signals(number) if number in set(signal.Signals) else None
 
 
 def cause(code: int) -> str:
-    """What ended a process, as the beginning of a sentence."""
+    """The beginning of a sentence that says what ended a process."""
     name = signal_of(code)
     if name == signal.SIGKILL:
         return "SIGKILL, which the system sends when memory runs out, ended"

@@ -1,4 +1,4 @@
-"""A run that is to become a job: its folder, what the job executes, and the note that is kept of it."""
+"""A run before its submission: its folder, what its job executes, and the line that the run folder keeps of the job."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ JOBS_FOLDER = ".jobs"  # beside the run folders: logs, batch files and copies of
 
 @dataclass
 class Planned:
-    """A run, and the folders of those that must be finished before it starts."""
+    """A run, and the folders of the runs that must finish before it starts."""
 
     run: RunConfig
     after: tuple[Path, ...] = ()
@@ -39,29 +39,29 @@ class Planned:
 
 
 def worker(each: Planned) -> Worker:
-    """What is submitted for a run; makes its folder, and refuses one of other settings."""
+    """The object that submitit sends to the job. Creates the run folder; UserError if it has other settings."""
     return Worker(as_overrides(each.run), open_folder(each.run).absolute())
 
 
 def as_overrides(run: RunConfig) -> dict[str, str]:
-    """The resolved configuration as `key` -> value of a command line."""
+    """The resolved configuration as keys and values of a command line."""
     settings = {key: json.dumps(value, ensure_ascii=False) for key, value in flatten(to_dict(run))}
     return {**settings, "method": run.method, "preset": run.preset}
 
 
 def jobs_folder(run: RunConfig) -> Path:
-    """Where logs, batch files and copies of the code are kept."""
+    """The folder of logs, batch files and copies of the code."""
     return Path(run.out).absolute() / JOBS_FOLDER
 
 
 def code_folder(run: RunConfig) -> Path:
-    """The code that the job runs: a copy, or with cluster.snapshot=false this checkout."""
+    """The code that the job runs: a new copy, or this checkout if cluster.snapshot=false."""
     jobs_folder(run).mkdir(parents=True, exist_ok=True)
     return take_snapshot(jobs_folder(run)) if run.cluster.snapshot else IMPORTED_FROM
 
 
 def note(each: Planned, job: Job[Any], code: Path) -> None:
-    """Keeps in the run folder which job works on it."""
+    """Appends the job to the run folder's jobs.jsonl, and removes the failure of an earlier job."""
     (each.folder / FAILURE).unlink(missing_ok=True)
     row: Mapping[str, Any] = {
         "job": job.job_id,

@@ -1,4 +1,4 @@
-"""What a job asks of Slurm: GPUs, options, setup lines, and the text of its batch file."""
+"""A job's request to Slurm: GPUs, options, setup lines, and the text of its batch file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pixlat.common.config.schema import ClusterConfig
 from pixlat.common.errors import UserError
 from pixlat.launch.cluster.planned import Planned, jobs_folder
 
-GPU_OPTIONS = ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket")  # of sbatch, beside gres
+GPU_OPTIONS = ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket")  # sbatch's, beside gres
 PASSED_ON = (
     "account",
     "qos",
@@ -30,7 +30,7 @@ PASSED_ON = (
 
 
 def gpu_request(cluster: ClusterConfig) -> str | None:
-    """The option of `cluster.sbatch` that asks for GPUs by itself, such as "gres=gpu:a100:8"."""
+    """The option in `cluster.sbatch` that requests GPUs, such as "gres=gpu:a100:8"; None if there is none."""
     for option in cluster.sbatch:
         key, _, value = option.removeprefix("--").partition("=")
         if key in GPU_OPTIONS or (key == "gres" and any(part.startswith("gpu") for part in value.split(","))):
@@ -39,14 +39,15 @@ def gpu_request(cluster: ClusterConfig) -> str | None:
 
 
 def check_gpu_request(cluster: ClusterConfig) -> None:
-    """Refuses a job whose processes and GPUs would not match: a process is started for each of cluster.gpus_per_node,
-    whoever asks for the GPUs.
+    """UserError if the numbers of processes and GPUs would differ.
+
+    A job starts one process for each of cluster.gpus_per_node, whichever option requests the GPUs.
     """
     request, count = gpu_request(cluster), cluster.gpus_per_node
     if cluster.gpu_type and (request or not count):
         other = f"cluster.sbatch asks with {request} as well" if request else "cluster.gpus_per_node=0 asks for no GPU"
         raise UserError(
-            f"cluster.gpu_type={cluster.gpu_type} is a part of --gpus-per-node, but {other}. Give one of the two."
+            f"cluster.gpu_type={cluster.gpu_type} is a part of --gpus-per-node, but {other}. Change one of the two."
         )
     if request and not count:
         raise UserError(
@@ -57,12 +58,12 @@ def check_gpu_request(cluster: ClusterConfig) -> None:
     if asked is not None and asked != count:
         raise UserError(
             f"cluster.sbatch asks for {asked} GPUs a machine with {request}, but cluster.gpus_per_node={count}. "
-            "Give one number in both."
+            "Give the same number in both."
         )
 
 
 def gpus_of(request: str) -> int | None:
-    """GPUs of a machine that an option asks for; none where it counts otherwise."""
+    """How many GPUs of a machine an option requests; None for options that do not count by machine."""
     key, _, value = request.removeprefix("--").partition("=")
     if key not in ("gres", "gpus-per-node"):
         return None
@@ -75,7 +76,7 @@ def gpus_of(request: str) -> int | None:
 
 
 def batch_options(group: Sequence[Planned], code: Path, parents: Sequence[str]) -> dict[str, Any]:
-    """submitit's parameters: only what was asked for is passed on to the scheduler."""
+    """submitit's parameters. Settings that the user left empty do not reach the scheduler."""
     run, cluster = group[0].run, group[0].run.cluster
     options = {key: value for key in PASSED_ON if (value := getattr(cluster, key)) is not None}
     dependencies = [
@@ -107,8 +108,9 @@ def batch_options(group: Sequence[Planned], code: Path, parents: Sequence[str]) 
 
 
 def setup_lines(cluster: ClusterConfig, code: Path) -> list[str]:
-    """Shell lines before the run: the site's, then ours, which make Python take the code from its folder,
-    whatever the working directory holds.
+    """Shell lines before the run: the site's lines, then ours.
+
+    Ours make Python import pixlat from `code`, even if the working directory holds a folder of the same name.
     """
     threads = [f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cluster.cpus_per_task}}}"] if cluster.cpus_per_task else []
     return [
@@ -120,8 +122,9 @@ def setup_lines(cluster: ClusterConfig, code: Path) -> list[str]:
 
 
 def srun_arguments(cluster: ClusterConfig) -> list[str]:
-    """A process that fails ends the others, which would wait for it;
-    some versions of srun do not inherit sbatch's --cpus-per-task.
+    """Options of srun. When a process fails, srun ends the others, because they would wait for it.
+
+    --cpus-per-task stands here as well, because some versions of srun do not inherit it from sbatch.
     """
     if cluster.srun_args is not None:
         return cluster.srun_args
@@ -129,9 +132,9 @@ def srun_arguments(cluster: ClusterConfig) -> list[str]:
 
 
 def more_options(cluster: ClusterConfig) -> dict[str, Any]:
-    """Options of sbatch that submitit has no name for.
+    """Options of sbatch that submitit has no parameter for.
 
-    A job may be requeued, and one whose earlier stage failed does not wait for ever.
+    Slurm may requeue the job, and it cancels a job whose earlier stage has failed instead of letting it wait for ever.
     """
     options: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes"}
     if cluster.mem_gb is not None:
@@ -145,16 +148,16 @@ def more_options(cluster: ClusterConfig) -> dict[str, Any]:
 
 
 def python_command(cluster: ClusterConfig) -> str:
-    """Python in the job.
+    """The command that starts Python in the job.
 
-    A signal before submitit listens would end the job, so it is ignored until then:
-    that survives exec, and a handler replaces it.
+    USR2 would end the job before submitit has installed its handler. So the shell ignores it: exec keeps that setting,
+    and the handler replaces it later.
     """
     return f"""sh -c 'trap "" USR2; exec "$0" "$@"' {cluster.python or shlex.quote(sys.executable)}"""
 
 
 def sbatch_text(group: Sequence[Planned], code: Path, parents: Sequence[str] = ()) -> str:
-    """The batch file that would be submitted; needs no scheduler."""
+    """The batch file that `submit` would send; needs no scheduler."""
     from submitit.slurm.slurm import _make_sbatch_string
 
     cluster, folder = group[0].run.cluster, jobs_folder(group[0].run) / "%j"
@@ -170,8 +173,9 @@ def sbatch_text(group: Sequence[Planned], code: Path, parents: Sequence[str] = (
 
 @contextmanager
 def clean_environment() -> Iterator[None]:
-    """Hides the job that we may be in from the scheduler, which else would hand its request down;
-    but not which cluster this is.
+    """Hides the variables of the Slurm job that we may run in, because sbatch would reuse its request for the new job.
+
+    SLURM_CONF stays, because it names the cluster.
     """
     from submitit.helpers import clean_env
 

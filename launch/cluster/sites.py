@@ -1,6 +1,6 @@
-"""A site's file: the cluster settings that are the same for all of its runs.
+"""A site's file: the cluster settings that all runs on a site share.
 
-`cluster=NAME` reads launch/clusters/NAME.yaml, `cluster=FILE.yaml` any file.
+`cluster=NAME` reads launch/clusters/NAME.yaml, and `cluster=FILE.yaml` reads any file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KEY = "cluster.name"
 
 
 def with_site(overrides: Mapping[str, str]) -> dict[str, str]:
-    """The command line with a site's settings put under it; unchanged where `cluster` names no site."""
+    """The command line and a site's settings, of which the command line wins; unchanged if `cluster` names no site."""
     name = overrides.get(KEY, ClusterConfig.name)
     if name in BUILT_IN:
         return dict(overrides)
@@ -33,8 +33,9 @@ def with_site(overrides: Mapping[str, str]) -> dict[str, str]:
 
 
 def site_settings(name: str, given: Container[str] = ()) -> dict[str, str]:
-    """The settings of a site as `cluster.<key>` -> value; a wrong file or key,
-    or one without a value that is not `given`, is a UserError.
+    """The settings of a site as `cluster.<key>` -> value.
+
+    UserError for a wrong file or key, and for a key that has a value neither in the file nor in `given`.
     """
     sites = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     file = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
@@ -60,5 +61,5 @@ def site_settings(name: str, given: Container[str] = ()) -> dict[str, str]:
 
 
 def _place(file: Path) -> str:
-    """Where a value belongs. The example is a file of the package, which its next version replaces."""
+    """Where the user should write a value. Not into example.yaml: it is in the package, and an update replaces it."""
     return f"a copy of the file and give cluster=path/to/{file.name}" if file == FOLDER / "example.yaml" else "the file"

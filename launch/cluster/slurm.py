@@ -1,4 +1,4 @@
-"""What the scheduler knows of our jobs, from `squeue` alone: no accounting database is needed. Imports no torch."""
+"""The states of our jobs, from `squeue` alone, so no accounting database is needed. Does not import torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SECONDS = 20  # without its controller a Slurm command would wait for minutes
+SECONDS = 20  # time limit of a Slurm command, which waits for minutes if the controller is down
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "STOPPED")
 WORKING = ("RUNNING", "CONFIGURING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT")
 
@@ -27,15 +27,13 @@ class JobState:
 
 
 def job_states() -> dict[str, JobState] | None:
-    """All jobs of this user that the controller remembers, by id ("123", "123_4");
-    None where there is no controller to ask.
-    """
+    """All jobs of this user that the controller remembers, by id ("123", "123_4"); None if squeue does not answer."""
     listing = _squeue("--me", "--array")
     return None if listing is None else parse(listing)
 
 
 def job_state(job_id: str) -> JobState | None:
-    """One job; None where it is not known or nobody can be asked."""
+    """One job; None if the controller does not know it or squeue does not answer."""
     listing = _squeue("--array", f"--jobs={job_id}")
     return None if listing is None else parse(listing).get(job_id)
 

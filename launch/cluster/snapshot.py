@@ -1,4 +1,4 @@
-"""A copy of the code for each submission, so that a job that starts tomorrow runs what was submitted today."""
+"""A copy of the code for each submission, so that a job that starts tomorrow runs the code of today."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from pathlib import Path
 
 from pixlat.common.origin import NOTE, ROOT, git_diff, git_state
 
-FOLDERS = ("common", "evaluation", "launch", "methods")  # of the package, beside the files of its face
+FOLDERS = ("common", "evaluation", "launch", "methods")  # the package's folders; pixlat/ has its other files
 
 
 def take_snapshot(into: Path) -> Path:
-    """Copies the package to `into`/code-<digest>/pixlat and returns code-<digest>, for PYTHONPATH;
-    code that is there already is not copied again.
+    """Copies the package to `into`/code-<digest>/pixlat, unless that exists, and returns code-<digest> for PYTHONPATH.
 
-    Copied are tracked files with their uncommitted changes, and new files that git does not ignore;
-    without git, everything but caches.
+    The copy has the tracked files with their uncommitted changes, and new files that git does not ignore. Without git
+    it has every file but caches.
     """
     files = {place_in_package(file): ROOT / file for file in sorted(code_files(ROOT))}
     state = {**git_state(), "diff": git_diff()}
@@ -42,22 +41,22 @@ def take_snapshot(into: Path) -> Path:
 
 
 def place_in_package(file: Path) -> Path:
-    """Where a file of the checkout, or of an installed package, lies in a wheel and in a snapshot."""
+    """The path in a wheel or a snapshot of a file of the checkout or of an installed package."""
     return file if file.parts[0] == "pixlat" else Path("pixlat") / file
 
 
 def code_files(root: Path) -> Iterator[Path]:
-    """The files of the package, relative to the root: of a checkout, or of the folder pixlat/ where it is installed."""
+    """The package's files, relative to the root: a checkout, or the folder pixlat/ of an installed package."""
     wanted = (
         (*FOLDERS, "pixlat") if (root / "pixlat").is_dir() else (*FOLDERS, *(path.name for path in root.glob("*.py")))
     )
     command = ("git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *wanted)
     listed = subprocess.run(command, capture_output=True, text=True, check=False) if shutil.which("git") else None
     if listed is not None and listed.returncode == 0 and listed.stdout:
-        found = (Path(name) for name in set(listed.stdout.rstrip("\0").split("\0")))
+        files = (Path(name) for name in set(listed.stdout.rstrip("\0").split("\0")))
     else:
         below = (
             path for name in wanted for path in ((root / name).rglob("*") if (root / name).is_dir() else [root / name])
         )
-        found = (path.relative_to(root) for path in below if "__pycache__" not in path.parts)
-    return (file for file in found if (root / file).is_file())
+        files = (path.relative_to(root) for path in below if "__pycache__" not in path.parts)
+    return (file for file in files if (root / file).is_file())

@@ -1,8 +1,7 @@
-"""From runs to jobs: the runs of a sweep are one array, earlier stages are dependencies,
-and each submission has a copy of the code.
+"""Turns runs into jobs. The runs of a sweep become one array, and jobs depend on the jobs of earlier stages.
 
-Every run folder is made here, so a mistake is told now and not tomorrow;
-`launch/cluster/worker.py` is what the jobs do, `pixlat status` tells how they are.
+Each submission gets a copy of the code. This module creates every run folder, so that users see a mistake at once and
+not when the job starts. `launch/cluster/worker.py` is what a job executes; `pixlat status` shows the jobs' states.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ from pixlat.methods.base import DataInfo
 REQUIRED = {
     "partition": "`sinfo -s` lists the partitions of this cluster",
     "timeout_min": (
-        "minutes; within the partition's limit, which `sinfo -s` shows. A longer run goes on after a requeue"
+        "minutes; within the partition's limit, which `sinfo -s` shows. A longer run continues after a requeue"
     ),
-    "gpus_per_node": "a process is started for each; 0 computes on CPUs",
+    "gpus_per_node": "a job starts one process for each GPU; 0 computes on CPUs",
 }
 
 
 def submit_all(runs: Sequence[RunConfig]) -> int:
-    """Submits the runs, or with dry_run prints what would be submitted. Returns the exit code."""
+    """Submits the runs, or with dry_run=true prints their descriptions and batch files. Returns the exit code."""
     levels = plan(runs)
     planned = [each for level in levels for each in level]
     for each in planned:
@@ -83,9 +82,7 @@ def submit_all(runs: Sequence[RunConfig]) -> int:
 
 
 def plan(runs: Sequence[RunConfig]) -> list[list[Planned]]:
-    """The runs and those that must come first, each folder once, in levels:
-    a run waits for runs of earlier levels only.
-    """
+    """The runs and their earlier stages in levels, each folder once. A run waits only for runs of earlier levels."""
     levels: list[list[Planned]] = []
     seen: dict[Path, int] = {}
 
@@ -104,7 +101,7 @@ def plan(runs: Sequence[RunConfig]) -> list[list[Planned]]:
 
 
 def groups(levels: Sequence[Sequence[Planned]]) -> Iterator[list[Planned]]:
-    """The runs that can be one array: the same resources, waiting for the same runs."""
+    """Groups of runs that can be one array: they need the same resources and wait for the same runs."""
     for level in levels:
         alike: dict[str, list[Planned]] = {}
         for each in level:
@@ -115,8 +112,9 @@ def groups(levels: Sequence[Sequence[Planned]]) -> Iterator[list[Planned]]:
 
 
 def check(run: RunConfig) -> None:
-    """Refuses what could only fail in the job: settings that the site requires,
-    a batch that the processes cannot share, an impossible network.
+    """UserError for settings with which the job would fail.
+
+    These are missing cluster settings, a batch that the processes cannot share, and an impossible network.
     """
     cluster = run.cluster
     if cluster.name == "local" and cluster.nodes > 1:
@@ -138,12 +136,12 @@ def check(run: RunConfig) -> None:
 
 @functools.cache
 def data_info(settings: str) -> DataInfo:
-    """What a method may know of the data; the runs of a sweep share it, since a large folder takes a while to list."""
+    """The data's facts for a method. Cached for all runs of a sweep, because listing a large folder takes long."""
     return DataInfo.of(summarise(DataConfig(**json.loads(settings))))
 
 
 def already_queued(planned: Sequence[Planned]) -> dict[Path, str]:
-    """The job of each run that waits or works already; says so, and says which runs are finished."""
+    """The job ids of runs that are already waiting or running. Prints them, and prints which runs are finished."""
     states, queued = job_states() or {}, {}
     for each in planned:
         last = next(iter(read_rows(each.folder / JOBS)[-1:]), {"job": ""})["job"]
@@ -156,9 +154,9 @@ def already_queued(planned: Sequence[Planned]) -> dict[Path, str]:
 
 
 def submit(group: Sequence[Planned], parents: Sequence[str]) -> dict[Path, str]:
-    """Submits runs of the same resources as one job, or as one array; `parents`: the jobs that must succeed before.
+    """Submits runs that need the same resources as one job or one array.
 
-    Returns their ids.
+    parents: ids of the jobs that must succeed before these start. Returns the job id of each run folder.
     """
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError

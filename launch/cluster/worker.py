@@ -1,13 +1,13 @@
-"""One process of a job: what is submitted, and what it does when the scheduler wants its machine back.
+"""One process of a job: what it executes, and how it answers when the scheduler wants its machine back.
 
     USR2 (preemption, time limit) or SIGTERM
-      in training    all processes agree on a step, save there, and end; the first one asks for the job to be requeued
-      elsewhere      everything on disk is whole, so the first process asks at once;
-                     the others work on until it has left
-    node failure     nothing is signalled; the requeued job goes on from the newest whole checkpoint
+      in training    all processes agree on a step, save a checkpoint there, and end; process 0 requeues the job
+      elsewhere      all files on disk are complete, so process 0 requeues the job at once;
+                     the others continue until it has left
+    node failure     no process gets a signal; the requeued job continues from the newest complete checkpoint
 
-submitit loads this module before it listens to signals, and a signal before that would end the job for good:
-nothing heavy is imported at its top.
+submitit loads this module before it installs its signal handlers, and an earlier signal would end the job for good.
+So the module imports nothing slow at its top.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PORTS = range(20_000, 32_000)  # below those that Linux hands out to clients
 
 @dataclass(frozen=True)
 class Worker:
-    """One run as it is submitted: its settings as on the command line, and its folder. All state is in the folder."""
+    """One submitted run: its settings as on a command line, and its folder, which holds all state."""
 
     settings: dict[str, str]
     folder: Path
@@ -53,7 +53,7 @@ class Worker:
 
         environment = JobEnvironment()
         notice = Notice(environment)
-        environment.paths.result_pickle.unlink(missing_ok=True)  # of an earlier start of this job
+        environment.paths.result_pickle.unlink(missing_ok=True)  # an earlier start of this job may have left one
         if notice.first:
             (self.folder / FAILURE).unlink(missing_ok=True)
         try:
@@ -67,7 +67,7 @@ class Worker:
             print(f"error: {error}", file=sys.stderr)
             self.fail(environment, str(error))
         except Exception as error:
-            if notice.received:  # the first process has left, so a connection broke
+            if notice.received:  # process 0 has left, which broke the connection to it
                 leave(0)
             if reason := explain(error, self.folder):
                 print(f"error: {reason}", file=sys.stderr)
@@ -77,7 +77,7 @@ class Worker:
             self.fail(environment, f"{type(error).__name__}: {first_line}")
 
     def work(self, environment: JobEnvironment) -> None:
-        """Joins the other processes and does the run."""
+        """Joins the other processes and executes the run."""
         from pixlat.common.config.resolve import resolve
         from pixlat.methods import get_spec
 
@@ -86,13 +86,13 @@ class Worker:
         check_gpus(run)
         from pixlat.launch.job.execute import run_one
 
-        if told := run_one(run):
-            print(told)
+        if message := run_one(run):
+            print(message)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit queues again.
+        """The object that submitit puts into the queue again.
 
-        `scontrol requeue` ends this job's processes, itself included unless it inherits that SIGTERM is ignored.
+        `scontrol requeue` ends all processes of this job, and it is one of them. So it must inherit an ignored SIGTERM.
         """
         from submitit.core.utils import DelayedSubmission
 
@@ -100,9 +100,7 @@ class Worker:
         return DelayedSubmission(self)
 
     def fail(self, environment: JobEnvironment, reason: str) -> NoReturn:
-        """Keeps the first failure of the job in the run folder, and ends this process,
-        so that the scheduler ends the others.
-        """
+        """Writes the job's first failure into the run folder and ends this process. The scheduler ends the others."""
         facts = {
             "reason": reason,
             "job": environment.job_id,
@@ -119,7 +117,7 @@ class Worker:
 
 
 class Notice:
-    """The scheduler's wish that the job ends soon."""
+    """The scheduler's signal that the job should end soon, and this process's answer to it."""
 
     def __init__(self, environment: JobEnvironment) -> None:
         self.environment = environment
@@ -130,14 +128,14 @@ class Notice:
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
-        """Within the block a signal makes the job leave; the training loop answers by itself, with `Stopped`."""
-        # submitit's own: it counts time-outs, requeues and exits
+        """In this block a signal ends the job. The training loop has its own handlers and raises `Stopped`."""
+        # submitit's handler, which counts time-outs, requeues the job and exits
         self._requeue = signal.signal(signal.SIGUSR2, self._receive)
         signal.signal(signal.SIGTERM, self._receive)
         try:
             yield
         except Exception as error:
-            number = getattr(error, "signal_number", 0)  # of common.trainer.Stopped, not imported here
+            number = getattr(error, "signal_number", 0)  # Stopped has it; its module is too slow to import here
             if not number:
                 raise
             print(error, file=sys.stderr)
@@ -153,16 +151,17 @@ class Notice:
         if self.first and self._goes_on(number):
             try:
                 self._requeue(signal.SIGUSR2, None)
-            except SystemExit as end:  # it is done; submitit's local scheduler wants the number that it gave
+            except SystemExit as end:  # the job is requeued; submitit's local scheduler reads its own exit code
                 leave(0 if self.slurm else int(end.code or 0))
             except (OSError, subprocess.SubprocessError) as error:
                 raise UserError(
-                    f"the job cannot be requeued ({error}). Everything is saved: run the same command again to go on."
+                    f"the job cannot be requeued ({error}). Everything is saved. "
+                    "Run the same command again to continue."
                 ) from error
         leave(0 if number == signal.SIGUSR2 else 128 + number)
 
     def _goes_on(self, number: int) -> bool:
-        """Not if the job is being cancelled, which comes as a SIGTERM; the controller knows."""
+        """Whether to requeue. A cancelled job gets SIGTERM like a preempted one, so this asks the controller."""
         if not self.slurm:
             return number == signal.SIGUSR2
         state = job_state(self.environment.job_id)
@@ -170,16 +169,16 @@ class Notice:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process now: at a usual exit a communication library could wait for processes that are gone."""
+    """Ends the process at once. During a usual exit a communication library could wait for processes that are gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def export_processes(environment: JobEnvironment) -> None:
-    """Tells accelerate and torch.distributed who else works on the run.
+    """Sets the variables from which accelerate and torch.distributed learn the ranks and the meeting point.
 
-    A job of one process is like one without a scheduler.
+    A job of one process needs none of them.
     """
     world = environment.num_tasks
     if world > 1:
@@ -194,16 +193,14 @@ def export_processes(environment: JobEnvironment) -> None:
 
 
 def meeting_port(job_id: str, restart: str) -> int:
-    """The same for all processes of a start of a job; another one after a requeue,
-    when the old processes may still be ending.
-    """
+    """The port at which the processes meet. A requeued job gets another one, since its old processes may still run."""
     return PORTS[(int(job_id) * 31 + int(restart)) % len(PORTS)]
 
 
 def check_gpus(run: RunConfig) -> None:
-    """A machine without its GPUs is refused, where computing on its CPUs would waste the allocation.
+    """UserError on a machine whose GPUs do not work, because computing on its CPUs would waste the allocation.
 
-    A job without GPUs computes on CPUs.
+    A job that requests no GPUs computes on CPUs.
     """
     import torch
 
@@ -219,5 +216,5 @@ def check_gpus(run: RunConfig) -> None:
 
 
 def node_name() -> str:
-    """This machine, as the scheduler calls it."""
+    """The scheduler's name for this machine."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename

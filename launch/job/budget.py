@@ -1,7 +1,7 @@
-"""Runs of a given cost: `budget.train_macs` and `budget.images` become `train.images` before anything is allocated
-or written, so schedules follow.
+"""Runs of a given cost: `budget.train_macs` and `budget.images` set `train.images`.
 
-Imports no torch until a budget of MACs asks for a count.
+This happens before anything is allocated or written, so learning-rate schedules end where the budget ends.
+The module imports torch only to count MACs for a budget of MACs.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ MAX_STEPS = 2**40
 
 
 def within_budget(run: RunConfig) -> RunConfig:
-    """The run with `train.images` as its budgets allow, in whole steps; unchanged where there is none.
+    """The run with as many training images as its budgets allow, in complete steps; unchanged if it has no budget.
 
-    A budget too small for a run is a UserError.
+    UserError if the budget ends before the warm-up does.
     """
     batch, budget = run.train.batch, run.budget
     limits = []
@@ -35,26 +35,29 @@ def within_budget(run: RunConfig) -> RunConfig:
     steps, key = min(limits)
     if steps * batch <= run.train.warmup_images:
         raise UserError(
-            f"{key} allows {steps} steps of {batch} images, and train.warmup_images={run.train.warmup_images} come "
-            "first. Give more, or a smaller train.batch or train.warmup_images."
+            f"{key} allows {steps} steps of {batch} images, and the warm-up alone needs "
+            f"train.warmup_images={run.train.warmup_images}. "
+            "Give a larger budget, or a smaller train.batch or train.warmup_images."
         )
     return dataclasses.replace(run, train=dataclasses.replace(run.train, images=steps * batch))
 
 
 def _steps_of(run: RunConfig, macs: float) -> int:
-    """The steps that so many MACs allow after the earlier stages have taken theirs."""
+    """How many steps the MACs allow after the cost of the earlier stages."""
     earlier = sum(stage_macs(run, stage) for stage in get_spec(run.method).stages)
     if earlier >= macs:
         raise UserError(
-            f"budget.train_macs={macs:.4g} is what the earlier stages alone cost, {earlier:.4g} MACs. Give more."
+            f"budget.train_macs={macs:.4g} leaves nothing for this run: the earlier stages alone cost {earlier:.4g} "
+            "MACs. Give a larger budget."
         )
     cost, batch = macs_of(run), run.train.batch
     return bisect_right(range(MAX_STEPS), macs - earlier, key=lambda steps: cost(steps * batch)) - 1
 
 
 def stage_macs(run: RunConfig, stage: Stage) -> int:
-    """MACs of an earlier stage: to be trained, trained before, or part of the package;
-    what was released by others counts nothing, as in records.
+    """MACs of an earlier stage, whether this run will train it, a finished run has, or its weights are in the package.
+
+    Weights that other people released count 0, as they do in records.
     """
     from pixlat.launch.job.stages import shipped_run, stage_runs
 
@@ -67,15 +70,15 @@ def stage_macs(run: RunConfig, stage: Stage) -> int:
         return 0
     if not (Path(place) / RESULT).exists():
         raise UserError(
-            f"budget: what model.{key}={place} cost is not known, since that run is not finished. Finish it first."
+            f"budget: the cost of model.{key}={place} is not known, because that run is not finished. Finish it first."
         )
     return int(read_record(Path(place) / RESULT)["train"]["macs_total"])
 
 
 def macs_of(run: RunConfig) -> Callable[[int], int]:
-    """MACs of training on so many images.
+    """A function from a number of training images to the MACs of training on them.
 
-    What is remembered of an image is taken to be computed early, so a run does not exceed its budget.
+    It counts the frozen networks' cached outputs as if they were all computed early, so no run exceeds its budget.
     """
     from pixlat.common.accounting.macs import training_cost
     from pixlat.common.datasets.load import summarise

@@ -1,4 +1,4 @@
-"""`dry_run=true`: what a run would do and what it would cost. Allocates nothing large and writes nothing."""
+"""`dry_run=true`: says what a run would do and cost. It allocates nothing large and writes nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LARGE_GPU_BYTES = 80e9  # an H100's
 
 
 def describe_run(run: RunConfig) -> str:
-    """Settings that are not defaults, then folder, data, steps, parameters, MACs, memory and the published score."""
+    """The settings that differ from defaults, then folder, data, steps, parameters, MACs, memory, published score."""
     info, method_class, spec = DataInfo.of(summarise(run.data)), get_class(run.method), get_spec(run.method)
     method = on_meta(method_class, run.model, info)
     method.check_micro_batch(split_batch(run.train, _processes(run))[0])
@@ -66,7 +66,7 @@ def describe_run(run: RunConfig) -> str:
 
 
 def data_line(run: RunConfig, info: DataInfo) -> str:
-    """What is trained on."""
+    """The training data: name, images, classes and size."""
     elsewhere = (
         f" (data.path={run.data.path} is not on this computer)"
         if run.data.path is not None and not info.num_train
@@ -77,7 +77,7 @@ def data_line(run: RunConfig, info: DataInfo) -> str:
 
 
 def steps_line(run: RunConfig, info: DataInfo) -> str:
-    """Optimizer steps, and how often they go through the data."""
+    """The optimizer steps, and how many epochs they are."""
     processes = _processes(run)
     shared = "one process" if processes == 1 else f"each of {processes} processes"
     micro_batch, accumulation = split_batch(run.train, processes)
@@ -87,7 +87,7 @@ def steps_line(run: RunConfig, info: DataInfo) -> str:
 
 
 def memory_line(run: RunConfig, method: Method, method_class: type[Method], info: DataInfo) -> str:
-    """Bytes of a process, and what makes them fewer where they are more than a large GPU has."""
+    """The memory of a process; advice how to need less if a large GPU does not have so much."""
     micro_batch, _ = split_batch(run.train, _processes(run))
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     stored = sum(p.numel() for p in (*method.parameters(), *method.buffers()))
@@ -112,12 +112,12 @@ def _processes(run: RunConfig) -> int:
 
 
 def training_line(cost: TrainingCost, run: RunConfig, info: DataInfo) -> str:
-    """MACs an image in each part of the training, and in all."""
+    """MACs of an image in each part of the training, and of the complete training."""
     first, *later = [
         f"{macs / GIGA:.4g} GMACs an image" + (f" from image {start:,} on" if start else "")
         for start, macs in cost.parts
     ]
-    remembered = [f"{cost.encoding / GIGA:.4g} once for each image that is remembered"] if cost.encoding else []
+    remembered = [f"{cost.encoding / GIGA:.4g} once for each image whose features are cached"] if cost.encoding else []
     encoded = min(run.train.images, info.num_train * (2 if run.data.flip else 1))
     return ", ".join(
         [first, *later, *remembered, f"{cost.total(run.train.images, encoded, run.train.batch):.3g} MACs in all"]

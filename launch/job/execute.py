@@ -1,8 +1,7 @@
-"""What a run does, from its configuration to its record and pictures: train, evaluate, write, draw.
+"""Executes a run from its configuration to its record and pictures: train, evaluate, write, draw.
 
-The same on a laptop and in a cluster's job.
-
-Every part can be repeated: a run that was stopped anywhere goes on from what is whole in its folder.
+The code path on a laptop is the same as in a cluster's job. Each part can be repeated, so a run that was stopped
+anywhere continues from the complete files in its folder.
 """
 
 from __future__ import annotations
@@ -44,28 +43,27 @@ from pixlat.methods.base import DataInfo
 
 
 def run_all(runs: Sequence[RunConfig]) -> int:
-    """Runs one after the other; a run that fails, runs out of memory or finds the disk full
-    does not keep the next from starting.
+    """Executes the runs one after the other. If one fails, for example on a full disk, the next one still starts.
 
-    Returns the exit code: that of the last failure, 0 without one.
+    Returns the exit code of the last failure, or 0.
     """
     code = 0
     for number, run in enumerate(runs):
         if len(runs) > 1:
             print(f"\nrun {number + 1} of {len(runs)}: {run_folder(run)}", file=sys.stderr)
         try:
-            told = (
+            message = (
                 "\n\n".join(describe_run(each) for each in (*stage_runs(run).values(), run))
                 if run.dry_run
                 else run_one(run)
             )
-            if told:  # the main process speaks for all
-                print(told)
+            if message:  # only the main process has one
+                print(message)
         except Stopped as stopped:
             say_last(str(stopped))
             return 128 + stopped.signal_number
         except KeyboardInterrupt:
-            say_last(f"interrupted; what is whole is kept in {run_folder(run)}. Run the same command again to go on.")
+            say_last(f"interrupted. Finished files are in {run_folder(run)}; run the same command again to continue.")
             return 128 + signal.SIGINT
         except UserError as error:
             say_last(f"error: {error}")
@@ -76,31 +74,31 @@ def run_all(runs: Sequence[RunConfig]) -> int:
                 raise
             say_last(f"error: {reason}")
             code = 1
-            if started_processes() > 1:  # the others may still wait for this one: the launcher ends them when it ends
+            if started_processes() > 1:  # other processes may wait for this one; when it exits, the launcher ends them
                 return code
         release_memory()
     return code
 
 
 def release_memory() -> None:
-    """Gives back what a run that is over has left behind, so that the next one has it."""
+    """Frees the memory that a finished run still holds, so that the next run can use it."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def run_one(run: RunConfig) -> str:
-    """Trains, samples, evaluates and records one run, after the stages that it waits for, or finds it finished.
+    """Trains, samples, evaluates and records one run, after the earlier stages that it needs, unless it is finished.
 
-    Returns what to tell the user.
+    Returns the summary for the user; an empty string in all processes but the main one.
     """
     source = load_data(run.data)
     info = DataInfo.of(source.info)
     method_class = get_class(run.method)
     if info.latents and not method_class.takes_moments:
         raise UserError(
-            f"data.latents={run.data.latents} is not read by method={run.method}, "
-            "which has no autoencoder's latents. Leave it out."
+            f"method={run.method} does not read data.latents={run.data.latents}, "
+            "because it does not work on the latents of an autoencoder. Remove data.latents."
         )
     with torch.device("meta"):
         method_class(run.model, info)  # refuses impossible settings before anything is allocated or written
@@ -121,12 +119,10 @@ def run_one(run: RunConfig) -> str:
 
 
 def finish(job: Job) -> None:
-    """Does what the folder lacks: training and evaluation where there is no record,
-    and the pictures that the record names.
+    """Does what the folder lacks: training and evaluation if it has no record, then the pictures in the record.
 
-    Whoever waited for the lock may find all of it done. The pictures come last,
-    behind everything in which processes wait for each other: the main process draws while the others have left,
-    and a start that was stopped while it drew has its scores already.
+    A process that waited for the lock may find all of it done. The main process draws the pictures last, after all
+    collectives, when the other processes may have left. So a start that is stopped while it draws keeps its scores.
     """
     if agreed(is_finished(job.folder)):
         return
@@ -146,14 +142,14 @@ def finish(job: Job) -> None:
 
 
 def train_stage(stage: RunConfig, waiting: RunConfig) -> None:
-    """Runs an earlier stage to its end and says so."""
+    """Executes an earlier stage, and says which run needs it."""
     print(f"{run_folder(waiting)} needs {run_folder(stage)}, which comes first", file=sys.stderr)
-    if told := run_one(stage):
-        print(told, "\n", file=sys.stderr)
+    if message := run_one(stage):
+        print(message, "\n", file=sys.stderr)
 
 
 def train_job(job: Job) -> TrainState:
-    """Trains the method, or takes up its newest checkpoint."""
+    """Trains the method from the start or from its newest checkpoint."""
     run = job.run
     torch.manual_seed(derive("init", run.seed))
     method = get_class(run.method)(job.model, job.info)

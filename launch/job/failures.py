@@ -1,6 +1,6 @@
-"""What ends a run though neither the command nor the code is wrong: a full or failing disk, and too little memory.
+"""Explains errors of the machine, which neither the command nor the code has caused: disks and too little memory.
 
-Imports no torch.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ DISK = {
     errno.EACCES: "a file may not be written or read", errno.EPERM: "a file may not be written or read",
 }  # fmt: skip
 MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "ALLOC_FAILED", "DefaultCPUAllocator")
-LENGTH = 200  # of what the system said, at most
+LENGTH = 200  # characters of the system's message that are shown
 AFTER_DISK = "Make room or mend the permissions there, and run the same command again; it resumes."
 AFTER_MEMORY = (
     "Run the same command again with train.recompute_blocks=true, or with a smaller eval.batch if it was evaluating; "
     "it resumes. Several processes with cluster.sharding=fsdp2 need less each. "
-    "A smaller train.micro_batch makes it another run: random draws depend on it."
+    "A smaller train.micro_batch would make it another run, because random draws depend on it."
 )
 
 
 def explain(error: BaseException, folder: Path) -> str | None:
-    """One sentence or two on what ended the run of a folder, what is kept and what to do;
-    None where the machine is not to blame.
+    """Two or three sentences: what ended the run in this folder, which checkpoint it has, what the user can do.
+
+    None if the error is not a fault of the machine.
     """
     disk, memory = _disk_fault(error), is_memory_fault(error)
     if not (disk or memory):
@@ -42,7 +43,7 @@ def explain(error: BaseException, folder: Path) -> str | None:
 
 
 def _disk_fault(error: BaseException) -> str | None:
-    """In words; safetensors tells what the system said in a text of its own error."""
+    """The fault in words, or None. safetensors puts the system's message into the text of its own error."""
     if isinstance(error, OSError):
         return DISK.get(error.errno or 0)
     if type(error).__name__ != "SafetensorError":
@@ -52,7 +53,7 @@ def _disk_fault(error: BaseException) -> str | None:
 
 
 def is_memory_fault(error: BaseException) -> bool:
-    """Whether the error says that memory ran out. torch says it as RuntimeError, with a type of its own on GPUs."""
+    """Whether memory ran out. torch raises a RuntimeError on CPUs and its subclass OutOfMemoryError on GPUs."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, RuntimeError) and (

@@ -1,21 +1,21 @@
-"""The run folder: made once, locked while a process works in it, never overwritten.
+"""The run folder. It is created once and never overwritten, and the process that works in it holds its lock.
 
 config.yaml      the resolved configuration
 data.json        the training data: names of the classes in the order of their numbers, counts, digest
-stages.json      the checkpoints of earlier stages that the run is built on, where there are any
-jobs.jsonl       one line a submission to a scheduler: job, log, copy of the code
+stages.json      digests of the checkpoints of earlier stages, if the run uses any
+jobs.jsonl       one line for each submission to a scheduler: job, log, copy of the code
 failure.json     why the last job failed, and where its log is
-starts.jsonl     one line a start: command, packages, machine, git state
+starts.jsonl     one line for each start: command, packages, machine, git state
 code.diff        uncommitted changes, if there were any
-metrics.jsonl    one line a logging interval
+metrics.jsonl    one line for each logging interval
 curve.jsonl      scores during training, with eval.every_images (evaluation/records/curve.py)
 training.png     the curves of metrics.jsonl
 previews/        sample grids during training
-samples.png      one row a class; the same noise and labels for every method
-reconstruction.png  held-out images and what the autoencoder makes of them, for latent methods
+samples.png      one row for each class; all methods get the same noise and labels
+reconstruction.png  held-out images and their reconstructions, for latent methods
 neighbours.png   samples beside their nearest training images
 checkpoints/     see common/weights/checkpoint.py
-result.json      the record that the leaderboard reads; there once the run is scored, before the last pictures are drawn
+result.json      the record that the leaderboard reads; the run writes it after the scores and before its last pictures
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ if TYPE_CHECKING:
 
 RESULT = "result.json"
 DATA = "data.json"
-WEIGHTS = "model.safetensors"  # of what `export` writes beside config.yaml and data.json
+WEIGHTS = "model.safetensors"  # what `export` writes beside config.yaml and data.json
 JOBS = "jobs.jsonl"
 FAILURE = "failure.json"
 LOCK = ".lock"
-# what a start writes before it trains
+# the files that a start writes before it trains
 BEGINNING = {"config.yaml", DATA, "stages.json", "starts.jsonl", "code.diff", LOCK}
-PATIENCE_S = 1.0  # `pixlat status` holds the lock for a moment when it looks
+PATIENCE_S = 1.0  # `pixlat status` holds the lock for a moment to test it
 RESTART_PATIENCE_S = 300.0
 log = logging.getLogger("pixlat")
 
 
 def open_folder(run: RunConfig) -> Path:
-    """The run's folder, made if it is new.
+    """The run's folder, which this function creates if it is new.
 
-    A folder of another configuration, or one that cannot be written, is a UserError.
+    UserError if the folder belongs to another configuration or cannot be written.
     """
     folder = run_folder(run)
     config_file = folder / "config.yaml"
@@ -82,8 +82,9 @@ def open_folder(run: RunConfig) -> Path:
 
 @contextlib.contextmanager
 def removed_if_refused(folder: Path, enabled: bool) -> Iterator[None]:
-    """Around a start that made the folder (`enabled`): where the start fails before it trained,
-    so that the folder holds nothing but how it began, the folder is removed again. The start must hold its lock.
+    """Removes the folder again if the start that created it (`enabled`) fails before it has trained.
+
+    The folder then holds only the files in BEGINNING. The caller must hold its lock.
     """
     try:
         yield
@@ -94,8 +95,9 @@ def removed_if_refused(folder: Path, enabled: bool) -> Iterator[None]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the record is there, and no picture that it names is missing and can be drawn:
-    the checkpoint that was scored is there.
+    """Whether a start has nothing left to do here: the record is complete and no picture can be added.
+
+    A missing picture can be drawn only if the folder still has the checkpoint that was scored.
     """
     if not (folder / RESULT).exists():
         return False
@@ -116,7 +118,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def check_same(folder: Path, run: RunConfig) -> None:
-    """Refuses to continue a folder whose saved configuration differs in anything that matters."""
+    """UserError if the saved configuration differs in a setting that is part of the run's identity."""
     if changed := differences(read_config(folder), to_dict(run)):
         raise UserError(
             f"{folder} belongs to a run with other settings ({'; '.join(changed[:5])}). Choose another name=, "
@@ -125,10 +127,9 @@ def check_same(folder: Path, run: RunConfig) -> None:
 
 
 def record_data(folder: Path, data: DataSummary) -> None:
-    """Keeps what the run is trained on, class names included, so that samples can be asked for by name
-    where the data are not at hand.
+    """Writes data.json with the training data's facts. With its class names users can sample by name without the data.
 
-    A later start on other images or classes is a UserError; that the data lie in another place is no change.
+    UserError if a later start finds other images or classes; the data may move to another place.
     """
     file = folder / DATA
     facts = {
@@ -151,7 +152,7 @@ def record_data(folder: Path, data: DataSummary) -> None:
 
 
 def read_data(folder: Path) -> dict[str, Any]:
-    """The facts of a run's data; empty for a folder that was made before they were kept."""
+    """The facts in data.json; empty for the folder of an earlier version, which did not write it."""
     file = folder / DATA
     try:
         facts = read_json(file) if file.exists() else {}
@@ -164,13 +165,12 @@ def read_data(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def locked(folder: Path, enabled: bool = True, choice: str = "another name=") -> Iterator[None]:
-    """Keeps a second run out of the folder; the lock ends with the process, however it ends.
+    """Keeps a second run out of the folder. The system frees the lock when the process ends, however it ends.
 
-    Only the main process of a run locks (`enabled`).
+    enabled: true in the main process of a run; the others do not lock.
+    choice: how the user can choose another folder, for the message of the UserError.
 
-    choice: what the user may choose to work in another folder, for the message of the UserError.
-
-    A requeued job waits for the processes of its earlier start, which a lost machine may still be running.
+    A requeued job waits for the processes of its earlier start, which may still run on a node that Slurm has lost.
     """
     if not enabled:
         yield
@@ -184,13 +184,14 @@ def locked(folder: Path, enabled: bool = True, choice: str = "another name=") ->
             time.sleep(0.1)
         if not (folder / LOCK).exists():
             raise UserError(
-                f"{folder} is gone: the start that worked in it was refused and removed it. Run the same command again."
+                f"{folder} is gone: another start had created it, failed before it trained, and removed it. "
+                "Run the same command again."
             )
         yield
 
 
 def is_locked(lock: TextIO) -> bool:
-    """Whether another process has the lock; if none has, this one has it afterwards."""
+    """Whether another process holds the lock. If none does, this process holds it afterwards."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""One run, with what its parts share."""
+"""The state that all parts of a run's job share, and two helpers: `agreed` and `spread`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from pixlat.methods.base import DataInfo
 
 Grid: TypeAlias = tuple[NDArray[np.uint8], list[str]]  # images (N, 3, H, W) row by row, and the names of the rows
 
-# Samples, their nearest training images (both uint8), their distances, and those of held-out images:
-# the arguments of `neighbour_picture`
+# The arguments of `neighbour_picture`: samples and their nearest training images (both uint8), the distances between
+# them, and the distances of held-out images to their nearest training images.
 FoundNeighbours: TypeAlias = tuple[
     NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64] | None
 ]
@@ -30,7 +30,7 @@ FoundNeighbours: TypeAlias = tuple[
 
 @dataclass(frozen=True)
 class Job:
-    """One run, with what its parts share."""
+    """One run with its folder, data and processes."""
 
     run: RunConfig
     model: Any  # `run.model` with the run folders of earlier stages in place
@@ -45,14 +45,12 @@ class Job:
 
     @cached_property
     def earlier(self) -> list[dict[str, Any]]:
-        """The runs that this one is built on, for the record; looked up once,
-        since every file of their checkpoints is verified.
-        """
+        """The earlier runs that this one uses, for the record. Cached, because it verifies all their checkpoints."""
         return earlier_runs(self.run, self.model)
 
     @cached_property
     def training_cost(self) -> TrainingCost:
-        """MACs of the training; counted once, since a count runs the method on shapes."""
+        """MACs of the training. Cached, because the count runs the method on the meta device."""
         return training_cost(get_class(self.run.method), self.model, self.info)
 
     @property
@@ -61,10 +59,10 @@ class Job:
 
 
 def agreed(answer: bool) -> bool:
-    """The main process's answer, in all processes: on a network file system each of them may see other files."""
+    """Broadcasts the main process's answer. On a network file system each process may see different files."""
     return bool(broadcast_object_list([answer])[0])
 
 
 def spread(length: int, count: int) -> NDArray[np.int64]:
-    """At most `count` positions, evenly spaced over a sequence that may be sorted by class or style."""
+    """At most `count` evenly spaced positions in a sequence, which may be sorted by class or style."""
     return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(np.int64))

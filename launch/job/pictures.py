@@ -20,19 +20,19 @@ from pixlat.evaluation.score.generate import generate, quantise
 from pixlat.launch.job.job import FoundNeighbours, Grid, Job, spread
 from pixlat.methods.base import Method
 
-GRID_CLASSES = 10  # rows of the sample grid where there are more classes
-GRID_SEED = 0  # the same for every method, so that grids can be laid side by side
+GRID_CLASSES = 10  # most rows of the sample grid
+GRID_SEED = 0  # the same for every method, so that grids can be compared side by side
 RECONSTRUCTION_ROWS = 2
 NEIGHBOUR_SAMPLES = 20
 HELD_OUT_SAMPLES = 500
-NEIGHBOUR_SEARCH = 20_000  # training images searched at most
+NEIGHBOUR_SEARCH = 20_000  # most training images that are searched
 
 
 def sample_grid(job: Job, method: Method, together: bool = False) -> Grid:
     """(rows * columns, 3, H, W) uint8 images, row by row, and the class names of the rows.
 
-    together: all processes make their share and get the whole; otherwise this process makes all of it.
-    The images are the same.
+    together: each process samples its share, and all of them receive the complete grid. Otherwise this process
+    samples all images. The images are the same.
     """
     classes = spread(job.info.num_classes, GRID_CLASSES)
     labels = classes.repeat(job.run.eval.grid_columns)
@@ -42,21 +42,21 @@ def sample_grid(job: Job, method: Method, together: bool = False) -> Grid:
     for batch, indices in generate(method, job.run.sample, labels, GRID_SEED, *where, distributed=together):
         images[indices] = batch.cpu()
     if together:
-        sum_over_ranks(images)  # zeros from all processes but one
+        sum_over_ranks(images)  # each image is zero in all processes but one
     return images.numpy(), [job.source.info.class_names[c] for c in classes]
 
 
 def final_grid(job: Job, state: TrainState) -> Grid:
-    """The sample grid of the finished training, made by all processes together."""
+    """The sample grid after the training, which all processes sample together."""
     with state.weights(evaluated_ema(job.run)) as method:
         return sample_grid(job, method, together=True)
 
 
 def draw_preview(job: Job, state: TrainState) -> None:
-    """A small grid during training, from the main process; the weights may take all processes to put together.
+    """Draws a small grid during training in the main process.
 
-    The other processes wait for it in the next step, at most cluster.collective_timeout_min minutes.
-    A grid takes seconds or minutes.
+    All processes take part in gathering the weights. Then the others wait in the next step, for at most
+    cluster.collective_timeout_min minutes; a grid takes seconds or minutes.
     """
     picture = job.folder / f"previews/images-{state.step * job.run.train.batch:09d}.png"
     with state.preview_weights(evaluated_ema(job.run)) as method:
@@ -67,9 +67,9 @@ def draw_preview(job: Job, state: TrainState) -> None:
 
 
 def draw_job(job: Job, state: TrainState, grid: Grid | None) -> None:
-    """training.png; samples.png and neighbours.png of what generates; reconstruction.png of what encodes.
+    """Draws training.png, samples.png and neighbours.png of generators, reconstruction.png of latent methods.
 
-    All processes search for neighbours. The main process draws after the last wait, and the others are free.
+    All processes search for neighbours. After that no process waits for another, and the main process draws alone.
     """
     with state.weights(evaluated_ema(job.run)) as method:
         neighbours = find_neighbours(job, grid[0]) if grid else None
@@ -78,7 +78,7 @@ def draw_job(job: Job, state: TrainState, grid: Grid | None) -> None:
 
 
 def draw_pictures(job: Job, method: Method, grid: Grid | None, neighbours: FoundNeighbours | None) -> None:
-    """The pictures of a run that has its weights, from one process."""
+    """Draws the pictures of a trained run, in one process."""
     columns = job.run.eval.grid_columns
     rows = read_rows(job.folder / "metrics.jsonl")
     if rows:
@@ -93,8 +93,9 @@ def draw_pictures(job: Job, method: Method, grid: Grid | None, neighbours: Found
 
 
 def reconstruction_grid(job: Job, method: Method) -> tuple[NDArray[np.uint8], list[str]]:
-    """Held-out images (training images where none are held out) in one row,
-    what encode and decode make of them in the next.
+    """Rows of held-out images, each above the row of their reconstructions. Without held-out images: training images.
+
+    Returns the images (N, 3, H, W) uint8 row by row, and the names of the rows.
     """
     source = job.source.heldout if len(job.source.heldout) else job.source.train
     real = source.fetch(spread(len(source), RECONSTRUCTION_ROWS * job.run.eval.grid_columns))
@@ -116,10 +117,9 @@ def reconstruction_grid(job: Job, method: Method) -> tuple[NDArray[np.uint8], li
 
 
 def find_neighbours(job: Job, grid: NDArray[np.uint8]) -> FoundNeighbours:
-    """For neighbours.png: samples with their nearest training images,
-    and the distances of real held-out images to judge them by.
+    """The samples' nearest training images, and the distances of held-out images as a measure for comparison.
 
-    Every process searches its share of the training images; a GPU compares them, a CPU where there is none.
+    Each process searches its share of the training images, on its GPU if it has one.
     """
     training, held_out, accelerator = job.source.train, job.source.heldout, job.accelerator
     rng = np.random.Generator(np.random.PCG64(derive("neighbours", job.run.seed)))

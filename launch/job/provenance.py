@@ -1,4 +1,4 @@
-"""Where a run came from: command, code, packages, machine."""
+"""The origin of a run: command, code, packages, machine."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from pixlat.common.origin import ROOT, git_diff, git_state, package_versions
 
 
 def provenance() -> dict[str, Any]:
-    """What the run folder keeps of its origin.
-
-    No environment variable beyond those that steer computation is recorded.
-    """
+    """The facts of this start. Of the environment it keeps only variables that steer computation."""
     steering = ("CUDA_", "OMP_", "MKL_", "NCCL_", "PYTORCH_", "TORCH", "SLURM_", "ACCELERATE_")
     return {
         "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -39,7 +36,7 @@ def provenance() -> dict[str, Any]:
 
 
 def record_start(folder: Path, **more: str) -> None:
-    """Keeps where this start came from, beside the earlier ones; `more` facts of it are kept as well."""
+    """Appends the facts of this start, and `more`, to starts.jsonl; writes uncommitted changes to code.diff."""
     append_row(folder / "starts.jsonl", provenance() | more)
     if diff := git_diff():
         write_whole(folder / "code.diff", diff)

@@ -42,13 +42,13 @@ def build(
 ) -> Record:
     """The validated record.
 
-    model: `run.model` with the folders of earlier stages in place; earlier:
-        what `launch.stages.earlier_runs` says of them;
-    peaks: bytes in training and in sampling; remarks: what is visibly wrong with the samples.
+    model: `run.model` with the folders of earlier stages in the place of `train`.
+    earlier: their entries by `launch.job.stages.earlier_runs`.
+    peaks: bytes in training and in sampling. remarks: visible faults of the samples.
     """
     method_class = get_class(run.method)
     method = on_meta(method_class, model, info)
-    told = state.method.describe(run.sample)
+    description = state.method.describe(run.sample)
     sampling, processes = sampling_cost(method, run.sample), state.accelerator.num_processes
     where = state.accelerator.device
     device, dtype = device_name(where), executed_precision(run.eval.precision, where)
@@ -56,7 +56,7 @@ def build(
     assert state.saved is not None
     fields: dict[str, Any] = {
         "name": folder.name,
-        "system": system_fields(run, told, method.space),
+        "system": system_fields(run, description, method.space),
         "data": {
             "name": source.info.name,
             "revision": source.info.digest,
@@ -86,9 +86,9 @@ def build(
             "images_per_s": images_seen / state.seconds if state.seconds else None,
             "budget": dataclasses.asdict(run.budget),
         },
-        "pretrained_components": [dataclasses.asdict(component) for component in told.pretrained],
+        "pretrained_components": [dataclasses.asdict(component) for component in description.pretrained],
         "parents": earlier,
-        **cost_fields(method, told, sampling, dtype),
+        **cost_fields(method, description, sampling, dtype),
         "speed": speed_fields(evaluation, run.eval.batch, dtype, device, run.train.compile),
         "memory": {
             "peak_bytes_train": peaks[0],
@@ -114,8 +114,9 @@ def build(
 
 
 def training_macs(run: RunConfig, cost: TrainingCost, source: DataSource, step: int, processes: int) -> int:
-    """MACs of the first `step` steps on so many processes, in one go: after a stop,
-    what was remembered of images is asked for again.
+    """MACs of the first `step` steps on so many processes, if nothing interrupts them.
+
+    A resumed run starts with an empty feature cache and computes cached features again, which is not counted.
     """
     encoded = 0
     if cost.encoding:
@@ -127,8 +128,9 @@ def training_macs(run: RunConfig, cost: TrainingCost, source: DataSource, step: 
 
 
 def artifacts(folder: Path, generates: bool, encodes: bool) -> dict[str, str | None]:
-    """The log, and the pictures that `launch.job.draw_job` draws once the record is written;
-    a start that lacks one of them draws it.
+    """The log, and the pictures that `launch.job.pictures.draw_job` draws after the record.
+
+    A later start draws those that are missing.
     """
     logged = bool(read_rows(folder / "metrics.jsonl"))
     there = {

@@ -1,6 +1,4 @@
-"""What a finished run should say about itself in plain words: samples that show nothing,
-and scores that an untrained network reaches as well.
-"""
+"""Warnings about a finished run: samples that show nothing, and scores that an untrained network reaches as well."""
 
 from __future__ import annotations
 
@@ -12,8 +10,8 @@ from numpy.typing import NDArray
 
 from pixlat.common.pictures.neighbours import contrast, variety
 
-SAMPLES = "The samples "  # begins every remark on samples
-FAINT = 0.2  # of the contrast, or the variety, of real images: less than that is hardly visible in a grid
+SAMPLES = "The samples "  # every remark on samples begins so
+FAINT = 0.2  # share of the contrast, or the variety, of real images; below it a grid shows hardly anything
 CAUSES = (
     "Likely causes: a training too short for its average (eval.ema=raw shows the weights without it), "
     "a learning rate that is far too high or too low, or labels that do not fit the images."
@@ -21,9 +19,7 @@ CAUSES = (
 
 
 def warning_lines(record: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> list[str]:
-    """For the summary of a run: the notes of its record, what its scores say beside the `others` in the same folder,
-    and likely causes.
-    """
+    """For a run's summary: the notes of its record, remarks on its scores beside `others` in the folder, causes."""
     notes = [record["notes"]] if record["notes"] else []
     remarks = score_remarks(record, others)
     causes = [CAUSES] if remarks or any(SAMPLES in note for note in notes) else []
@@ -31,8 +27,9 @@ def warning_lines(record: Mapping[str, Any], others: Iterable[Mapping[str, Any]]
 
 
 def sample_remarks(samples: NDArray[np.uint8], real: NDArray[np.uint8]) -> list[str]:
-    """What is visibly wrong with samples (N, 3, H, W) uint8 beside real images (M, 3, H, W) uint8;
-    at least two of each, else nothing is said.
+    """Visible faults of samples (N, 3, H, W) uint8, compared with real images (M, 3, H, W) uint8.
+
+    Returns nothing for fewer than two samples or two real images.
     """
     if len(samples) < 2 or len(real) < 2:
         return []
@@ -49,10 +46,10 @@ def sample_remarks(samples: NDArray[np.uint8], real: NDArray[np.uint8]) -> list[
 
 
 def score_remarks(record: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Whether the scores of a trained run are no better than those of an untrained network, as far as the records tell.
+    """Remarks on scores of a trained run that are no better than those of an untrained network.
 
-    Two things are known without sampling from such a network: it shows no class, so that the classifier can only guess,
-    and what an untrained run beside this one scored under the same protocol (train.images=0).
+    Two facts are known without sampling from an untrained network. Its samples show no class, so the classifier only
+    guesses. And the folder may have the record of an untrained run (train.images=0) under the same protocol.
     """
     if not record.get("train", {}).get("images_seen"):
         return []
@@ -81,6 +78,6 @@ def score_remarks(record: Mapping[str, Any], others: Iterable[Mapping[str, Any]]
 
 
 def _is_untrained(other: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
-    """A record of a network as initialised whose distance may be compared with the record's."""
+    """Whether `other` is the record of an untrained network with a distance under the same protocol."""
     images_seen = other.get("train", {}).get("images_seen")
     return images_seen == 0 and other["protocol_hash"] == record["protocol_hash"] and "fd_embedded" in other["metrics"]

@@ -23,14 +23,14 @@ from pixlat.launch.job.remarks import sample_remarks
 
 
 def score(job: Job, state: TrainState) -> Evaluation:
-    """The scores of the run as it is now; noise and labels are the same whenever it is asked."""
+    """The scores of the current weights. Each call uses the same noise and labels."""
     with state.weights(evaluated_ema(job.run)) as method:
         evaluate = evaluate_method if job.generates else evaluate_reconstruction
         return evaluate(method, job.run, job.source, job.accelerator.device, cache=Path(job.run.out) / ".references")
 
 
 def score_preview(job: Job, state: TrainState) -> None:
-    """A line of curve.jsonl during training; the end of the training has none, its scores are the record's."""
+    """Appends a line to curve.jsonl during training. The last step gets no line, since its scores are the record's."""
     images = state.step * job.run.train.batch
     points = read_curve(job.folder / CURVE)
     known = state.step == state.start and any(point["images"] == images for point in points)
@@ -45,13 +45,13 @@ def score_preview(job: Job, state: TrainState) -> None:
             "protocol_hash": protocol_hash(scores.protocol),
             "metrics": scores.metrics,
         }
-        # later ones are of a start whose last steps were lost
+        # later points come from a start that stopped before it saved those steps
         earlier = [each for each in points if each["images"] < images]
         write_whole(job.folder / CURVE, curve_lines([*earlier, point]))
 
 
 def evaluate_job(job: Job, state: TrainState, training_peak: int, grid: Grid | None) -> None:
-    """Samples, scores, and writes result.json, which marks the run as scored."""
+    """Samples and scores the run, then writes result.json, which marks it as scored."""
     reset_peak(job.accelerator.device)
     result = score(job, state) if job.run.eval.num_images else None
     if job.main:

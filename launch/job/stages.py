@@ -1,8 +1,7 @@
-"""Runs that must come first: `model.<key>=train` trains the earlier stage in a run folder of its own,
-with the preset of the same name.
+"""Earlier stages: `model.<key>=train` first trains the stage in another run folder, with the preset of the same name.
 
-The later run's configuration keeps the word `train`, so its folder and identity do not depend on where the earlier run
-lies; `stages.json` in its folder keeps which checkpoint it was built on, and another one is refused.
+The later run's configuration keeps the word `train`. So its folder and its identity do not depend on the place of the
+earlier run. `stages.json` in its folder has the digest of the earlier checkpoint; a start with another one is refused.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from pixlat.evaluation.records.record import read_record
 from pixlat.launch.job.folder import RESULT
 from pixlat.methods import Stage, get_spec
 
-TRAIN = "train"  # the value of `model.<key>` that asks for the stage to be trained
+TRAIN = "train"  # the value of `model.<key>` with which the run trains the stage itself
 HANDED_DOWN = ("seed", "out", "dry_run", "train.precision", "train.threads", "train.trackers", "data.workers")
-OF_THE_STAGE = ("latents", "crop", "resize")  # keys of `data` that each stage has for itself
+OF_THE_STAGE = ("latents", "crop", "resize")  # keys of `data` that an earlier stage takes from its preset
 STAGES = "stages.json"
-COST = ("images_seen", "macs_total", "device_seconds")  # of an earlier run, in the record
+COST = ("images_seen", "macs_total", "device_seconds")  # cost of an earlier run, in the record
 
 
 def stage_runs(run: RunConfig) -> dict[str, RunConfig]:
-    """The runs that have to be finished before this one can start, by the key of `model` that waits for them."""
+    """The runs that must finish before this one can start, by the key of `model` that needs them."""
     return {
         stage.key: stage_run(run, stage)
         for stage in get_spec(run.method).stages
@@ -65,8 +64,9 @@ def _at(run: RunConfig, key: str) -> Any:
 
 
 def with_stages(run: RunConfig, train: Callable[[RunConfig], object]) -> Any:
-    """`run.model` with the folders of finished runs in the place of `train`;
-    `train` is called for each run that is not finished.
+    """`run.model` with folders of finished runs in the place of the word `train`.
+
+    Calls the function `train` for each earlier run that is not finished.
     """
     folders = {}
     for key, earlier in stage_runs(run).items():
@@ -77,14 +77,15 @@ def with_stages(run: RunConfig, train: Callable[[RunConfig], object]) -> Any:
 
 
 def earlier_runs(run: RunConfig, model: Any) -> list[dict[str, Any]]:
-    """What the record says of the runs that this one is built on (`parents` in the schema);
-    a file released by others is not a run.
+    """The record's entries for the earlier runs that this one uses (`parents` in the schema).
+
+    Files that other people released are not runs and have no entry.
     """
-    found = []
+    entries = []
     for stage in get_spec(run.method).stages:
         place = getattr(model, stage.key)
         if place in stage.shipped:
-            found.append(shipped_run(stage, place))
+            entries.append(shipped_run(stage, place))
             continue
         if place is None or not (Path(place) / "config.yaml").exists():
             continue
@@ -97,15 +98,15 @@ def earlier_runs(run: RunConfig, model: Any) -> list[dict[str, Any]]:
         cost = {name: trained.get(name) for name in COST} | {
             "pretrained_components": record.get("pretrained_components", [])
         }
-        found.append(
+        entries.append(
             {"key": stage.key, "name": folder.name, "method": stage.method, "row_id": record.get("row_id"), **cost}
             | {"checkpoint_sha256": checkpoint.digest(saved)}
         )
-    return found
+    return entries
 
 
 def shipped_run(stage: Stage, place: str) -> dict[str, Any]:
-    """The same of a run of ours whose weights are part of the package, from their card."""
+    """The entry of a stage whose weights are part of the package, read from their card."""
     file = Path(stage.shipped[place])
     card = json.loads(file.read_text(encoding="utf-8"))
     return {
@@ -117,7 +118,7 @@ def shipped_run(stage: Stage, place: str) -> dict[str, Any]:
 
 
 def record_or_check_stages(folder: Path, earlier: list[dict[str, Any]]) -> None:
-    """Keeps, at the first start, which checkpoints a run is built on; a later start on others is a UserError."""
+    """The first start records the digests of earlier checkpoints; UserError if a later start finds other digests."""
     file = folder / STAGES
     digests = {entry["key"]: entry["checkpoint_sha256"] for entry in earlier}
     if not file.exists():
@@ -133,6 +134,6 @@ def record_or_check_stages(folder: Path, earlier: list[dict[str, Any]]) -> None:
     if known != digests:
         changed = sorted(key for key in {**known, **digests} if known.get(key) != digests.get(key))
         raise UserError(
-            f"{folder} was built on another checkpoint of model.{', model.'.join(changed)} ({file} keeps its digest). "
+            f"{folder} was built on another checkpoint of model.{', model.'.join(changed)} ({file} has its digest). "
             "Restore that run, or choose another name= for a new one."
         )

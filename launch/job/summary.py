@@ -1,4 +1,4 @@
-"""What a finished run tells in the terminal: the leaderboard, its own scores, warnings and files."""
+"""The summary of a finished run in the terminal: leaderboard, scores, warnings, files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from pixlat.launch.job.remarks import warning_lines
 
 
 def summary(job: Job) -> str:
-    """The leaderboard of the runs beside this one that share its protocol, this run's scores,
-    and the files that it made.
-    """
+    """The leaderboard of the runs in the same folder under the same protocol, then this run's scores and files."""
     row = read_record(job.folder / RESULT)
     records = leaderboard.read_records(Path(job.run.out))
     warnings = warning_lines(row, records.rows)
-    made = [job.folder / name for name in (*row["artifacts"].values(), RESULT) if name]
+    files = [job.folder / name for name in (*row["artifacts"].values(), RESULT) if name]
     newest = checkpoint.latest(job.folder / "checkpoints")
     return "\n".join(
         [
@@ -30,7 +28,7 @@ def summary(job: Job) -> str:
             *(f"  {name:<20} {entry['value']:.4g}{error_of(entry)}" for name, entry in row["metrics"].items()),
             *(["\nwarnings", *warnings] if warnings else []),
             "\nfiles",
-            *(f"  {path}" for path in [*made, *([newest] if newest else [])]),
+            *(f"  {path}" for path in [*files, *([newest] if newest else [])]),
             f"all runs: pixlat leaderboard runs={job.run.out}",
         ]
     )
