@@ -1,6 +1,4 @@
-"""From a run folder to what can be given away: weights as safetensors, the configuration,
-and a card that says what they are.
-"""
+"""Exports a run for others: its weights as safetensors, the configuration, and a model card that describes them."""
 
 from __future__ import annotations
 
@@ -26,9 +24,9 @@ FILES = (WEIGHTS, "config.yaml", DATA, "README.md")
 
 
 def export_run(folder: Path, to: Path, ema: str | None, licence: str) -> str:
-    """Writes the files, with the class names where the run has kept them; `ema` as in `pixlat evaluate`.
+    """Writes the files, with class names if the run folder has them. ema: as in `pixlat evaluate`.
 
-    Frozen networks stay outside, as in checkpoints.
+    Returns the paths of the files. They hold no frozen networks, like checkpoints.
     """
     run = saved_run(folder, {})
     weights = run_weights(folder, ema)
@@ -38,16 +36,16 @@ def export_run(folder: Path, to: Path, ema: str | None, licence: str) -> str:
     imported = imported_facts(folder, weights.facts)
     name = ema or run.eval.ema or next(iter(ema_names(run.train)), "raw")
     decay = decays_by_name(run.train).get(name)
-    told = "" if decay is None else str(decay)
+    decay_text = "" if decay is None else str(decay)
     metadata = {
         "format": "pt",
         "method": run.method,
         "ema": name,
-        "ema_decay": told,
+        "ema_decay": decay_text,
         "licence": licence,
         "checkpoint_sha256": weights.sha256,
     }
-    # `import` compares it with the config.yaml beside the file
+    # `pixlat import` compares this identity with the config.yaml beside the file
     metadata["config_identity"] = identity_of(weights.config)
     save_tensors({key: tensor.contiguous() for key, tensor in weights.state.items()}, to / WEIGHTS, metadata)
     for file in ("config.yaml", DATA):
@@ -60,7 +58,7 @@ def export_run(folder: Path, to: Path, ema: str | None, licence: str) -> str:
 def card(
     folder: Path, run: RunConfig, weights: RunWeights, imported: Mapping[str, Any], ema: str, licence: str, sha256: str
 ) -> str:
-    """The model card, with the front matter that Hugging Face reads."""
+    """The model card as Markdown, with the front matter that Hugging Face reads."""
     spec, preset = get_spec(run.method), run.preset
     record: Record = read_record(folder / RESULT) if (folder / RESULT).exists() else {}
     licence = licence or imported.get("licence", "")
@@ -102,7 +100,7 @@ def card(
 
 
 def origin(record: Mapping[str, Any], imported: Mapping[str, Any], weights: RunWeights, ema: str) -> list[str]:
-    """Where the weights come from."""
+    """The origin of the weights: a released file, or a training."""
     if imported:
         return [
             (
@@ -128,7 +126,7 @@ def origin(record: Mapping[str, Any], imported: Mapping[str, Any], weights: RunW
 def state_of(
     record: Mapping[str, Any], imported: Mapping[str, Any], weights: RunWeights, train: TrainConfig
 ) -> list[str]:
-    """Where a run was cut; nothing for one that is finished or was not trained here."""
+    """How far an unfinished run came; nothing for finished and for imported runs."""
     if record or imported or "step" not in weights.facts:
         return []
     step = int(weights.facts["step"])
@@ -148,7 +146,7 @@ def state_of(
 
 
 def scores(record: Mapping[str, Any]) -> list[str]:
-    """The measured numbers under their protocol."""
+    """The measured scores and their protocol."""
     if not record.get("metrics"):
         return ["Not evaluated.", ""]
     rows = [

@@ -1,15 +1,15 @@
-"""What is prepared once for many runs.
+"""Prepares files once that many runs then use.
 
   pixlat prepare images     the training and held-out images, decoded and cropped once, in files
                             that a run reads with data=shards data.path=FOLDER
   pixlat prepare latents    the moments of every training image's latents, in files that a run
                             reads with data.latents=FOLDER
-  pixlat prepare tokenizer  the weights and the facts of an autoencoder that was trained here
-  pixlat import             a run folder of a file that a method's authors released
-  pixlat export             weights as safetensors, config and a model card of a run
+  pixlat prepare tokenizer  the weights and the facts of an autoencoder that you have trained
+  pixlat import             a run folder from a file that a method's authors released
+  pixlat export             a run's weights as safetensors, its configuration and a model card
 
-`pixlat prepare images --help` has examples and keys. The same command again goes on where it was
-stopped, or finds everything there.
+`pixlat prepare images --help` has examples and keys. The same command again continues where it was
+stopped, or says that everything is there.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from pixlat.methods import get_spec
 class ImagesKeys:
     """The keys of `pixlat prepare images`."""
 
-    to: str | None = None  # the folder that is made
+    to: str | None = None  # the new folder
     workers: int | None = None  # processes; none: one for each core
-    shard_images: int = 8192  # images of a file
+    shard_images: int = 8192  # images in a file
 
 
 @dataclass
 class LatentsKeys:
     """The keys of `pixlat prepare latents`."""
 
-    to: str | None = None  # the folder that is made
-    batch: int = 64  # images at once
+    to: str | None = None  # the new folder
+    batch: int = 64  # images that the encoder gets at once
     dtype: str = "float32"  # float32 or float16
-    device: str = "auto"  # auto, cpu or cuda; auto: a GPU where there is one
+    device: str = "auto"  # auto, cpu or cuda; auto: a GPU if there is one
 
 
 @dataclass
@@ -63,20 +63,20 @@ class TokenizerKeys:
     """The keys of `pixlat prepare tokenizer`."""
 
     from_: str | None = None  # the folder of a finished run of method=vae
-    to: str | None = None  # the file of the weights; the facts go beside it, into a .json
+    to: str | None = None  # the new file of weights; the facts go into a .json file beside it
 
 
 @dataclass
 class ImportKeys:
     """The keys of `pixlat import`."""
 
-    method: str | None = None  # whose file it is
+    method: str | None = None  # the method whose weights the file holds
     file: str | None = None  # the released file, or a folder that `pixlat export` wrote
-    name: str | None = None  # of the run folder; none: that of the file
-    out: str = RunConfig.out  # where the run folder is made
-    preset: str | None = None  # none: the one with the file's architecture
-    weights: str | None = None  # which weights of the file, where it holds several
-    licence: str | None = None  # of the weights, for the run's model card
+    name: str | None = None  # name of the run folder; none: the file's name
+    out: str = RunConfig.out  # the folder in which the run folder is created
+    preset: str | None = None  # none: the preset with the file's architecture
+    weights: str | None = None  # which weights to take if the file holds several
+    licence: str | None = None  # licence of the weights, for the run's model card
 
 
 @dataclass
@@ -84,9 +84,9 @@ class ExportKeys:
     """The keys of `pixlat export`."""
 
     from_: str | None = None  # a run folder
-    to: str | None = None  # the folder that is made
-    ema: str | None = None  # which average of the run; none: the one it was evaluated with; raw: the raw weights
-    licence: str = ""  # of the weights, for the model card
+    to: str | None = None  # the new folder
+    ema: str | None = None  # the run's average to export; none: the one that it was evaluated with; raw: no average
+    licence: str = ""  # licence of the weights, for the model card
 
 
 def images(keys: ImagesKeys, rest: dict[str, str]) -> str:
@@ -105,13 +105,13 @@ def images(keys: ImagesKeys, rest: dict[str, str]) -> str:
     )
     seconds, count = time.perf_counter() - start, source.info.num_train + source.info.num_heldout
     skipped = [reason for part in card.parts.values() for reason in part.skipped.values()]
-    told = [f"  {reason}" for reason in skipped]
-    made = (
+    faults = [f"  {reason}" for reason in skipped]
+    result = (
         f"{count} images of {card.image_size} px under {folder}, {count / seconds:.0f} images/s on "
         f"{max(1, workers)} processes; {len(skipped)} skipped"
     )
     crops = f" data.crop=random data.resize={card.resize}" if card.resize else ""
-    return "\n".join([made, *told, f"Use them with data=shards data.path={folder}{crops}"])
+    return "\n".join([result, *faults, f"Use them with data=shards data.path={folder}{crops}"])
 
 
 def latents(keys: LatentsKeys, rest: dict[str, str]) -> str:
@@ -131,24 +131,24 @@ def latents(keys: LatentsKeys, rest: dict[str, str]) -> str:
     tokenizer.load()
     device = keys.device if keys.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     card = write_latents(folder, source.train, tokenizer.to(device), keys.batch, keys.dtype)
-    made = (
+    result = (
         f"{card.images} images and their mirror images, moments {card.shape}, in {len(card.shards)} files "
         f"under {folder}."
     )
-    return f"{made} Use them with data.latents={folder}"
+    return f"{result} Use them with data.latents={folder}"
 
 
 def tokenizer(keys: TokenizerKeys, _: dict[str, str]) -> str:
-    """Writes the weights of a run's autoencoder and what they do with the held-out images."""
+    """Writes the weights of a run's autoencoder, and its facts with the error on held-out images."""
     folder, file = (Path(each).expanduser() for each in needed(keys, "prepare tokenizer", "from", "to"))
     from pixlat.common.config.saved import read_config
     from pixlat.common.frozen.export_tokenizer import export_tokenizer
     from pixlat.evaluation.records.record import RESULT, read_record
 
-    read_config(folder)  # refuses what is not a run folder
+    read_config(folder)  # UserError if it is not a run folder
     if not (folder / RESULT).is_file():
         raise UserError(
-            f"from={folder} has no {RESULT}, so what its training cost is not known. Give the folder of a "
+            f"from={folder} has no {RESULT}, so the cost of its training is not known. Give the folder of a "
             "finished run of method=vae."
         )
     card = export_tokenizer(folder, file, read_record(folder / RESULT))
@@ -158,7 +158,7 @@ def tokenizer(keys: TokenizerKeys, _: dict[str, str]) -> str:
 
 
 def import_file(keys: ImportKeys, rest: dict[str, str]) -> str:
-    """Makes a run folder of a released file, or of what `export` wrote."""
+    """Creates a run folder from a released file, or from a folder that `pixlat export` wrote."""
     given, method = needed(keys, "import", "file", "method")
     file = Path(given).expanduser()
     from pixlat.launch.released import import_released
@@ -175,7 +175,7 @@ def import_file(keys: ImportKeys, rest: dict[str, str]) -> str:
 
 
 def export(keys: ExportKeys, _: dict[str, str]) -> str:
-    """Writes what can be given away of a run."""
+    """Writes the files with which others can use a run's weights."""
     folder, to = (Path(each).expanduser() for each in needed(keys, "export", "from", "to"))
     from pixlat.launch.export import export_run
 
@@ -207,19 +207,19 @@ The moments of the latents of every training image and of its mirror image.
 A run reads them with data.latents=FOLDER.
 """
 TOKENIZER_HELP = """\
-Two files of an autoencoder that was trained here: its weights, and its facts (recipe, digest, cost and errors).
+Two files of an autoencoder that you have trained: its weights, and its facts (recipe, digest, cost and errors).
 
   pixlat prepare tokenizer from=runs/my-autoencoder to=autoencoder.safetensors
 """
 IMPORT_HELP = """\
-A run folder of a file that a method's authors released, which `pixlat sample` and `pixlat evaluate` then take.
+A run folder from a file that a method's authors released. `pixlat sample` and `pixlat evaluate` can use it.
 
   pixlat import method=jit file=JiT-B-16/checkpoint-last.pth name=jit-b16-released
 
-Settings that the file does not tell are given as keys of `pixlat train`.
+Give settings that the file does not contain as keys of `pixlat train`.
 """
 EXPORT_HELP = """\
-Weights as safetensors, config and a model card of a run.
+A run's weights as safetensors, its configuration and a model card.
 
   pixlat export from=runs/my-run to=my-run-released licence=MIT
 """
@@ -241,11 +241,11 @@ def usage(action: str) -> str:
 
 
 def do(action: str, arguments: Sequence[str]) -> str:
-    """Does one action and returns what to tell."""
+    """Does one action and returns the message for the user."""
     if lists := [key for key, values in split_overrides(arguments).items() if len(values) > 1]:
         raise UserError(
-            f"{', '.join(lists)}: one value each; this command prepares one thing, and comma lists are for "
-            "`pixlat train`."
+            f"{', '.join(lists)}: give one value each. Comma lists are for `pixlat train`; this command prepares one "
+            "thing at a time."
         )
     syntax = SYNTAX.actions[action]
     return ACTIONS[action][0](*parse(syntax.keys, arguments, tuple(syntax.groups)))
@@ -257,7 +257,7 @@ def work(arguments: Sequence[str]) -> str:
 
 
 def run_action(action: str, arguments: Sequence[str]) -> int:
-    """An action as a command of its own. Returns the exit code."""
+    """Runs an action as a separate command. Returns the exit code."""
     return run_command(arguments, lambda: usage(action), lambda given: do(action, given))
 
 

@@ -1,6 +1,4 @@
-"""From a file of a method's authors to a run folder that `pixlat evaluate` samples and evaluates,
-without training.
-"""
+"""Turns a file of a method's authors into a run folder, which `pixlat evaluate` samples and scores without training."""
 
 from __future__ import annotations
 
@@ -40,12 +38,10 @@ def import_released(
     licence: str | None,
     settings: Mapping[str, str],
 ) -> str:
-    """Makes the folder.
+    """Creates the run folder and returns a message for the user.
 
-    The architecture is the file's, what shapes do not tell (sampler, objective) a preset's; `settings` override both.
-
-    A key of the file that the method does not know, or has and the file has not, is a UserError;
-    so is a folder that is there already.
+    The file gives the architecture. A preset gives what shapes do not show: sampler and objective. `settings` override
+    both. UserError if file and method do not have the same keys, or if the folder exists.
     """
     spec = get_spec(method)
     if not spec.released:
@@ -54,22 +50,22 @@ def import_released(
         raise UserError(f"{folder} is a run folder already. Choose another name=, or remove it.")
     exported = (file / "config.yaml").exists()
     if exported:
-        run, built, found = from_export(spec, file, settings)
+        run, built, released = from_export(spec, file, settings)
     else:
-        run, built, found = from_file(spec, file, weights, preset, settings)
-    architecture = {**found.model, "num_classes": found.num_classes, "image_size": found.image_size}
+        run, built, released = from_file(spec, file, weights, preset, settings)
+    architecture = {**released.model, "num_classes": released.num_classes, "image_size": released.image_size}
     facts = {
         "method": method,
         "file": str(file.resolve()),
         "bytes": weights_file(file).stat().st_size,
         "sha256": checkpoint.sha256_of(weights_file(file)),
-        "weights": found.weights,
-        "ema_decay": found.ema_decay,
-        "licence": licence or found.licence,
+        "weights": released.weights,
+        "ema_decay": released.ema_decay,
+        "licence": licence or released.licence,
         "licence_source": "given" if licence else "of the export" if exported else LICENCE_OF_CODE,
         "architecture": architecture,
-        "tensors": len(found.state),
-        "numbers": sum(tensor.numel() for tensor in found.state.values()),
+        "tensors": len(released.state),
+        "numbers": sum(tensor.numel() for tensor in released.state.values()),
         "preset": run.preset,
         "imported_utc": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -80,58 +76,61 @@ def import_released(
         f"licence {facts['licence']} ({facts['licence_source']})"
     )
     return (
-        f"{folder}: {spec.title} ({shape}; preset {run.preset})\n  {found.weights}: {kept}\nEvaluate it with: "
+        f"{folder}: {spec.title} ({shape}; preset {run.preset})\n  {released.weights}: {kept}\nEvaluate it with: "
         f"pixlat evaluate run={folder}"
     )
 
 
-Found = tuple[RunConfig, Method, Released]
+Opened = tuple[RunConfig, Method, Released]  # the configuration, the method with the weights, and the file's content
 
 
 def from_file(
     spec: MethodSpec, file: Path, weights: str | None, preset: str | None, settings: Mapping[str, str]
-) -> Found:
-    """The configuration of a released file, its method with the weights, and the file."""
+) -> Opened:
+    """Opens a released file. UserError if it does not have the layout of this method's files."""
     opener: OpenReleased = load_object(spec.released)  # type: ignore[assignment]
     try:
-        found = opener(file, weights)
+        released = opener(file, weights)
     except UserError:
         raise
     except Exception as error:
-        # the architecture is read from a stranger's names and shapes, which may lead to anything
+        # the opener reads the architecture from names and shapes of an unknown file, so any error is possible
         raise UserError(
             f"{file} does not have the layout of a released file of method={spec.name} "
             f"({type(error).__name__}: {error})."
         ) from error
-    found = decided(found, settings)
-    run = resolve(spec, {**facts_of_file(found), "preset": preset or fitting_preset(spec, found), **settings})
+    released = decided(released, settings)
+    run = resolve(spec, {**facts_of_file(released), "preset": preset or fitting_preset(spec, released), **settings})
     built, _ = build(run)
-    load_state_without_external(built, built.from_reference(found.state))
-    return run, built, found
+    load_state_without_external(built, built.from_reference(released.state))
+    return run, built, released
 
 
-def decided(found: Released, settings: Mapping[str, str]) -> Released:
-    """The file with the one of its `choices` that the user's settings name;
-    a UserError asks for it where they leave more than one, or none.
+def decided(released: Released, settings: Mapping[str, str]) -> Released:
+    """The file's content with the one of its `choices` of model settings that agrees with the user's settings.
+
+    UserError if more than one agrees, or none; the message lists them.
     """
-    if not found.choices:
-        return found
+    if not released.choices:
+        return released
     left = [
         choice
-        for choice in found.choices
+        for choice in released.choices
         if all(settings.get(f"model.{key}", str(value)) == str(value) for key, value in choice.items())
     ]
     if len(left) == 1:
-        return replace(found, model={**found.model, **left[0]})
-    listed = ["model." + ", model.".join(f"{key}={value}" for key, value in choice.items()) for choice in found.choices]
+        return replace(released, model={**released.model, **left[0]})
+    listed = [
+        "model." + ", model.".join(f"{key}={value}" for key, value in choice.items()) for choice in released.choices
+    ]
     raise UserError(
-        f"{found.why_choose} Add model.{next(iter(found.choices[0]))}=... to the command, as its authors set it. "
+        f"{released.why_choose} Add model.{next(iter(released.choices[0]))}=... to the command, as its authors set it. "
         f"Possible: {'; '.join(listed)}."
     )
 
 
-def from_export(spec: MethodSpec, folder: Path, settings: Mapping[str, str]) -> Found:
-    """The same of what `export` wrote: our names already, and a configuration beside them."""
+def from_export(spec: MethodSpec, folder: Path, settings: Mapping[str, str]) -> Opened:
+    """Opens a folder that `pixlat export` wrote: tensors under our names, and a configuration beside them."""
     file = weights_file(folder)
     state, origin = read_tensors(file), metadata_of(file)
     check_config(folder, read_config(folder), file, origin)
@@ -149,7 +148,7 @@ def from_export(spec: MethodSpec, folder: Path, settings: Mapping[str, str]) -> 
 
 
 def metadata_of(file: Path) -> dict[str, str]:
-    """What `export` wrote into the head of a file; any other file is a UserError."""
+    """The metadata that `pixlat export` wrote into the file's header; UserError for any other file."""
     with safe_open(file, "pt") as opened:
         origin = opened.metadata() or {}
     if not {"ema", "ema_decay", "licence"} <= set(origin) or not re.fullmatch(
@@ -167,7 +166,7 @@ def importable() -> list[str]:
 
 
 def weights_file(file: Path) -> Path:
-    """The one file in a folder of weights, or the file itself."""
+    """The only file of weights in a folder, or the file itself. UserError if a folder has several or none."""
     if not file.is_dir():
         return file
     inside = [
@@ -178,46 +177,46 @@ def weights_file(file: Path) -> Path:
     return inside[0]
 
 
-# The weights stand in the place of raw ones: a folder made of a file has no averages beside them.
+# The run folder keeps the imported weights as raw weights and has no averages beside them.
 ALONE = {"train.ema_decay": "[]", "train.ema_halflife_images": "[]", "eval.ema": "raw"}
 
 
-def facts_of_file(found: Released) -> dict[str, str]:
-    """What the file tells, as overrides."""
-    data = {"data.num_classes": found.num_classes, "data.image_size": found.image_size}
-    model = {f"model.{key}": value for key, value in found.model.items()}
+def facts_of_file(released: Released) -> dict[str, str]:
+    """Classes, image size and architecture of the file, as overrides of the configuration."""
+    data = {"data.num_classes": released.num_classes, "data.image_size": released.image_size}
+    model = {f"model.{key}": value for key, value in released.model.items()}
     return {key: json.dumps(value) for key, value in (data | model).items()} | ALONE
 
 
-def fitting_preset(spec: MethodSpec, found: Released) -> str:
-    """The preset with the file's architecture; of several the one that trains longest, and of these the first."""
+def fitting_preset(spec: MethodSpec, released: Released) -> str:
+    """The preset with the file's architecture. If several have it: the first of those that train longest."""
     runs = {name: resolve(spec, {"preset": name}) for name in load_presets(spec.presets)}
-    fitting = [name for name, run in runs.items() if fits(run, found)]
+    fitting = [name for name, run in runs.items() if fits(run, released)]
     if not fitting:
-        shape = ", ".join(f"{key}={value}" for key, value in found.model.items())
+        shape = ", ".join(f"{key}={value}" for key, value in released.model.items())
         raise UserError(
-            f"no preset of method={spec.name} has {shape} at {found.image_size} pixels. "
-            f"Give preset=NAME for what the shapes do not tell: {', '.join(runs)}."
+            f"no preset of method={spec.name} has {shape} at {released.image_size} pixels. "
+            f"Give preset=NAME for the settings that shapes do not show (sampler, objective): {', '.join(runs)}."
         )
     return max(fitting, key=lambda name: runs[name].train.images)
 
 
-def fits(run: RunConfig, found: Released) -> bool:
-    """Whether a configuration has the file's numbers."""
-    return run.data.image_size == found.image_size and all(
-        getattr(run.model, key) == value for key, value in found.model.items()
+def fits(run: RunConfig, released: Released) -> bool:
+    """Whether a configuration has the file's image size and architecture."""
+    return run.data.image_size == released.image_size and all(
+        getattr(run.model, key) == value for key, value in released.model.items()
     )
 
 
 def write_folder(folder: Path, run: RunConfig, state: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """config.yaml, imported.json and one checkpoint of an identity that no training continues."""
+    """Writes config.yaml, imported.json and one checkpoint, whose identity keeps any training from continuing it."""
     folder.mkdir(parents=True, exist_ok=True)
     origin = json.dumps(facts, indent=1) + "\n"
-    # a later change of either file shows
+    # with these digests a reader notices later changes of either file
     bound = {"config_identity": identity(run), "imported_sha256": digest_of(origin)}
     saved = checkpoint.Checkpoint(
         {"model": state}, {"identity": IMPORTED_IDENTITY, "step": 0, "images_seen": 0, **bound}
     )
     checkpoint.save(folder / "checkpoints", 0, saved, keep=1)
     write_whole(folder / IMPORTED, origin)
-    write_whole(folder / "config.yaml", to_yaml(run))  # last: a folder without it is none
+    write_whole(folder / "config.yaml", to_yaml(run))  # last, because it makes the folder a run folder

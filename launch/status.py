@@ -1,18 +1,18 @@
-"""How all runs are: state, progress, time left, score, job and log.
+"""Shows the state of all runs: progress, time left, score, job and log.
 
-  pixlat status                    of the runs in ./runs
-  pixlat status FOLDER             of the runs in FOLDER
-  pixlat status FOLDER json=true   one JSON object a run
+  pixlat status                    the runs in ./runs
+  pixlat status FOLDER             the runs in FOLDER
+  pixlat status FOLDER json=true   one JSON object for each run
 
-It asks `squeue`, not the accounting.
+It asks `squeue` and no accounting database. The states:
 
-finished     result.json is there and whole
-running      a process holds the run's lock, or its job works
-waiting      its job is queued; Slurm's reason is behind it
-failed       its last job ended with an error, which is shown with its log
-stopped      nothing works on it; the same command again goes on
-damaged      a file of its folder cannot be read; it is named below the table, and the other runs
-             are shown all the same
+finished     the run has a complete result.json
+running      a process holds the run's lock, or its job is running
+waiting      its job is queued; Slurm's reason stands below the table
+failed       its last job ended with an error, which stands with its log below the table
+stopped      no process or job works on it; the same command again continues it
+damaged      a file of its folder cannot be read; the error stands below the table, and the other
+             runs are shown as usual
 """
 
 from __future__ import annotations
@@ -44,10 +44,8 @@ SIGNS = (
     "srun: error",
     "oom",
     "Killed",
-)  # of a line of a log that says why a job ended
-
-
-LOG_END = 2**16  # bytes; a line has some hundred
+)  # a line of a log with one of these probably says why the job ended
+LOG_END = 2**16  # bytes at the end of metrics.jsonl that are read; a line has some hundred
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,8 @@ class Row:
 class Keys:
     """The command's keys."""
 
-    out: str = "runs"  # the folder of the run folders, as in the runs' own out=; a plain word is it as well
-    json: bool = False  # one JSON object a run instead of the table
+    out: str = "runs"  # the folder that holds the run folders; `pixlat status FOLDER` sets it as well
+    json: bool = False  # print one JSON object for each run instead of the table
 
 
 SYNTAX = Syntax(Keys, paths=True)
@@ -86,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def work(arguments: Sequence[str]) -> str:
-    """The table, and below it why runs failed or wait."""
+    """The table, and below it the reasons why runs failed or wait."""
     words, given = split_words(from_flags(Keys, arguments))
     keys, _ = parse(Keys, [*(f"out={word}" for word in words), *given])
     folder = Path(keys.out).expanduser()
@@ -103,25 +101,24 @@ def work(arguments: Sequence[str]) -> str:
 
 
 def statuses(out: Path) -> list[Row]:
-    """One row a run folder, by name."""
+    """One row for each run folder, in the order of names."""
     folders = sorted(file.parent for file in out.glob("*/config.yaml"))
     jobs = job_states() if any((folder / JOBS).exists() for folder in folders) else {}
     return [guarded_status(folder, jobs) for folder in folders]
 
 
 def guarded_status(folder: Path, jobs: Mapping[str, JobState] | None) -> Row:
-    """How one run is. Any error becomes the row of this run, so that the other runs are shown whatever it holds."""
+    """The row of one run. Any error becomes its row, so that one damaged folder does not hide the other runs."""
     try:
         return status(folder, jobs)
     except Exception as error:
-        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        return Row(
-            folder.name, "damaged", "", "", "", "", "", f"{said} (in {folder})" if str(folder) not in said else said
-        )
+        message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        reason = f"{message} (in {folder})" if str(folder) not in message else message
+        return Row(folder.name, "damaged", "", "", "", "", "", reason)
 
 
 def status(folder: Path, jobs: Mapping[str, JobState] | None) -> Row:
-    """How one run is; `jobs`: the scheduler's, None where it does not answer."""
+    """The row of one run. jobs: the scheduler's jobs by id; None if it does not answer."""
     submitted = next(iter(read_rows(folder / JOBS)[-1:]), {})
     job_id, log = submitted.get("job", ""), submitted.get("log", "")
     job = (jobs or {}).get(job_id)
@@ -141,15 +138,16 @@ def status(folder: Path, jobs: Mapping[str, JobState] | None) -> Row:
 
 
 def score(folder: Path) -> str:
-    """The distance that the run was scored by, of which less is better; otherwise its first metric."""
+    """The run's first distance (fd, rfd or fid; smaller is better) or, without one, its first metric."""
     metrics = read_record(folder / RESULT)["metrics"]
     name = next((name for name in metrics if name.startswith(("fd_", "rfd_", "fid"))), next(iter(metrics), None))
     return "" if name is None else f"{name} {metrics[name]['value']:.4g}"
 
 
 def damaged_checkpoint(folder: Path) -> str:
-    """What is wrong with the newest checkpoint by the sizes of its files, or an empty string; digests are a start's
-    business, since they take long.
+    """A sentence if a file of the newest checkpoint has a wrong size, else an empty string.
+
+    Only a start of the run compares digests, because that takes long.
     """
     manifests = sorted(folder.glob("checkpoints/step-*/manifest.json"))
     if not manifests:
@@ -158,17 +156,17 @@ def damaged_checkpoint(folder: Path) -> str:
     for name, expected in read_json(manifests[-1]).items():
         file = newest / name
         if not file.is_file() or file.stat().st_size != expected["bytes"]:
-            found = (
+            fault = (
                 f"has {file.stat().st_size} bytes instead of {expected['bytes']}" if file.is_file() else "is missing"
             )
-            return f"The newest checkpoint is damaged: {file} {found}."
+            return f"The newest checkpoint is damaged: {file} {fault}."
     return ""
 
 
 def explain_state(folder: Path, job: JobState | None, log: str) -> tuple[str, str]:
-    """(state, reason), from what is in the folder and what the scheduler says of the last job."""
+    """(state, reason), from the files in the folder and the scheduler's state of the last job."""
     if (folder / RESULT).exists():
-        read_record(folder / RESULT)  # an empty or altered one is no result
+        read_record(folder / RESULT)  # an error if the file is empty or altered
         return "finished", ""
     if job is not None and job.alive:
         return ("waiting", job.reason) if job.state == "PENDING" else ("running", "")
@@ -184,7 +182,7 @@ def explain_state(folder: Path, job: JobState | None, log: str) -> tuple[str, st
 
 
 def works(folder: Path) -> bool:
-    """Whether a process on this file system holds the run's lock; a start at this very moment waits a second for us."""
+    """Whether a process on this file system holds the run's lock. A start at the same moment waits a second for us."""
     if not (folder / LOCK).exists():
         return False
     with (folder / LOCK).open("r+") as lock:
@@ -192,7 +190,7 @@ def works(folder: Path) -> bool:
 
 
 def last_words(log: str) -> str:
-    """The last line of a log that looks like a reason."""
+    """The last line of a log that looks like the reason why the job ended."""
     if not log or not Path(log).exists():
         return "it wrote no log."
     with Path(log).open("rb") as file:
@@ -204,7 +202,7 @@ def last_words(log: str) -> str:
 
 
 def progress(folder: Path, state: str) -> tuple[str, str, str]:
-    """(share of the training images, images/s, time left), as far as they are known."""
+    """(share of the training images, images/s, time left) as text; empty where a value is not known."""
     total = training_images(folder)
     last = last_row(folder / "metrics.jsonl") or {"images": 0, "images_per_s": None}
     done = min(1.0, last["images"] / total) if total else 1.0
@@ -217,9 +215,7 @@ def progress(folder: Path, state: str) -> tuple[str, str, str]:
 
 
 def training_images(folder: Path) -> int:
-    """train.images of a config.yaml, by the fast reader: whoever starts the run checks all of it
-    (common/config/saved.py).
-    """
+    """train.images in config.yaml. Reads it fast and without checks, which a start makes (common/config/saved.py)."""
     file = folder / "config.yaml"
     try:
         return int(
@@ -235,8 +231,9 @@ def training_images(folder: Path) -> int:
 
 
 def last_row(file: Path) -> dict[str, Any] | None:
-    """The last whole line of a log, of which only the end is read; None where there is none. A damaged one is a
-    UserError.
+    """The last complete line of a JSON-lines file, of which it reads only the end. None if there is none.
+
+    UserError if that line is damaged.
     """
     if not file.exists():
         return None
