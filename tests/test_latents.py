@@ -473,7 +473,7 @@ def test_latents_that_do_not_fit_are_refused(tmp_path, cache):
     for method, changes, message in (
         ("sit", {"data.image_size": "32"}, "4600 other images"),
         ("jit", {}, "not read by method=jit"),
-        ("sit", {"model.tokenizer": "sd-ft-ema"}, r"\(16, 4, 4\): were not made by model.tokenizer=sd-ft-ema"),
+        ("sit", {"model.tokenizer": "sd-ft-ema"}, r"\(16, 4, 4\): do not fit model.tokenizer=sd-ft-ema"),
     ):
         run = {
             "data.name": "synthetic",

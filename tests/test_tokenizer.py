@@ -136,7 +136,7 @@ def test_a_tokenizer_without_the_record_of_its_training_is_not_exported(run_fold
     folder, _ = run_folder
     assert prepare.main(["tokenizer", f"from={folder}", f"to={tmp_path / 'small.safetensors'}"]) == 2
     assert (
-        "what its training cost is not known" in capsys.readouterr().err
+        "the cost of its training is not known" in capsys.readouterr().err
         and not (tmp_path / "small.safetensors").exists()
     )
 

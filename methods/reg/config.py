@@ -1,7 +1,7 @@
-"""Settings of the four methods. Torch-free, so that `--help` is quick; presets-*.yaml hold the published sizes.
+"""Settings of SiT, REPA, REG and DiT; presets-*.yaml hold the published sizes.
 
-Each method adds its own keys to those of the one before: SiT, then REPA's alignment, then REG's class token.
-DiT has another objective and sampler.
+REPA adds keys of its alignment to SiT's keys, and REG adds keys of its class token to REPA's. DiT has another
+objective and another sampler. The module does not import torch, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pixlat.methods import MethodSpec, Stage
 
 @dataclass
 class LatentConfig:
-    """The network and the tokenizer, which all four share. Image size and class count come from the data."""
+    """The network and the tokenizer, which all four methods share. The data give image size and class count."""
 
     depth: int = 12
     width: int = 768
     heads: int = 12
-    patch: int = 2  # latent positions a side of a token
+    patch: int = 2  # side of a token in latent positions
     qk_norm: bool = False
     attention: str = "fused"  # fused | reference (logits and softmax in float32 under bf16; slower)
-    label_drop: float = 0.1  # probability of training without the class
+    label_drop: float = 0.1  # probability that training replaces a label by "no class"
     tokenizer: str = "embedded"  # embedded | sd-ft-ema | sd-ft-mse | run folder of an autoencoder | train
     tokenizer_path: str | None = None  # folder or file of the sd- weights; none: the Hugging Face cache
-    #: keep what the frozen networks say of each training image in memory, instead of asking them again
+    #: cache the frozen networks' outputs for each training image in memory, so that they run once for each
     remember: bool = False
 
     def __post_init__(self) -> None:
@@ -41,14 +41,14 @@ class LatentConfig:
 
 @dataclass
 class DitConfig(LatentConfig):
-    """DiT: noise and variance are predicted at 1000 discrete times."""
+    """DiT: the network predicts noise and variance at 1000 discrete times."""
 
 
 @dataclass
 class SitConfig(LatentConfig):
-    """SiT: the velocity is predicted at continuous times."""
+    """SiT: the network predicts the velocity at continuous times."""
 
-    path: str = "linear"  # linear | cosine: how data and noise are mixed
+    path: str = "linear"  # linear | cosine: the interpolant between data and noise
     time: str = "uniform"  # uniform | lognormal: the distribution of training times
 
     def __post_init__(self) -> None:
@@ -59,12 +59,12 @@ class SitConfig(LatentConfig):
 
 @dataclass
 class RepaConfig(SitConfig):
-    """REPA: the tokens of one block are aligned with those of a frozen encoder."""
+    """REPA: a loss aligns the tokens of one block with the tokens of a frozen encoder, the teacher."""
 
-    #: embedded | timm-dinov2-b | timm-dinov2-l | timm-dinov2-g | another name of common/encoders
+    #: embedded | timm-dinov2-b | timm-dinov2-l | timm-dinov2-g | another encoder of common/frozen
     teacher: str = "embedded"
     teacher_path: str | None = None  # file or folder of the teacher's weights; none: the usual caches
-    align_after: int = 4  # number of the aligned block, from 1
+    align_after: int = 4  # number of the aligned block, counted from 1
     align_weight: float = 0.5  # lambda
     projector_width: int = 2048
 
@@ -82,11 +82,11 @@ class RepaConfig(SitConfig):
 
 @dataclass
 class RegConfig(RepaConfig):
-    """REG: the teacher's class token is noised and denoised beside the image."""
+    """REG: the network denoises the teacher's class token beside the image."""
 
-    class_token: str = "pooled"  # pooled (the teacher's class token, where it has one) | mean (of its patch tokens)
+    class_token: str = "pooled"  # pooled (the teacher's class token, if it has one) | mean (of its patch tokens)
     class_weight: float = 0.03  # beta
-    #: the class token to mean 0 and variance 1 a channel, measured before training; released: no
+    #: scale each channel of the class token to mean 0 and variance 1, as measured before training; off in the released code
     standardise: bool = False
 
     def __post_init__(self) -> None:
@@ -97,11 +97,11 @@ class RegConfig(RepaConfig):
 
 @dataclass
 class DitSample:
-    """DiT's sampler: ancestral steps on an even selection of the 1000 times."""
+    """DiT's sampler: ancestral steps at evenly spaced times of the 1000."""
 
     steps: int = 250
     guidance: float = 1.0  # 1: off
-    guided_channels: int | None = 3  # of the latents, the first ones; none: all
+    guided_channels: int | None = 3  # how many latent channels are guided, from the first on; none: all
 
     def __post_init__(self) -> None:
         require(1 <= self.steps <= 1000, "sample.steps", self.steps, "must be between 1 and the 1000 training times")
@@ -110,15 +110,15 @@ class DitSample:
 
 @dataclass
 class SitSample:
-    """The sampler of the velocity models, in REPA's time: 1 is noise."""
+    """The sampler of SiT, REPA and REG. Time 1 is noise."""
 
     steps: int = 250
     solver: str = "sde"  # sde (Euler-Maruyama) | euler | heun (the last step is Euler's)
     diffusion: float = 2.0  # sde: the noise has variance rate diffusion * t; the papers write 1, their code has 2
-    last_step: float = 0.04  # sde: where the last step starts, which adds no noise
+    last_step: float = 0.04  # sde: time at which the last step starts; that step adds no noise
     guidance: float = 1.0  # 1: off
-    interval: tuple[float, float] = (0.0, 1.0)  # where guidance is on, ends included
-    #: of the latents, the first ones; none: all. SiT's released sampler guides 3 of 4
+    interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance is on, ends included
+    #: how many latent channels are guided, from the first on; none: all. SiT's released sampler guides 3 of 4
     guided_channels: int | None = None
 
     def __post_init__(self) -> None:
@@ -133,9 +133,9 @@ class SitSample:
 
 @dataclass
 class RegSample(SitSample):
-    """The same for image and class token together."""
+    """REG's sampler, which denoises image and class token together."""
 
-    class_guidance: float = 0.0  # guidance scale of the class token, where the image is guided; 0: conditional
+    class_guidance: float = 0.0  # guidance scale of the class token at times when the image is guided; 0: conditional
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,7 +145,7 @@ class RegSample(SitSample):
 
 
 def check_guidance(guidance: float, channels: int | None) -> None:
-    """Refuses scales below 1 and channel counts below 1."""
+    """UserError for guidance scales below 1 and channel counts below 1."""
     require(guidance >= 1, "sample.guidance", guidance, "must be 1 (off) or more")
     require(
         channels is None or channels >= 1, "sample.guided_channels", channels, "must be at least 1, or none for all"

@@ -1,7 +1,7 @@
-"""DiT: Gaussian diffusion over 1000 discrete times with a learned variance (arXiv 2212.09748;
-the objective and the respacing are those of arXiv 2102.09672).
+"""DiT: Gaussian diffusion over 1000 discrete times with a learned variance (arXiv 2212.09748).
 
-Here times are integers, 0 next to the data. beta is linear from 1e-4 to 0.02, abar_i = prod (1 - beta),
+The objective and the selection of fewer times for sampling come from arXiv 2102.09672. Here times are integers, and 0 is
+next to the data. beta is linear from 1e-4 to 0.02, abar_i = prod (1 - beta),
 z_i = sqrt(abar_i) x + sqrt(1 - abar_i) n.
 """
 
@@ -23,31 +23,32 @@ from pixlat.methods.reg.network import Shape
 
 TIMES = 1000
 BETAS = (1e-4, 0.02)
-BIN = 1 / 255  # half the width of a grey level in [-1, 1], whose likelihood the variational term has at time 0
+BIN = 1 / 255  # half the width of a grey level in [-1, 1]; at time 0 the bound is the likelihood of a level
 EDGE = 0.999  # values beyond it belong to the outermost levels
-SMALLEST = 1e-12  # of a likelihood
+SMALLEST = 1e-12  # floor of a likelihood
 
 
 class Schedule(NamedTuple):
-    """The coefficients of every time (n,) of a selection of the 1000, in float32 from float64."""
+    """The coefficients (n,) at n of the 1000 times, computed in float64 and stored in float32."""
 
-    original: Tensor  # int64, what the network is told
+    original: Tensor  # int64, the time among the 1000, which the network receives
     data: Tensor  # sqrt(abar)
     noise: Tensor  # sqrt(1 - abar)
     mean_data: Tensor  # the posterior's mean is mean_data * x + mean_state * z
     mean_state: Tensor
-    log_posterior: Tensor  # log of the posterior's variance; at time 0, where it is 0, that of time 1
+    log_posterior: Tensor  # log of the posterior's variance; at time 0, where that is 0, the value of time 1
     log_beta: Tensor
 
     def at(self, times: Tensor) -> Schedule:
-        """The coefficients of times (B,), each (B, 1, 1, 1) but the first."""
+        """The coefficients at times (B,): `original` (B,), the others (B, 1, 1, 1)."""
         original, *rest = (coefficient[times] for coefficient in self)
         return Schedule(original, *(coefficient.view(-1, 1, 1, 1) for coefficient in rest))
 
 
 def schedule(steps: int) -> Schedule:
-    """`steps` of the 1000 times, evenly: round(i 999 / (steps - 1)),
-    whose betas are those that skip the times between.
+    """The coefficients at `steps` evenly spaced times of the 1000: round(i 999 / (steps - 1)).
+
+    Each beta covers the jump from one selected time to the next.
     """
     abar = (1 - torch.linspace(*BETAS, TIMES, dtype=torch.float64)).cumprod(dim=0)
     original = torch.linspace(0, TIMES - 1, steps, dtype=torch.float64).round().long()
@@ -68,7 +69,7 @@ def schedule(steps: int) -> Schedule:
 
 
 class Gaussian(NamedTuple):
-    """One step back: its mean and the log of its variance, (B, C, S, S) or broadcastable."""
+    """The distribution of a step back: mean and log of the variance, (B, C, S, S) or broadcastable to it."""
 
     mean: Tensor
     log_variance: Tensor
@@ -95,7 +96,7 @@ def kl(q: Gaussian, p: Gaussian) -> Tensor:
 
 
 def level_surprise(x: Tensor, p: Gaussian) -> Tensor:
-    """-log of the probability that p gives to the grey level around x, in nats for each number."""
+    """-log of the probability under p of the grey level around x, in nats for each number."""
     centred, rate = x - p.mean, torch.exp(-0.5 * p.log_variance)
     above, below = torch.special.ndtr((centred + BIN) * rate), torch.special.ndtr((centred - BIN) * rate)
     inside = torch.where(x > EDGE, 1 - below, above - below)
@@ -103,16 +104,16 @@ def level_surprise(x: Tensor, p: Gaussian) -> Tensor:
 
 
 class Draws(NamedTuple):
-    """What a training step draws, besides the posterior."""
+    """The random draws of a training step, besides the latents' draws from their posterior."""
 
-    labels: Tensor  # (B,) after the drop
+    labels: Tensor  # (B,) after some are replaced by "no class"
     times: Tensor  # (B,) int64
     noise: Tensor  # (B, C, S, S)
 
 
 class DitMethod(LatentMethod):
-    """Noise and variance are predicted together: squared error plus the variational bound,
-    in which the mean is held fixed.
+    """DiT predicts noise and variance: squared error of the noise, plus the variational bound, whose gradient reaches
+    the variance alone.
     """
 
     coefficients: Tensor
@@ -132,7 +133,7 @@ class DitMethod(LatentMethod):
         return self.objective(x, Draws(labels, torch.randint(TIMES, (len(x),), device=x.device), torch.randn_like(x)))
 
     def objective(self, x: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """mean (noise' - noise)^2 + the bound in bits, for normalised latents (B, C, S, S)."""
+        """mean (noise' - noise)^2 + bound in bits, for normalised latents (B, C, S, S)."""
         s = self.training_schedule(x.device).at(draws.times)
         z = s.data * x + s.noise * draws.noise
         noise, fraction = self.predict(z, s.original, draws.labels)
@@ -148,7 +149,7 @@ class DitMethod(LatentMethod):
         return Schedule(torch.arange(TIMES, device=device), *self.coefficients)
 
     def predict(self, z: Tensor, times: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The noise and the variance's fraction, (B, C, S, S) each, in float32; times (B,) of the 1000."""
+        """The predicted noise and the fraction of the log-variance, each (B, C, S, S) float32, at times (B,)."""
         noise, fraction = self.network(z, times.float(), labels).image.float().chunk(2, dim=1)
         return noise, fraction
 
@@ -171,7 +172,10 @@ class DitMethod(LatentMethod):
         return self.decode(ancestral(step_back, noise.normal(*self.latent_shape()), config.steps, noise))
 
     def guided(self, z: Tensor, time: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Noise u + scale (c - u) and the conditional variance at one time for all; scale None: no guidance."""
+        """Guided noise u + scale (c - u), and the variance's fraction with the class. scale None: no guidance.
+
+        time: one time for all images.
+        """
         if scale is None:
             return self.predict(z, time.expand(len(z)), labels)
         noise, fraction = self.predict(torch.cat((z, z)), time.expand(2 * len(z)), self.with_null(labels))

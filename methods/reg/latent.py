@@ -1,4 +1,4 @@
-"""What the four methods share: a frozen tokenizer, the transformer on its latents, dropped labels and guidance."""
+"""The base of the four methods: a frozen tokenizer, the transformer on its latents, label drop and guidance."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LETTERS = {(12, 384): "S", (12, 768): "B", (24, 1024): "L", (28, 1152): "XL"}
 
 
 class LatentMethod(Method):
-    """Tokenizer and transformer; a subclass adds objective and sampler."""
+    """Tokenizer and transformer; subclasses add objective and sampler."""
 
     space = "latent_vae"
     external: Mapping[str, Pretrained] = {"tokenizer": Pretrained("tokenizer", "both")}
@@ -41,18 +41,18 @@ class LatentMethod(Method):
         require(self.side % patch == 0, "model.patch", patch, f"must divide the {self.side} latent positions of a side")
         if data.latents is not None:
             expected = (2 * self.tokenizer.channels, self.side, self.side)
-            rule = f"were not made by model.tokenizer={config.tokenizer}, whose moments are {expected}"
+            rule = f"do not fit model.tokenizer={config.tokenizer}, whose moments have the shape {expected}"
             require(data.latents.shape == expected, "data.latents: the stored moments", data.latents.shape, rule)
         self.network = LatentTransformer(self.shape())
-        remembers = config.remember and data.latents is None  # stored moments leave nothing to encode
-        self.moments_of = FeatureTable(self.tokenizer.encode_moments, data.num_train if remembers else 0)
+        caches = config.remember and data.latents is None  # stored moments need no cache
+        self.moments_of = FeatureTable(self.tokenizer.encode_moments, data.num_train if caches else 0)
 
     @classmethod
     def needs_images(cls, data: DataInfo) -> bool:
         return data.latents is None
 
     def build_frozen(self) -> None:
-        """Makes the external sub-modules, without their weights."""
+        """Creates the frozen sub-modules, without their weights."""
         self.tokenizer = build_tokenizer(self.config.tokenizer, self.config.tokenizer_path)
 
     def shape(self) -> Shape:
@@ -79,9 +79,7 @@ class LatentMethod(Method):
     # -- training ------------------------------------------------------------------------------------------------------
 
     def latents(self, batch: Batch) -> Tensor:
-        """One draw from each image's posterior, normalised, (B, C, S, S);
-        from the batch's stored moments where it brings them.
-        """
+        """One normalised draw from each image's posterior, (B, C, S, S). Uses stored moments if the batch has them."""
         mean, std = batch["moments"].float().chunk(2, dim=1) if "moments" in batch else self.moments_of(batch)
         return self.tokenizer.normalise(mean + std * torch.randn_like(mean))
 
@@ -93,15 +91,16 @@ class LatentMethod(Method):
         return list(self.network.blocks)
 
     def probe(self, images: Tensor, time: float) -> None:
-        """One forward pass on images (B, 3, S, S) noised to `time` (1 is noise), without their classes:
-        for those who listen to the blocks.
+        """One forward pass without classes on images (B, 3, S, S) at noise level `time` (1 is noise).
+
+        For callers that record the blocks' outputs with hooks.
         """
         nulls = torch.full((len(images),), self.data.num_classes, device=images.device)
         moments = torch.cat(self.tokenizer.encode_moments(images), dim=1)
         self.probe_latents(self.latents({"moments": moments}), images, time, nulls)
 
     def probe_latents(self, x: Tensor, images: Tensor, time: float, labels: Tensor) -> None:
-        """The forward pass of `probe` for the images' latents."""
+        """The forward pass of `probe`, for the latents x of the images."""
         raise NotImplementedError
 
     # -- sampling ------------------------------------------------------------------------------------------------------
@@ -111,15 +110,13 @@ class LatentMethod(Method):
         return self.tokenizer.channels, self.side, self.side
 
     def channel_scale(self, guidance: float, guided_channels: int | None) -> Tensor:
-        """(C, 1, 1): the guidance scale of each channel; a channel that is not guided is conditional,
-        which is scale 1.
-        """
+        """(C, 1, 1): the guidance scale of each channel. Channels without guidance have scale 1."""
         scale = torch.ones(self.tokenizer.channels, 1, 1)
         scale[:guided_channels] = guidance
         return scale
 
     def with_null(self, labels: Tensor) -> Tensor:
-        """(2 B,): the labels, then as many times "no class"."""
+        """(2 B,): the labels, then "no class" B times."""
         return torch.cat((labels, torch.full_like(labels, self.data.num_classes)))
 
     def sampling_networks(self) -> dict[str, nn.Module]:
@@ -134,7 +131,7 @@ class LatentMethod(Method):
     # -- records -------------------------------------------------------------------------------------------------------
 
     def size(self) -> str | None:
-        """ "XL/2" where the sizes have a name."""
+        """The size's name, such as "XL/2"; None if depth and width have no name."""
         letter = LETTERS.get((self.config.depth, self.config.width))
         return f"{letter}/{self.config.patch}" if letter else None
 

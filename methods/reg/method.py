@@ -1,7 +1,6 @@
-"""SiT, REPA and REG: objectives and samplers, each as what it adds to the one before.
+"""SiT, REPA and REG: objectives and samplers. REPA's class extends SiT's, and REG's extends REPA's.
 
-Time runs as everywhere in `common/`: t = 1 is noise. So do REPA and REG;
-SiT's network counts the other way and is handed 1 - t.
+As everywhere in `common/`, t = 1 is noise. The networks of REPA and REG receive t; SiT's network receives 1 - t.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from pixlat.methods.reg.network import Prediction, Shape
 from pixlat.methods.reg.path import Mix, draw_times, drift, mix
 from pixlat.methods.reg.reference import from_released
 
-STATISTICS_BATCHES = 64  # from which REG's class token is standardised, where it is
-LEAST_STD = 1e-3  # a channel of the class token that hardly varies is not blown up
+STATISTICS_BATCHES = 64  # batches that measure REG's class token for `standardise`
+LEAST_STD = 1e-3  # floor of the measured std, so that an almost constant channel is not scaled up
 
 
 class Draws(NamedTuple):
-    """What a training step of the velocity models draws, besides the posterior."""
+    """The random draws of a training step, besides the latents' draws from their posterior."""
 
-    labels: Tensor  # (B,) after the drop
+    labels: Tensor  # (B,) after some are replaced by "no class"
     t: Tensor  # (B,)
     noise: Tensor  # (B, C, S, S)
 
@@ -44,7 +43,7 @@ class Draws(NamedTuple):
 class SitMethod(LatentMethod):
     """Flow matching on latents: || v(z, t) - dz/dt ||^2."""
 
-    data_time: ClassVar[float] = 1.0  # what the network calls the time of the data; the noise has 1 - data_time
+    data_time: ClassVar[float] = 1.0  # the time of data in the network's input; noise has 1 - data_time
     config: SitConfig
 
     # -- training ------------------------------------------------------------------------------------------------------
@@ -54,7 +53,7 @@ class SitMethod(LatentMethod):
         return {"loss": self.objective(x, self.draw(x, batch["label"]))}
 
     def draw(self, x: Tensor, labels: Tensor) -> Draws:
-        """One draw for each latent of a batch."""
+        """Draws label drop, time and noise for each latent of a batch."""
         labels = self.drop_labels(labels)
         return Draws(labels, draw_times(self.config.path, self.config.time, len(x), x.device), torch.randn_like(x))
 
@@ -70,7 +69,7 @@ class SitMethod(LatentMethod):
     def predict(
         self, z: Tensor, t: Tensor, labels: Tensor, class_token: Tensor | None = None, hidden_after: int = 0
     ) -> Prediction:
-        """The network's answer in our time and in float32 (autocast's bf16 ends here)."""
+        """The network's prediction for time t = 1 at noise, in float32 also under bf16 autocast."""
         towards_data = self.data_time == 1.0
         image, token, hidden = self.network(z, 1 - t if towards_data else t, labels, class_token, hidden_after)
         image = -image if towards_data else image
@@ -87,7 +86,9 @@ class SitMethod(LatentMethod):
 
     def solve(self, labels: Tensor, noise: Noise, config: SitSample) -> Tensor:
         """The sampler's state at t = 0, (B, ...)."""
-        exact = torch.float64 if labels.device.type != "mps" else torch.float32  # the state; the network sees float32
+        exact = (
+            torch.float64 if labels.device.type != "mps" else torch.float32
+        )  # of the state; the network gets float32
         z = self.start(noise).to(exact)
         scale = self.guidance_scale(config).to(z)
 
@@ -104,7 +105,7 @@ class SitMethod(LatentMethod):
             )
         else:
             for step in pairwise(ode_times(config.steps)):
-                # a step's second evaluation is guided if its first one is
+                # both evaluations of a Heun step use guidance, or neither does
                 of_step = partial(velocity, decided_at=step[0])
                 second_order = config.solver == "heun" and step[1] > 0
                 z = heun(of_step, z, step, last_euler=False) if second_order else euler(of_step, z, step)
@@ -115,17 +116,17 @@ class SitMethod(LatentMethod):
         return noise.normal(*self.latent_shape())
 
     def image_of(self, z: Tensor) -> Tensor:
-        """The latents (B, C, S, S) in a state."""
+        """The latents (B, C, S, S) in the sampler's state."""
         return z
 
     def guidance_scale(self, config: SitSample) -> Tensor:
-        """The guidance scale of each number of a state, to be broadcast."""
+        """The guidance scale of each number of the state, broadcastable to it."""
         return self.channel_scale(config.guidance, config.guided_channels)
 
     def velocity(self, z: Tensor, t: float, labels: Tensor, scale: Tensor | None) -> Tensor:
-        """dz/dt of a state; guided as u + scale (c - u) unless the scale is None.
+        """dz/dt of the state, with guidance u + scale (c - u) unless scale is None.
 
-        The drift is affine in it, so it is guided alike.
+        The drift is affine in the velocity, so guiding the velocity guides the drift in the same way.
         """
         if scale is None:
             return self.state_velocity(z, t, labels)
@@ -133,7 +134,7 @@ class SitMethod(LatentMethod):
         return unconditional + scale * (conditional - unconditional)
 
     def state_velocity(self, z: Tensor, t: float, labels: Tensor) -> Tensor:
-        """The network's velocity for a state, in the state's type."""
+        """The network's velocity for the state, in the state's dtype."""
         return self.predict(z.float(), torch.full((len(z),), t, device=z.device), labels).image.to(z.dtype)
 
     def evaluations(self, config: SitSample) -> int:
@@ -155,7 +156,7 @@ class SitMethod(LatentMethod):
 
 
 class RepaMethod(SitMethod):
-    """SiT whose tokens after one block, through an MLP, are aligned with a frozen encoder's patch tokens."""
+    """SiT with an alignment loss: an MLP maps one block's tokens, and the loss aligns them with a frozen encoder's."""
 
     external: Mapping[str, Pretrained] = {**LatentMethod.external, "teacher": Pretrained("teacher", "train")}
     data_time: ClassVar[float] = 0.0
@@ -166,13 +167,13 @@ class RepaMethod(SitMethod):
         grid, ours = self.teacher.grid(data.image_size), self.side // config.patch
         fits = f"gives {ours} x {ours} tokens, which must divide the {grid} x {grid} of the teacher {config.teacher}"
         require(grid % ours == 0, "model.patch", config.patch, fits)
-        self.pool = grid // ours  # the teacher's tokens a side that ours stands for
+        self.pool = grid // ours  # one of our tokens covers pool x pool of the teacher's
         self.projectors = nn.ModuleList([projector(config.width, config.projector_width, self.teacher.channels)])
         self.features_of = FeatureTable(self.teacher_targets, data.num_train if config.remember else 0)
 
     @classmethod
     def needs_images(cls, data: DataInfo) -> bool:
-        return True  # the teacher looks at them, whatever else is stored
+        return True  # the teacher needs the images even if latents are stored
 
     def build_frozen(self) -> None:
         super().build_frozen()
@@ -186,11 +187,11 @@ class RepaMethod(SitMethod):
 
     @torch.no_grad()
     def teacher_targets(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The teacher's patch tokens (B, N, C) for images in [-1, 1], averaged where its grid is finer than ours."""
+        """The teacher's patch tokens (B, N, C) for images in [-1, 1], averaged if its grid is finer than ours."""
         return (self.on_our_grid(self.teacher(images)),)
 
     def on_our_grid(self, tokens: Tensor) -> Tensor:
-        """(B, C, h, w) to (B, N, C)."""
+        """Averages the teacher's tokens (B, C, h, w) to our grid, (B, N, C)."""
         return F.avg_pool2d(tokens, self.pool).flatten(2).transpose(1, 2)
 
     def aligned_objective(self, x: Tensor, draws: Draws, target: Tensor) -> dict[str, Tensor]:
@@ -204,8 +205,9 @@ class RepaMethod(SitMethod):
         return {"loss": loss, "velocity": velocity.detach(), "alignment": alignment.detach()}
 
     def alignment(self, predicted: Prediction, target: Tensor) -> Tensor:
-        """-mean cos(projected tokens, target) over batch and tokens, in float32;
-        a target without a class token skips ours.
+        """-mean cos(projected tokens, target) over batch and tokens, in float32.
+
+        If the target (B, N, C) has no class token, ours is left out.
         """
         assert predicted.hidden is not None
         projected = self.projectors[0](predicted.hidden[:, -target.shape[1] :])
@@ -216,9 +218,7 @@ class RepaMethod(SitMethod):
 
 
 class RegMethod(RepaMethod):
-    """REPA with the teacher's class token, noised at the image's time, as one more token,
-    whose velocity is predicted too.
-    """
+    """REPA with one more token, the teacher's class token. It is noised at the image's time, and its velocity predicted."""
 
     config: RegConfig
     class_mean: Tensor
@@ -232,7 +232,7 @@ class RegMethod(RepaMethod):
 
     @property
     def token_width(self) -> int:
-        """T, the class token's."""
+        """T, the dimension of the class token."""
         return self.teacher.pooled_channels if self.config.class_token == "pooled" else self.teacher.channels
 
     def shape(self) -> Shape:
@@ -253,7 +253,7 @@ class RegMethod(RepaMethod):
         return self.entangled_objective(x, self.draw(x, batch["label"]), target, token, torch.randn_like(token))
 
     def standardised(self, token: Tensor) -> Tensor:
-        """The class token (B, T) as it is denoised."""
+        """The class token (B, T) as the network denoises it: standardised if the setting is on."""
         return (token - self.class_mean) / self.class_std if self.config.standardise else token
 
     def probe_latents(self, x: Tensor, images: Tensor, time: float, labels: Tensor) -> None:
@@ -263,13 +263,15 @@ class RegMethod(RepaMethod):
 
     @torch.no_grad()
     def teacher_targets(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The targets (B, 1 + N, C) with the class token first, or (B, N, C) where it is not as wide as a patch token;
-        the class token (B, T).
+        """(targets of the alignment, class token (B, T)).
+
+        The targets are the class token and the patch tokens, (B, 1 + N, C). They are the patch tokens alone, (B, N, C),
+        if the class token is not as wide as a patch token.
         """
         if self.config.class_token == "pooled":
             tokens, token = self.teacher.represent(images)
             patches = self.on_our_grid(tokens)
-        else:  # the tokens alone may cost less than the pooled features too
+        else:  # without pooled features the teacher may cost less
             patches = self.on_our_grid(self.teacher(images))
             token = patches.mean(dim=1)
         if token.shape[-1] == patches.shape[-1]:
@@ -279,9 +281,7 @@ class RegMethod(RepaMethod):
     def entangled_objective(
         self, x: Tensor, draws: Draws, target: Tensor, token: Tensor, token_noise: Tensor
     ) -> dict[str, Tensor]:
-        """REPA's loss + beta * mean squared error of the class token's velocity;
-        the token (B, T) shares the image's time.
-        """
+        """REPA's loss + beta * mean squared error of the class token's velocity. The token is (B, T)."""
         path = mix(self.config.path, draws.t)
         noisy = path.position(x, draws.noise), draws.t, draws.labels, path.position(token, token_noise)
         predicted = self.predict(*noisy, hidden_after=self.config.align_after)
@@ -318,16 +318,16 @@ class RegMethod(RepaMethod):
 
 
 def is_guided(t: float, config: SitSample) -> bool:
-    """Whether a step that starts at t is guided; both ends of the interval count as inside."""
+    """Whether guidance is on in a step that starts at t. The interval includes both ends."""
     return config.guidance > 1 and config.interval[0] <= t <= config.interval[1]
 
 
 def sde_times(steps: int, last_step: float) -> list[float]:
-    """`steps` even points from 1 to `last_step`, then 0: as many evaluations as steps."""
+    """`steps` evenly spaced times from 1 to `last_step`, then 0, so that there is one evaluation for each step."""
     return [*torch.linspace(1, last_step, steps, dtype=torch.float64, device="cpu").tolist(), 0.0]
 
 
 def ode_times(steps: int) -> list[float]:
-    """From 1 to 0 in even steps."""
+    """`steps` + 1 evenly spaced times from 1 to 0."""
     times: list[float] = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu").tolist()
     return times

@@ -1,7 +1,6 @@
-"""The diffusion transformer of DiT, SiT, REPA and REG (arXiv 2212.09748, section 3.2;
-REG: arXiv 2507.01467, section 3.2).
+"""The diffusion transformer of DiT, SiT, REPA and REG (arXiv 2212.09748 and, for REG, 2507.01467, section 3.2 of both).
 
-Modules carry the released names, so that a released state dict is ours. Shape legend: B batch, N tokens, D width,
+Modules have the names of the released code, so that its state dicts fit. Shape legend: B batch, N tokens, D width,
 H heads, K head dimension, C latent channels, S latent side, p patch, T class-token dimension.
 """
 
@@ -27,31 +26,31 @@ from pixlat.common.layers.transformer import (
 
 @dataclass(frozen=True)
 class Shape:
-    """What the network's tensors depend on."""
+    """The numbers that determine the shapes of the network's tensors."""
 
     depth: int
     width: int
     heads: int
-    patch: int  # latent positions a side
-    side: int  # latent positions a side of the image
+    patch: int  # side of a token in latent positions
+    side: int  # side of the image in latent positions
     channels: int
-    outputs: int  # channels that come out: twice as many where a variance is predicted
+    outputs: int  # output channels: twice `channels` if the network predicts a variance as well
     num_classes: int
-    class_token: int = 0  # REG: dimension of the token that is denoised beside the image; 0: none
+    class_token: int = 0  # REG: dimension of the class token; 0: no class token
     qk_norm: bool = False
     exact_attention: bool = False
 
 
 class Prediction(NamedTuple):
-    """What one forward pass returns."""
+    """The outputs of one forward pass."""
 
     image: Tensor  # (B, outputs, S, S)
     class_token: Tensor | None  # (B, T), REG
-    hidden: Tensor | None  # (B, N, D), the tokens after the block that was asked for; REG's class token is the first
+    hidden: Tensor | None  # (B, N, D), the tokens after block `hidden_after`; REG's class token is the first
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens, rows first."""
+    """Maps patches to tokens, row by row."""
 
     def __init__(self, channels: int, patch: int, width: int) -> None:
         super().__init__()
@@ -62,7 +61,7 @@ class PatchEmbed(nn.Module):
 
 
 class ClassEmbed(nn.Module):
-    """One vector a class, and a last one for "no class"."""
+    """One vector for each class, and a last one for "no class"."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
@@ -73,9 +72,7 @@ class ClassEmbed(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm, then one linear map for the image tokens and, in REG, one for the class token,
-    which shares the modulation.
-    """
+    """A modulated norm of all tokens, then a linear map of image tokens and, in REG, another one of the class token."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -94,9 +91,7 @@ class FinalLayer(nn.Module):
 
 
 class LatentTransformer(nn.Module):
-    """Noisy latents, time and class (and REG's noisy class token) to a prediction of the latents'
-    shape (and of the token's).
-    """
+    """Maps noisy latents, time and class to a prediction of the latents' shape; in REG also a noisy class token."""
 
     pos_embed: Tensor
 
@@ -120,8 +115,9 @@ class LatentTransformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Xavier for every matrix, normal for embeddings, zero for what modulates or leaves the network:
-        the untrained output is 0.
+        """Xavier for every matrix, normal for embeddings, zero for modulations and the output layer.
+
+        So the untrained output is 0.
         """
         initialize_linears(
             self,
@@ -133,10 +129,10 @@ class LatentTransformer(nn.Module):
     def forward(
         self, z: Tensor, time: Tensor, labels: Tensor, class_token: Tensor | None = None, hidden_after: int = 0
     ) -> Prediction:
-        """z (B, C, S, S); time (B,) as the network counts it; labels (B,) int64,
-        the last row of the table being "no class".
+        """z (B, C, S, S); time (B,) in the network's own convention; labels (B,) int64, num_classes means "no class".
 
-        hidden_after: the number of the block, from 1, after which the tokens are returned too; 0: none.
+        class_token (B, T): REG's noisy token. hidden_after: the number of the block, from 1, whose output tokens are
+        returned as well; 0: none.
         """
         x = self.x_embedder(z)
         if class_token is not None:

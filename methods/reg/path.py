@@ -1,4 +1,4 @@
-"""How data and noise are mixed, and the drift of the stochastic sampler (arXiv 2401.08740, sections 2 and 3).
+"""The interpolants between data and noise, and the drift of the SDE sampler (arXiv 2401.08740, sections 2 and 3).
 
     z = a(t) x + s(t) n,    v = dz/dt = a' x + s' n
     linear   a = 1 - t            s = t
@@ -21,7 +21,7 @@ HALF_PI = math.pi / 2
 
 
 class Mix(NamedTuple):
-    """The four coefficients at times (B,)."""
+    """The four coefficients a, s, a', s' at times (B,)."""
 
     data: Tensor
     noise: Tensor
@@ -46,7 +46,7 @@ def mix(path: str, t: Tensor) -> Mix:
 
 
 def draw_times(path: str, distribution: str, count: int, device: torch.device) -> Tensor:
-    """(count,) times: uniform in [0, 1), or where noise / data has a standard log-normal ratio."""
+    """(count,) times: uniform in [0, 1), or such that the ratio s / a of noise to data is standard log-normal."""
     if distribution == "uniform":
         return torch.rand(count, device=device)
     logarithm = torch.randn(count, device=device)
@@ -54,9 +54,9 @@ def draw_times(path: str, distribution: str, count: int, device: torch.device) -
 
 
 def drift(path: str, v: Tensor, z: Tensor, t: float, diffusion: float) -> Tensor:
-    """v - w(t) score / 2 with w = diffusion * t, the score of the velocity v at z multiplied
-    out so that no time divides.
+    """v - w(t) score / 2 with w = diffusion * t, where the velocity v at z gives the score.
 
+    The product w * score is expanded so that nothing is divided by t.
     linear: score = -((1 - t) v + z) / t;    cosine: score = -(2 / pi) cot(pi t / 2) v - z. t in (0, 1].
     """
     if path == "linear":

@@ -1,8 +1,9 @@
-"""The authors' released checkpoints under our names.
+"""Converts the authors' released checkpoints to our names.
 
-SiT released a plain state dict whose head has twice the channels (the upper half was never trained);
-DiT a plain one whose head is ours; REPA a plain one, in old files with `decoder_blocks` after the aligned block;
-REG a training checkpoint (`read_tensors` takes its "ema").
+SiT released a plain state dict, whose head has twice the channels; the upper half was never trained.
+DiT released a plain state dict with the same head as ours.
+REPA released a plain state dict; in old files the blocks after the aligned one are called `decoder_blocks`.
+REG released a training checkpoint, of which `read_tensors` takes the "ema".
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from pixlat.methods.base import Released
 
 HEAD = "final_layer.linear."
 POSITIONS = "pos_embed"
-HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width: the shapes do not tell the heads
-FACTOR = 8  # pixels a side of a latent position, in every released model
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width, because the number of heads is in no tensor's shape
+FACTOR = 8  # side of a latent position in pixels, in every released model
 EMA_DECAY = 0.9999
 
 
 def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], int, int]:
-    """(settings, number of classes, latent positions a side) of a released state dict."""
+    """(model settings, number of classes, side in latent positions) of a released state dict, from its shapes.
+
+    UserError if it is none of the four.
+    """
     try:
         width, _, patch, _ = state["x_embedder.proj.weight"].shape
         aligned = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
@@ -47,19 +51,17 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], int, int]:
     except (KeyError, ValueError, IndexError) as error:
         begin = ", ".join(sorted(state)[:3])
         raise UserError(
-            f"This is not the state dict of a released DiT, SiT, REPA or REG: {error!r} in reading its shapes. "
+            f"This is not the state dict of a released DiT, SiT, REPA or REG: reading its shapes gave {error!r}. "
             f"Its keys: {begin}, ..."
         ) from error
 
 
 def open_released(licence: str, path: Path, weights: str | None = None) -> Released:
-    """A released file for `pixlat import`: a plain average,
-    or a training checkpoint whose average is taken.
-    """
+    """Opens a released file for `pixlat import`: averaged weights, or a training checkpoint with an average."""
     if weights is not None:
         raise UserError(
-            f"weights={weights!r}: a released file is one set of weights, "
-            "and of a training checkpoint the average is taken."
+            f"weights={weights!r}: a released file of these methods has one set of weights to import, and of a "
+            "training checkpoint that is the average. Remove weights=."
         )
     state = read_tensors(path)
     model, num_classes, side = recognise(state)
@@ -71,7 +73,7 @@ open_dit = partial(open_released, "CC BY-NC 4.0")
 
 
 def released_name(name: str) -> str:
-    """Their name of one of our tensors: they keep the projectors inside the network."""
+    """The released name of one of our tensors. In the released code the projectors are part of the network."""
     return name.removeprefix("network.")
 
 
@@ -80,9 +82,9 @@ def from_released(
 ) -> dict[str, Tensor]:
     """The released tensors under the names of `ours`, a method's own state (it may be on the meta device).
 
-    patch: latent positions a side of a token; align_after: number of the aligned block, 0 where nothing is aligned.
-    UserError lists every missing, extra and misshapen key; the fixed position table must equal ours.
-    A model that standardises its class token cannot be loaded, since no released file has its statistics.
+    patch: side of a token in latent positions. align_after: number of the aligned block; 0 if no block is aligned.
+    UserError for missing, extra and misshapen keys, all of which it lists, and for another position table than ours.
+    A model that standardises its class token cannot be loaded, because no released file has the statistics for that.
     """
     state = {modern_name(name, align_after): tensor for name, tensor in state.items()}
     shapes = {released_name(name): tensor.shape for name, tensor in ours.items()}
@@ -96,14 +98,14 @@ def from_released(
 
 
 def modern_name(name: str, align_after: int) -> str:
-    """`decoder_blocks.k` of old REPA files is block k + align_after."""
+    """Renames `decoder_blocks.k` of old REPA files, which is block k + align_after."""
     return re.sub(r"^decoder_blocks\.(\d+)", lambda match: f"blocks.{int(match[1]) + align_after}", name)
 
 
 def own_head(tensor: Tensor, rows: int, patch: int) -> Tensor:
-    """A head (2 rows, ...) with SiT's 2 C channels cut to the C that were trained; another head as it is.
+    """Cuts SiT's head of 2 C channels, (2 rows, ...), to the C that were trained. Returns other heads unchanged.
 
-    The rows of a token are ordered (row in the patch, column, channel), the channel fastest.
+    A head's rows are ordered by row in the patch, column in the patch, channel; the channel changes fastest.
     """
     if len(tensor) != 2 * rows:
         return tensor
@@ -111,9 +113,7 @@ def own_head(tensor: Tensor, rows: int, patch: int) -> Tensor:
 
 
 def check_positions(table: Tensor) -> None:
-    """Compares the stored position table (1, [1 +] g * g, D) with ours; REG's class token,
-    the first where there is one, has no position.
-    """
+    """UserError if the stored position table (1, [1 +] g * g, D) is not ours. The row of REG's class token is zero."""
     _, tokens, width = table.shape
     grid = int(tokens**0.5)
     prefix = table.new_zeros(tokens - grid * grid, width, dtype=torch.float32)
