@@ -86,7 +86,7 @@ class RegConfig(RepaConfig):
 
     class_token: str = "pooled"  # pooled (the teacher's class token, if it has one) | mean (of its patch tokens)
     class_weight: float = 0.03  # beta
-    #: scale each channel of the class token to mean 0 and variance 1, as measured before training; off in the released code
+    #: scale each channel of the class token to mean 0 and variance 1, measured before training; released code: false
     standardise: bool = False
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """DiT: Gaussian diffusion over 1000 discrete times with a learned variance (arXiv 2212.09748).
 
-The objective and the selection of fewer times for sampling come from arXiv 2102.09672. Here times are integers, and 0 is
-next to the data. beta is linear from 1e-4 to 0.02, abar_i = prod (1 - beta),
+The objective and the selection of fewer times for sampling come from arXiv 2102.09672. Here times are integers, and 0
+is next to the data. beta is linear from 1e-4 to 0.02, abar_i = prod (1 - beta),
 z_i = sqrt(abar_i) x + sqrt(1 - abar_i) n.
 """
 

@@ -218,7 +218,7 @@ class RepaMethod(SitMethod):
 
 
 class RegMethod(RepaMethod):
-    """REPA with one more token, the teacher's class token. It is noised at the image's time, and its velocity predicted."""
+    """REPA with one more token, the teacher's class token. It gets noise of the image's time; its velocity is predicted."""
 
     config: RegConfig
     class_mean: Tensor
