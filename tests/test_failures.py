@@ -240,7 +240,7 @@ def test_the_main_process_decides_for_all_whether_a_run_is_finished(tmp_path, da
     )
     monkeypatch.setattr(jobs, "make_accelerator", lambda *_: here)
     # the main process sees the opposite
-    monkeypatch.setattr(jobs, "broadcast_object_list", lambda answers: [not answers[0]])
+    monkeypatch.setattr("pixlat.launch.job.job.broadcast_object_list", lambda answers: [not answers[0]])
     monkeypatch.setattr(jobs, "train_job", lambda job: raise_(Trained()))
     if sees:
         with pytest.raises(Trained):

@@ -1,6 +1,6 @@
-"""DSD's settings.
+"""DSD's settings. README.md says which values are the paper's and which are ours.
 
-Torch-free, so that `--help` is quick; README.md says which of them are the paper's and which are ours.
+The module does not import torch, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -14,57 +14,57 @@ from pixlat.methods import MethodSpec
 
 @dataclass
 class DsdConfig:
-    """The network, its objective and the switches of the ablations. Image size and class count come from the data."""
+    """The network, its objective and the switches of the ablations. The data give image size and class count."""
 
     depth: int = 25  # blocks of the trunk
     width: int = 768
     heads: int = 12
-    patch: int = 16  # pixels a side of a token, in images and latents alike
-    latent_channels: int = 32  # numbers of a token's latent
+    patch: int = 16  # side of a token in pixels; one token of the image is one token of the latents
+    latent_channels: int = 32  # channels of a token's latent
     head_depth: int = 1  # blocks of the diffusion head, and of the velocity head
-    #: of the latents: ln (each token over its channels, no affine) | bn (each channel over the batch) | none
+    #: norm of the latents: ln (each token over its channels, no affine) | bn (each channel over the batch) | none
     latent_norm: str = "ln"
-    label_drop: float = 0.1  # probability of training without the class
-    time: str = "uniform"  # distribution of training times: uniform | logit_normal(0, 1)
-    # Self-distillation, and what the ablations switch.
-    target: str = "stopgrad"  # the target's latent: stopgrad | live (gradients flow into it)
-    predict: str = "z"  # what the diffusion head returns and is compared in: z (clean latent) | v (velocity)
-    ema: bool = True  # the target comes from an average of the encoder
-    ema_momentum: float = 0.996  # of that average, a step
-    ema_momentum_end: float = 1.0  # where a half cosine takes it
-    ema_steps: int = 0  # over so many steps; 0: it stays ema_momentum
-    mask: bool = True  # hide patches from the online encoder; the target's sees all
-    #: the hidden share of an image is uniform between these, negative meaning none
+    label_drop: float = 0.1  # probability that training replaces a label by "no class"
+    time: str = "uniform"  # distribution of training times: uniform | logit_normal, which is logit_normal(0, 1)
+    # Self-distillation, and the switches of the ablations.
+    target: str = "stopgrad"  # gradient of the target's latent: stopgrad (none) | live (gradients flow into it)
+    predict: str = "z"  # output of the diffusion head and space of its loss: z (clean latent) | v (velocity)
+    ema: bool = True  # an average of the encoder makes the target
+    ema_momentum: float = 0.996  # momentum of that average in each step
+    ema_momentum_end: float = 1.0  # momentum at the end of a half cosine
+    ema_steps: int = 0  # length of that half cosine; 0: the momentum stays ema_momentum
+    mask: bool = True  # hide patches from the online encoder; the target's encoder sees all patches
+    #: the hidden share of an image is uniform between these numbers; a negative share hides nothing
     mask_ratio: tuple[float, float] = (-0.1, 0.7)
-    input_grad: bool = True  # the diffusion loss reaches the encoder through the noisy latent
-    velocity_head_detach: bool = True  # the velocity head's loss stops before the trunk
-    #: the velocity head sees the noisy latent beside the trunk's features, which may forget the noise
+    input_grad: bool = True  # gradients of the diffusion loss reach the encoder through the noisy latent
+    velocity_head_detach: bool = True  # gradients of the velocity head's loss do not reach the trunk
+    #: the velocity head gets the noisy latent beside the trunk's features, which may have lost the noise
     velocity_latent: bool = False
     # Reconstruction.
-    rec_weight: float = 1.0  # of all three terms
-    clean_share: float = 0.5  # share of latents that are decoded without noise
-    noise_max: float = 0.5  # the others are decoded as (1 - tau) z + tau noise_scale n, tau uniform up to this
-    noise_scale: float = 1.0
+    rec_weight: float = 1.0  # common factor of all three terms
+    clean_share: float = 0.5  # share of latents that the decoder gets without noise
+    noise_max: float = 0.5  # the decoder gets the others as (1 - tau) z + tau noise_scale n, tau uniform up to this
+    noise_scale: float = 1.0  # scale of that noise
     perceptual: str = "lpips"  # lpips | embedded (EfficientNet-Lite0, needs no download) | none
     perceptual_weight: float = 1.0
     perceptual_path: str | None = None  # file of the perceptual network's weights; none: the library's cache
-    gan_weight: float = 0.1  # of the adversarial term; 0: no discriminator
-    gan_start: int = 0  # training images after which the discriminator is trained and part of the loss
+    gan_weight: float = 0.1  # weight of the adversarial term; 0: no discriminator
+    gan_start: int = 0  # training images after which the discriminator trains and the loss has the adversarial term
     gan_lr_scale: float = 1.0  # the discriminator's learning rate relative to train.lr
-    #: channels of its layers; each but the first halves the side
+    #: channels of the discriminator's layers; each layer but the first halves the side
     discriminator_widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
     # Other terms; a weight of 0 leaves the term and its layers out.
     velocity_weight: float = 1.0
-    #: encoder whose tokens shallow features are aligned with; common/encoders lists them; none: off
+    #: frozen encoder, the teacher, with whose tokens shallow features are aligned (common/frozen); none: off
     align: str = "timm-dinov3-b"
-    align_path: str | None = None  # file or folder of its weights; none: the usual caches
+    align_path: str | None = None  # file or folder of the teacher's weights; none: the usual caches
     align_weight: float = 0.5
-    align_after: int | None = None  # number of the aligned block, from 1; none: a third of the depth
-    self_weight: float = 0.5  # last features towards those of the target's encoder
-    cls_weight: float = 0.1  # classification of the encoder's mean feature
+    align_after: int | None = None  # number of the aligned block, counted from 1; none: a third of the depth
+    self_weight: float = 0.5  # weight of the alignment of the last features with those of the target's encoder
+    cls_weight: float = 0.1  # weight of the classification of the encoder's mean feature
     label_smoothing: float = 0.1
     projector_width: int = 2048
-    #: keep the aligned encoder's tokens of every training image in memory, instead of asking it again
+    #: cache the teacher's tokens for each training image in memory, so that the teacher runs once for each
     remember: bool = False
     health_every: int = 50  # steps between measurements of the latents' rank and spread
 
@@ -109,21 +109,22 @@ class DsdConfig:
 
     @property
     def aligned_block(self) -> int:
-        """Number of the block whose output is aligned, from 1."""
+        """Number of the block whose output is aligned, counted from 1."""
         return max(1, round(self.depth / 3)) if self.align_after is None else self.align_after
 
 
 @dataclass
 class DsdSample:
-    """The sampler, in the paper's time: 1 is data."""
+    """The sampler. Its times are the paper's: 1 is data."""
 
     steps: int = 250
     solver: str = "euler"  # euler | heun (the last step is Euler's) | sde (Euler-Maruyama; the last step is the ODE's)
-    head: str = "velocity"  # velocity (its own head) | latent (from the clean latent that the diffusion head predicts)
+    #: velocity (the velocity head) | latent (the velocity that follows from the diffusion head's clean latent)
+    head: str = "velocity"
     diffusion: float = 1.0  # sde: the noise has variance rate diffusion * (1 - time)
-    clip: float = 0.05  # head=latent: floor of 1 - time where it divides
+    clip: float = 0.05  # head=latent: smallest 1 - time by which the sampler divides
     guidance: float = 1.0  # 1: off
-    interval: tuple[float, float] = (0.0, 1.0)  # where guidance is on, ends included
+    interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance is on, ends included
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "sample.steps", self.steps, "must be at least 1")

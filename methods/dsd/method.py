@@ -1,8 +1,7 @@
-"""DSD's objective and sampler (arXiv 2511.14716): diffusion as self-distillation between
-an online encoder and its average.
+"""DSD's objective and sampler (arXiv 2511.14716): diffusion as self-distillation of an online encoder from its average.
 
-Time runs as everywhere in `common/`: t = 1 is noise. The paper counts the other way; 1 - t is what the network
-receives, and its velocity points towards the data. What the paper leaves open is decided in README.md.
+As everywhere in `common/`, t = 1 is noise. The paper counts the other way, so the network receives 1 - t and its
+velocity points towards the data. README.md lists our decisions where the paper leaves a question open.
 """
 
 from __future__ import annotations
@@ -45,14 +44,14 @@ from pixlat.methods.dsd.objective import (
     velocity_loss,
 )
 
-# of the latents' standard deviation between images, relative to their scale: naive training is below
-LEAST_SPREAD = 0.15
-LEAST_RANK = 0.2  # of the latents' effective rank, as a share of the channels
-LETTERS = {(20, 384): "S", (26, 576): "M", (25, 768): "B"}  # the names are ours
+# A run warns of collapse below either bound; naive training falls below them.
+LEAST_SPREAD = 0.15  # the latents' standard deviation between images, relative to their scale
+LEAST_RANK = 0.2  # the latents' effective rank, as a share of the channels
+LETTERS = {(20, 384): "S", (26, 576): "M", (25, 768): "B"}  # sizes by (depth, width); the names are ours
 
 
 class DsdMethod(GanPhases, Method):
-    """One network in three roles, its encoder's average as the target, and the auxiliary heads that training needs."""
+    """One network in three roles, the average of its encoder as the target, and the heads that only training needs."""
 
     space = "latent_self"
 
@@ -73,14 +72,14 @@ class DsdMethod(GanPhases, Method):
         self.discriminator = (
             PatchDiscriminator(data.channels, config.discriminator_widths) if config.gan_weight else None
         )
-        # Which networks are frozen depends on the terms of the loss.
+        # The terms of the loss determine which frozen networks there are.
         self.external = {
             name: Pretrained(name, "train") for name in ("teacher", "perceptual") if getattr(self, name) is not None
         }
         self.schedule_gan(self.discriminator is not None, config.gan_start, config.gan_start)
 
     def build_teacher(self) -> tuple[RepresentationEncoder | None, nn.Module | None]:
-        """The encoder that shallow features are aligned with, without its weights, and the map to its tokens."""
+        """The frozen encoder for the alignment, without its weights, and the map of our features to its tokens."""
         config = self.config
         if config.align == "none" or not config.align_weight:
             return None, None
@@ -91,7 +90,7 @@ class DsdMethod(GanPhases, Method):
             f"of the encoder model.align={config.align}"
         )
         require(grid % self.side == 0, "model.patch", config.patch, fits)
-        self.pool = grid // self.side  # the teacher's tokens a side that ours stands for
+        self.pool = grid // self.side  # one of our tokens covers pool x pool of the teacher's
         return teacher, projector(config.width, config.projector_width, teacher.channels)
 
     # -- training ------------------------------------------------------------------------------------------------------
@@ -104,7 +103,7 @@ class DsdMethod(GanPhases, Method):
         return self.objective(images, batch["label"], draws, taught, step % self.config.health_every == 0)
 
     def draw(self, batch: Batch) -> Draws:
-        """One draw of everything for each image of a batch."""
+        """Draws everything random of a step for each image of a batch."""
         config, images = self.config, batch["image"]
         count, device, shape = len(images), images.device, (len(images), self.side**2, self.config.latent_channels)
         labels = drop_labels(batch["label"], config.label_drop, self.data.num_classes)
@@ -126,8 +125,10 @@ class DsdMethod(GanPhases, Method):
     def objective(
         self, images: Tensor, classes: Tensor, draws: Draws, taught: Tensor | None, measure: bool = False
     ) -> dict[str, Tensor]:
-        """The weighted sum of all terms, for images (B, 3, S, S), their classes (B,) and the teacher's tokens (B, N,
-        C'); `measure`: latent health too.
+        """The weighted sum of all terms, and each term.
+
+        images (B, 3, S, S), classes (B,), taught: the teacher's tokens (B, N, C'). measure: also rank and spread of the
+        latents.
         """
         online = self.network.encoder(images, draws.hidden)
         clean = self.target_of(images, online)
@@ -140,15 +141,13 @@ class DsdMethod(GanPhases, Method):
         }
         loss = torch.stack([self.weight_of(name) * term for name, term in terms.items()]).sum()
         out = {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
-        if measure and len(images) > 1:  # one image does not differ from others
+        if measure and len(images) > 1:  # differences between images need two of them
             rank = effective_rank(between_images(denoised.output.detach()))
             out |= latent_health(clean.z.detach()) | {"erank_predicted": rank.float()}
         return out
 
     def target_of(self, images: Tensor, online: Encoded) -> Encoded:
-        """What the target branch sees in the whole images: the average's answer;
-        without one, the online encoder's own.
-        """
+        """The target's encoding of the images without mask: by the average or, without one, by the online encoder."""
         if self.target_encoder is None and not self.config.mask:
             return online
         with torch.set_grad_enabled(self.config.target == "live"):
@@ -156,14 +155,15 @@ class DsdMethod(GanPhases, Method):
         return encoded
 
     def denoise(self, z: Tensor, t: Tensor, labels: Tensor) -> Denoised:
-        """The network's answers in our time."""
-        answer = self.network.denoise(z, 1 - t, labels)
-        output = -answer.output if self.config.predict == "v" else answer.output
-        return answer._replace(output=output, velocity=-answer.velocity)
+        """The outputs of both heads in our convention: t = 1 is noise, and velocities point towards the noise."""
+        heads = self.network.denoise(z, 1 - t, labels)
+        output = -heads.output if self.config.predict == "v" else heads.output
+        return heads._replace(output=output, velocity=-heads.velocity)
 
     def reconstruction_terms(self, images: Tensor, z1: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """Squared error, perceptual distance and the discriminator's opinion of what noisy latents
-        of the masked images are decoded to.
+        """Squared error, perceptual distance and adversarial term of images decoded from noisy latents.
+
+        The latents z1 are those of the masked images.
         """
         rebuilt = self.network.decode(decoder_input(self.config, z1, draws.tau, draws.decode_noise))
         terms = {"reconstruction": (rebuilt - images).square().mean()}
@@ -178,8 +178,9 @@ class DsdMethod(GanPhases, Method):
     def feature_terms(
         self, classes: Tensor, online: Encoded, denoised: Denoised, clean: Encoded, taught: Tensor | None
     ) -> dict[str, Tensor]:
-        """Alignment of shallow features, self-distillation of the last ones (both of the encoder's
-        and of the denoiser's pass), classification.
+        """Alignment of shallow features, self-distillation of last features, and classification.
+
+        The first two are means over the encoder's pass and the denoiser's pass.
         """
         terms = {}
         passes = (online.features, denoised.features)
@@ -213,8 +214,9 @@ class DsdMethod(GanPhases, Method):
         return weights[term]
 
     def discriminator_loss(self, images: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """The discriminator's hinge loss on images and on what the decoder makes of their noisy latents,
-        rounded to 8 bits and augmented alike.
+        """The discriminator's hinge loss on images and on their reconstructions from noisy latents.
+
+        Reconstructions are rounded to 8 bits, and both get the same augmentation.
         """
         assert self.discriminator is not None and draws.augmentation is not None
         with torch.no_grad():
@@ -225,7 +227,7 @@ class DsdMethod(GanPhases, Method):
 
     @torch.no_grad()
     def teacher_targets(self, images: Tensor) -> Tensor:
-        """The aligned encoder's tokens on our grid, (B, N, C')."""
+        """The teacher's tokens, averaged to our grid, (B, N, C')."""
         assert self.teacher is not None
         return F.avg_pool2d(self.teacher(images), self.pool).flatten(2).transpose(1, 2)
 
@@ -233,7 +235,7 @@ class DsdMethod(GanPhases, Method):
     def after_step(self, step: int) -> None:
         """Moves the target's encoder towards the online one.
 
-        This average is part of the loss; those for sampling are the trainer's.
+        This average is part of the loss. The averages for sampling belong to the trainer.
         """
         if self.target_encoder is None:
             return
@@ -241,14 +243,14 @@ class DsdMethod(GanPhases, Method):
         torch._foreach_lerp_(averages, values, 1 - momentum(self.config, step))
 
     def alarms(self, means: Mapping[str, float]) -> dict[str, str]:
-        found = {name.rpartition("/")[2]: value for name, value in means.items()}
-        if "erank" not in found:
+        health = {name.rpartition("/")[2]: value for name, value in means.items()}
+        if "erank" not in health:
             return {}
-        if found["std_between"] >= LEAST_SPREAD * found["latent_rms"] and found["erank_share"] >= LEAST_RANK:
+        if health["std_between"] >= LEAST_SPREAD * health["latent_rms"] and health["erank_share"] >= LEAST_RANK:
             return {}
         facts = (
-            f"effective rank {found['erank']:.2f} of {self.config.latent_channels}, "
-            f"std between images {found['std_between']:.3f} of {found['latent_rms']:.3f}"
+            f"effective rank {health['erank']:.2f} of {self.config.latent_channels}, "
+            f"std between images {health['std_between']:.3f} of {health['latent_rms']:.3f}"
         )
         cure = "Keep model.target=stopgrad, model.predict=z and model.ema=true, or raise model.rec_weight"
         return {"collapse": f"the latents are collapsing: {facts}. {cure}."}
@@ -275,8 +277,9 @@ class DsdMethod(GanPhases, Method):
         return [] if self.target_encoder is None else list(self.target_encoder.trunk.blocks)
 
     def probe(self, images: Tensor, time: float) -> None:
-        """Hooks on the blocks run as these denoise, and those of the diffusion and the velocity head;
-        not as they encode the clean images.
+        """One denoising pass of trunk and heads without classes, for callers with hooks on the blocks.
+
+        The hooks do not run while the trunk encodes the clean images.
         """
         z = self.network.encoder(images, with_hooks=False).z
         t = torch.full((len(z),), time, device=z.device)
@@ -307,16 +310,16 @@ class DsdMethod(GanPhases, Method):
         return self.decoder(z)
 
     def velocity(self, z: Tensor, t: float, labels: Tensor, config: DsdSample) -> Tensor:
-        """The guided velocity dz/dt; guidance acts on the head's answer, in which the velocity is affine."""
+        """The guided velocity dz/dt. Guidance acts on the head's output, and the velocity is affine in that output."""
 
         def predict(z: Tensor, labels: Tensor) -> Tensor:
             return self.network(z, torch.full((len(z),), 1 - t, device=z.device), labels, config.head)
 
         guided = config.interval[0] <= 1 - t <= config.interval[1]
-        answer = classifier_free(predict, z, labels, self.data.num_classes, config.guidance if guided else 1.0)
+        output = classifier_free(predict, z, labels, self.data.num_classes, config.guidance if guided else 1.0)
         if config.head == "velocity" or self.config.predict == "v":
-            return -answer
-        return flow.to_velocity(answer, SPACES["z"], z, t, config.clip)
+            return -output
+        return flow.to_velocity(output, SPACES["z"], z, t, config.clip)
 
     def evaluations(self, config: DsdSample) -> int:
         return solver_evaluations(config.solver, config.steps)
@@ -325,8 +328,9 @@ class DsdMethod(GanPhases, Method):
         return {"network": self.network, "decoder": self.decoder}
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) to latents (B, C, S / p, S / p), from the sampled weights;
-        the target's encoder is for training alone.
+        """Encodes images (B, 3, S, S) to latents (B, C, S / p, S / p).
+
+        It uses the network's own encoder, as sampling does; the target's encoder is for training alone.
         """
         return self.network.encoder(images).z.transpose(1, 2).unflatten(2, (self.side, self.side))
 
@@ -356,7 +360,7 @@ def mlp(width: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 def momentum(config: DsdConfig, step: int) -> float:
-    """Of the target's average at a step: from `ema_momentum` along half a cosine to `ema_momentum_end`."""
+    """The momentum of the target's average at a step: a half cosine from `ema_momentum` to `ema_momentum_end`."""
     if not config.ema_steps:
         return config.ema_momentum
     progress = min(1.0, step / config.ema_steps)
@@ -366,7 +370,7 @@ def momentum(config: DsdConfig, step: int) -> float:
 
 
 def variant(config: DsdConfig) -> str | None:
-    """The ablation in words; none for the method as it is."""
+    """The ablation switches that differ from the full method, as text; None if none differs."""
     full = DsdConfig()
     names = ("target", "predict", "ema", "mask", "input_grad", "latent_norm", "velocity_head_detach", "velocity_latent")
     changed = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) != getattr(full, name)]

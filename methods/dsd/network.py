@@ -1,9 +1,7 @@
-"""One transformer with three roles: images to latents, noisy latents to clean ones,
-latents to images (arXiv 2511.14716; README.md marks what is ours).
+"""One transformer with three roles: it encodes images, denoises latents and decodes latents (arXiv 2511.14716).
 
-Shape legend: B batch, N tokens, D width, C latent channels, S image side, p patch side, h = S / p, N = h h.
-A token is a patch in every role.
-Times are the paper's here: 1 is data.
+README.md marks the parts that are ours. Shape legend: B batch, N tokens, D width, C latent channels, S image side,
+p patch side, h = S / p, N = h h. In every role a token is a patch. Times are the paper's here: 1 is data.
 """
 
 from __future__ import annotations
@@ -28,23 +26,23 @@ from pixlat.methods.dsd.config import DsdConfig
 
 
 class Features(NamedTuple):
-    """What one pass leaves in the trunk."""
+    """The trunk's features after one pass."""
 
     shallow: Tensor  # (B, N, D) after the aligned block
     last: Tensor  # (B, N, D)
 
 
 class Encoded(NamedTuple):
-    """The encoder's answer."""
+    """The encoder's output."""
 
     z: Tensor  # (B, N, C), float32 at least
     features: Features
 
 
 class Denoised(NamedTuple):
-    """The two heads' answers to a noisy latent, float32 at least."""
+    """The outputs of the two heads for a noisy latent, in float32 or float64."""
 
-    output: Tensor  # (B, N, C), what `config.predict` names
+    output: Tensor  # (B, N, C), the diffusion head's: a clean latent or a velocity, by `config.predict`
     velocity: Tensor  # (B, N, C), towards the data
     features: Features
 
@@ -64,7 +62,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """The blocks that all roles share. It knows neither time nor class: they are part of the tokens."""
+    """The blocks that all roles share. Time and class reach them only as part of the tokens."""
 
     positions: Tensor
 
@@ -75,7 +73,7 @@ class Trunk(nn.Module):
         self.register_buffer("positions", sincos_table(grid, config.width)[None])
 
     def forward(self, tokens: Tensor, with_hooks: bool = True) -> Features:
-        """with_hooks: whether forward hooks on the blocks, which record their outputs, run in this pass."""
+        """Runs the blocks on tokens (B, N, D). with_hooks: whether forward hooks on the blocks run in this pass."""
         x = tokens + self.positions
         shallow = x
         for number, block in enumerate(self.blocks, 1):
@@ -85,9 +83,7 @@ class Trunk(nn.Module):
 
 
 class LatentNorm(nn.Module):
-    """Unit scale without parameters, so that unit noise is commensurate with the latents
-    and their scale cannot run away.
-    """
+    """Gives latents unit scale without parameters: they match unit noise, and training cannot change the scale."""
 
     def __init__(self, kind: str, channels: int) -> None:
         super().__init__()
@@ -103,7 +99,7 @@ class LatentNorm(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images to latents through the trunk: what the target's average is an average of."""
+    """Maps images to latents through the trunk. The target's encoder is an average of this module."""
 
     def __init__(self, config: DsdConfig, grid: int, channels: int) -> None:
         super().__init__()
@@ -116,8 +112,9 @@ class Encoder(nn.Module):
         self.latent_norm = LatentNorm(config.latent_norm, config.latent_channels)
 
     def forward(self, images: Tensor, hidden: Tensor | None = None, with_hooks: bool = True) -> Encoded:
-        """(B, 3, S, S) in [-1, 1] to latents; hidden (B, N) bool: patches that are replaced by the one learned token;
-        with_hooks: see `Trunk`.
+        """Encodes images (B, 3, S, S) in [-1, 1].
+
+        hidden (B, N) bool: patches that the learned mask token replaces. with_hooks: see `Trunk`.
         """
         tokens = self.patch_embed(images)
         if hidden is not None:
@@ -128,7 +125,7 @@ class Encoder(nn.Module):
 
 
 class DiffusionHead(nn.Module):
-    """adaLN-zero blocks on the trunk's features, a norm and one linear map to a latent's channels."""
+    """adaLN-zero blocks on the trunk's features, then a norm and a linear map to the latent's channels."""
 
     def __init__(self, config: DsdConfig) -> None:
         super().__init__()
@@ -139,7 +136,7 @@ class DiffusionHead(nn.Module):
         self.out = nn.Linear(config.width, config.latent_channels)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """(B, N, D) and (B, D) to (B, N, C), float32 at least."""
+        """Features (B, N, D) and condition (B, D) to (B, N, C), in float32 or float64."""
         for block in self.blocks:
             x = block(x, condition)
         return at_least_float32(self.out(self.norm(x)))
@@ -168,9 +165,9 @@ class DsdNetwork(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Xavier for every matrix, normal for embeddings, zero for what modulates; latents of unit scale.
+        """Xavier for every matrix, normal for embeddings, zero for modulations; latents start at unit scale.
 
-        No head starts at zero: gradients must pass.
+        No head starts at zero, because gradients must pass through the heads.
         """
         initialize_linears(
             self, zero=lambda name: "adaLN_modulation" in name, normal=lambda name: name.startswith("time_embed")
@@ -187,55 +184,55 @@ class DsdNetwork(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def condition(self, time: Tensor, labels: Tensor) -> Tensor:
-        """(B, D) from times (B,), 1 is data, and labels (B,) int64, the last row of the table being "no class"."""
+        """(B, D) from times (B,), of which 1 is data, and labels (B,) int64, of which num_classes is "no class"."""
         return self.time_embed(time) + self.class_embed(labels)
 
     def features(self, z: Tensor, condition: Tensor) -> Features:
-        """The trunk's answer to noisy latents (B, N, C)."""
+        """The trunk's features of noisy latents (B, N, C)."""
         return self.encoder.trunk(self.latent_embed(z) + self.denoise_role + condition[:, None])
 
     def denoise(self, z: Tensor, time: Tensor, labels: Tensor) -> Denoised:
-        """Both heads at once, for training."""
+        """The outputs of both heads, for training."""
         condition = self.condition(time, labels)
         features = self.features(z, condition)
         output = self.diffusion_head(features.last, condition)
-        seen = (features.last, z, condition)
-        velocity = self.velocity(*((tensor.detach() for tensor in seen) if self.detach_velocity else seen))
+        inputs = (features.last, z, condition)
+        velocity = self.velocity(*((tensor.detach() for tensor in inputs) if self.detach_velocity else inputs))
         return Denoised(output, velocity, features)
 
     def velocity(self, last: Tensor, z: Tensor, condition: Tensor) -> Tensor:
-        """The velocity head's answer to the trunk's last features (B, N, D) of a noisy latent (B, N, C)."""
+        """The velocity head's output for the trunk's last features (B, N, D) of a noisy latent z (B, N, C)."""
         x = last if self.velocity_latent is None else last + self.velocity_latent(z.to(last.dtype))
-        answer: Tensor = self.velocity_head(x, condition)
-        return answer
+        output: Tensor = self.velocity_head(x, condition)
+        return output
 
     def forward(self, z: Tensor, time: Tensor, labels: Tensor, head: str) -> Tensor:
-        """One evaluation of the sampler: the "velocity" head's answer or, for "latent", the diffusion head's.
+        """One evaluation of the sampler: the velocity head's output or, for head="latent", the diffusion head's.
 
-        The other head is not run.
+        The other head does not run.
         """
         condition = self.condition(time, labels)
         last = self.features(z, condition).last
-        answer: Tensor = (
+        output: Tensor = (
             self.velocity(last, z, condition) if head == "velocity" else self.diffusion_head(last, condition)
         )
-        return answer
+        return output
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, N, C) to images (B, 3, S, S), nominally in [-1, 1], float32 at least."""
+        """Decodes latents (B, N, C) to images (B, 3, S, S), nominally in [-1, 1], in float32 or float64."""
         features = self.encoder.trunk(self.latent_embed(z) + self.decode_role)
         return at_least_float32(unpatchify(self.image_out(self.image_norm(features.last)), self.patch, self.channels))
 
 
 class DecodePass(nn.Module):
-    """The network in its third role, so that its cost is counted by itself.
+    """The network as a decoder, so that the cost of decoding is counted apart from denoising.
 
-    It owns no tensor, so its parameters count once.
+    The module owns no tensor, so that the shared parameters count once.
     """
 
     def __init__(self, network: DsdNetwork) -> None:
         super().__init__()
-        self.shared = (network,)  # in a tuple a module is not registered
+        self.shared = (network,)  # torch does not register a module in a tuple as a sub-module
 
     def forward(self, z: Tensor) -> Tensor:
         """Latents (B, N, C) to images."""

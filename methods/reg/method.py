@@ -218,7 +218,7 @@ class RepaMethod(SitMethod):
 
 
 class RegMethod(RepaMethod):
-    """REPA with one more token, the teacher's class token. It gets noise of the image's time; its velocity is predicted."""
+    """REPA with one more token: the teacher's class token, noised at the image's time. It predicts its velocity too."""
 
     config: RegConfig
     class_mean: Tensor

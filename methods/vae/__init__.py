@@ -1,3 +1,1 @@
-"""A small KL autoencoder: the tokenizer of the latent methods where no downloaded one is at hand
-(arXiv 1312.6114, 2112.10752).
-"""
+"""A small KL autoencoder: the latent methods' tokenizer without a download (arXiv 1312.6114, 2112.10752)."""

@@ -1,4 +1,4 @@
-"""The KL autoencoder's settings. Torch-free, so that `--help` is quick."""
+"""The KL autoencoder's settings. The module does not import torch, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ GROUP = 8  # channels that share a norm
 class VaeConfig:
     """The two networks and the terms of the loss, each relative to the mean absolute error of a pixel in [-1, 1]."""
 
-    #: channels of each level, fine to coarse; levels differ by a factor of 2
+    #: channels of each level, from fine to coarse; each level halves the side of the one before
     widths: list[int] = field(default_factory=lambda: [64, 128])
-    stem: int = 2  # pixels a side that the first level takes together
-    depth: int = 2  # residual blocks a level, in the encoder and in the decoder
+    stem: int = 2  # side in pixels of the patches that the first level starts from
+    depth: int = 2  # residual blocks of each level, in the encoder and in the decoder
     latent_channels: int = 8
-    kl: float = 1e-3  # weight of the nats, counted per number of the image
+    kl: float = 1e-3  # weight of the KL divergence, in nats for each number of the image
     perceptual: str = "embedded"  # none | embedded (EfficientNet-Lite0, in the package) | lpips | convnext
     perceptual_weight: float = 0.1
     perceptual_path: str | None = None  # file of the perceptual network's weights; none: the usual caches
-    adversarial: float = 0.0  # share of the discriminator's pull on the last layer; 0: no discriminator
-    adversarial_start: int = 0  # training images after which it is trained and part of the loss
-    #: channels of its layers; each but the first halves the side
+    #: norm of the adversarial gradient at the last layer, relative to the other terms' gradient; 0: no discriminator
+    adversarial: float = 0.0
+    #: training images after which the discriminator trains and the loss has the adversarial term
+    adversarial_start: int = 0
+    #: channels of the discriminator's layers; each layer but the first halves the side
     discriminator_widths: list[int] = field(default_factory=lambda: [32, 64, 128])
 
     def __post_init__(self) -> None:
@@ -46,13 +48,13 @@ class VaeConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels a side of one latent position."""
+        """Side of a latent position in pixels."""
         return self.stem * 2 ** (len(self.widths) - 1)
 
 
 @dataclass
 class VaeSample:
-    """Nothing is sampled: images go through the encoder's mean and the decoder."""
+    """No keys, because an autoencoder does not sample: it encodes images to the posterior's mean and decodes that."""
 
 
 SPEC = MethodSpec(

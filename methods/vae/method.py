@@ -1,8 +1,7 @@
-"""The autoencoder's training: reconstruction, perceptual distance, KL to a standard normal and,
-where asked for, a patch discriminator.
+"""The autoencoder's training: L1, perceptual distance, KL to a standard normal and, as an option, a discriminator.
 
-loss = mean |y - x| + w_p d(y, x) + w_kl KL(N(mean, std^2) || N(0, 1)) / numbers
-of the image + w_a * adaptive weight * (-mean D(y))
+loss = mean |y - x| + w_p d(y, x) + w_kl KL(N(mean, std^2) || N(0, 1)) / (numbers of the image)
+       + w_a * adaptive weight * (-mean D(y))
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ from pixlat.common.maths.float32 import without_autocast
 from pixlat.methods.base import Batch, DataInfo, Description, Method, ParamGroup, Pretrained
 from pixlat.methods.vae.config import VaeConfig, VaeSample
 
-STATISTICS_RATE = 0.005  # of the running moments of the latents; the last few hundred steps count
-MEASURED_IMAGES = 10_000  # at most, from which the moments of the latents are measured when the training is over
+STATISTICS_RATE = 0.005  # rate of the latents' running moments, which so cover the last few hundred steps
+MEASURED_IMAGES = 10_000  # most images for the measurement of the latents' moments after training
 
 
 class VaeMethod(GanPhases, Method):
     """Encoder and decoder, trained on single draws from the posterior.
 
-    The moments of the latents are followed during the training as batch norm follows its own,
-    and measured at its end with the evaluated average.
+    Training keeps running moments of the latents, as batch norm does. After training the method measures the moments
+    again, with the averaged weights that are evaluated.
     """
 
     phases: tuple[str, ...] = ("autoencoder", "discriminator")
@@ -60,7 +59,7 @@ class VaeMethod(GanPhases, Method):
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_square", torch.ones(config.latent_channels))
         self.perceptual = build_distance(config.perceptual, config.perceptual_path)
-        # Which networks there are depends on the losses.
+        # The terms of the loss determine which frozen networks there are.
         self.external = (
             {"perceptual": Pretrained("perceptual loss", "train", config.perceptual)} if self.perceptual else {}
         )
@@ -84,8 +83,9 @@ class VaeMethod(GanPhases, Method):
         return self.objective(x, z, mean, std, augmentation)
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Augmentation]:
-        """Mean and standard deviation of the posterior of images x (B, 3, S, S), one draw z from it,
-        each (B, C, h, h), and the augmentation.
+        """Mean and std of the posterior of images x (B, 3, S, S), one draw z from it, and the augmentation.
+
+        mean, std and z are (B, C, h, h).
         """
         mean, std = self.encoder(x)
         z = mean + std * torch.randn_like(mean)
@@ -94,9 +94,7 @@ class VaeMethod(GanPhases, Method):
     def objective(
         self, x: Tensor, z: Tensor, mean: Tensor, std: Tensor, augmentation: Augmentation
     ) -> dict[str, Tensor]:
-        """The autoencoder's loss for images x (B, 3, S, S) and draws z (B, C, h, h) from their posteriors,
-        with the terms that are on.
-        """
+        """The autoencoder's loss and its active terms, for images x (B, 3, S, S) and draws z (B, C, h, h)."""
         y = self.decoder(z)
         terms = {"l1": (y - x).abs().mean(), "kl": gaussian_kl(mean, std).sum() / x.numel()}
         loss = terms["l1"] + self.config.kl * terms["kl"]
@@ -112,7 +110,7 @@ class VaeMethod(GanPhases, Method):
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
     def discriminator_loss(self, x: Tensor, y: Tensor, augmentation: Augmentation) -> Tensor:
-        """The discriminator's hinge loss on real and rebuilt images, augmented alike."""
+        """The discriminator's hinge loss on real and reconstructed images, which get the same augmentation."""
         assert self.discriminator is not None
         return hinge_discriminator(
             self.discriminator(augment(x, augmentation)), self.discriminator(augment(y, augmentation))
@@ -120,16 +118,18 @@ class VaeMethod(GanPhases, Method):
 
     @torch.no_grad()
     def follow(self, mean: Tensor, std: Tensor) -> None:
-        """Moves the running first and second moment of each latent channel, of draws from the posterior,
-        towards the batch's.
+        """Moves the running first and second moments of each latent channel towards those of the batch.
+
+        They are the moments of draws from the posterior.
         """
         self.latent_mean.lerp_(mean.mean(dim=(0, 2, 3)), STATISTICS_RATE)
         self.latent_square.lerp_((mean.square() + std.square()).mean(dim=(0, 2, 3)), STATISTICS_RATE)
 
     @torch.no_grad()
     def after_training(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
-        """The moments of the latents that a tokenizer normalises with: of its own encoder, the evaluated average,
-        in float32 as it computes.
+        """The moments with which a tokenizer will normalise latents.
+
+        They are measured as the tokenizer computes: with the averaged weights that are evaluated, in float32.
         """
         wanted, seen = min(self.data.num_train, MEASURED_IMAGES), 0
         sums = torch.zeros(2, len(self.latent_mean), dtype=torch.float64, device="cpu")
@@ -171,5 +171,5 @@ class VaeMethod(GanPhases, Method):
 
 
 def gaussian_kl(mean: Tensor, std: Tensor) -> Tensor:
-    """KL(N(mean, std^2) || N(0, 1)) in nats for each number, of any shape."""
+    """KL(N(mean, std^2) || N(0, 1)) in nats for each number; tensors of any shape."""
     return 0.5 * (mean.square() + std.square() - 1) - std.log()
