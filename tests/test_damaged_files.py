@@ -230,7 +230,7 @@ def test_curves_without_digests_are_still_read(tmp_path):
         with pytest.raises(UserError, match="line 1: is not a point"):
             read_curve(file)
     file.write_text(curve_lines(points(2)).rstrip("\n"))
-    with pytest.raises(UserError, match="does not end with a whole line"):
+    with pytest.raises(UserError, match="its last line is incomplete"):
         read_curve(file)
 
 

@@ -162,7 +162,7 @@ def test_files_are_found_by_name_and_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("PIXLAT_EVAL_DIR", str(chosen))
     monkeypatch.setenv("TORCH_HOME", str(cache))
     with pytest.raises(
-        UserError, match=r"needs a\.pth \(https://example\.org/a\.pth, 7 bytes\).*weights=.*Nothing is downloaded"
+        UserError, match=r"needs a\.pth \(https://example\.org/a\.pth, 7 bytes\).*weights=.*pixlat does not download it"
     ):
         find(file)
     (cache / "hub" / "checkpoints" / "b.pth").write_bytes(content)

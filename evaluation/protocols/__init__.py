@@ -1,4 +1,4 @@
-"""What a number is: the identity of a protocol, the named protocols of the papers, and the files that they need.
+"""Protocols: the identity (hash) of a measurement, the named protocols of the papers, and the files that they need.
 
-No torch.
+Imports no torch.
 """

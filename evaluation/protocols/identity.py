@@ -1,16 +1,21 @@
-"""The identity of a measurement: everything that moves a number, as one JSON object, and its hash.
+"""The identity of a measurement: one JSON object with everything that changes a number, and its hash.
 
-Numbers with different hashes share no table.
+The leaderboard never puts numbers with different hashes into one table.
 
-In the hash: extractor (weights digest, resize, scaling), reference (digest of the data, split, class weights),
-how images are drawn, in what precision they are computed and how they become uint8, estimators and their seeds,
-the version of this evaluator. Where pixels pass through Pillow (real images in folders, tars and tables; an extractor
-that scales with it), a digest of what this machine's Pillow makes of a fixed picture (common/images/decoding.py):
-equal pixels, equal hash, whatever the version. Not in the hash:
-- names: of a protocol, of a data set's folder, the free text of a built reference. The digests say what the data are;
-- versions of PyTorch and of the machine: they move a score by about 1e-6 of it; a golden test keeps it so.
+The hash covers:
+- the extractor: the digest of its weights, its resize and its scaling;
+- the reference: the digest of the data, the split and the class weights;
+- the generated images: how labels are drawn, the precision of sampling and the conversion to uint8;
+- the estimators with their seeds, and the version of this evaluator;
+- Pillow, if it decodes the real images (folders, tars, tables) or if the extractor resizes with it. The hash then
+  covers a digest of a fixed picture as this machine's Pillow processes it (common/images/decoding.py). Versions of
+  Pillow that give equal pixels give equal hashes.
+The hash does not cover:
+- names: of a protocol, of a data set's folder, and the free text of a built reference. The digests identify the data;
+- the version of PyTorch and the machine. They change a score by about 1e-6 of its value, and a test checks this
+  against a stored value.
 
-Version 1 hashed names, and neither precision nor decoding; its records keep their hashes.
+Version 1 hashed names, but neither precision nor decoding. Its records keep their hashes.
 
 Imports no torch.
 """
@@ -22,26 +27,26 @@ import json
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-EVALUATOR_VERSION = 2  # raise on any change that moves a number; tests/test_evaluate.py has the golden value
+EVALUATOR_VERSION = 2  # increase it with any change that changes a number; tests/test_evaluate.py stores the value
 HASH_DIGITS = 12
 
-UINT8_RULES = {"round": "round_half_even", "truncate": "truncate"}  # by the value of `eval.uint8`
+UINT8_RULES = {"round": "round_half_even", "truncate": "truncate"}  # keyed by the value of `eval.uint8`
 
-# Settings of the estimators. The modules that compute read them from here: what is hashed is what is done.
+# Settings of the estimators. The modules that compute read them from here, so the hash covers the values in use.
 JACKKNIFE_GROUPS = 20
 IS_SPLITS = 10
 IS_SHUFFLE_SEED = 2020
-KID_COMPLETE_LIMIT = 5000  # images a side; beyond it subsets
+KID_COMPLETE_LIMIT = 5000  # images on each side; KID of larger sets uses subsets
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
 KID_SEED = 2020
 PRECISION_K = 3
 DENSITY_K = 5
-MAX_NEIGHBOURS = 10_000  # images a side for precision, recall, density, coverage, and for subsets of KID
+MAX_NEIGHBOURS = 10_000  # images on each side for precision, recall, density, coverage, and for subsets of KID
 CLASSIFIER_SHRINKAGE = 0.03
 MIND_PROJECTIONS = 1000
 MIND_SEED = 2020
-PSNR_CAP = 100.0  # dB, of an image that is identical to its original
+PSNR_CAP = 100.0  # dB, the value for an image that is identical to its original
 SSIM_WINDOW = 11  # pixels
 SSIM_SIGMA = 1.5  # pixels
 SSIM_K1, SSIM_K2 = 0.01, 0.03
@@ -50,7 +55,7 @@ FRECHET_ENTRY = {"fd": "plugin", "cov_ddof": 1, "dtype": "float64", "jackknife_g
 
 
 class Layer(Protocol):
-    """What an extractor computes, without its weights."""
+    """Describes which features an extractor computes, without its weights."""
 
     @property
     def id(self) -> str: ...
@@ -65,7 +70,7 @@ class Layer(Protocol):
 
 
 class ExtractorIdentity(Layer, Protocol):
-    """The part of evaluation.features.Extractor that is needed here, where torch is not imported."""
+    """The part of evaluation.features.extractor.Extractor that this module needs, without its import of torch."""
 
     @property
     def sha256(self) -> str: ...
@@ -83,14 +88,14 @@ def embedded_protocol(
     precision: str = "float32",
     decoding: str | None = None,
 ) -> dict[str, Any]:
-    """The embedded protocol: balanced labels against the training split of a data set,
-    every class of it weighted alike.
+    """The embedded protocol: it compares images of balanced labels with a data set's training split.
 
-    data: name of the data set; the digests determine images, labels and order of its splits,
-        the held-out one being that of the floor;
-    num_reference: training images; resolution: pixels; num_images: generated images, sampled in `precision` (float32,
-        tf32, bfloat16 or unknown);
-    decoding: `ImageSet.decoding` of the real images.
+    Every class of the training split has the same weight.
+
+    data: name of the data set; train_digest and heldout_digest: they determine images, labels and order of the two
+        splits; the floor uses the held-out split;
+    num_reference: number of training images; resolution: pixels; num_images: number of generated images;
+    precision: of sampling (float32, tf32, bfloat16 or unknown); decoding: `ImageSet.decoding` of the real images.
     """
     neighbours = {"n_ref": min(num_reference, MAX_NEIGHBOURS), "n_gen": min(num_images, MAX_NEIGHBOURS)}
     return {
@@ -135,10 +140,10 @@ def reconstruction_protocol(
     precision: str = "float32",
     decoding: str | None = None,
 ) -> dict[str, Any]:
-    """Images of a split against what encoding and decoding makes of them.
+    """The protocol that compares the images of a split with their reconstructions.
 
-    extractor: its entry; data_digest: determines the images and their order; perceptual:
-    id and digest of the network of the perceptual distance.
+    extractor: the result of `extractor_entry`; data_digest: determines the images and their order; perceptual: id and
+    digest of the network of the perceptual distance.
     """
     pixels = {"data_range": 255, "mean": "images"}
     ssim = {**pixels, "window": SSIM_WINDOW, "sigma": SSIM_SIGMA, "k1": SSIM_K1, "k2": SSIM_K2, "border": "none"}
@@ -166,7 +171,7 @@ def reconstruction_protocol(
 
 
 def samples_entry(num_images: int, label_law: str, label_order: str, uint8_rule: str, precision: str) -> dict[str, Any]:
-    """What a protocol says of the images that are evaluated."""
+    """The part of a protocol that describes the evaluated images."""
     return {
         "n": num_images,
         "label_law": label_law,
@@ -178,22 +183,23 @@ def samples_entry(num_images: int, label_law: str, label_order: str, uint8_rule:
 
 
 def kid_entry(num_reference: int, num_images: int) -> dict[str, Any]:
-    """How KID is estimated for sets of these sizes."""
+    """The part of a protocol that says how KID is estimated for sets of these sizes."""
     if max(num_reference, num_images) <= KID_COMPLETE_LIMIT:
         return {"estimator": "complete"}
     return {"estimator": "subsets", "subsets": KID_SUBSETS, "size": KID_SUBSET_SIZE, "seed": KID_SEED}
 
 
 def decoding_entry(decoding: str | None) -> dict[str, str]:
-    """What a protocol says of decoded images; nothing of those that are stored as numbers."""
+    """The part of a protocol that describes image decoding. It is empty for images that are stored as arrays."""
     return {} if decoding is None else {"decoding": decoding}
 
 
 def extractor_entry(
     extractor: Layer, sha256: str, comparable_with_inception_fid: bool = False, resize_digest: str | None = None
 ) -> dict[str, Any]:
-    """The extractor's part of every protocol; sha256 is that of its weights,
-    resize_digest that of Pillow's scaling where it uses that.
+    """The part of a protocol that describes the extractor.
+
+    sha256: of the weights; resize_digest: of Pillow's scaling, for an extractor that uses it.
     """
     return {
         "id": extractor.id,
@@ -210,9 +216,7 @@ def extractor_entry(
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys, no spaces, UTF-8, whole numbers as integers;
-    NaN and infinity are refused with ValueError.
-    """
+    """JSON with sorted keys, no spaces, UTF-8, and whole numbers as integers. Raises ValueError for NaN or infinity."""
     return json.dumps(_whole_numbers(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -230,14 +234,14 @@ def digest(value: Any) -> str:
 
 
 def protocol_hash(protocol: Mapping[str, Any]) -> str:
-    """What a table carries in its caption."""
+    """The hash that identifies a protocol; every table shows it in its caption."""
     return digest(without_names(protocol))[:HASH_DIGITS]
 
 
 def without_names(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """The protocol without what is written for people alone.
+    """The protocol without the names that only help human readers.
 
-    Records of version 1 were hashed with it, and keep their hashes.
+    Version 1 hashed the names as well. Its records keep their hashes, so their protocols are returned unchanged.
     """
     if protocol["evaluator_version"] < 2:
         return dict(protocol)
@@ -255,10 +259,10 @@ ESTIMATORS = {
 
 
 def metric_hash(protocol: Mapping[str, Any], metric: str) -> str:
-    """The identity of one metric: the protocol without the settings of other estimators,
-    so that KID compares where only k of recall differs.
+    """The identity of one metric: the hash of the protocol without the settings of other estimators.
 
-    A protocol's name is left out in every version: it moves nothing.
+    Two values of KID are therefore comparable even if the protocols differ in the k of recall. The protocol's name
+    is left out in every version, because it changes no number.
     """
     wanted = ESTIMATORS.get(metric, DISTANCE)
     estimator = {key: value for key, value in protocol["estimator"].items() if key in wanted}
@@ -267,8 +271,9 @@ def metric_hash(protocol: Mapping[str, Any], metric: str) -> str:
 
 
 def protocol_name(protocol: Mapping[str, Any]) -> str:
-    """For people, e.g. `embedded-v1/emoji32-train/n=1000/balanced#3fa2c8d01b7e`,
-    led by the protocol's own name where it has one.
+    """A readable name such as `embedded-v1/emoji32-train/n=1000/balanced#3fa2c8d01b7e`.
+
+    If the protocol has a name, that comes first.
     """
     samples = protocol["samples"]
     named = f"{protocol['name']}: " if "name" in protocol else ""

@@ -1,8 +1,8 @@
-"""The named protocols: how published scores are measured, each as data. Imports no torch.
+"""The named protocols: data that describe how published scores are measured. Imports no torch.
 
-`describe` fills a protocol with the digests of the files at hand and the number of images;
-its hash is the identity of the numbers (protocol.py).
-Digests of Inception, clean-fid's network and DINOv2 are those that independent public projects pin for the same files.
+`describe` completes a protocol with the digests of the user's files and the number of images. The hash of the result
+identifies the numbers (identity.py). The digests of Inception, clean-fid's network and DINOv2 are the same as those
+that independent public projects pin for these files.
 """
 
 from __future__ import annotations
@@ -29,59 +29,59 @@ from pixlat.evaluation.protocols.identity import (
 )
 from pixlat.evaluation.protocols.needed_files import NeededFile
 
-LARGE_GROUPS = 10  # of the jackknife at 2048 dimensions, where each costs seconds and 67 MB
+LARGE_GROUPS = 10  # jackknife groups at 2048 dimensions, where each group costs seconds and 67 MB
 
 
 @dataclass(frozen=True)
 class ExtractorCard:
-    """What an extractor is, without the network."""
+    """Describes an extractor without loading its network."""
 
     id: str
     layer: str
     resize: str
     scaling: str
     dims: int
-    num_classes: int  # 0: no classifier, no inception score
+    num_classes: int  # 0: the extractor has no classifier, so there is no inception score
     file: NeededFile
-    spatial_dims: int = 0  # of sFID's features
+    spatial_dims: int = 0  # number of features for sFID
     comparable_with_inception_fid: bool = False
 
     @property
     def sha256(self) -> str | None:
-        """Of the weights, where known."""
+        """The sha256 of the weights, or None if it is not known."""
         return self.file.sha256
 
 
 @dataclass(frozen=True)
 class ReferenceRule:
-    """Which real images a protocol compares with, and in which form their statistics come."""
+    """Names the real images of a protocol and the file format of their statistics."""
 
     id: str
-    # "adm" (mu, sigma, mu_s, sigma_s and 10,000 images), "mu_sigma", "ref_mu_sigma" (.npz files);
-    # "built" (by `pixlat reference build`)
+    # The file format. .npz files: "adm" (mu, sigma, mu_s, sigma_s and 10,000 images), "mu_sigma" and "ref_mu_sigma".
+    # Files of `pixlat reference build`: "built".
     kind: str
     split: str
     file: NeededFile
-    n_images: int | None = None  # None: as the file says
+    n_images: int | None = None  # None: the file gives the number
     crop: str = "adm_center_crop"
 
 
 @dataclass(frozen=True)
 class NamedProtocol:
-    """One way of measuring."""
+    """One published way to measure generated images."""
 
     name: str
     about: str
     extractor: ExtractorCard
     reference: ReferenceRule | None  # None: the originals of the reconstructions
     metrics: tuple[str, ...]
-    resolution: int | None  # pixels; None: whatever the images have, which must be what the reference has
+    resolution: int | None  # pixels; None: any size, which must be the same for the images and the reference
     label_law: str = "balanced"
     num_images: int = 50_000
 
     @property
     def files(self) -> tuple[NeededFile, ...]:
-        """What the user must bring."""
+        """The files that the user must provide."""
         return (self.extractor.file, *([self.reference.file] if self.reference else []))
 
 
@@ -228,11 +228,11 @@ _ALL = (
 )
 PROTOCOLS: Mapping[str, NamedProtocol] = {protocol.name: protocol for protocol in _ALL}
 RECONSTRUCTIONS = "rfid"
-EMBEDDED = "embedded"  # measured by evaluate.py against the data set of a run
+EMBEDDED = "embedded"  # score/embedded.py measures it against the data set of a run
 
 
 def get_protocol(name: str) -> NamedProtocol:
-    """A named protocol; an unknown name is a UserError with the nearest one."""
+    """The protocol with this name. Raises UserError with the nearest name if there is none."""
     if name not in PROTOCOLS:
         names = (EMBEDDED, *PROTOCOLS)
         raise UserError(f"protocol={name!r} is not known.{close_match(name, names)} Protocols: {', '.join(names)}.")
@@ -241,14 +241,14 @@ def get_protocol(name: str) -> NamedProtocol:
 
 @dataclass(frozen=True)
 class SampleRule:
-    """How the generated images were made, as far as it moves a number."""
+    """Everything about how the images were generated that can change a score."""
 
     n: int
     label_law: str  # balanced, random, unknown
     uint8_rule: str  # round_half_even, truncate, unknown
     container: str = "lossless"  # or lossy
-    precision: str = "unknown"  # float32, tf32, bfloat16, unknown: what the images were computed in
-    decoding: str | None = None  # of lossy files (common/images/decoding.py)
+    precision: str = "unknown"  # the precision of sampling: float32, tf32, bfloat16, unknown
+    decoding: str | None = None  # the digest of decoding, for lossy files (common/images/decoding.py)
 
 
 def describe(
@@ -260,11 +260,10 @@ def describe(
     samples: SampleRule,
     resize_digest: str | None = None,
 ) -> dict[str, Any]:
-    """The protocol in full, as records keep it.
+    """The complete protocol, as it stands in records.
 
-    reference: digests and counts of the file at hand (`reference_files.Reference.entry`); n_features:
-        real images whose features are known;
-    resize_digest: of an extractor that scales with Pillow.
+    reference: digests and counts of the user's file (`reference_files.Reference.entry`); n_features: number of real
+    images with known features; resize_digest: for an extractor that resizes with Pillow.
     """
     card = protocol.extractor
     estimator: dict[str, Any] = {"fd": "plugin", "cov_ddof": 1, "dtype": "float64", "jackknife_groups": LARGE_GROUPS}
@@ -305,7 +304,7 @@ def describe(
 def check_request(
     protocol: str, labels: str | None, uint8: str | None, precision: str | None, seeds: Sequence[int]
 ) -> None:
-    """The values that no type can check."""
+    """Raises UserError for values that have the right type but are not allowed."""
     if protocol != EMBEDDED:
         get_protocol(protocol)
     allowed = (
@@ -318,5 +317,6 @@ def check_request(
             raise UserError(f"{key}={value!r} is not one of {', '.join(options)}.")
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError(
-            f"seeds={list(seeds)}: at least one, all different and none negative, for example seeds=[0,1,2]."
+            f"seeds={list(seeds)} is not valid. Give at least one seed, all different and none negative, for example "
+            "seeds=[0,1,2]."
         )

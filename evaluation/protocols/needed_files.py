@@ -1,7 +1,7 @@
-"""The files that a protocol needs and that cannot come with the package: where they are to be had,
-where they are looked for, whether they are right.
+"""The files that a protocol needs and that the package cannot contain.
 
-Nothing here downloads. Imports no torch.
+For each file this module knows where to get it, finds it on this machine and checks its size and digest. It downloads
+nothing and imports no torch.
 """
 
 from __future__ import annotations
@@ -19,19 +19,17 @@ FOLDER_VARIABLE = "PIXLAT_EVAL_DIR"
 
 @dataclass(frozen=True)
 class NeededFile:
-    """One file that the user brings."""
+    """One file that the user must provide."""
 
-    role: str  # "weights" or "reference": the key of `pixlat evaluate` that names it
-    names: tuple[str, ...]  # base names under which it is known, the usual one first
-    source: str  # an address, or what to do
-    size: int | None = None  # bytes, where known
-    sha256: str | None = None  # where known
+    role: str  # "weights" or "reference": the key of `pixlat evaluate` that gives its path
+    names: tuple[str, ...]  # file names that are in use for it, the usual one first
+    source: str  # an address, or an instruction
+    size: int | None = None  # bytes; None: not known
+    sha256: str | None = None  # None: not known
 
 
 def search_folders() -> list[Path]:
-    """Where files are looked for: $PIXLAT_EVAL_DIR, then torch's cache,
-    where torch-fidelity and pytorch-fid put theirs.
-    """
+    """The folders to search: $PIXLAT_EVAL_DIR, then torch's cache, where torch-fidelity and pytorch-fid put files."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     torch_home = Path(os.environ.get("TORCH_HOME") or cache / "torch").expanduser()
     chosen = os.environ.get(FOLDER_VARIABLE)
@@ -39,9 +37,9 @@ def search_folders() -> list[Path]:
 
 
 def find(file: NeededFile, given: str | None = None) -> Path:
-    """The file's path: as given, or by its name in the search folders.
+    """The file's path: the given one, or the first file with one of its names in the search folders.
 
-    A UserError says what is wanted, from where, and which key names it.
+    If there is no file, a UserError says which file is needed, where to get it and which key gives its path.
     """
     if given is not None:
         path = Path(given).expanduser()
@@ -55,18 +53,18 @@ def find(file: NeededFile, given: str | None = None) -> Path:
     places = " or ".join(map(str, search_folders()))
     raise UserError(
         f"this protocol needs {wanted(file)}. Put it into {places}, or give its path as {file.role}=. "
-        "Nothing is downloaded here."
+        "pixlat does not download it."
     )
 
 
 def wanted(file: NeededFile) -> str:
-    """The file in words."""
+    """The file's name, source and size for a message."""
     size = f", {file.size:,} bytes" if file.size else ""
     return f"{file.names[0]} ({file.source}{size})"
 
 
 def checked(file: NeededFile, given: str | None = None) -> Path:
-    """The file's path, after its size and digest have been compared with what is known of it."""
+    """The file's path. Raises UserError if its size or digest differs from the known one."""
     path = find(file, given)
     if fault := fault_of(file, path):
         raise UserError(f"{path} {fault}. Get it again from {file.source}.")
@@ -74,16 +72,19 @@ def checked(file: NeededFile, given: str | None = None) -> Path:
 
 
 def fault_of(file: NeededFile, path: Path) -> str | None:
-    """What is wrong with the file at a path, or None; where neither size nor digest is known nothing can be."""
+    """Describes how the file at a path differs from the known size or digest; None if it does not differ.
+
+    If neither size nor digest is known, the result is None for every file.
+    """
     if file.size is not None and path.stat().st_size != file.size:
         return f"has {path.stat().st_size:,} bytes and not {file.size:,}"
-    if file.sha256 is not None and (found := sha256_of(path)) != file.sha256:
-        return f"has sha256 {found} and not {file.sha256}"
+    if file.sha256 is not None and (actual := sha256_of(path)) != file.sha256:
+        return f"has sha256 {actual} and not {file.sha256}"
     return None
 
 
 def fetch_plan(files: Sequence[NeededFile]) -> str:
-    """What to get from where, and whether it is there already."""
+    """Text that lists the files, where to get each one, and whether this machine has it."""
     return (
         "\n\n".join("\n".join(_plan(file)) for file in files)
         or "nothing: everything this protocol needs is in the package"
@@ -106,7 +107,7 @@ def _plan(file: NeededFile) -> list[str]:
 
 
 def verify(files: Sequence[NeededFile], given: dict[str, str | None]) -> tuple[list[str], bool]:
-    """A line for each file, and whether all are there and right."""
+    """(one line for each file, whether all files are there and correct)."""
     lines, good = [], True
     for file in files:
         try:

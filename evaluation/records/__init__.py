@@ -1,1 +1,1 @@
-"""What is written: records of runs and claims, curves, and the papers' published rows. No torch."""
+"""Reads and writes records of runs and claims, curves of scores, and the papers' published rows. Imports no torch."""

@@ -1,6 +1,6 @@
-"""The record of a checked claim, `claim.v1`: claim.json beside claim.png in a folder of its own.
+"""The record of a checked claim, `claim.v1`: each claim has a folder with claim.json and claim.png.
 
-Every string in it is data. Imports no torch.
+Every string in it is data, and nothing interprets it. Imports no torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _validator() -> Draft202012Validator:
 
 
 def validate(record: Any) -> None:
-    """Raises UserError with every fault."""
+    """Raises UserError with all faults of an invalid record."""
     if faults := [
         f"{'.'.join(map(str, error.instance_path)) or 'record'}: {error.message[:300]}"
         for error in _validator().iter_errors(record)
@@ -38,12 +38,12 @@ def validate(record: Any) -> None:
 
 
 def write_claim(record: Mapping[str, Any], folder: Path) -> Path:
-    """Writes claim.json, whole or not at all."""
+    """Writes claim.json atomically: after an interruption there is either the complete file or no new file."""
     return write_whole(folder / CLAIM_FILE, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_claim(path: Path) -> ClaimRecord:
-    """A valid record, or a UserError that names the file and the fault."""
+    """Reads a valid record. Raises UserError with the file and the fault otherwise."""
     try:
         record = read_json(path, MAX_CLAIM_BYTES)
         validate(record)
@@ -53,8 +53,9 @@ def read_claim(path: Path) -> ClaimRecord:
 
 
 def read_claims(runs: Path, left_out: list[str]) -> list[tuple[ClaimRecord, Path]]:
-    """The newest record of each claim below a folder, in the order of names, with its folder;
-    what is broken is named in `left_out`.
+    """The newest record of each claim below a folder, with the record's folder, sorted by name.
+
+    It appends a message to `left_out` for every record that it cannot read.
     """
     newest: dict[str, tuple[ClaimRecord, Path]] = {}
     for path in sorted(runs.rglob(CLAIM_FILE)):

@@ -1,16 +1,16 @@
-"""`curve.jsonl`: the scores of a run while it trained, beside its record.
+"""`curve.jsonl`: the scores of a run during its training. The file lies beside the run's record.
 
-One JSON object a line, in the order of training; imports no torch.
+Every line is one JSON object, and lines are in the order of training. Imports no torch.
 
     {"images": 64000, "macs_train": 8700000000000, "protocol_hash": "865ea3e3a082",
      "metrics": {"fd_embedded": {"value": 812.4, ...}}, "digest": "..."}
 
 images         training images seen, above 0
-macs_train     MACs of training up to here, as `train.macs_total` of the record counts them:
-               this run, without earlier stages
-protocol_hash  of the evaluation; points of another protocol than the record's are not compared with it
-metrics        as in the record: value, n, unit, and se, value_bc, ... where known
-digest         sha256 of the canonical JSON of the rest; lines that were written before there was one have none
+macs_train     MACs of this run's training up to this point, counted as in `train.macs_total` of the record:
+               earlier stages do not count
+protocol_hash  of the evaluation; a point is compared with the record only if both have the same hash
+metrics        as in the record: value, n, unit, and, if known, se, value_bc, ...
+digest         sha256 of the canonical JSON of the other fields; lines of early versions have no digest
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from pixlat.evaluation.protocols.identity import digest
 
 CURVE = "curve.jsonl"
 KEYS = {"images", "macs_train", "protocol_hash", "metrics"}
-LARGEST = 1e30  # of every number, as in records
+LARGEST = 1e30  # the largest absolute value of any number, as in records
 
 CurvePoint: TypeAlias = dict[str, Any]
 
 
 def curve_lines(points: list[CurvePoint]) -> str:
-    """The text of a file."""
+    """The text of a curve.jsonl file with these points."""
     return "".join(json.dumps(point | {"digest": digest(point)}) + "\n" for point in points)
 
 
 def read_curve(path: Path) -> list[CurvePoint]:
-    """The points of a file, none where there is no file.
+    """The points of a file, or an empty list if there is no file.
 
-    A line of another form, or one that was changed, is a UserError that names it.
+    Raises UserError with the line's number for a line that is no point or that was changed after it was written.
     """
     if not path.exists():
         return []
     text = read_text(path, MAX_TEXT_BYTES)
     *lines, rest = text.split("\n")
-    # written whole; the last line of an older file may have been cut short by a kill and is left out
+    # Files are written atomically today. In an older file a kill may have cut the last line, which we then ignore.
     if rest and '"digest"' in text:
-        raise UserError(f"{path} does not end with a whole line: it is damaged. Restore the file, or remove it.")
+        raise UserError(f"{path} is damaged: its last line is incomplete. Restore the file, or remove it.")
     return [_point(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 
@@ -54,12 +54,12 @@ def _point(line: str, where: str) -> CurvePoint:
     try:
         point = parse_json(line)
         expected = point.pop("digest", None) if isinstance(point, dict) else None
-        found = digest(point)
+        actual = digest(point)
     except (ValueError, RecursionError) as error:  # a UserError is a ValueError
         raise UserError(f"{where}: cannot be read as a point of a curve: {error}") from error
     if not _is_point(point):
-        raise UserError(f"{where}: is not a point of a curve; evaluation/records/curve.py says what a line holds.")
-    if expected not in (None, found):
+        raise UserError(f"{where}: is not a point of a curve; evaluation/records/curve.py describes the lines.")
+    if expected not in (None, actual):
         raise UserError(
             f"{where}: was changed after it was written: its digest does not fit. Restore the file, or remove it."
         )

@@ -1,9 +1,9 @@
-"""The papers' own numbers (`published.csv`): shown with source, table and status, never ranked,
-never beside a measured row. Imports no torch.
+"""The numbers that papers report (`published.csv`). Imports no torch.
 
-Every value is as printed in the source that the row names. status: seen-primary (in the authors' paper,
-page or repository), seen-secondary (in another paper's table), unverified (not seen).
-A field named in unverified_fields was not seen in the source.
+The leaderboard shows them with source, table and status. It never ranks them and never puts them beside a measured
+row. Every value is as printed in the source that the row names. status says where we saw the numbers: seen-primary
+(in the authors' paper, page or repository), seen-secondary (in another paper's table) or unverified (nowhere).
+unverified_fields lists the fields that we did not see in the source.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PublishedRow: TypeAlias = dict[str, str]
 
 
 def read_published(path: Path = FILE) -> list[PublishedRow]:
-    """The rows in file order. A file that is not one of ours is a UserError."""
+    """The rows in file order. Raises UserError for a file that is not such a table."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file, strict=True))

@@ -1,8 +1,6 @@
 """The record of one run, `result.v1`: one JSON object per row of the leaderboard, described by result.v1.schema.json.
 
-Imports no torch.
-
-Every string in a record is data: nothing here or in the leaderboard interprets it.
+Every string in a record is data: nothing here or in the leaderboard interprets it. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,8 +21,8 @@ from pixlat.common.errors import UserError
 from pixlat.common.files import read_json
 from pixlat.evaluation.protocols.identity import digest, protocol_hash
 
-RESULT = "result.json"  # the record's name in a run's folder
-MAX_RECORD_BYTES = 2**24  # a record with many seeds has some ten thousand
+RESULT = "result.json"  # the record's file name in a run's folder
+MAX_RECORD_BYTES = 2**24  # a record with many seeds has about ten thousand bytes
 SCHEMA = "result.v1"
 SCHEMA_FILE = Path(__file__).with_name(f"{SCHEMA}.schema.json")
 
@@ -33,12 +31,13 @@ Metric: TypeAlias = dict[str, Any]  # value, value_bc, se, n, unit, ...: the rec
 
 
 class RecordError(UserError):
-    """A record that is broken, invalid or altered."""
+    """A record is damaged, invalid or was changed after it was written."""
 
 
 def build_record(fields: Mapping[str, Any]) -> Record:
-    """A complete, valid record from all fields but schema, kind, created_utc, protocol_hash and row_id,
-    which are filled in where absent.
+    """A complete, valid record with these fields.
+
+    Missing schema, kind, created_utc and protocol_hash get their default; row_id is always computed.
     """
     protocol = fields.get("protocol")
     record: Record = {
@@ -59,13 +58,15 @@ def row_id(record: Mapping[str, Any]) -> str:
         return digest({key: value for key, value in record.items() if key != "row_id"})
     except ValueError as error:
         raise RecordError(
-            f"record: NaN and infinity are not allowed ({error}). Use null for what was not measured."
+            f"record: NaN and infinity are not allowed ({error}). Use null for a number that was not measured."
         ) from error
 
 
 def validate(record: Any) -> None:
-    """Raises RecordError with every fault: wrong or missing or unknown fields, a hash that does not fit the protocol,
-    a row_id that does not fit the row.
+    """Raises RecordError for an invalid record.
+
+    Faults are wrong, missing or unknown fields, a hash that does not fit the protocol, and a row_id that does not fit
+    the other fields.
     """
     faults = [
         f"{'.'.join(map(str, error.instance_path)) or 'record'}: {error.message[:300]}"
@@ -79,7 +80,7 @@ def validate(record: Any) -> None:
             f"of the protocol, {protocol_hash(record['protocol'])}"
         )
     if record["row_id"] != row_id(record):
-        raise RecordError("row_id: does not fit the row, which was changed after it was written")
+        raise RecordError("row_id: does not fit the other fields, so the record was changed after it was written")
 
 
 @cache
@@ -88,7 +89,7 @@ def _validator() -> Draft202012Validator:
 
 
 def write_record(record: Record, path: Path) -> None:
-    """Validates, then writes a file that is never seen half-written."""
+    """Validates the record, then writes it atomically, so that no reader sees an incomplete file."""
     validate(record)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -100,7 +101,7 @@ def write_record(record: Record, path: Path) -> None:
 
 
 def read_record(path: Path) -> Record:
-    """A valid record, or RecordError that names the file and the fault."""
+    """Reads a valid record. Raises RecordError with the file and the fault otherwise."""
     try:
         record = read_json(path, MAX_RECORD_BYTES)
         validate(record)
@@ -112,12 +113,13 @@ def read_record(path: Path) -> Record:
 
 
 # -- CSV ---------------------------------------------------------------------------------------------------------------
-# One column a leaf, nested keys joined by dots (a dot within a key is "\."). A cell is JSON, or a plain string where
-# that is unambiguous and harmless in a spreadsheet; an empty cell is an absent field. Lists stay JSON in one cell.
+# Every leaf of a record has a column, whose name joins the nested keys with dots (a dot within a key becomes "\.").
+# A cell holds JSON. A string stands there without quotes if it cannot be mistaken for JSON and is harmless in a
+# spreadsheet. An empty cell is an absent field. A list is JSON in one cell.
 
 
 def to_csv(records: Iterable[Record]) -> str:
-    """The records flattened; `from_csv` gives them back unchanged."""
+    """The records as CSV; `from_csv` restores them exactly."""
     rows = [flatten_record(record) for record in records]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO(newline="")
@@ -128,7 +130,7 @@ def to_csv(records: Iterable[Record]) -> str:
 
 
 def from_csv(text: str) -> list[Record]:
-    """What `to_csv` was given."""
+    """The records from which `to_csv` made this text."""
     header, *rows = csv.reader(io.StringIO(text, newline=""))
     columns = [_parse(name) for name in header]
     return [
@@ -172,8 +174,10 @@ _PLAIN, _ASCII = (json.JSONEncoder(ensure_ascii=ascii, allow_nan=False).encode f
 
 
 def _cell(value: Any) -> str:
-    """A string stays plain unless it would read as JSON, looks like a spreadsheet formula,
-    or holds anything unprintable.
+    """The text of a cell.
+
+    A string stays without quotes unless it reads as JSON, looks like a spreadsheet formula or has unprintable
+    characters.
     """
     if not isinstance(value, str):
         return _ASCII(value)
