@@ -213,7 +213,7 @@ def test_what_was_changed_is_named(finished, tmp_path, program):
     with pytest.raises(UserError, match=r"Changed since: train.weight_decay: 0.0 -> 0.5\."):
         saved_run(tmp_path / "mine", {})
     file.write_text(file.read_text().replace("guidance: 1.5", "guidance: 2.0"))
-    with pytest.raises(UserError, match=r"Which setting was changed cannot be told\."):
+    with pytest.raises(UserError, match=r"The changed setting could not be found\."):
         saved_run(tmp_path / "mine", {})
     settings = [
         f"{key}={value if key in ('method', 'preset') else json.dumps(value)}"

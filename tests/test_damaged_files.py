@@ -276,7 +276,7 @@ HOSTILE = {
     "method 99": (lambda path: patched(path, 8, b"\x63\x00"), "compression method"),
     "negative shape": (
         lambda path: archived(path, "arr_0.npy", npy("(-4, 2, 2, 3)", data=bytes(48))),
-        "which no array has",
+        "the impossible shape",
     ),
     "boolean shape": (
         lambda path: archived(path, "arr_0.npy", npy("(True, 2, 2, 3)", data=bytes(12))),

@@ -276,8 +276,8 @@ def test_images_without_a_protocol_are_told_what_they_are_compared_with(place, t
 def test_images_of_the_wrong_size_are_refused(place, toy_protocol, tmp_path):
     np.savez(tmp_path / "large.npz", np.zeros((30, 16, 16, 3), dtype=np.uint8))
     for arguments, message in (
-        (["protocol=toy", f"reference={toy_protocol}"], "8 px and the generated images have 16 px"),
-        (["protocol=adm256"], "is for 256 px and the images have 16 px"),
+        (["protocol=toy", f"reference={toy_protocol}"], "8 px, but the generated images have 16 px"),
+        (["protocol=adm256"], "is for 256 px, but the images have 16 px"),
         (
             ["protocol=embedded", "data.name=folder", f"data.path={place}/data", "data.image_size=8"],
             "the images have 16 px and those of data 8 px",

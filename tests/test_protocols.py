@@ -416,7 +416,7 @@ def test_a_built_reference_comes_back_and_fits_nothing_else(tmp_path):
     )
     assert read.entry == made.entry and read.entry["n_images"] == 40
     assert torch.allclose(read.pooled.cov, torch.cov(extractor(images).pooled.double().T))
-    with pytest.raises(UserError, match="8 px and the generated images have 16"):
+    with pytest.raises(UserError, match="8 px, but the generated images have 16"):
         read_built(path, extractor, 16)
     extractor.sha256 = "1" * 64
     with pytest.raises(UserError, match="was built with the extractor"):

@@ -1,4 +1,4 @@
-"""NumPy archives made by somebody else: read without unpickling, a large array streamed and never held whole."""
+"""Reads .npz archives of unknown origin: nothing is unpickled, and a large array is streamed in chunks."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from pixlat.evaluation.features.ranks import rank_and_size
 IMAGES = "arr_0"  # where np.savez puts an array without a name
 LABELS = "labels"  # beside them in what `pixlat sample` writes
 MAX_IMAGES, MAX_RESOLUTION = 10**8, 8192
-MAX_CHUNK_BYTES = 2**28  # of images read at once
-MAX_HEADER_BYTES = 10_000  # of an array, as NumPy has it
-MAX_MEMBERS = 1000  # arrays of an archive
+MAX_CHUNK_BYTES = 2**28  # largest number of bytes of images to read at once
+MAX_HEADER_BYTES = 10_000  # largest header of an array, the same limit as NumPy's
+MAX_MEMBERS = 1000  # largest number of arrays in an archive
 KINDS = {
     "ADM's reference (protocols adm256, adm512)": {"mu", "sigma", "mu_s", "sigma_s", IMAGES},
     "JiT's or MAR's statistics (protocols jit256, jit512)": {"mu", "sigma"},
@@ -37,7 +37,7 @@ KINDS = {
 class NpzImages:
     """The images of an ADM-style .npz: `arr_0`, uint8 (N, H, W, 3), compressed or not.
 
-    Anything else is a UserError at once.
+    The constructor raises UserError for anything else.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,7 +51,7 @@ class NpzImages:
             )
         if shape[0] > MAX_IMAGES or shape[1] > MAX_RESOLUTION:
             raise UserError(
-                f"{path}: {IMAGES} is {shape}, and at most {MAX_IMAGES:,} images of {MAX_RESOLUTION:,} px are read."
+                f"{path}: {IMAGES} is {shape}, but the limit is {MAX_IMAGES:,} images of {MAX_RESOLUTION:,} px."
             )
         self.shape = shape
 
@@ -77,8 +77,9 @@ class NpzImages:
         return np.frombuffer(data, dtype=member.dtype).astype(np.int64)
 
     def batches(self, size: int = 128, positions: NDArray[np.int64] | None = None) -> Iterator[ImageBatch]:
-        """This process's share of the images, or of those at ascending positions with their places among these;
-        `size` are read at a time.
+        """This process's share of the images in batches of at most `size`, with the index of each image.
+
+        positions: if given, only these images (ascending). Their index is then the place in `positions`.
         """
         rank, ranks = rank_and_size()
         chosen = np.arange(len(self)) if positions is None else positions
@@ -103,8 +104,8 @@ def read_floats(path: Path, key: str, shape: tuple[int, ...]) -> NDArray[np.floa
     """A finite floating-point array of this shape from an .npz, as float64."""
     with _member(path, key) as member:
         if member.shape != shape or member.dtype.kind != "f":
-            told = f"{member.dtype} {member.shape}, but floating point {shape} is wanted"
-            raise UserError(f"{path}: {key} is {told}. These are not statistics of this extractor.")
+            actual = f"{member.dtype} {member.shape}, but it must be floating point {shape}"
+            raise UserError(f"{path}: {key} is {actual}. These are not statistics of this extractor.")
         data, dtype = member.read(member.num_bytes), member.dtype
         member.finish()
     array = np.frombuffer(data, dtype=dtype).reshape(shape).astype(np.float64)
@@ -114,14 +115,14 @@ def read_floats(path: Path, key: str, shape: tuple[int, ...]) -> NDArray[np.floa
 
 
 def describe_arrays(path: Path) -> list[str]:
-    """A line for each member: name, type, shape, or why it is no plain array; and what file this looks like."""
+    """One line for each member with its name, type and shape, and a last line that guesses the kind of file."""
     names = _names(path)
     keys = {name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)}
     lines = [_describe(path, name) for name in names]
     for kind, wanted in KINDS.items():
         if wanted <= keys:
             return [*lines, f"looks like {kind}"]
-    return [*lines, "not a file of statistics or samples that is known here"]
+    return [*lines, "not a known file of statistics or samples"]
 
 
 def _describe(path: Path, name: str) -> str:
@@ -139,7 +140,7 @@ SUFFIX = ".npy"
 
 @dataclass(frozen=True)
 class _Member:
-    """One array of an archive, its header read, its data in C order to come."""
+    """One array of an archive. Its header has been read; `stream` continues with its data in C order."""
 
     path: Path
     stream: IO[bytes]
@@ -148,11 +149,11 @@ class _Member:
 
     @property
     def num_bytes(self) -> int:
-        """Of the data."""
+        """Size of the data."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, count: int) -> bytes:
-        """The next bytes, exactly so many."""
+        """The next `count` bytes. Raises UserError if the file ends earlier."""
         with _sentences(self.path):
             data = self.stream.read(count)
         if len(data) != count:
@@ -160,7 +161,7 @@ class _Member:
         return data
 
     def finish(self) -> None:
-        """Reads to the end, where the archive's checksum is compared."""
+        """Reads to the end, so that zipfile compares the checksum."""
         with _sentences(self.path):
             while self.stream.read(MAX_CHUNK_BYTES):
                 pass
@@ -168,13 +169,13 @@ class _Member:
 
 @contextmanager
 def _sentences(path: Path) -> Iterator[None]:
-    """Whatever fails within is a UserError that names the file."""
+    """Turns every exception of the block into a UserError that names the file."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        # zipfile, its decompressors and NumPy's header meet damaged bytes with whatever they lead to
+        # damaged bytes make zipfile, its decompressors and NumPy's header parser raise exceptions of many types
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         raise UserError(
             f"{path} cannot be read as .npz: {reason}. Copy the file again, or save its arrays with np.savez."
@@ -186,15 +187,13 @@ def _names(path: Path) -> list[str]:
     with _sentences(path), open_regular(path) as file, zipfile.ZipFile(file) as archive:
         names = archive.namelist()
     if len(names) > MAX_MEMBERS:
-        raise UserError(f"{path} holds {len(names):,} files, and at most {MAX_MEMBERS:,} arrays are expected.")
+        raise UserError(f"{path} holds {len(names):,} files, but the limit is {MAX_MEMBERS:,}.")
     return names
 
 
 @contextmanager
 def _member(path: Path, key: str) -> Iterator[_Member]:
-    """One array; damage that shows on opening, and data that are fewer or more than the header says,
-    are a UserError.
-    """
+    """Opens one array. Raises UserError for a damaged archive and for data that do not fit the header's shape."""
     names = [name.removesuffix(SUFFIX) for name in _names(path) if name.endswith(SUFFIX)]
     if key not in names:
         held = ", ".join(name if name.isprintable() else ascii(name) for name in names[:8])
@@ -217,31 +216,31 @@ def _member(path: Path, key: str) -> Iterator[_Member]:
 
 
 def _header(path: Path, key: str, stream: IO[bytes]) -> tuple[tuple[tuple[int, ...], np.dtype[np.generic]], int]:
-    """((shape, dtype), its own bytes) of the array that follows, in C order.
+    """((shape, dtype), bytes of the header) of the array that follows in the stream, which must be in C order.
 
-    An object array has no other form than a pickle and is refused.
+    Raises UserError for an array of objects, because reading it would need pickle.
     """
     start = stream.read(8)  # magic, and the version of the format
     width, read = (
         (2, np.lib.format.read_array_header_1_0) if start[6:7] == b"\1" else (4, np.lib.format.read_array_header_2_0)
     )
     length = stream.read(width)
-    told = int.from_bytes(length, "little")
+    header_bytes = int.from_bytes(length, "little")
     if (
         start[:6] != np.lib.format.MAGIC_PREFIX
         or start[6:7] not in (b"\1", b"\2", b"\3")
         or len(length) != width
-        or told > MAX_HEADER_BYTES
+        or header_bytes > MAX_HEADER_BYTES
     ):
-        raise UserError(f"{path}: {key} is not a NumPy array: it has no header of one. Save it again with np.savez.")
-    content = start + length + stream.read(told)
+        raise UserError(f"{path}: {key} is not a NumPy array: it has no valid header. Save it again with np.savez.")
+    content = start + length + stream.read(header_bytes)
     shape, fortran, dtype = read(io.BytesIO(content[8:]))
     if dtype.hasobject:
         raise UserError(
-            f"{path}: {key} holds Python objects, which would have to be unpickled; a plain array is wanted."
+            f"{path}: {key} holds Python objects, which pixlat does not unpickle. Save a plain array of numbers."
         )
     if fortran and len(shape) > 1:
         raise UserError(f"{path}: {key} is stored column by column. Save it again with np.ascontiguousarray.")
     if any(type(length) is not int or length < 0 for length in shape):
-        raise UserError(f"{path}: {key} has the shape {shape}, which no array has. Save it again with np.savez.")
+        raise UserError(f"{path}: {key} has the impossible shape {shape}. Save it again with np.savez.")
     return (shape, dtype), len(content)

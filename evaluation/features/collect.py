@@ -1,4 +1,4 @@
-"""From a stream of images to their features and moments, over any number of processes. Images are never stored."""
+"""Extracts features and moments of a stream of images on any number of processes, without storing the images."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ImageBatch: TypeAlias = tuple[Tensor, Tensor]  # images (B, 3, H, W) uint8, thei
 
 @dataclass(frozen=True)
 class Collected:
-    """On the CPU of every process, in the order of the indices."""
+    """The results of `collect`, on the CPU of every process, in the order of the indices."""
 
     moments: Moments  # of all images
-    features: Tensor  # (m, D) float32, of the images that were kept
-    logits: Tensor  # (m, C) float32
-    spatial: Moments | None = None  # of the spatial features of all images, where they were asked for
+    features: Tensor  # (m, D) float32, of the images that `keep` selects
+    logits: Tensor  # (m, C) float32, of the same images
+    spatial: Moments | None = None  # of the spatial features of all images; None if `spatial_dims` was 0
 
 
 def collect(
@@ -39,27 +39,27 @@ def collect(
     groups: int = JACKKNIFE_GROUPS,
     spatial_dims: int = 0,
 ) -> Collected:
-    """Extracts features of images 0 .. num_images - 1, each of which exactly one process must deliver.
+    """Extracts features of images 0 .. num_images - 1. Exactly one process must deliver each of them.
 
-    weights: (num_images,) for the moments, default 1; keep: (num_images,) bool,
-        whose features and logits are returned, default all;
-    spatial_dims: of the extractor's spatial features, whose moments are wanted too; 0 leaves them.
+    weights: (num_images,) weights for the moments, default 1; keep: (num_images,) bool, selects the images whose
+    features and logits are returned, default all; spatial_dims: dimensions of the extractor's spatial features, whose
+    moments are collected as well; 0: they are not.
     """
     moments = Moments.zeros(extractor.dims, groups)
     spatial = Moments.zeros(spatial_dims, groups) if spatial_dims else None
     seen = [torch.empty(0, dtype=torch.int64)]  # a process may get no image at all
     kept, features, logits = [seen[0]], [torch.empty(0, extractor.dims)], [torch.empty(0, extractor.num_classes)]
     for batch, indices in images:
-        found = extractor(batch).cpu()
+        output = extractor(batch).cpu()
         w = None if weights is None else weights[indices]
-        moments.add(found.pooled, indices, w)
-        if spatial is not None and found.spatial is not None:
-            spatial.add(found.spatial, indices, w)
+        moments.add(output.pooled, indices, w)
+        if spatial is not None and output.spatial is not None:
+            spatial.add(output.spatial, indices, w)
         chosen = slice(None) if keep is None else keep[indices]
         seen.append(indices)
         kept.append(indices[chosen])
-        features.append(found.pooled[chosen])
-        logits.append(found.logits[chosen])
+        features.append(output.pooled[chosen])
+        logits.append(output.logits[chosen])
     for sums in filter(None, (moments, spatial)):
         sums.all_reduce()
     check_complete(gather_rows(torch.cat(seen)), num_images)
@@ -68,7 +68,7 @@ def collect(
 
 
 def check_complete(indices: Tensor, num_images: int) -> None:
-    """Every index once: a missing or doubled image would move a score unnoticed."""
+    """Raises UserError unless every index occurs once: a missing or repeated image would silently change a score."""
     counts = torch.bincount(indices, minlength=num_images)
     if len(counts) > num_images or bool((counts != 1).any()):
         missing, doubled = int((counts == 0).sum()), int((counts > 1).sum())
@@ -81,9 +81,9 @@ def check_complete(indices: Tensor, num_images: int) -> None:
 def batches(
     fetch: Callable[[range], Tensor | NDArray[np.uint8]], num_images: int, size: int = 128
 ) -> Iterator[ImageBatch]:
-    """This process's share of stored images, `size` at a time; fetch: positions -> images (B, 3, H, W) uint8.
+    """This process's share of stored images, in batches of `size`.
 
-    For an array it is `array.__getitem__`.
+    fetch: maps positions to images (B, 3, H, W) uint8; for an array it is `array.__getitem__`.
     """
     rank, ranks = rank_and_size()
     for start in range(rank * size, num_images, ranks * size):

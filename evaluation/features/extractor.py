@@ -1,6 +1,6 @@
-"""Feature extractors: uint8 images in, features out.
+"""Feature extractors: they map uint8 images to features.
 
-A metric is defined by its extractor, so each has an id and the digest of its weights.
+A metric depends on its extractor, so each extractor has an id and the digest of its weights.
 """
 
 from __future__ import annotations
@@ -15,31 +15,32 @@ from torch import Tensor, nn
 
 from pixlat.common.frozen import efficientnet_lite0 as lite0
 
-# images a forward; more run slower on a CPU because their activations leave its caches (32: -25 %, 64: -45 %)
+# Images per forward pass. Larger chunks are slower on a CPU, because their activations do not fit into its caches
+# (32 images: -25 %, 64: -45 %).
 CPU_CHUNK = 16
 ACCELERATOR_CHUNK = 256
 
 
 class Features(NamedTuple):
-    """What an extractor finds in a batch of images."""
+    """The outputs of an extractor for a batch of images."""
 
     pooled: Tensor  # (B, D) float32
-    logits: Tensor  # (B, C) float32, of the extractor's own classifier
-    spatial: Tensor | None = None  # (B, S) float32, a map of features with its positions, for sFID
+    logits: Tensor  # (B, C) float32, of the extractor's classifier
+    spatial: Tensor | None = None  # (B, S) float32, a flattened feature map, for sFID
 
     def cpu(self) -> Features:
-        """The same on the CPU."""
+        """A copy on the CPU."""
         return Features(self.pooled.cpu(), self.logits.cpu(), None if self.spatial is None else self.spatial.cpu())
 
 
 def joined(parts: Sequence[Features]) -> Features:
-    """The features of consecutive batches as one."""
+    """Concatenates the features of consecutive batches."""
     pooled, logits, spatial = zip(*parts, strict=True)
     return Features(torch.cat(pooled), torch.cat(logits), None if spatial[0] is None else torch.cat(spatial))
 
 
 class Extractor(Protocol):
-    """What the evaluator asks of an extractor. Everything but `device` is part of the protocol's identity."""
+    """The interface of an extractor. Everything but `device` is part of the protocol's identity."""
 
     id: str
     sha256: str  # of the weights file
@@ -47,7 +48,7 @@ class Extractor(Protocol):
     resize: str
     scaling: str
     dims: int
-    num_classes: int  # of its classifier
+    num_classes: int  # number of classes of its classifier
     comparable_with_inception_fid: bool
     resize_digest: str | None
     device: torch.device
@@ -60,21 +61,22 @@ class Extractor(Protocol):
 
 
 class NetworkExtractor:
-    """An extractor that is one frozen network: checks, chunks and computes in float32 whatever
-    the run around it chose.
+    """An extractor with one frozen network.
+
+    It checks its input, splits it into chunks and computes in float32, whatever precision the caller has set.
     """
 
     comparable_with_inception_fid = False
-    resize_digest: str | None = None  # of one that scales with Pillow (common/images/decoding.py)
+    resize_digest: str | None = None  # for an extractor that resizes with Pillow (common/images/decoding.py)
 
     def __init__(self, network: nn.Module, device: torch.device | str) -> None:
         self.device = torch.device(device)
         self.network = network.to(self.device)
 
     def __call__(self, images: Tensor) -> Features:
-        """images: (B, 3, H, W) uint8.
+        """The features of images (B, 3, H, W) uint8.
 
-        Computed in float32, TF32 off, outside any autocast, in chunks that suit the device.
+        Computes in float32 without TF32 and without autocast, in chunks whose size suits the device.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise TypeError(f"the extractor takes uint8 images (B, 3, H, W), not {images.dtype} {tuple(images.shape)}")
@@ -84,7 +86,7 @@ class NetworkExtractor:
             return joined(map_on_threads(self._chunk, chunks) if on_cpu else [self._chunk(chunk) for chunk in chunks])
 
     def _chunk(self, images: Tensor) -> Features:
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):  # both are settings of the thread
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):  # both apply to this thread only
             return self.extract(images)
 
     def extract(self, images: Tensor) -> Features:
@@ -93,7 +95,7 @@ class NetworkExtractor:
 
 
 class EmbeddedExtractor(NetworkExtractor):
-    """EfficientNet-Lite0 at 128 px: needs no download. Its distances compare inside this project only."""
+    """EfficientNet-Lite0 at 128 px, which needs no download. Compare its distances inside this project only."""
 
     id = "embedded-v1"
     sha256 = lite0.WEIGHTS_SHA256
@@ -112,11 +114,11 @@ class EmbeddedExtractor(NetworkExtractor):
 
 
 def map_on_threads(function: Callable[[Tensor], Features], chunks: Sequence[Tensor]) -> list[Features]:
-    """One thread a chunk instead of all threads on one operation, for as many threads as PyTorch may use.
+    """Computes each chunk on one thread, instead of all threads on one operation. Uses PyTorch's number of threads.
 
-    The result does not depend on their number, and where something else keeps a core busy the threads do not wait
-    for each other at every small convolution: two threads that share two cores with another process extract ten times
-    as many images as two threads within operations.
+    The result does not depend on the number of threads. The threads also do not wait for each other after every small
+    convolution, which matters if another process keeps a core busy: on two cores shared with another process, two such
+    threads extract ten times as many images as two threads within operations.
     """
     threads = torch.get_num_threads()
     if threads == 1:
@@ -125,14 +127,14 @@ def map_on_threads(function: Callable[[Tensor], Features], chunks: Sequence[Tens
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(function, chunks))
     finally:
-        torch.set_num_threads(threads)  # the call in the workers counts for the whole process
+        torch.set_num_threads(threads)  # the call in the workers has changed the number for the whole process
 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Plain float32 products whatever the run around it chose: no TF32, deterministic convolutions."""
+    """Computes float32 products without TF32 and with deterministic convolutions, whatever the caller has set."""
     precision = torch.get_float32_matmul_precision()
-    # since torch 2.9 with a switch of its own, which the next line sets as well
+    # torch 2.9 and newer have a separate setting for the CPU, which set_float32_matmul_precision changes as well
     on_cpu = getattr(torch.backends.mkldnn, "matmul", None)
     cpu_precision = None if on_cpu is None else on_cpu.fp32_precision
     torch.set_float32_matmul_precision("highest")

@@ -1,8 +1,7 @@
-"""What generated images are measured against: features and moments of the training split,
-and of the held-out split for the floor.
+"""Features and moments of real images: of the training split, and of the held-out split for the floor.
 
-Every class weighs alike, whatever its number of images, because generated labels are balanced:
-against unweighted moments of an unbalanced data set even a perfect generator would stay at a distance (emoji32: 23,
+Every class gets the same weight, whatever its number of images, because generated labels are balanced. With the
+unweighted moments of an unbalanced data set, even a perfect generator would have a distance above zero (emoji32: 23,
 as much as the bias of 2000 samples).
 """
 
@@ -38,22 +37,22 @@ KINDS = {  # type and number of dimensions of each tensor of a feature set
 class FeatureSet:
     """Features of labelled real images."""
 
-    moments: Moments  # of all images, weighted as feature_set was told
+    moments: Moments  # of all images, with the weights that `balanced` of `feature_set` chooses
     features: Tensor  # (m, D) float32, of at most MAX_NEIGHBOURS images
     labels: Tensor  # (m,) int64
 
     @property
     def weights(self) -> Tensor:
-        """(m,) float64, mean 1: classes weighted alike."""
+        """(m,) float64 with mean 1; every class has the same total weight."""
         return class_weights(self.labels)
 
     def tensors(self) -> dict[str, Tensor]:
-        """As they are stored."""
+        """All tensors by name, as the cache file stores them."""
         return {**self.moments.tensors(), "features": self.features, "labels": self.labels}
 
 
 def class_weights(labels: Tensor) -> Tensor:
-    """(N,) float64 with mean 1: N / (classes * images of the own class)."""
+    """(N,) float64 with mean 1: N / (number of classes * number of images of the image's class)."""
     _, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
     return (len(labels) / (len(counts) * counts.double()))[inverse]
 
@@ -67,17 +66,16 @@ def feature_set(
     groups: int = JACKKNIFE_GROUPS,
     balanced: bool = True,
 ) -> FeatureSet:
-    """The features of a data set, from the cache folder if they are there, else extracted and stored.
+    """The features of a data set: read from the cache folder, or extracted and stored there.
 
-    images: batches of all N images, in the order of labels (N,);
-        an iterator is not touched where the cache holds the answer.
-    data_digest: determines images, labels and order. balanced: classes weigh alike in the moments, otherwise images do.
-    With several processes each brings its part of the images and gets the whole.
+    images: batches of all N images, in the order of labels (N,); not read if the cache has the features.
+    data_digest: determines images, labels and order. balanced: whether the moments weight classes equally; if not, they
+    weight images equally. With several processes, each passes its share of the images and gets all features.
     """
     path = cache / f"{_cache_key(extractor, data_digest, groups, balanced)}.safetensors"
-    found = _read(path, len(labels))
-    if _everyone(found is not None) and found is not None:
-        return found
+    cached = _read(path, len(labels))
+    if _on_all_ranks(cached is not None) and cached is not None:
+        return cached
     all_labels = torch.from_numpy(labels)
     keep = sample_of(len(labels))
     weights = class_weights(all_labels) if balanced else None
@@ -89,14 +87,14 @@ def feature_set(
 
 
 def sample_of(n: int) -> Tensor:
-    """(n,) bool: at most MAX_NEIGHBOURS images, the same ones every time."""
+    """(n,) bool: selects at most MAX_NEIGHBOURS images, the same ones on every call."""
     keep = torch.zeros(n, dtype=torch.bool)
     rng = np.random.Generator(np.random.PCG64(derive("reference sample")))
     keep[torch.from_numpy(rng.permutation(n)[:MAX_NEIGHBOURS])] = True
     return keep
 
 
-def _everyone(condition: bool) -> bool:
+def _on_all_ranks(condition: bool) -> bool:
     """Whether the condition holds in all processes."""
     failures = torch.tensor(int(not condition))
     sum_over_ranks(failures)
@@ -127,7 +125,7 @@ def checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def _write(features: FeatureSet, path: Path) -> None:
-    """Whole or not at all, with a checksum."""
+    """Writes the cache file atomically, with a checksum."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = features.tensors()
@@ -136,20 +134,20 @@ def _write(features: FeatureSet, path: Path) -> None:
 
 
 def _read(path: Path, num_images: int) -> FeatureSet | None:
-    """What `_write` wrote, or None where there is nothing, or something damaged."""
+    """The feature set that `_write` stored, or None if there is no file or a damaged one."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             expected = (file.metadata() or {}).get("sha256")
         if not _is_feature_set(tensors, num_images) or checksum(tensors) != expected:
             return None
-    except Exception:  # no file, or one whose damage leads the library to anything: the features are extracted again
+    except Exception:  # No file, or a damaged one, for which the library raises many types. We extract features again.
         return None
     return FeatureSet(Moments.from_tensors(tensors), tensors["features"], tensors["labels"])
 
 
 def _is_feature_set(tensors: Mapping[str, Tensor], num_images: int) -> bool:
-    """Whether the tensors have the names, types and shapes of a feature set: the checksum is of their bytes only."""
+    """Whether the tensors have the names, types and shapes of a feature set. The checksum covers only their bytes."""
     kinds = {name: (tensor.dtype, tensor.ndim) for name, tensor in tensors.items()}
     if kinds != KINDS:
         return False

@@ -1,13 +1,11 @@
-"""The networks that published scores are measured with.
-
-None is in the package: each takes its weights from a file that the user has.
+"""The networks of published protocols. The package contains none of them: the user provides files with the weights.
 
 InceptionExtractor  torch-fidelity's module and weights, TensorFlow 1 resize (FID, sFID, IS)
                     or half-pixel resize (pMF's)
 CleanInception      clean-fid's TorchScript network and Pillow resize
 DinoExtractor       DINOv2 ViT-L/14, class token (FD-DINOv2)
 
-The cards in protocols.py say what each one is; here is how it is computed.
+The cards in protocols/named.py describe these extractors; this module computes them.
 """
 
 from __future__ import annotations
@@ -37,14 +35,14 @@ INCEPTION_STEM = (
 INCEPTION_HEAD = ("Mixed_6d", "Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c", "AvgPool")
 SFID_CHANNELS = 7
 DINO_SIZE, DINO_PATCH = 224, 14  # pixels
-DINO_OFFSET = 0.1  # of the released code, added to the grid before the scale is taken
+DINO_OFFSET = 0.1  # the released code adds it to the grid size before it computes the scale
 
 
 class CardExtractor(NetworkExtractor):
-    """An extractor that a card describes; its digest is that of the file it was given."""
+    """An extractor that a card describes. Its sha256 is that of the weights file."""
 
     def __init__(self, card: ExtractorCard, file: Path, network: nn.Module, device: torch.device | str) -> None:
-        for parameter in network.parameters():  # TorchScript has no requires_grad_ of its own
+        for parameter in network.parameters():  # a TorchScript module has no requires_grad_
             parameter.requires_grad_(False)
         super().__init__(network.eval(), device)
         self.card = card
@@ -55,7 +53,7 @@ class CardExtractor(NetworkExtractor):
 
 
 def build_extractor(card: ExtractorCard, file: Path, device: torch.device | str = "cpu") -> CardExtractor:
-    """The extractor of a card with the weights in a file."""
+    """The extractor that a card describes, with the weights in a file."""
     kinds: dict[str, type[Any]] = {
         INCEPTION.id: InceptionExtractor,
         HALF_PIXEL.id: InceptionExtractor,
@@ -70,8 +68,10 @@ def build_extractor(card: ExtractorCard, file: Path, device: torch.device | str 
 
 
 class InceptionExtractor(CardExtractor):
-    """pool3 (2048), logits without bias (1008), and the first 7 channels of Mixed_6d's 1x1 branch (17 x 17 x 7 = 2023)
-    of the 2015 network.
+    """The 2015 Inception network.
+
+    Features: pool3 (2048), logits without bias (1008), and the first 7 channels of Mixed_6d's 1x1 branch (17 x 17 x 7 =
+    2023) for sFID.
     """
 
     def __init__(self, card: ExtractorCard, file: Path, device: torch.device | str = "cpu") -> None:
@@ -83,18 +83,18 @@ class InceptionExtractor(CardExtractor):
 
 
 def inception_network(file: Path) -> nn.Module:
-    """torch-fidelity's module with the weights in a file, which is read without unpickling anything but tensors."""
+    """torch-fidelity's module with the weights in a file. Only tensors of the file are unpickled."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise UserError(
-            f"Inception is torch-fidelity's module ({error}). Install it: pip install 'pixlat[metrics]'"
+            f"Inception needs torch-fidelity ({error}). Install it: pip install 'pixlat[metrics]'"
         ) from error
-    buffer = io.BytesIO()  # the module unpickles whatever file it is given, so it gets our own copy of the tensors
+    buffer = io.BytesIO()  # the module would unpickle any object in the file, so we pass a copy with tensors only
     torch.save(safe_state(file), buffer)
     buffer.seek(0)
     try:
-        with torch.random.fork_rng():  # its random initialisation must not move torch's global generator
+        with torch.random.fork_rng():  # its random initialisation must not change the state of torch's generator
             network: nn.Module = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=buffer
             )
@@ -106,10 +106,10 @@ def inception_network(file: Path) -> nn.Module:
 
 
 def safe_state(file: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict, or a UserError."""
+    """The tensors of a state dict in a file. Raises UserError for any other file."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen types on files that are not its own
+    except Exception as error:  # torch raises a dozen types of exceptions for other files
         raise UserError(f"{file} cannot be read as PyTorch weights: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{file} holds {type(state).__name__}, not a dictionary of tensors.")
@@ -117,20 +117,21 @@ def safe_state(file: Path) -> dict[str, Tensor]:
 
 
 def inception_features(network: Any, x: Tensor) -> Features:
-    """x: (B, 3, 299, 299) in [-1, 1]."""
+    """All features of images x (B, 3, 299, 299) in [-1, 1]."""
     for name in INCEPTION_STEM:
         x = getattr(network, name)(x)
     branch = network.Mixed_6d.branch1x1(x)[:, :SFID_CHANNELS]  # TensorFlow's mixed_6/conv, after its ReLU
     for name in INCEPTION_HEAD:
         x = getattr(network, name)(x)
     pooled = x.flatten(1)
-    # height, width, channel: the order of ADM's mu_s
+    # the order is height, width, channel, as in ADM's mu_s
     return Features(pooled, pooled @ network.fc.weight.T, branch.permute(0, 2, 3, 1).flatten(1))
 
 
 def resize_tf1(pixels: Tensor) -> Tensor:
-    """(B, 3, H, W) in [0, 255] to 299 px as TensorFlow 1 does inside ADM's graph: bilinear,
-    sample i at i * scale, no antialiasing.
+    """Resizes (B, 3, H, W) in [0, 255] to 299 px like TensorFlow 1 in ADM's graph.
+
+    Bilinear without antialiasing; the sample of output position i lies at i * scale.
     """
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
@@ -141,15 +142,16 @@ def resize_tf1(pixels: Tensor) -> Tensor:
 
 
 def resize_half_pixel(pixels: Tensor) -> Tensor:
-    """The same with samples at (i + 0.5) * scale - 0.5."""
+    """Like `resize_tf1`, but the sample of output position i lies at (i + 0.5) * scale - 0.5."""
     return F.interpolate(
         pixels, size=(INCEPTION_SIZE, INCEPTION_SIZE), mode="bilinear", align_corners=False, antialias=False
     )
 
 
 class CleanInception(CardExtractor):
-    """clean-fid's `clean` mode: Pillow's bicubic with antialiasing on each channel in float,
-    then NVIDIA's TorchScript copy of the network.
+    """clean-fid's `clean` mode.
+
+    Pillow resizes each channel in float (bicubic with antialiasing). NVIDIA's TorchScript copy of the network follows.
     """
 
     def __init__(self, card: ExtractorCard, file: Path, device: torch.device | str = "cpu") -> None:
@@ -157,9 +159,9 @@ class CleanInception(CardExtractor):
             from cleanfid.resize import build_resizer
         except ImportError as error:
             raise UserError(
-                f"The clean protocol is clean-fid's ({error}). Install it: pip install 'pixlat[metrics]'"
+                f"The clean protocol needs clean-fid ({error}). Install it: pip install 'pixlat[metrics]'"
             ) from error
-        # TorchScript is a program: none but the known one is run
+        # a TorchScript file is a program, so we run only the one with the known digest
         if card.sha256 is not None and sha256_of(file) != card.sha256:
             raise UserError(
                 f"{file} has sha256 {sha256_of(file)}, but clean-fid's network has {card.sha256}. Get the file again."
@@ -208,7 +210,7 @@ class DinoExtractor(CardExtractor):
 def dino_network(file: Path, architecture: str) -> nn.Module:
     """timm's module with Meta's weights.
 
-    The position table is resampled here, because timm does it with antialiasing and without the offset.
+    We resample the position table ourselves, because timm uses antialiasing and no offset.
     """
     import timm
 
@@ -227,7 +229,10 @@ def dino_network(file: Path, architecture: str) -> nn.Module:
 
 
 def resampled_positions(table: Tensor, side: int) -> Tensor:
-    """(1, 1 + N, D) to (1, 1 + side^2, D): bicubic with scale (side + 0.1) / sqrt(N), the class token's entry kept."""
+    """Resamples a position table (1, 1 + N, D) to (1, 1 + side^2, D).
+
+    Bicubic with scale (side + 0.1) / sqrt(N). The class token's entry stays.
+    """
     grid = round((table.shape[1] - 1) ** 0.5)
     if grid == side:
         return table
@@ -238,8 +243,9 @@ def resampled_positions(table: Tensor, side: int) -> Tensor:
 
 
 def pil_square(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 to 224 px by Pillow's bicubic, the width first:
-    later versions of Pillow choose the order themselves.
+    """Resizes (H, W, 3) uint8 to 224 px with Pillow's bicubic filter.
+
+    It resizes the width first and then the height, because later versions of Pillow choose the order themselves.
     """
     bicubic = Image.Resampling.BICUBIC
     return np.asarray(

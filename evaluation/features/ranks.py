@@ -1,6 +1,6 @@
-"""The little that the evaluator needs of several processes.
+"""Communication between the ranks of an evaluation.
 
-Without torch.distributed there is one process and nothing happens.
+Without torch.distributed there is one process, and these functions do nothing.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def active() -> bool:
-    """Whether several processes may be at work."""
+    """Whether torch.distributed is in use."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank_and_size() -> tuple[int, int]:
-    """(this process, number of processes)."""
+    """(rank of this process, number of processes)."""
     return (dist.get_rank(), dist.get_world_size()) if active() else (0, 1)
 
 
@@ -29,8 +29,9 @@ def sum_over_ranks(tensor: Tensor) -> None:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows (N_rank, ...) of all processes one after the other, on the CPU of each;
-    the processes may hold different numbers of rows.
+    """Concatenates the rows (N_rank, ...) of all processes and returns them on the CPU of every process.
+
+    Processes may have different numbers of rows.
     """
     if not active():
         return rows
@@ -46,5 +47,5 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def _device() -> torch.device:
-    """Where the communication library wants its tensors."""
+    """The device on which the communication library expects its tensors."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,5 +1,5 @@
-"""Statistics of real images in files: ADM's, JiT's and pMF's .npz,
-and our own .safetensors that `pixlat reference build` makes.
+"""Reads files with statistics of real images: ADM's, JiT's and pMF's .npz, and the .safetensors files that
+`pixlat reference build` writes.
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ from pixlat.evaluation.protocols.named import ReferenceRule
 FORMAT = "pixlat-reference-1"
 KEYS = {"adm": ("mu", "sigma"), "mu_sigma": ("mu", "sigma"), "ref_mu_sigma": ("ref_mu", "ref_sigma")}
 SPATIAL_KEYS = ("mu_s", "sigma_s")
-ASYMMETRY = 1e-3  # of the largest entry: float32 files are symmetric to 1e-6 of it
+ASYMMETRY = 1e-3  # tolerance relative to the largest entry; covariances in float32 files are symmetric to 1e-6
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images as a protocol sees them."""
+    """Statistics of the real images of a protocol."""
 
     pooled: Gaussian
     spatial: Gaussian | None
     features: Tensor | None  # (m, D) float32, of at most MAX_NEIGHBOURS images
-    entry: Mapping[str, Any]  # its identity in the protocol
+    entry: Mapping[str, Any]  # the part of the protocol that identifies these images
 
 
 def read_reference(
     rule: ReferenceRule, path: Path, extractor: CardExtractor, resolution: int, cache: Path
 ) -> Reference:
-    """The statistics in a file, in the form that the protocol's rule names. cache:
-    the folder for features of the images in ADM's files.
+    """Reads a file in the format that the protocol's rule names.
+
+    cache: folder for features of the images in ADM's files.
     """
     if rule.kind == "built":
         return read_built(path, extractor, resolution)
@@ -63,26 +64,28 @@ def read_reference(
 
 
 def read_gaussian(path: Path, keys: tuple[str, str], dims: int, n: int) -> Gaussian:
-    """Mean and covariance of n images from an .npz; a matrix that is no covariance is a UserError."""
+    """Mean and covariance of n images from an .npz. Raises UserError for a matrix that is no covariance."""
     mean, cov = read_floats(path, keys[0], (dims,)), read_floats(path, keys[1], (dims, dims))
     if (np.diag(cov) < 0).any() or np.abs(cov - cov.T).max() > ASYMMETRY * np.abs(cov).max():
-        raise UserError(f"{path}: {keys[1]} is not symmetric with a diagonal of at least 0, so it is no covariance.")
+        raise UserError(
+            f"{path}: {keys[1]} is no covariance, because it is not symmetric or has a negative number on its diagonal."
+        )
     return Gaussian(n, torch.from_numpy(mean), torch.from_numpy((cov + cov.T) / 2))
 
 
 def features_of(images: NpzImages, extractor: CardExtractor, cache: Path) -> Tensor:
-    """(m, D) features of the real images in an .npz, from the cache where they are."""
+    """(m, D) features of the real images in an .npz, from the cache if it has them."""
     labels = np.zeros(len(images), dtype=np.int64)
     return feature_set(
         images.batches(), labels, extractor, f"{sha256_of(images.path)}/arr_0", cache, groups=1, balanced=False
     ).features
 
 
-# -- our own -----------------------------------------------------------------------------------------------------------
+# -- files of `pixlat reference build` ---------------------------------------------------------------------------------
 
 
 def build(images: Iterable[ImageBatch], n: int, extractor: CardExtractor, entry: Mapping[str, Any]) -> Reference:
-    """The statistics of n images; entry: id, digest, split and crop of the images."""
+    """Computes the statistics of n images. entry: id, digest, split and crop of the images."""
     collected = collect(images, n, extractor, keep=sample_of(n), groups=1, spatial_dims=extractor.spatial_dims)
     spatial = collected.spatial.total() if collected.spatial else None
     return Reference(
@@ -91,7 +94,7 @@ def build(images: Iterable[ImageBatch], n: int, extractor: CardExtractor, entry:
 
 
 def write_built(reference: Reference, path: Path, extractor: CardExtractor, resolution: int) -> None:
-    """A .safetensors file that `read_built` takes; whole or not at all."""
+    """Writes a .safetensors file for `read_built`, atomically."""
     tensors = {"mean": reference.pooled.mean, "cov": reference.pooled.cov, "features": reference.features}
     if reference.spatial is not None:
         tensors |= {"spatial_mean": reference.spatial.mean, "spatial_cov": reference.spatial.cov}
@@ -104,16 +107,16 @@ def write_built(reference: Reference, path: Path, extractor: CardExtractor, reso
 
 
 def read_built(path: Path, extractor: CardExtractor, resolution: int) -> Reference:
-    """What `write_built` wrote. Another extractor, another image size or a damaged file is a UserError."""
+    """Reads a file of `write_built`. Raises UserError for another extractor, another image size or a damaged file."""
     facts = facts_of(path)
     if facts["extractor"] != identity(extractor):
         raise UserError(
             f"{path} was built with the extractor {facts['extractor']}, "
-            f"and this protocol uses {identity(extractor)}. Build it again."
+            f"but this protocol uses {identity(extractor)}. Build it again."
         )
     if facts["resolution"] != resolution:
         raise UserError(
-            f"{path} was built from images of {facts['resolution']} px and the generated images have {resolution} px."
+            f"{path} was built from images of {facts['resolution']} px, but the generated images have {resolution} px."
         )
     metadata, tensors = _opened(path, tensors=True)
     if not _is_reference(tensors, extractor) or checksum(tensors) != metadata.get("sha256"):
@@ -126,7 +129,7 @@ def read_built(path: Path, extractor: CardExtractor, resolution: int) -> Referen
 
 
 def _is_reference(tensors: Mapping[str, Tensor], extractor: CardExtractor) -> bool:
-    """Whether the tensors have the names, types and shapes of a reference: the checksum is of their bytes only."""
+    """Whether the tensors have the names, types and shapes of a reference. The checksum covers only their bytes."""
     dims = extractor.dims
     wanted: dict[str, tuple[Any, tuple[int, ...]]] = {
         "mean": (torch.float64, (dims,)),
@@ -144,14 +147,14 @@ def _is_reference(tensors: Mapping[str, Tensor], extractor: CardExtractor) -> bo
 
 
 def facts_of(path: Path) -> dict[str, Any]:
-    """What a built reference says of itself: extractor, resolution, and its entry in protocols."""
+    """The metadata of a built reference: extractor, resolution, and its entry in protocols."""
     metadata, _ = _opened(path)
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is not a reference that `pixlat reference build` made.")
     text = metadata.get("facts", "")
-    # early references have no such digest
-    if metadata.get("facts_sha256", found := hashlib.sha256(text.encode()).hexdigest()) != found:
-        raise UserError(f"{path} is damaged: what it says of itself was changed after it was built. Build it again.")
+    # references of early versions have no such digest
+    if metadata.get("facts_sha256", actual := hashlib.sha256(text.encode()).hexdigest()) != actual:
+        raise UserError(f"{path} is damaged: its metadata was changed after it was built. Build it again.")
     try:
         facts = parse_json(text)
         complete = (
@@ -162,23 +165,21 @@ def facts_of(path: Path) -> dict[str, Any]:
     except (UserError, TypeError, KeyError, IndexError):
         complete = False
     if not complete:
-        raise UserError(
-            f"{path} is damaged: it does not say which extractor and images it was built from. Build it again."
-        )
+        raise UserError(f"{path} is damaged: its metadata does not name its extractor and its images. Build it again.")
     return dict(facts)
 
 
 def _opened(path: Path, tensors: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata of a .safetensors file, and its tensors if they are wanted."""
+    """(the metadata of a .safetensors file, its tensors or, without `tensors`, an empty dictionary)."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118 (not a dict)
-    except Exception as error:  # damage leads the library to errors of many types
+    except Exception as error:  # for a damaged file the library raises exceptions of many types
         raise UserError(
             f"{path} cannot be read as a reference: {error}. Build it with `pixlat reference build`."
         ) from error
 
 
 def identity(extractor: CardExtractor) -> list[str]:
-    """What statistics must agree in."""
+    """The facts about an extractor that must be the same for statistics to be comparable."""
     return [extractor.id, extractor.sha256, extractor.layer, extractor.resize, extractor.scaling]

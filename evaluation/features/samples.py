@@ -1,6 +1,6 @@
-"""Finished images, whoever made them: a folder of files, or an ADM-style .npz (arrays.py).
+"""Reads finished images of any origin: a folder of files, or an ADM-style .npz (arrays.py).
 
-Both stream; neither is resized or cropped.
+Both are streamed. Images are neither resized nor cropped.
 """
 
 from __future__ import annotations
@@ -61,12 +61,13 @@ class FolderSamples:
 
     @property
     def lossy(self) -> bool:
-        """Whether some file may have lost detail when it was written."""
+        """Whether some file has a lossy format."""
         return any(path.suffix.lower() in LOSSY for path in self.files)
 
     def batches(self, size: int = 128, positions: NDArray[np.int64] | None = None) -> Iterator[ImageBatch]:
-        """This process's share of the images, or of those at ascending positions with their places among these;
-        no other file is opened.
+        """This process's share of the images in batches of at most `size`, with the index of each image.
+
+        positions: if given, it opens only these files (ascending). An image's index is then its place in `positions`.
         """
         chosen = np.arange(len(self)) if positions is None else positions
         size = max(1, min(size, MAX_CHUNK_BYTES // (3 * self.resolution**2)))
@@ -89,8 +90,9 @@ def _hidden(path: Path, folder: Path) -> bool:
 
 
 def read_pixels(path: Path) -> NDArray[np.uint8]:
-    """The file as (3, H, W) uint8 RGB, opened within the limits of common/images/crop.py; it must be square,
-    because generated images are.
+    """The image in a file as (3, H, W) uint8 RGB, within the size limits of common/images/crop.py.
+
+    Raises UserError unless the image is square, because generated images are square.
     """
     pixels = read_rgb(path).transpose(2, 0, 1)
     if pixels.shape[1] != pixels.shape[2]:
@@ -99,9 +101,10 @@ def read_pixels(path: Path) -> NDArray[np.uint8]:
 
 
 def drawn_images(samples: Samples, n: int, size: int, shuffled: bool = False) -> Iterator[ImageBatch]:
-    """Batches of n of the images, a fixed draw because files are sorted by class; all of them where there are no more.
+    """Batches of n of the images, or of all if there are fewer.
 
-    They are numbered in their order, or, shuffled, in a fixed random one, where the first of them stand for all.
+    The n images are a fixed random draw, because files are sorted by class. Their indices follow the order of the
+    files. With `shuffled` the indices are a fixed permutation, so that any first part represents all images.
     """
     positions = fixed_draw(len(samples), n)
     order = torch.from_numpy(_shuffle(len(positions)))
@@ -110,7 +113,7 @@ def drawn_images(samples: Samples, n: int, size: int, shuffled: bool = False) ->
 
 
 def drawn_labels(samples: Samples, n: int, shuffled: bool = False) -> NDArray[np.int64] | None:
-    """The labels of what `drawn_images` yields, by the images' numbers; None where they are not known."""
+    """The labels of the images of `drawn_images`, in the order of their indices; None if they are not known."""
     labels = samples.labels()
     if labels is None:
         return None
@@ -121,12 +124,12 @@ def drawn_labels(samples: Samples, n: int, shuffled: bool = False) -> NDArray[np
 
 
 def _shuffle(count: int) -> NDArray[np.int64]:
-    """Position -> number, the same each time."""
+    """A fixed permutation: the index of each position."""
     return np.random.Generator(np.random.PCG64(derive("finished images"))).permutation(count)
 
 
 def open_samples(folder: str | None, npz: str | None) -> Samples:
-    """The images of a folder or of an .npz."""
+    """Opens the images of a folder or of an .npz. One of the two must be given."""
     if npz is not None:
         path = Path(npz).expanduser()
         if not path.is_file():

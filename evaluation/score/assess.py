@@ -1,6 +1,6 @@
-"""One evaluation under any protocol: of a model that samples, or of images that somebody made.
+"""One evaluation under any protocol, of a model or of finished images.
 
-What `pixlat evaluate` and `pixlat sweep` share.
+`pixlat evaluate` and `pixlat sweep` share this code.
 """
 
 from __future__ import annotations
@@ -49,26 +49,26 @@ from pixlat.evaluation.score.reconstruction import evaluate_rebuilt, evaluate_re
 
 @dataclass(frozen=True)
 class Request:
-    """How to measure."""
+    """The settings of an evaluation."""
 
     protocol: str
-    num_images: int | None  # None: as the protocol says, or all finished images
+    num_images: int | None  # None: the protocol's number, or all finished images
     seeds: tuple[int, ...]
     batch: int
-    labels: str | None  # balanced or random; None: as the protocol says, unknown for finished images
-    # round or truncate, of finished images; None: unknown. Models have theirs in their run's settings
+    labels: str | None  # balanced or random; None: as in the protocol, or unknown for finished images
+    # For finished images only: round or truncate; None: unknown. A model has this setting in its run's configuration.
     uint8: str | None
-    precision: str | None  # bf16, tf32 or fp32, of finished images; likewise
+    precision: str | None  # For finished images only: bf16, tf32 or fp32; None: unknown.
     weights: str | None
     reference: str | None
     cache: Path
     device: torch.device
-    in_random_order: bool = False  # finished images whose labels were drawn, so that the first of them stand for all
+    in_random_order: bool = False  # whether finished images are in random order, so that the first ones represent all
 
 
 @dataclass(frozen=True)
 class Tools:
-    """An extractor and real images for a named protocol."""
+    """The extractor and the real images' statistics for a named protocol."""
 
     protocol: NamedProtocol
     extractor: CardExtractor
@@ -76,7 +76,7 @@ class Tools:
     resolution: int
 
     def describe(self, samples: SampleRule) -> dict[str, Any]:
-        """The protocol in full."""
+        """The complete protocol for these samples."""
         n_features = 0 if self.reference.features is None else len(self.reference.features)
         return describe(
             self.protocol,
@@ -90,11 +90,11 @@ class Tools:
 
 
 def prepare(request: Request, resolution: int) -> Tools:
-    """The files of a named protocol, checked before anything is sampled."""
+    """Loads the files of a named protocol. It checks them before anything is sampled."""
     protocol = get_protocol(request.protocol)
     if protocol.resolution not in (None, resolution):
         raise UserError(
-            f"protocol={protocol.name} is for {protocol.resolution} px and the images have {resolution} px."
+            f"protocol={protocol.name} is for {protocol.resolution} px, but the images have {resolution} px."
         )
     assert protocol.reference is not None
     paths = [
@@ -113,7 +113,10 @@ def prepare(request: Request, resolution: int) -> Tools:
 
 
 def assess_model(model: Model, request: Request) -> Evaluation:
-    """Samples and measures, or encodes and decodes where the method or the protocol is about reconstruction."""
+    """Samples from the model and measures its images.
+
+    If the method or the protocol is about reconstruction, it measures reconstructions instead.
+    """
     run = model.run
     n = request.num_images or (
         run.eval.num_images if request.protocol == EMBEDDED else get_protocol(request.protocol).num_images
@@ -122,7 +125,7 @@ def assess_model(model: Model, request: Request) -> Evaluation:
     if model.method.task == "reconstruction" or request.protocol == "rfid":
         if model.method.space == "pixel":
             raise UserError(
-                f"{model.name} generates pixels: it has no autoencoder whose reconstructions could be measured."
+                f"{model.name} generates pixels and has no autoencoder, so there are no reconstructions to measure."
             )
         extractor = None if request.protocol == EMBEDDED else rfid_extractor(request)
         return evaluate_reconstruction(model.method, run, load_data(run.data), request.device, request.cache, extractor)
@@ -132,18 +135,18 @@ def assess_model(model: Model, request: Request) -> Evaluation:
 
 
 def rfid_extractor(request: Request) -> CardExtractor:
-    """Inception, for reconstructions."""
+    """The Inception extractor of protocol=rfid. Raises UserError for a protocol of generated images."""
     protocol = get_protocol(request.protocol)
     if protocol.reference is not None:
         raise UserError(
             f"protocol={request.protocol} measures generated images. "
-            f"Reconstructions take protocol={EMBEDDED} or protocol=rfid."
+            f"For reconstructions use protocol={EMBEDDED} or protocol=rfid."
         )
     return build_extractor(protocol.extractor, checked(protocol.extractor.file, request.weights), request.device)
 
 
 def sample_and_measure(model: Model, run: RunConfig, n: int, request: Request) -> Evaluation:
-    """A named protocol over every seed."""
+    """Samples n images for every seed and measures them under a named protocol."""
     tools = prepare(request, model.info.image_size)
     law = request.labels or tools.protocol.label_law
     clock, parts = Clock(), []
@@ -170,14 +173,14 @@ def sample_and_measure(model: Model, run: RunConfig, n: int, request: Request) -
 
 
 def assess_images(samples: Samples, request: Request, data: DataConfig) -> Evaluation:
-    """Measures finished images; those of the embedded protocol and of rfid are held against the data set `data`."""
+    """Measures finished images. The embedded protocol and rfid compare them with the data set `data`."""
     n = min(len(samples), request.num_images or len(samples))
-    made = (UINT8_RULES.get(request.uint8 or "", "unknown"), EXECUTED.get(request.precision or "", "unknown"))
+    uint8_rule = UINT8_RULES.get(request.uint8 or "", "unknown")
+    precision = EXECUTED.get(request.precision or "", "unknown")
     stored = container(samples)
-    rule = SampleRule(
-        n, request.labels or "unknown", made[0], stored, made[1], decoding_digest() if stored == "lossy" else None
-    )
-    # The embedded protocol seeks neighbours among the first MAX_NEIGHBOURS images.
+    decoding = decoding_digest() if stored == "lossy" else None
+    rule = SampleRule(n, request.labels or "unknown", uint8_rule, stored, precision, decoding)
+    # The embedded protocol searches for neighbours among the first MAX_NEIGHBOURS images only.
     shuffled = request.protocol == EMBEDDED and n > MAX_NEIGHBOURS and not request.in_random_order
     stream = progress(drawn_images(samples, n, request.batch, shuffled), n, "evaluating")
     if request.protocol == "rfid":
@@ -187,7 +190,8 @@ def assess_images(samples: Samples, request: Request, data: DataConfig) -> Evalu
             request.batch,
             rfid_extractor(request),
             request.cache,
-            *made,
+            uint8_rule,
+            precision,
         )
     if request.protocol == EMBEDDED:
         source = load_data(data)
@@ -198,18 +202,19 @@ def assess_images(samples: Samples, request: Request, data: DataConfig) -> Evalu
 
 
 def known_labels(samples: Samples, n: int, shuffled: bool, source: DataSource) -> NDArray[np.int64] | None:
-    """(n,) the class that each image should show, None where that is not known or the classes
-    are not those of the data.
+    """(n,) the class that each image should show.
+
+    None if the labels are not known, or if they are not classes of the data set; then it prints a note.
     """
     labels = drawn_labels(samples, n, shuffled)
     if labels is None or (labels.min() >= 0 and labels.max() < source.info.num_classes):
         return labels
     if rank_and_size()[0] == 0:
-        told = (
+        reason = (
             f"the labels in the file go from {labels.min()} to {labels.max()}, "
             f"and {source.info.name} has {source.info.num_classes} classes"
         )
-        print(f"note: {told}, so class accuracy is left out", file=sys.stderr)
+        print(f"note: {reason}, so class accuracy is left out", file=sys.stderr)
     return None
 
 
@@ -220,9 +225,9 @@ def against_data(
     rule: SampleRule,
     request: Request,
 ) -> Evaluation:
-    """The embedded protocol.
+    """Measures images under the embedded protocol.
 
-    Where labels are None, it is not known which image should show what, and there is no class accuracy.
+    labels: None if the classes that the images should show are not known; then there is no class accuracy.
     """
     extractor = EmbeddedExtractor(request.device)
     reference = load_reference(source, extractor, request.cache)
@@ -233,20 +238,20 @@ def against_data(
     return Evaluation(protocol, metrics, 0.0)
 
 
-LIKENESS_IMAGES = 200  # that are looked at on either side before anything is computed
-LIKENESS_DEVIATIONS = 2.5  # of the data's own images, by which the means of images of the same kind do not differ
+LIKENESS_IMAGES = 200  # images of each side that `unlike` compares
+# `unlike` reports means that differ by more than this many standard deviations of the data set's images.
+LIKENESS_DEVIATIONS = 2.5
 
 
 def introduce(samples: Samples, n: int, source: DataSource, data: DataConfig) -> None:
-    """Says on stderr what the images are compared with, and warns where they can hardly be meant for it;
-    another size is a UserError.
+    """Prints on stderr which data set the images are compared with, and warns if they look different from it.
+
+    Raises UserError if the sizes differ.
     """
-    info, yours = (
-        source.info,
-        (
-            "your own real images are data=folder data.path=FOLDER data.image_size=PIXELS, "
-            "and protocol= names other references"
-        ),
+    info = source.info
+    yours = (
+        "your own real images are data=folder data.path=FOLDER data.image_size=PIXELS, "
+        "and protocol= names other references"
     )
     if info.image_size != samples.resolution:
         raise UserError(
@@ -269,19 +274,20 @@ def introduce(samples: Samples, n: int, source: DataSource, data: DataConfig) ->
 
 
 def unlike(samples: Samples, source: DataSource) -> list[tuple[str, float, float]]:
-    """(what, mean of the images, mean of the data) for the brightness and the contrast, in grey levels,
-    that lie far apart. Of a few images of each.
+    """(quantity, mean of the images, mean of the data set) for mean brightness and contrast, if they differ much.
+
+    The means are in grey levels and come from LIKENESS_IMAGES images of each side.
     """
     given = np.concatenate([images.numpy() for images, _ in drawn_images(samples, LIKENESS_IMAGES, LIKENESS_IMAGES)])
     real = source.train.fetch(fixed_draw(len(source.train), LIKENESS_IMAGES))
-    found = []
+    different = []
     for what, measured in (("mean brightness", np.mean), ("mean contrast", np.std)):
         ours, theirs = (measured(images.reshape(len(images), -1), axis=1) for images in (real, given))
         if abs(theirs.mean() - ours.mean()) > LIKENESS_DEVIATIONS * ours.std():
-            found.append((what, float(theirs.mean()), float(ours.mean())))
-    return found
+            different.append((what, float(theirs.mean()), float(ours.mean())))
+    return different
 
 
 def container(samples: Samples) -> str:
-    """Whether the files may have lost something."""
+    """The record's word for the files: "lossy" if some file has a lossy format, else "lossless"."""
     return "lossy" if isinstance(samples, FolderSamples) and samples.lossy else "lossless"

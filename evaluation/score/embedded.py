@@ -1,6 +1,4 @@
-"""From images to metrics: streams them through the extractor, then computes every number of the embedded
-protocol with its error bar.
-"""
+"""The embedded protocol: streams images through the extractor and computes every metric with its error bar."""
 
 from __future__ import annotations
 
@@ -52,7 +50,7 @@ MIN_IMAGES = JACKKNIFE_GROUPS
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images: the training split, and the held-out split where there is one."""
+    """Features of the real images: of the training split, and of the held-out split if there is one."""
 
     train: FeatureSet
     heldout: FeatureSet | None
@@ -60,26 +58,25 @@ class Reference:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the record keeps of an evaluation."""
+    """The results of an evaluation that go into the record."""
 
     protocol: dict[str, Any]
     metrics: dict[str, Metric]
-    sampling_seconds: float  # of this process, making its share of the images of all seeds
-    images_made: int = 0  # by this process in these seconds
-    drawing_seconds: float = 0.0  # of these, waiting for random numbers
+    sampling_seconds: float  # time in which this process made its share of the images of all seeds
+    images_made: int = 0  # number of images that this process made in this time
+    drawing_seconds: float = 0.0  # the part of this time in which samplers waited for random numbers
 
 
 def evaluate(
     images: Iterable[ImageBatch], labels: NDArray[np.int64] | int, extractor: Extractor, reference: Reference
 ) -> dict[str, Metric]:
-    """All metrics of the images that were requested with labels (n,), n at least 20;
-    every process gets the same answer.
+    """All metrics of n generated images, n at least 20. Every process gets the same result.
 
-    labels: or only n, where it is not known which image should show what.
+    labels: (n,) the classes that the images should show; or only the number n, if these are not known.
 
-    fd_embedded and its floor, the distance of held-out real images from the same reference;
-    kid, is, precision, recall, density, coverage; with labels class_accuracy and class_accuracy_real,
-    the classifier's accuracy on held-out real images.
+    The metrics are fd_embedded, fd_floor (the distance of held-out real images from the same reference), kid, is,
+    precision, recall, density and coverage; with labels also class_accuracy, and class_accuracy_real, the classifier's
+    accuracy on held-out real images.
     """
     n = labels if isinstance(labels, int) else len(labels)
     check_enough("generated", n)
@@ -98,13 +95,13 @@ def evaluate(
 
 
 def check_enough(kind: str, num_images: int) -> None:
-    """Refuses sets too small for the error bars."""
+    """Raises UserError if there are too few images for the error bars."""
     if num_images < MIN_IMAGES:
-        raise UserError(f"An evaluation needs at least {MIN_IMAGES} {kind} images, there are {num_images}.")
+        raise UserError(f"An evaluation needs at least {MIN_IMAGES} {kind} images, but there are {num_images}.")
 
 
 def frechet_estimate(generated: Collected, reference: Factored) -> Estimate:
-    """The distance of all images, with groups (index mod K) left out in turn for bias and error."""
+    """The distance of all images. The jackknife over K groups (index mod K) gives its bias and its error."""
     features, moments = generated.features, generated.moments
     if len(features) > features.shape[1]:
         return jackknife(
@@ -116,9 +113,9 @@ def frechet_estimate(generated: Collected, reference: Factored) -> Estimate:
 
 
 def floor_metric(heldout: Moments, reference: Factored) -> Metric:
-    """Held-out real images in the place of generated ones.
+    """The distance of held-out real images from the reference.
 
-    Their number differs from that of generated ones: compare bias-corrected values.
+    Their number differs from the number of generated images, so compare bias-corrected values.
     """
     estimate = jackknife(
         frechet_distance(heldout.total(), reference), [frechet_distance(g, reference) for g in heldout.left_out()]
@@ -130,7 +127,7 @@ def floor_metric(heldout: Moments, reference: Factored) -> Metric:
 
 
 def frechet_metric(estimate: Estimate, n: int, regularised: bool) -> Metric:
-    """An entry of the record; regularised: the reference's covariance was not positive definite."""
+    """The record's entry for a Fréchet distance. regularised: the reference's covariance was not positive definite."""
     left_out = list(estimate.left_out)
     return {
         "value": estimate.value, "value_bc": estimate.value_bc, "se": estimate.se, "left_out": left_out,
@@ -139,7 +136,7 @@ def frechet_metric(estimate: Estimate, n: int, regularised: bool) -> Metric:
 
 
 def kid_metric(kid: KernelDistance, n: int) -> Metric:
-    """An entry of the record; an unbiased estimate needs no correction."""
+    """The record's entry for KID, which is unbiased and needs no bias-corrected value."""
     entry = {"value": kid.value, "value_bc": None, "se": kid.se, "n": n, "unit": "1"}
     return entry | ({"left_out": list(kid.left_out)} if kid.left_out else {})
 
@@ -147,7 +144,7 @@ def kid_metric(kid: KernelDistance, n: int) -> Metric:
 def sample_metrics(generated: Collected, train: FeatureSet) -> dict[str, Metric]:
     """kid, is, precision, recall, density, coverage.
 
-    Labels are shuffled, so the first images are a fair part of all.
+    Labels are shuffled, so the first images represent all images.
     """
     n = len(generated.features)
     kid = kernel_distance(generated.features, train.features, train.weights)
@@ -164,9 +161,9 @@ def sample_metrics(generated: Collected, train: FeatureSet) -> dict[str, Metric]
 
 
 def mean_metric(values: Tensor, weights: Tensor | None = None) -> Metric:
-    """The mean of per-image values (n,).
+    """The record's entry for the mean of per-image values (n,).
 
-    Its standard error is that of independent images; with weights, of reference images, there is none.
+    The standard error assumes independent images. With weights, which only reference images have, there is none.
     """
     n = len(values)
     mean = values.mean() if weights is None else (weights * values).sum() / weights.sum()
@@ -175,7 +172,7 @@ def mean_metric(values: Tensor, weights: Tensor | None = None) -> Metric:
 
 
 def classifier_metrics(features: Tensor, labels: Tensor, reference: Reference) -> dict[str, Metric]:
-    """class_accuracy, and class_accuracy_real where there are held-out images; nothing for data of a single class."""
+    """class_accuracy, and class_accuracy_real if there are held-out images. No metric for data of a single class."""
     train, heldout = reference.train, reference.heldout
     if len(train.labels.unique()) < 2:
         return {}
@@ -199,10 +196,10 @@ def evaluate_method(
     cache: Path,
     seeds: Sequence[int] | None = None,
 ) -> Evaluation:
-    """Samples `run.eval.num_images` images from a method and measures them against its data; every process takes part.
+    """Samples `run.eval.num_images` images from a method and compares them with its data set.
 
-    cache: the folder for the features of the real images, shared by all runs. seeds: sampling seeds,
-    the run's own if there are none; with several the metrics are means over as many sets of images.
+    Every process must call it. cache: folder for the features of the real images, which all runs share. seeds: sampling
+    seeds, by default those of the run; with several, each seed gives a set of images, and metrics are means over them.
     """
     check_enough("generated", run.eval.num_images)
     extractor = EmbeddedExtractor(device)
@@ -233,9 +230,7 @@ def evaluate_method(
 def data_protocol(
     extractor: Extractor, source: DataSource, reference: Reference, num_images: int, uint8_rule: str, precision: str
 ) -> dict[str, Any]:
-    """The embedded protocol against a data set; how the images became uint8,
-    and in what precision they were sampled.
-    """
+    """The embedded protocol for a data set. uint8_rule and precision describe how the images were generated."""
     heldout_digest = source.heldout.digest if reference.heldout else None
     info, train = source.info, source.train
     sizes = (len(train), info.image_size, num_images)
@@ -245,7 +240,7 @@ def data_protocol(
 
 
 def load_reference(source: DataSource, extractor: Extractor, cache: Path) -> Reference:
-    """The features of both splits, from the cache where they are."""
+    """The features of both splits, from the cache if it has them."""
 
     def features_of(images: ImageSet, name: str) -> FeatureSet:
         stream = progress(batches(images.fetch, len(images)), len(images), f"features of {name} images")
@@ -257,18 +252,15 @@ def load_reference(source: DataSource, extractor: Extractor, cache: Path) -> Ref
 
 
 class Clock:
-    """Time that this process spent in making images, without what is done with them, and how many it made."""
+    """Measures the time in which this process makes images, without their evaluation, and counts the images."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.images = 0
-        # to hand to `generate`: the part of the seconds that its samplers waited for random numbers
-        self.drawing = Drawing()
+        self.drawing = Drawing()  # pass it to `generate`, which adds the time that samplers wait for random numbers
 
     def timed(self, stream: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
-        """The same batches; the images are on the CPU before the clock stops,
-        so that a GPU's work is counted where it belongs.
-        """
+        """The same batches, on the CPU. The copy to the CPU makes the measured time include all work of a GPU."""
         while True:
             start = time.perf_counter()
             batch = next(stream, None)
@@ -281,7 +273,7 @@ class Clock:
 
 
 def progress(stream: Iterable[ImageBatch], total: int, title: str) -> Iterator[ImageBatch]:
-    """The same batches, with a bar on stderr from the first process."""
+    """The same batches. The first process shows a progress bar on stderr."""
     rank, ranks = rank_and_size()
     with progress_bar(title, total, enabled=rank == 0) as bar:
         for images, indices in stream:

@@ -1,5 +1,6 @@
-"""Deterministic generation: labels, seeds and chunks are fixed by the settings,
-so the images do not depend on batch size or number of processes.
+"""Deterministic generation: the settings determine labels and seeds.
+
+The images do not depend on the batch size or the number of processes.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def balanced_labels(num_images: int, num_classes: int, seed: int) -> NDArray[np.int64]:
-    """(num_images,) labels, shuffled: num_images / num_classes of each class.
+    """(num_images,) shuffled labels with num_images / num_classes images of each class.
 
-    A remainder goes to classes drawn by the seed, one image each.
+    If this leaves a remainder, the seed draws that many different classes, which get one image more.
     """
     rng = np.random.Generator(np.random.PCG64(derive("labels", seed)))
     rounds = [np.arange(num_classes)] * (num_images // num_classes)
@@ -35,7 +36,7 @@ def balanced_labels(num_images: int, num_classes: int, seed: int) -> NDArray[np.
 
 
 def draw_labels(law: str, n: int, num_classes: int, seed: int) -> NDArray[np.int64]:
-    """(n,) labels: equally many of each class in random order (balanced), or each drawn alone (random)."""
+    """(n,) labels. law: "balanced" (equally many of each class, in random order) or "random" (independent draws)."""
     if law == "balanced":
         return balanced_labels(n, num_classes, seed)
     return np.random.Generator(np.random.PCG64(derive("random labels", seed))).integers(num_classes, size=n)
@@ -45,7 +46,7 @@ def draw_labels(law: str, n: int, num_classes: int, seed: int) -> NDArray[np.int
 class Drawing:
     """Time spent on random numbers."""
 
-    seconds: float = 0.0  # that samplers waited for them
+    seconds: float = 0.0  # in which samplers waited for them
 
 
 def generate(
@@ -62,11 +63,11 @@ def generate(
 ) -> Iterator[ImageBatch]:
     """Batches of (images (B, C, H, W) uint8, indices (B,) int64 into labels), in evaluation mode.
 
-    precision and uint8: the keys `eval.precision` and `eval.uint8`, whatever the code around chose.
-    drawing: is told the seconds that the sampler waited for random numbers.
+    precision and uint8: as the keys `eval.precision` and `eval.uint8`; the caller's own settings do not matter.
+    drawing: gets the seconds added in which the sampler waited for random numbers.
 
-    Image i has its own generator, seeded by (seed, i). Chunk c of `batch_size` images is the work of process c mod
-    number of processes; with distributed=False this process does all of it.
+    Image i has a generator that (seed, i) seeds. Process (c mod number of processes) makes chunk c of `batch_size`
+    images. With distributed=False this process makes all chunks.
     """
     rank, ranks = rank_and_size() if distributed else (0, 1)
     starts = range(rank * batch_size, len(labels), ranks * batch_size)
@@ -85,7 +86,7 @@ def generate_batches(
     uint8: str = "round",
     drawing: Drawing | None = None,
 ) -> Iterator[ImageBatch]:
-    """The same for chosen chunks, each the indices (B,) int64 of its images. This process makes all of them."""
+    """Like `generate`, for the given chunks: the indices (B,) int64 of their images. This process makes all of them."""
     device = torch.device(device)
     was_training = method.training
     method.eval()
@@ -106,18 +107,18 @@ def generate_batches(
 def quantise(images: Tensor, rule: str = "round") -> Tensor:
     """Float images in [-1, 1] to uint8: -1 -> 0, 1 -> 255, and 0 -> 128 by round (half to even) or 127 by truncate.
 
-    Values outside are clipped, NaN and infinity refused.
+    Clips values outside [-1, 1]. Raises UserError for NaN and infinity.
     """
     if not bool(torch.isfinite(images).all()):
         bad = int((~torch.isfinite(images)).flatten(1).any(1).sum())
         raise UserError(
-            f"{bad} of {len(images)} generated images hold NaN or infinity. The weights have diverged, "
-            "or the sampler's settings make them."
+            f"{bad} of {len(images)} generated images hold NaN or infinity. Either the weights have diverged, "
+            "or the sampler's settings cause it: try other sample.* settings."
         )
     return to_uint8(images, rule)
 
 
 def to_uint8(images: Tensor, rule: str = "round") -> Tensor:
-    """The same without the check, for pictures of unfinished training: what is not finite has no defined level."""
+    """Like `quantise` without the check, for previews during training. NaN and infinity give undefined values."""
     levels = ((images.float() + 1) * 127.5).clamp(0, 255)
     return (levels if rule == "truncate" else levels.round()).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""A trained method, ready to sample: from a run folder, or from a released file."""
+"""Loads a trained method for sampling, from a run folder or from a released file."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 ADVICE = "`--help` lists the command's keys, `pixlat train method={method} --help all` those of sample, model and data."
-IMPORTED = "imported.json"  # in a run folder that was made of a released file: where the weights come from
+IMPORTED = "imported.json"  # in a run folder of `pixlat import`: describes the released file
 NUMBER_OR_NONE = (float, int, type(None))
-# what is read of it, and its types
+# the keys of imported.json that we read, and their types
 ORIGIN: dict[str, Any] = {"file": str, "sha256": str, "ema_decay": NUMBER_OR_NONE, "weights": str, "licence": str}
 MAX_IMPORTED_BYTES = 2**20
 
@@ -41,17 +41,19 @@ class Model:
     """A method with its weights on a device, in evaluation mode."""
 
     method: Method
-    run: RunConfig  # the settings that it was trained with, and those it samples with
+    run: RunConfig  # the settings of its training, and those of its sampling
     info: DataInfo
     name: str
-    checkpoint: dict[str, Any]  # as in records
-    record: Record | None  # of its run, where that is finished
-    dtype: str  # what its sampling executes: float32, tf32 or bfloat16
+    checkpoint: dict[str, Any]  # the field `checkpoint` of records
+    record: Record | None  # the record of its run; None if the run is not finished
+    dtype: str  # the precision in which it samples: float32, tf32 or bfloat16
 
 
 def saved_run(folder: Path, overrides: Mapping[str, str]) -> RunConfig:
-    """The configuration of a run folder, with some keys set anew and the folders of earlier stages in place,
-    without what only training reads.
+    """The configuration of a run folder for sampling.
+
+    It applies the overrides, fills in the folders of earlier stages, and removes stored latents, which only training
+    reads.
     """
     check_saved(folder)
     settings = saved_settings(folder) | {"data.latents": "null"} | dict(overrides)
@@ -60,13 +62,16 @@ def saved_run(folder: Path, overrides: Mapping[str, str]) -> RunConfig:
 
 
 def saved_settings(folder: Path) -> dict[str, str]:
-    """Every key of a folder's config.yaml, as on the command line."""
+    """Every key of a folder's config.yaml with its value as on the command line."""
     saved = read_config(folder)
     return {key: json.dumps(value) for key, value in flatten(saved)} | {"preset": str(saved.get("preset"))}
 
 
 def check_saved(folder: Path) -> None:
-    """Refuses a config.yaml that is not its checkpoint's, before its settings are used and the large files are read."""
+    """Raises UserError if config.yaml was changed after the newest checkpoint was written.
+
+    Runs before anything uses the settings or reads large files.
+    """
     from pixlat.common.weights import checkpoint
 
     saved = checkpoint.latest(folder / "checkpoints", stems=())
@@ -77,13 +82,15 @@ def check_saved(folder: Path) -> None:
         check_config(folder, settings, saved, facts)
     except UserError as error:
         changed = changed_settings(folder, settings, facts.get("config_identity", facts["identity"]))
-        found = f"Changed since: {'; '.join(changed[:8])}." if changed else "Which setting was changed cannot be told."
-        raise UserError(f"{error} {found}") from error
+        detail = f"Changed since: {'; '.join(changed[:8])}." if changed else "The changed setting could not be found."
+        raise UserError(f"{error} {detail}") from error
 
 
 def changed_settings(folder: Path, settings: Mapping[str, Any], expected: str) -> list[str]:
-    """`"model.clip: 0.05 -> 0.25"` for what was changed, found by the expected identity among the recorded commands
-    and the preset; else nothing.
+    """The settings that were changed, such as `"model.clip: 0.05 -> 0.25"`.
+
+    It looks for a configuration with the expected identity among the recorded commands and the preset. If there is
+    none, the list is empty.
     """
     for original in original_runs(folder, settings):
         if identity(original) == expected:
@@ -96,12 +103,12 @@ def changed_settings(folder: Path, settings: Mapping[str, Any], expected: str) -
 
 
 def original_runs(folder: Path, settings: Mapping[str, Any]) -> Iterator[RunConfig]:
-    """Configurations that a folder may have had: those of the commands in starts.jsonl, and its preset's."""
+    """Configurations that the folder may have had: those of the commands in starts.jsonl, and that of its preset."""
     commands = [str(row.get("command", "")) for row in split_rows(folder / "starts.jsonl")[0]]
     for command in (*commands, f"run.py method={settings['method']} preset={settings.get('preset')}"):
-        # a command of another kind, or of another version of the code; a UserError is a ValueError
+        # skips other kinds of commands and commands of another version of the code; a UserError is a ValueError
         with contextlib.suppress(ValueError):
-            # Both `pixlat train method=...` and `launch/run.py method=...`
+            # the command may be `pixlat train method=...` or `launch/run.py method=...`
             words = [word for word in shlex.split(command)[1:] if word != "train"]
             for overrides in sweep(split_overrides(words)):
                 yield resolve(
@@ -110,10 +117,10 @@ def original_runs(folder: Path, settings: Mapping[str, Any]) -> Iterator[RunConf
 
 
 def imported_facts(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What imported.json says of the released file behind a run folder, None for a run that was trained here.
+    """The contents of imported.json, which describes a run folder's released file; None for a run trained here.
 
-    facts: of the folder's checkpoint, which keeps the digest of imported.json; early imports keep none.
-    A changed file is a UserError.
+    facts: those of the folder's checkpoint, with the digest of imported.json; early imports have no digest.
+    Raises UserError if the file was changed.
     """
     file, imported = folder / IMPORTED, facts.get("identity") == IMPORTED_IDENTITY
     if not imported and not file.exists():
@@ -126,17 +133,17 @@ def imported_facts(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any] | N
     if digest_of(text) != expected:
         raise UserError(
             f"{file} was changed after the import: its sha256 is {digest_of(text)}, "
-            f"and the checkpoint keeps {expected}. {remedy}"
+            f"but the checkpoint expects {expected}. {remedy}"
         )
     try:
-        told = parse_json(text)
+        origin = parse_json(text)
     except UserError as error:
         raise UserError(f"{file} is damaged: {error}. {remedy}") from error
-    if not isinstance(told, dict) or any(
-        key not in told or not isinstance(told[key], kind) for key, kind in ORIGIN.items()
+    if not isinstance(origin, dict) or any(
+        key not in origin or not isinstance(origin[key], kind) for key, kind in ORIGIN.items()
     ):
         raise UserError(f"{file} is damaged: it does not give {', '.join(ORIGIN)} of the released file. {remedy}")
-    return told
+    return origin
 
 
 def digest_of(text: str) -> str:
@@ -145,29 +152,33 @@ def digest_of(text: str) -> str:
 
 
 def stage_folders(folder: Path, run: RunConfig) -> dict[str, str]:
-    """Where the runs lie that were trained before this one because its configuration says `train`: beside it,
-    under the names in its record.
+    """The folders of earlier stages that this run's configuration calls `train`, by key.
+
+    They lie beside the run's folder and have the names in its record.
     """
     waiting = [stage.key for stage in get_spec(run.method).stages if getattr(run.model, stage.key) == "train"]
     if not waiting:
         return {}
     parents = {parent["key"]: parent["name"] for parent in (finished(folder) or {}).get("parents", [])}
-    found = {key: folder.parent / parents[key] for key in waiting if key in parents}
+    folders = {key: folder.parent / parents[key] for key in waiting if key in parents}
     for key in waiting:
-        if key not in found or not found[key].is_dir():
+        if key not in folders or not folders[key].is_dir():
             raise UserError(
-                f"{folder} was built on an earlier run that cannot be found. Give its folder as model.{key}=FOLDER."
+                f"{folder} depends on an earlier run, which is not beside it. Give its folder as model.{key}=FOLDER."
             )
-    return {key: str(path) for key, path in found.items()}
+    return {key: str(path) for key, path in folders.items()}
 
 
 def finished(folder: Path) -> Record | None:
-    """The record of a run folder, None while there is none."""
+    """The record of a run folder; None if the run is not finished."""
     return read_record(folder / RESULT) if (folder / RESULT).exists() else None
 
 
 def load_run(folder: Path, overrides: Mapping[str, str], ema: str | None, device: torch.device) -> Model:
-    """The newest whole checkpoint of a run folder, with the average that the run evaluates, or another one."""
+    """Loads the newest complete checkpoint of a run folder.
+
+    ema: which average of the weights to load; None: the one that the run evaluates.
+    """
     from pixlat.common.precision import executed_precision
     from pixlat.common.training.ema import decays_by_name
     from pixlat.common.training.state import load_state_without_external
@@ -203,7 +214,7 @@ def load_run(folder: Path, overrides: Mapping[str, str], ema: str | None, device
 def load_released(
     file: Path, method_name: str, preset: str, overrides: Mapping[str, str], device: torch.device
 ) -> Model:
-    """Weights in their authors' format."""
+    """Loads a released file with weights in their authors' format."""
     from pixlat.common.files import sha256_of
     from pixlat.common.precision import executed_precision
     from pixlat.common.training.state import load_state_without_external
@@ -219,7 +230,7 @@ def load_released(
 
 
 def build(run: RunConfig) -> tuple[Method, DataInfo]:
-    """The method of a configuration, its external networks loaded and its own weights as initialised."""
+    """The method of a configuration, with loaded external networks and with its initial weights."""
     from pixlat.common.datasets.load import summarise
     from pixlat.methods.base import DataInfo
 
@@ -230,34 +241,34 @@ def build(run: RunConfig) -> tuple[Method, DataInfo]:
 
 
 def sampling_fields(model: Model, sample: Any) -> dict[str, Any]:
-    """What a record says of the system, its size and the cost of a sample, with these sampling settings."""
+    """The record's fields about the system, its size and the cost of a sample with these sampling settings."""
     from pixlat.common.accounting.macs import on_meta, sampling_cost
 
-    told = model.method.describe(sample)
+    described = model.method.describe(sample)
     bare = on_meta(get_class(model.run.method), model.run.model, model.info)
     cost = sampling_cost(bare, sample)
     return {
-        "system": system_fields(model.run, told, model.method.space),
-        "pretrained_components": [dataclasses.asdict(component) for component in told.pretrained],
-        **cost_fields(bare, told, cost, model.dtype),
+        "system": system_fields(model.run, described, model.method.space),
+        "pretrained_components": [dataclasses.asdict(component) for component in described.pretrained],
+        **cost_fields(bare, described, cost, model.dtype),
     }
 
 
-def system_fields(run: RunConfig, told: Description, space: str) -> dict[str, Any]:
-    """What a record says of the method and its sampler; space: in which it generates (`Method.space`)."""
+def system_fields(run: RunConfig, described: Description, space: str) -> dict[str, Any]:
+    """The record's fields about the method and its sampler. space: the space in which it generates (`Method.space`)."""
     return {
         "method": run.method,
-        "variant": told.variant,
-        "size": told.size or run.preset,
+        "variant": described.variant,
+        "size": described.size or run.preset,
         "space": space,
-        "prediction": told.prediction,
-        "loss_space": told.loss_space,
-        "sampler": told.sampler,
+        "prediction": described.prediction,
+        "loss_space": described.loss_space,
+        "sampler": described.sampler,
     }
 
 
-def cost_fields(method: Method, told: Description, cost: SamplingCost, dtype: str) -> dict[str, Any]:
-    """What a record says of an image's cost and of the parameters.
+def cost_fields(method: Method, described: Description, cost: SamplingCost, dtype: str) -> dict[str, Any]:
+    """The record's fields about the cost of an image and the number of parameters.
 
     method: on the meta device; cost: of one image; dtype: the precision of sampling.
     """
@@ -265,12 +276,12 @@ def cost_fields(method: Method, told: Description, cost: SamplingCost, dtype: st
 
     return {
         "sampling": {
-            "steps": told.steps,
+            "steps": described.steps,
             "nfe_evals": cost.nfe,
             "net_forwards": sum(cost.net_forwards.values()),
-            "guidance": told.guidance,
-            "guidance_scale": told.guidance_scale,
-            "interval": None if told.interval is None else list(told.interval),
+            "guidance": described.guidance,
+            "guidance_scale": described.guidance_scale,
+            "interval": None if described.interval is None else list(described.interval),
             "dtype": dtype,
         },
         "params": dataclasses.asdict(parameter_counts(method)),

@@ -1,4 +1,4 @@
-"""The metrics of a named protocol, from a stream of generated images and the statistics of real ones."""
+"""Computes the metrics of a named protocol from a stream of generated images and the statistics of real images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pixlat.evaluation.score.embedded import check_enough, frechet_metric, kid_m
 def measure(
     images: Iterable[ImageBatch], n: int, extractor: CardExtractor, reference: Reference, protocol: NamedProtocol
 ) -> dict[str, Metric]:
-    """Every metric that the protocol names, of n images; every process gets the same answer."""
+    """All metrics of the protocol for n images. Every process gets the same result."""
     check_enough("generated", n)
     spatial_dims = extractor.spatial_dims if "sfid" in protocol.metrics else 0
     generated = collect(images, n, extractor, groups=LARGE_GROUPS, spatial_dims=spatial_dims)
@@ -45,7 +45,7 @@ def measure(
 
 
 def distance_metric(generated: Moments, reference: Gaussian) -> Metric:
-    """A Fréchet distance with its jackknife."""
+    """The record's entry for a Fréchet distance with its jackknife error."""
     factored = factorise(reference)
     left_out = [frechet_distance(group, factored) for group in generated.left_out()]
     estimate = jackknife(frechet_distance(generated.total(), factored), left_out)
@@ -53,14 +53,15 @@ def distance_metric(generated: Moments, reference: Gaussian) -> Metric:
 
 
 def feature_metrics(generated: Collected, reference: Tensor, device: torch.device) -> dict[str, Metric]:
-    """kid and mind; precision and recall of all images, density and coverage of at most MAX_NEIGHBOURS,
-    as their protocols have it.
+    """kid, mind, precision, recall, density and coverage.
+
+    As in the published protocols, precision and recall use all images, density and coverage at most MAX_NEIGHBOURS.
     """
     n = len(generated.features)
-    # files are sorted by class: any part of this is a fair one
+    # files are often sorted by class; after the shuffle any part represents all images
     shuffled_features = generated.features[torch.from_numpy(shuffled(n, "PCG64"))]
     mind = monge_distance(shuffled_features, reference, LARGE_GROUPS)
-    where = device if device.type == "cuda" else torch.device("cpu")  # float64 is not everywhere
+    where = device if device.type == "cuda" else torch.device("cpu")  # other devices may lack float64
     features, real = shuffled_features.to(where), reference.to(where)
     kid = kernel_distance(features, real)
     near = prdc(features, real)

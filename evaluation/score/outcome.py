@@ -1,6 +1,6 @@
-"""From an evaluation to a record beside the run, or of its own where the model was not trained here.
+"""Turns an evaluation into a record and writes it. Imports no torch.
 
-Imports no torch.
+A model that was trained here already has a record, whose other fields the new record copies.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ UNTRIED: dict[str, Any] = {"n_configs": 1, "n_samples": 0, "swept": []}
 def record_of_model(
     model: Model, evaluation: Evaluation, request: Request, selection: Mapping[str, Any] = UNTRIED
 ) -> Record:
-    """The run's record with this evaluation in the place of its own; of a model without one,
-    what is known of it (kind `evaluated`).
+    """The record of a model's evaluation.
+
+    It copies the training fields from the run's record. Without such a record it holds only the known fields, and its
+    kind is `evaluated`.
     """
     from pixlat.common.hardware import device_name
     from pixlat.evaluation.score.models import sampling_fields
 
     trained = model.record or {}
-    kept: dict[str, Any] = {
+    copied: dict[str, Any] = {
         key: trained[key] for key in ("kind", "data", "code", "train", "parents", "memory") if key in trained
     }
     info = model.info
@@ -43,7 +45,7 @@ def record_of_model(
                 "name": info.name, "revision": "unknown", "resolution": info.image_size,
                 "num_classes": info.num_classes, "train_images": info.num_train,
             },
-            **kept,
+            **copied,
             **sampling_fields(model, model.run.sample),
             "speed": speed_fields(evaluation, request.batch, model.dtype, device_name(request.device)),
             "scored_by": code_state(),
@@ -62,11 +64,10 @@ def record_of_model(
 def speed_fields(
     evaluation: Evaluation | None, batch: int, dtype: str, device: str, compiled: bool = False
 ) -> dict[str, Any]:
-    """Sampling throughput of one device during an evaluation, in images/s;
-    `pixlat bench` measures it on its own.
+    """Sampling throughput of one device during an evaluation, in images/s. `pixlat bench` measures it separately.
 
-    batch: images of one device at once. Each process knows only its own images and seconds,
-    so the rate is that of the process that writes the record.
+    batch: images per device and batch. A process knows only its own images and seconds, so the rate is that of the
+    process that writes the record.
     """
     from pixlat.evaluation.features.ranks import rank_and_size
 
@@ -86,8 +87,8 @@ def speed_fields(
     }
 
 
-UNKNOWN = "unknown"  # the method and the space of finished images where nobody tells them
-# where a method denoises, as the schema has them
+UNKNOWN = "unknown"  # the method and the space of finished images if the user does not give them
+# the spaces in which a method may denoise, as in the record's schema
 SPACES = ("pixel", "latent_vae", "latent_rae", "latent_self", UNKNOWN)
 
 
@@ -99,9 +100,7 @@ def record_of_images(
     method: str = UNKNOWN,
     space: str = UNKNOWN,
 ) -> Record:
-    """The record of images of which nothing is known but themselves,
-    and what their owner says of their method and its space.
-    """
+    """The record of finished images. `method` and `space` are what the user says about their origin."""
     unknown = {"variant": None, "size": None, "space": space, "prediction": None, "loss_space": None, "sampler": None}
     return build_record(
         {
@@ -126,8 +125,9 @@ def record_of_images(
 
 
 def keep(record: Record, parent: Path, settings: Any) -> Path:
-    """Writes the record below `parent`, in a folder named after the protocol and the settings,
-    so that no other evaluation lies there.
+    """Writes the record into a folder below `parent` and returns the file's path.
+
+    The folder's name contains the protocol and a digest of the settings, so that every evaluation has its own folder.
     """
     protocol = record["protocol"]
     name = protocol.get("name", protocol["extractor"]["id"])
@@ -141,7 +141,7 @@ def keep(record: Record, parent: Path, settings: Any) -> Path:
 
 
 def table(record: Record) -> str:
-    """The metrics for a terminal."""
+    """The metrics as text for a terminal."""
     return "\n".join(f"  {name:<20} {_value(metric)}" for name, metric in record["metrics"].items())
 
 

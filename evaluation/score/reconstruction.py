@@ -1,8 +1,7 @@
-"""How much of an image survives a method's autoencoder: held-out images through `encode` and `decode`,
-measured against themselves.
+"""Measures the reconstructions of a method's autoencoder: decode(encode(x)) for held-out images x.
 
-rfd_embedded compares the two sets as distributions (rFID with another extractor);
-psnr, ssim and the perceptual distance compare each pair.
+rfd_embedded compares originals and reconstructions as two distributions (rFID with another extractor). psnr, ssim and
+the perceptual distance compare each image with its original.
 """
 
 from __future__ import annotations
@@ -56,12 +55,11 @@ def evaluate_reconstruction(
     cache: Path,
     extractor: Extractor | None = None,
 ) -> Evaluation:
-    """Encodes and decodes at most `run.eval.num_images` held-out images (training images where too few are held out);
-    every process takes part.
+    """Measures reconstructions of at most `run.eval.num_images` held-out images. Every process must call it.
 
-    rfd_embedded (or rfid with another extractor), psnr (dB), ssim (images of at least 11 pixels),
-    and lpips where its weights are on this machine, else perceptual_embedded. cache:
-    the folder for the features of the real images, shared by all runs.
+    If the data set has too few held-out images, it uses training images. The metrics are rfd_embedded (or rfid with
+    another extractor), psnr (dB), ssim (images of at least 11 pixels) and lpips, or perceptual_embedded if the weights
+    of lpips are not on this machine. cache: folder for the features of the real images, which all runs share.
     """
     originals = choose(source, run.eval.num_images)
     rebuilder = Rebuilder(method, torch.device(device), run.eval.precision, run.eval.uint8)
@@ -80,8 +78,9 @@ def evaluate_rebuilt(
     uint8_rule: str = "unknown",
     precision: str = "unknown",
 ) -> Evaluation:
-    """The same for reconstructions that somebody else made of all held-out images,
-    in the order of the data set, `batch` at a time.
+    """Like `evaluate_reconstruction`, for finished reconstructions of all held-out images.
+
+    rebuilt: batches of `batch` images in the order of the data set.
     """
     originals = choose(source, len(source.heldout))
     pairs = alongside(rebuilt, batches(originals.fetch, len(originals), batch))
@@ -91,9 +90,7 @@ def evaluate_rebuilt(
 def compare(
     pairs: Iterable[Pair], originals: Originals, extractor: Extractor, cache: Path, uint8_rule: str, precision: str
 ) -> tuple[dict[str, Any], dict[str, Metric]]:
-    """The protocol, and the metrics of pairs of images;
-    uint8_rule and precision say how the reconstructions were made.
-    """
+    """(protocol, metrics) of pairs of images. uint8_rule and precision describe how reconstructions were made."""
     n, size, where = len(originals), originals.image_size, extractor.device
     stream = progress(batches(originals.fetch, n), n, f"features of {originals.split} images")
     decoding = originals.images.decoding
@@ -120,7 +117,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Originals:
-    """The real images that are reconstructed: a fixed choice among one part of a data set."""
+    """The real images to reconstruct: a fixed selection from one split of a data set."""
 
     name: str
     split: str
@@ -131,28 +128,28 @@ class Originals:
         return len(self.positions)
 
     def fetch(self, indices: range) -> NDArray[np.uint8]:
-        """Images (B, 3, H, W) uint8 at consecutive places of the choice."""
+        """Images (B, 3, H, W) uint8 at these consecutive places of the selection."""
         return self.images.fetch(self.positions[indices.start : indices.stop])
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """(n,)"""
+        """(n,) the images' classes."""
         return self.images.labels[self.positions]
 
     @property
     def image_size(self) -> int:
-        """Pixels."""
+        """Height and width in pixels."""
         return self.images.image_size
 
     @property
     def digest(self) -> str:
-        """Of the images and their order."""
-        whole = len(self) == len(self.images)
-        return self.images.digest if whole else f"{self.images.digest}/{len(self)}"
+        """Identifies the images and their order."""
+        all_selected = len(self) == len(self.images)
+        return self.images.digest if all_selected else f"{self.images.digest}/{len(self)}"
 
 
 def choose(source: DataSource, wanted: int) -> Originals:
-    """At most `wanted` held-out images, or training images where fewer than MIN_IMAGES are held out."""
+    """At most `wanted` held-out images, or training images if fewer than MIN_IMAGES are held out."""
     split, images = ("heldout", source.heldout) if len(source.heldout) >= MIN_IMAGES else ("train", source.train)
     originals = Originals(source.info.name, split, images, fixed_draw(len(images), wanted))
     check_enough("real", len(originals))
@@ -160,9 +157,7 @@ def choose(source: DataSource, wanted: int) -> Originals:
 
 
 def load_perceptual(device: torch.device | str) -> tuple[str, Any]:
-    """(metric, network): LPIPS where VGG's weights are on this machine,
-    else the distance of the extractor in the package.
-    """
+    """(metric, network): LPIPS if VGG's weights are on this machine, else a distance with the embedded extractor."""
     from pixlat.common.frozen.perceptual import EmbeddedDistance, Lpips
 
     name, network = "lpips", cast("Any", Lpips(None))
@@ -175,24 +170,24 @@ def load_perceptual(device: torch.device | str) -> tuple[str, Any]:
 
 
 def perceptual_distance(network: nn.Module, device: torch.device, rebuilt: Tensor, originals: Tensor) -> Tensor:
-    """(B,) for uint8 images, in float32 whatever the run around it chose."""
+    """(B,) distances of uint8 images, computed in float32 whatever precision the caller has set."""
     with exact_float32(), torch.inference_mode(), torch.autocast(device.type, enabled=False):
         distance: Tensor = network(as_float(rebuilt, device), as_float(originals, device))
     return distance.cpu().double()
 
 
 class Rebuilder:
-    """Turns a stream of images into pairs of a reconstruction and its original."""
+    """Maps a stream of images to pairs of a reconstruction and its original."""
 
     def __init__(self, method: Method, device: torch.device, precision: str = "fp32", uint8: str = "round") -> None:
         self.method = method
         self.device = device
         self.precision, self.uint8 = precision, uint8  # `eval.precision` and `eval.uint8`
-        self.seconds = 0.0  # encoding and decoding in this process
-        self.images = 0  # of this process in these seconds
+        self.seconds = 0.0  # time of encoding and decoding in this process
+        self.images = 0  # number of images that this process reconstructed in this time
 
     def __call__(self, originals: Iterable[ImageBatch]) -> Iterator[Pair]:
-        """In evaluation mode, whatever the mode before."""
+        """Puts the method into evaluation mode for this time and restores its mode afterwards."""
         was_training = self.method.training
         self.method.eval()
         try:
@@ -214,25 +209,25 @@ class Rebuilder:
 
 
 def alongside(rebuilt: Iterable[ImageBatch], originals: Iterable[ImageBatch]) -> Iterator[Pair]:
-    """Two streams in the same batches as one of pairs."""
+    """Joins two streams with equal batches into one stream of pairs."""
     for (images, places), (real, indices) in zip(rebuilt, originals, strict=True):
         if images.shape != real.shape or not torch.equal(places, indices):
             raise UserError(
                 f"reconstructions {tuple(images.shape)} and originals {tuple(real.shape)} do not belong together: "
-                "give one for each, in order."
+                "give one reconstruction for each original, in the same order."
             )
         yield images, real, indices
 
 
 class Scores:
-    """Measures the pairs of a stream as they pass."""
+    """Measures the pairs of a stream while it passes the reconstructions on."""
 
     def __init__(self, measures: Mapping[str, Measure]) -> None:
         self.measures = measures
         self.values = [torch.empty(0, len(measures), dtype=torch.float64)]  # a process may get no image
 
     def __call__(self, pairs: Iterable[Pair]) -> Iterator[ImageBatch]:
-        """The reconstructions alone."""
+        """Measures each pair and yields only the reconstructions."""
         for rebuilt, originals, indices in pairs:
             self.values.append(torch.stack([measure(rebuilt, originals) for measure in self.measures.values()], dim=1))
             yield rebuilt, indices
@@ -252,11 +247,11 @@ def as_float(images: Tensor, device: torch.device) -> Tensor:
 
 
 def paired_frechet(rebuilt: Moments, real: Moments) -> tuple[Estimate, bool]:
-    """The distance between two sets whose images belong together: a group is left out of both.
+    """(the distance between two paired sets, whether a covariance was regularised).
 
-    Also whether a covariance was regularised.
+    The jackknife leaves each group out of both sets at once.
     """
     reference = factorise(real.total())
     pairs = zip(rebuilt.left_out(), real.left_out(), strict=True)
-    left_out = [frechet_distance(one, factorise(other)) for one, other in pairs]
+    left_out = [frechet_distance(reconstructed, factorise(original)) for reconstructed, original in pairs]
     return jackknife(frechet_distance(rebuilt.total(), reference), left_out), reference.regularised
