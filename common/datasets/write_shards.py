@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pixlat.common.datasets import npy_shards as mapped
+from pixlat.common.datasets.shards import CARD, FORMAT, PartCard, ShardCard
 from pixlat.common.errors import UserError
 from pixlat.common.files import write_or_compare, write_whole
 from pixlat.common.progress import progress_bar
@@ -20,7 +21,6 @@ from pixlat.common.progress import progress_bar
 if TYPE_CHECKING:
     from pixlat.common.datasets.load import DataSource
     from pixlat.common.images.image_set import ImageSet
-from pixlat.common.datasets.shards import CARD, FORMAT, PartCard, ShardCard
 
 BATCH = 64  # images that are decoded at once, before they are written
 

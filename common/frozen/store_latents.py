@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from pixlat.common.datasets import npy_shards as mapped
+from pixlat.common.datasets.stored_latents import CARD, DTYPES, FORMAT, LatentCard, shard_name
 from pixlat.common.errors import UserError
 from pixlat.common.files import write_or_compare, write_whole
 
 if TYPE_CHECKING:
     from pixlat.common.frozen.tokenizer import Tokenizer
     from pixlat.common.images.image_set import ImageSet
-from pixlat.common.datasets.stored_latents import CARD, DTYPES, FORMAT, LatentCard, shard_name
 
 SHARD_IMAGES = 16_384
 

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixlat.common.errors import UserError
+from pixlat.common.images.archive import Archive, and_others, check_largest, part_of_file
 from pixlat.common.images.crop import check_file_bytes
 
 if TYPE_CHECKING:
     import pyarrow
-from pixlat.common.images.archive import Archive, and_others, check_largest, part_of_file
 
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
 

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pixlat.common.errors import UserError
+from pixlat.common.pictures.grids import save_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from pixlat.common.pictures.grids import save_png
 
 NOT_DRAWN = {"images", "step", "seconds"}
 PANEL_TITLES = {

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from pixlat.common.method import Batch, Method
 from pixlat.common.training.setup import implements
 from pixlat.common.training.state import TrainState
+
+if TYPE_CHECKING:
+    from pixlat.common.method import Batch, Method
 
 # (first step, micro-batches per step on this process) -> one list of micro-batches per step, each a dict with
 # uint8 "image", "label" and "index"

@@ -16,20 +16,20 @@ from torch import nn
 
 from pixlat.common.config.schema import TrainConfig
 from pixlat.common.seeds import seed_step
+from pixlat.common.training.data_passes import MakeBatches, measure_at_the_end, prepare_batch, run_before_training
 from pixlat.common.training.ema import build_emas
+from pixlat.common.training.log import TrainingLog
 from pixlat.common.training.meters import Meters
 from pixlat.common.training.optim import build_optimizers, learning_rate, set_learning_rate
 from pixlat.common.training.resume import newest_checkpoint
+from pixlat.common.training.setup import implements, prepare_blocks, replicate
 from pixlat.common.training.sharding import communicating, gathered, meta_copy, shard, unsharded_parameters
 from pixlat.common.training.signals import StopRequest
+from pixlat.common.training.state import TrainState, load_state_without_external
+from pixlat.common.training.steps import due, split_batch, total_steps
 
 if TYPE_CHECKING:
     from pixlat.common.method import Method
-from pixlat.common.training.data_passes import MakeBatches, measure_at_the_end, prepare_batch, run_before_training
-from pixlat.common.training.log import TrainingLog
-from pixlat.common.training.setup import implements, prepare_blocks, replicate
-from pixlat.common.training.state import TrainState, load_state_without_external
-from pixlat.common.training.steps import due, split_batch, total_steps
 
 # (N, task): a task that training runs every N images, on all processes. After a resume the task runs again if the
 # checkpoint was written at such a point, because the previous start may have stopped in the middle of the task;

@@ -15,12 +15,12 @@ import torch
 
 from pixlat.common.config.schema import ClusterConfig
 from pixlat.common.errors import UserError
+from pixlat.launch.cluster.planned import Planned, code_folder, jobs_folder, note, worker
+from pixlat.launch.cluster.request import clean_environment, setup_lines
 from pixlat.launch.job.folder import FAILURE, RESULT, is_finished
 
 if TYPE_CHECKING:
     from submitit import Job
-from pixlat.launch.cluster.planned import Planned, code_folder, jobs_folder, note, worker
-from pixlat.launch.cluster.request import clean_environment, setup_lines
 
 YEAR_MIN = 525_600
 
