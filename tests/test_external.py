@@ -132,7 +132,7 @@ def test_a_given_place_comes_before_the_cache(hub, tmp_path):
         UserError, match=r"pixlat needs config.json of org/net on Hugging Face, but the folder holds pytorch_model.bin"
     ):
         hub_files("org/net", ["config.json"], given=str(mine.parent))
-    with pytest.raises(UserError, match=r"nowhere: wanted .* there is no such file or folder"):
+    with pytest.raises(UserError, match=r"nowhere: pixlat needs .* there is no such file or folder"):
         hub_file("org/net", given=str(tmp_path / "nowhere"))
 
 
