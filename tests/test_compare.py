@@ -45,7 +45,7 @@ def test_several_training_seeds_are_paired_and_their_spread_is_the_error():
     (gain,) = gains(repa, sit)
     # what differs between seeds, 20, cancels
     assert (gain.value, gain.se, gain.seeds) == (pytest.approx(-12), pytest.approx(2 / 3**0.5), 3)
-    with pytest.raises(UserError, match="none is common"):
+    with pytest.raises(UserError, match="no seed in common"):
         gains({7: repa[0]}, sit)
 
 

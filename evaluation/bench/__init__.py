@@ -1,1 +1,1 @@
-"""Speed and memory on this machine. Not part of any score."""
+"""Measures speed and memory on this machine. No score uses these numbers."""

@@ -1,4 +1,4 @@
-"""How many training images a second one core reads, decodes and crops."""
+"""Measures how many training images per second one core reads, decodes and crops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DATA_SECONDS = 3.0
 
 
 def measure_data(run: RunConfig) -> dict[str, Any]:
-    """Training images a second that one core reads, decodes and crops."""
+    """Training images per second that one core reads, decodes and crops, in file order and in random order."""
     from pixlat.common.datasets.batches import TrainingPlan
     from pixlat.common.datasets.load import load_data
     from pixlat.common.hardware import processor_name

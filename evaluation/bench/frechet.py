@@ -1,6 +1,4 @@
-"""The Fréchet distance against those of other packages,
-on the same statistics in one run: `pixlat bench frechet`.
-"""
+"""`pixlat bench frechet`: times our Fréchet distance and those of other packages on the same statistics."""
 
 from __future__ import annotations
 
@@ -19,8 +17,8 @@ REPEATS = 5
 
 
 def compare(dims: int = 2048) -> dict[str, Any]:
-    """The fastest of five calls of each implementation in wall and in processor seconds,
-    how many times slower than ours it is, and its distance.
+    """For each implementation: the fastest of five calls in wall and processor seconds, its slowdown relative to ours,
+    and its distance.
     """
     try:
         from cleanfid.fid import frechet_distance as cleanfid_distance
@@ -49,9 +47,7 @@ def compare(dims: int = 2048) -> dict[str, Any]:
 
 
 def gaussian(dims: int, seed: int) -> Gaussian:
-    """Statistics of 3 * dims features that are all correlated, with a spectrum that falls by a factor of 1000,
-    like those of a network.
-    """
+    """Statistics of 3 * dims correlated features. Their spectrum falls by a factor of 1000, as for a real network."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.logspace(0, -1.5, dims, dtype=torch.float64)
     x = torch.randn(3 * dims, dims, generator=generator, dtype=torch.float64) * scale * (1 + 0.1 * seed)
@@ -61,11 +57,11 @@ def gaussian(dims: int, seed: int) -> Gaussian:
 
 
 def timed(work: Callable[[], Any]) -> dict[str, float]:
-    """The fewest wall and processor seconds of a call, and what it found."""
-    walls, processors, found = [], [], 0.0
+    """The minimal wall and processor seconds of a call, and its result."""
+    walls, processors, distance = [], [], 0.0
     for _ in range(REPEATS):
         wall, processor = time.perf_counter(), time.process_time()
-        found = float(work())
+        distance = float(work())
         walls.append(time.perf_counter() - wall)
         processors.append(time.process_time() - processor)
-    return {"wall_s": min(walls), "cpu_s": min(processors), "distance": found}
+    return {"wall_s": min(walls), "cpu_s": min(processors), "distance": distance}

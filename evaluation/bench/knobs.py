@@ -1,6 +1,6 @@
-"""What a training step takes, and what each setting that leaves the mathematics alone does to it.
+"""Measures the memory of a training step, and the effect of settings that do not change the mathematics.
 
-Everything measured runs in a process of its own.
+Every measurement runs in a new process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pixlat.common.config.schema import RunConfig
 from pixlat.common.errors import UserError
 from pixlat.methods import get_class
 
-# glibc maps every tensor on its own then, and gives it back with the tensor: a process holds what its tensors hold.
+# With these settings glibc maps every tensor separately and returns its memory when the tensor is freed. The memory of
+# the process is then the memory of its tensors.
 EXACT_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 PLAIN = {"train.recompute_blocks": "false", "train.compile": "false"}
@@ -33,14 +34,16 @@ VARIANTS = {
 
 
 def with_exact_allocator() -> None:
-    """Starts this process again with the allocator that measuring needs, unless it has it."""
+    """Restarts this process with the allocator settings that the measurement needs, unless they are already set."""
     if not EXACT_ALLOCATOR.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | EXACT_ALLOCATOR)
 
 
 def measure_memory(run: RunConfig, batch: int) -> dict[str, Any]:
-    """Peak bytes of a training step over what remains when the method is gone,
-    and what common/accounting/memory.py predicts; both without averages.
+    """Peak bytes of a training step, measured and as predicted by common/accounting/memory.py.
+
+    The measured number is the peak minus the bytes that remain after the method is deleted. Neither includes averages
+    of the weights.
     """
     from pixlat.common.accounting.memory import step_memory
     from pixlat.common.hardware import reset_peak, tensor_bytes, tensor_peak_bytes
@@ -64,7 +67,7 @@ def measure_memory(run: RunConfig, batch: int) -> dict[str, Any]:
     taken = peak - tensor_bytes(accelerator.device)
     if taken <= 0:
         raise UserError(
-            f"a training step of {run.method} with speed.batch={batch} takes less memory than can be measured. "
+            f"a training step of {run.method} with speed.batch={batch} needs too little memory to measure. "
             "Raise speed.batch."
         )
     predicted = step_memory(get_class(run.method), run.model, train, data, batch).peak
@@ -89,20 +92,20 @@ def compare_knobs(arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def possible(run: RunConfig) -> Iterator[tuple[str, dict[str, str]]]:
-    """The variants that the method has, as settings."""
-    own = {f"model.{field.name}" for field in dataclasses.fields(run.model)}
-    kept = {key: "false" for key in ("model.remember",) if key in own}
+    """(name, settings) of the variants that the method supports."""
+    known = {f"model.{field.name}" for field in dataclasses.fields(run.model)}
+    without_cache = {key: "false" for key in ("model.remember",) if key in known}
     for name, settings in VARIANTS.items():
-        if all(key in own for key in settings if key.startswith("model.")):
-            yield name, PLAIN | kept | settings
+        if all(key in known for key in settings if key.startswith("model.")):
+            yield name, PLAIN | without_cache | settings
 
 
 def measured(*arguments: str) -> dict[str, Any]:
-    """What `pixlat bench` prints for these arguments, in a process of its own."""
+    """The JSON that `pixlat bench` prints for these arguments. It runs in a new process."""
     ended = subprocess.run(
         [sys.executable, "-m", "pixlat.evaluation.speed", *arguments], capture_output=True, text=True
     )
     if ended.returncode:
         raise UserError(ended.stderr.strip().removeprefix("error: "))
-    found: dict[str, Any] = json.loads(ended.stdout)
-    return found
+    result: dict[str, Any] = json.loads(ended.stdout)
+    return result

@@ -1,6 +1,4 @@
-"""The search for nearest training images against its first version,
-on the same images in one run: `pixlat bench neighbours 256`.
-"""
+"""`pixlat bench neighbours 256`: times the search for nearest training images and its first version, on the same images."""
 
 from __future__ import annotations
 
@@ -16,13 +14,13 @@ from pixlat.common.hardware import device_name
 from pixlat.common.images.image_set import ImageSet
 from pixlat.common.pictures.neighbours import BLOCK_VALUES, Neighbours, nearest
 
-SEARCHED = 20_000  # training images that a run searches at most
+SEARCHED = 20_000  # largest number of training images that a run searches
 SAMPLES, HELD_OUT = 20, 500
-OLD_BLOCKS = 2  # that are timed of the first version; the rest is extrapolated, since all of it can take hours
+OLD_BLOCKS = 2  # blocks of the first version to time; the total is extrapolated, because all blocks can take hours
 
 
 class MadeUpImages(ImageSet):
-    """As many images of noise as wanted, from a small pool in memory, so that nothing is decoded."""
+    """`count` images of noise from a small pool in memory, so that reading them takes no time."""
 
     def __init__(self, count: int, size: int) -> None:
         super().__init__(np.zeros(count, dtype=np.int64), size, "made up")
@@ -34,15 +32,13 @@ class MadeUpImages(ImageSet):
 
 
 def compare(size: int, searched: int = SEARCHED, device: str = "cpu") -> dict[str, Any]:
-    """Seconds of the search of a whole run at `size` px, mirror images included: of the first version (extrapolated)
-    and as it is now (in full).
-    """
+    """Seconds of a run's search at `size` px with mirror images, for the first version (extrapolated) and for today's."""
     samples, held_out = noise(SAMPLES, size, seed=1), noise(HELD_OUT, size, seed=2)
     images = MadeUpImages(searched, size)
     part = min(searched, OLD_BLOCKS * max(1, BLOCK_VALUES // samples[0].size))
     old, (near, real) = timed(lambda: (first_version(samples, images, part), first_version(held_out, images, part)))
     queries = np.concatenate([samples, held_out])
-    _, both = timed(lambda: nearest(queries, images, True, np.arange(part), device))  # also warms the device up
+    _, both = timed(lambda: nearest(queries, images, True, np.arange(part), device))  # this also warms up the device
     assert np.array_equal(both.distances, np.concatenate([near.distances, real.distances]))
     new, _ = timed(lambda: nearest(queries, images, True, None, device))
     return {
@@ -62,8 +58,8 @@ def compare(size: int, searched: int = SEARCHED, device: str = "cpu") -> dict[st
 
 
 def first_version(samples: NDArray[np.uint8], train: ImageSet, count: int) -> Neighbours:
-    """Commit 88492b2: float64 on the CPU, the samples' norms for every block anew,
-    mirror images as a block of their own.
+    """The search of commit 88492b2: float64 on the CPU, norms of samples recomputed for every block, mirror images in
+    separate blocks.
     """
     a = samples.reshape(len(samples), -1).astype(np.float64)
     best, indices, flipped = np.full(len(a), np.inf), np.zeros(len(a), dtype=np.int64), np.zeros(len(a), dtype=bool)
@@ -75,9 +71,9 @@ def first_version(samples: NDArray[np.uint8], train: ImageSet, count: int) -> Ne
             b = (images[..., ::-1] if flip else images).reshape(len(images), -1).astype(np.float64)
             squared = np.square(a).sum(1)[:, None] - 2 * (a @ b.T) + np.square(b).sum(1)[None]
             column = squared.argmin(1)
-            found = squared[np.arange(len(a)), column]
-            nearer = found < best
-            best[nearer], indices[nearer], flipped[nearer] = found[nearer], chosen[column[nearer]], flip
+            nearest_squared = squared[np.arange(len(a)), column]
+            nearer = nearest_squared < best
+            best[nearer], indices[nearer], flipped[nearer] = nearest_squared[nearer], chosen[column[nearer]], flip
     return Neighbours(indices, flipped, np.sqrt(best / a.shape[1]) / 255)
 
 

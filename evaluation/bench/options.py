@@ -1,4 +1,4 @@
-"""The command line of a measurement: the keys of a run, and `speed.*`."""
+"""The command line of a measurement: it takes the keys of a run and `speed.*`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pixlat.methods import get_spec
 
 @dataclass
 class SpeedKeys:
-    """What is timed."""
+    """The keys `speed.*`."""
 
-    batch: int = 8  # images of a training step and of a sampling batch
-    steps: int = 10  # timed steps
-    sample: bool = True  # false times training only, as for a stage that does not sample
+    batch: int = 8  # images per training step and per sampling batch
+    steps: int = 10  # number of timed steps
+    sample: bool = True  # false: time training only, for example for a stage that does not sample
 
 
 @dataclass
@@ -41,15 +41,16 @@ def configurations(arguments: Sequence[str]) -> Iterator[tuple[RunConfig, SpeedK
 
 
 def without_compiling_on_cpu(run: RunConfig) -> RunConfig:
-    """The run without a preset's train.compile where there is no GPU: it would compile for minutes, for a rate that no
-    training will have.
+    """The run with train.compile=false if there is no GPU.
+
+    Compiling would take minutes here and give a rate that no training will have.
     """
     from accelerate import PartialState
 
     if not run.train.compile or PartialState().device.type != "cpu":
         return run
     tell(
-        "this is a CPU: blocks are not compiled, though the preset asks for it (train.compile=true compiles them "
-        "here as well)"
+        "this is a CPU: blocks are not compiled, although the preset says so (train.compile=true on the command line "
+        "compiles them here as well)"
     )
     return dataclasses.replace(run, train=dataclasses.replace(run.train, compile=False))

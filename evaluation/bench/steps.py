@@ -1,4 +1,4 @@
-"""Speed of training steps and of sampling: builds a method with random weights, repeats, and takes the median."""
+"""Measures the speed of training steps and of sampling: the median over repetitions, with random weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WARMUP = 3
 
 
 def tell(line: str) -> None:
-    """Says on stderr what is being done; stdout has the JSON."""
+    """Prints a line about the progress on stderr, because stdout has the JSON."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -58,7 +58,7 @@ def measure(run: RunConfig, batch: int, steps: int, sample: bool) -> dict[str, A
         executed = executed_precision(run.eval.precision, device)
         tell(f"samplings of {batch} images by {cost.nfe} evaluations in {executed}, 1 untimed and {steps} timed")
         seconds, drawing = time_sampling(method, run, batch, steps, device)
-        without = sorted(whole - drawn for whole, drawn in zip(seconds, drawing, strict=True))[steps // 2]
+        without = sorted(total - drawn for total, drawn in zip(seconds, drawing, strict=True))[steps // 2]
         facts = {
             "precision": executed,
             "images_per_s_without_draws": batch / without,
@@ -69,8 +69,9 @@ def measure(run: RunConfig, batch: int, steps: int, sample: bool) -> dict[str, A
 
 
 def build(run: RunConfig, device: torch.device) -> Method:
-    """The method on the device with random weights;
-    networks that were trained elsewhere have theirs where the files are.
+    """The method on the device with random weights.
+
+    A frozen network gets its trained weights if their file is on this machine.
     """
     import torch
 
@@ -90,7 +91,7 @@ def build(run: RunConfig, device: torch.device) -> Method:
 
 
 def fill_at_random(network: nn.Module) -> None:
-    """Small numbers for the weights of a network that was built without any."""
+    """Fills the weights of a network that has no values yet with small random numbers."""
     import torch
 
     network.to_empty(device="cpu")
@@ -100,7 +101,7 @@ def fill_at_random(network: nn.Module) -> None:
 
 
 def rates(images: int, seconds: list[float], macs_per_image: int) -> dict[str, float]:
-    """From the seconds of each repetition: the median rate, and its range."""
+    """The median, best and worst rate, from the seconds of each repetition."""
     ordered = sorted(seconds)
     middle = ordered[len(ordered) // 2]
     return {
@@ -113,7 +114,7 @@ def rates(images: int, seconds: list[float], macs_per_image: int) -> dict[str, f
 
 
 def training_step(method: Method, run: RunConfig, batch: int, accelerator: Any) -> Callable[[], None]:
-    """A training step on random images: all phases, forward, backward and optimizer; without averages."""
+    """A training step on random images: forward, backward and optimizer of all phases, without averages of weights."""
     import torch
 
     from pixlat.common.accounting.macs import begin_last_part, empty_batch
@@ -145,8 +146,9 @@ def training_step(method: Method, run: RunConfig, batch: int, accelerator: Any) 
 def time_sampling(
     method: Method, run: RunConfig, batch: int, steps: int, device: torch.device
 ) -> tuple[list[float], list[float]]:
-    """Seconds of each of `steps` samplings of a batch in the run's eval.precision, and of their random numbers;
-    one more before is not timed.
+    """(seconds of each of `steps` samplings of a batch, seconds that each waited for random numbers).
+
+    Samples in the run's eval.precision, after one more sampling that is not timed.
     """
     import torch
 
@@ -169,7 +171,7 @@ def time_sampling(
 def repeat(
     work: Callable[[], None], warmup: Sequence[int], timed: Sequence[int], device: torch.device, title: str
 ) -> list[float]:
-    """Seconds of each timed repetition, the device waited for; a bar on stderr shows how far it is."""
+    """Seconds of each timed repetition, including the device's work. Shows a progress bar on stderr."""
     from pixlat.common.hardware import synchronize
     from pixlat.common.progress import progress_bar
 

@@ -1,9 +1,7 @@
-"""What lies beside a record and belongs on the page: its sample grid as a data URI, and the losses of its log.
+"""Reads the files beside a record for the page: the sample grid as a data URI, and the losses in the log.
 
-Imports no torch.
-
-A record names these files; the names are data. Only regular files inside the record's own folder are opened,
-and only up to a size.
+A record names these files, and the names may be hostile. Therefore this module opens only regular files inside the
+record's folder, and only up to a maximal size. Imports no torch.
 """
 
 from __future__ import annotations
@@ -26,18 +24,18 @@ CURVE_POINTS = 200
 
 
 def attachment(folder: Path, name: str | None) -> Path | None:
-    """The file `name` of a record's folder; None where there is none (a record may travel alone).
+    """The file `name` of a record's folder; None if there is none, because somebody copied only the record.
 
-    One outside the folder or huge is a UserError.
+    Raises UserError for a file outside the folder or a file that is too large.
     """
     try:
         if not name or not (folder / name).is_file():
             return None
         path = (folder / name).resolve()
         if not path.is_relative_to(folder.resolve()):
-            raise UserError(f"{folder}: the record names {name!r}, which is outside its folder and not opened.")
+            raise UserError(f"{folder}: the record names {name!r}, which is outside its folder, so it is not opened.")
         if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: is larger than {MAX_BYTES >> 20} MiB and not put on a page.")
+            raise UserError(f"{path}: is larger than {MAX_BYTES >> 20} MiB, so the page does not show it.")
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise (
             error
@@ -50,7 +48,7 @@ def attachment(folder: Path, name: str | None) -> Path | None:
 def grid_uri(path: Path) -> tuple[str, int, int]:
     """A picture as a WebP data URI at most 720 pixels wide, with its width and height.
 
-    What is no picture is a UserError.
+    Raises UserError for a file that is no PNG.
     """
     from PIL import Image
 
@@ -67,15 +65,15 @@ def grid_uri(path: Path) -> tuple[str, int, int]:
         picture.save(stream, format="WEBP", quality=82, method=4)
     except UserError:
         raise
-    except Exception as error:  # Pillow's decoders meet damaged bytes with whatever they lead to
+    except Exception as error:  # damaged bytes make Pillow's decoders raise exceptions of many types
         raise UserError(f"{path}: cannot be read as a PNG: {error or type(error).__name__}") from error
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode(), picture.width, picture.height
 
 
 def losses(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """Every loss of a metrics.jsonl over the images seen, at most 200 points each, as means of equal stretches.
+    """The total loss of every phase in a metrics.jsonl over the images seen, with at most 200 points each.
 
-    A broken file is a UserError.
+    Raises UserError for a damaged file.
     """
     try:
         rows = read_rows(path)
@@ -85,7 +83,7 @@ def losses(path: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def _loss_names(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The total losses, one a phase."""
+    """The names of the total losses, one for each phase."""
     return sorted({name for row in rows for name in row if name.rpartition("/")[2] == "loss"})
 
 
@@ -95,7 +93,7 @@ def _points(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[float, floa
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most CURVE_POINTS points: means of stretches of equal length, rounded to five digits."""
+    """At most CURVE_POINTS points: means over consecutive points in groups of equal size, rounded to five digits."""
     length = -(-len(points) // CURVE_POINTS) if points else 1
     stretches = [points[start : start + length] for start in range(0, len(points), length)]
     return [(_mean([x for x, _ in stretch]), _mean([y for _, y in stretch])) for stretch in stretches]
@@ -106,13 +104,13 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def grid_of(record: Record, folder: Path) -> tuple[str, int, int] | None:
-    """The record's sample grid, or that of its reconstructions; None where it has neither."""
+    """The record's grid of samples, else its grid of reconstructions, else None."""
     paths = (attachment(folder, record.get("artifacts", {}).get(key)) for key in ("grid_png", "reconstruction_png"))
     path = next((path for path in paths if path), None)
     return grid_uri(path) if path else None
 
 
 def losses_of(record: Record, folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """The losses of the record's log; none where it has none."""
+    """The losses of the record's log; empty if it has no log."""
     path = attachment(folder, record.get("artifacts", {}).get("log"))
     return losses(path) if path else {}

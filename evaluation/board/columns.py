@@ -1,4 +1,4 @@
-"""The columns of a table: what a record shows, in which unit, how it is formatted, and which direction is better.
+"""The columns of a table: how to read each quantity from a record, its unit, its format, and which direction is better.
 
 Imports no torch.
 """
@@ -15,7 +15,7 @@ from pixlat.evaluation.records.record import Record
 
 ABSENT = "-"
 MEGA, GIGA = 1e6, 1e9
-SEPARATED = 2.0  # standard errors of a difference, beyond which two values are told apart
+SEPARATED = 2.0  # two values differ if their difference is larger than this many of its standard errors
 
 Better = Literal["lower", "higher", None]
 ARROWS: dict[Better, str] = {"lower": " ↓", "higher": " ↑", None: ""}
@@ -23,7 +23,7 @@ ARROWS: dict[Better, str] = {"lower": " ↓", "higher": " ↑", None: ""}
 
 @dataclass(frozen=True)
 class Cell:
-    """A text for people, the value that sorts it, and its standard error."""
+    """The text of a cell, the value by which the column is sorted, and the standard error of the value."""
 
     text: str = ABSENT
     value: float | str | None = None
@@ -39,7 +39,7 @@ class Column:
     read: Callable[[Record], Cell]
     unit: str = ""
     better: Better = None
-    essential: bool = False  # in the tables of a README, a paper and a phone
+    essential: bool = False  # whether the README, LaTeX tables and narrow screens show it
     hint: str = ""
 
     @property
@@ -49,7 +49,7 @@ class Column:
 
 @dataclass(frozen=True)
 class MetricStyle:
-    """How a metric is printed; an empty form is for one of open size, from 0.1 to 10,000."""
+    """How to print a metric. `form` is its format; "" is for a metric without a typical size (0.1 to 10,000)."""
 
     label: str
     form: str
@@ -59,9 +59,10 @@ class MetricStyle:
     unit: str = ""
 
     def text(self, value: float, error: float | None = None, sign: str = "") -> str:
-        """A value as records hold it, scaled, with its standard error.
+        """The text of a record's value after scaling, with its standard error.
 
-        Without a form it has three digits, or ends with the error's second, unscientific.
+        Without a form, the value has three significant digits or, with an error, as many decimal places as the error
+        with two significant digits. It is never in scientific notation.
         """
         value, error = value * self.scale, None if error is None else error * self.scale
         form, place = self.form, 0
@@ -73,7 +74,7 @@ class MetricStyle:
 
 
 def last_place(value: float, digits: int) -> int:
-    """The decimal place of the last of so many significant digits: 2 for 1.234 and three digits, -1 for 1234."""
+    """The decimal place of the last of `digits` significant digits. For three digits: 2 for 1.234, -1 for 1234."""
     return digits - 1 - math.floor(math.log10(abs(value))) if value else 0
 
 
@@ -97,11 +98,11 @@ METRICS = {
     "lpips": MetricStyle("LPIPS", ".3f", "lower", essential=True),
     "perceptual_embedded": MetricStyle("perceptual", ".3f", "lower"),
 }
-OF_REAL_IMAGES = ("fd_floor", "class_accuracy_real")  # in the note above a table, the same for all its rows
+OF_REAL_IMAGES = ("fd_floor", "class_accuracy_real")  # equal for all rows of a table, so they stand in its notes
 
 
 def columns_of(group: Group) -> list[Column]:
-    """The columns in which at least one of the rows has something to show."""
+    """The columns that are not empty for at least one row."""
     columns = [*IDENTITY, *score_columns(group.primary), *COST, *other_metrics(group), *PROVENANCE]
     return [column for column in columns if any(column.read(row).text != ABSENT for row in group.rows)]
 
@@ -135,20 +136,20 @@ def score_columns(primary: str) -> list[Column]:
 
 
 def other_metrics(group: Group) -> list[Column]:
-    """Every other metric of the rows, those without a style last."""
-    found = {name for row in group.rows for name in row["metrics"]} - {group.primary, *OF_REAL_IMAGES}
-    known = [name for name in METRICS if name in found]
-    return [metric_column(name) for name in [*known, *sorted(found - set(known))]]
+    """Columns of all other metrics of the rows. Metrics without a style come last."""
+    names = {name for row in group.rows for name in row["metrics"]} - {group.primary, *OF_REAL_IMAGES}
+    known = [name for name in METRICS if name in names]
+    return [metric_column(name) for name in [*known, *sorted(names - set(known))]]
 
 
 def metric_column(name: str) -> Column:
-    """Value and standard error of a metric."""
+    """The column with value and standard error of a metric."""
     style = metric_style(name)
     return Column(name, style.label, _metric(name), style.unit, style.better, style.essential)
 
 
 def metric_style(name: str) -> MetricStyle:
-    """A metric that nobody has described is printed under its own name, without a direction."""
+    """The style of a metric. A metric without a style is shown under its own name and without a better direction."""
     return METRICS.get(name, MetricStyle(name, ".4g", None))
 
 
@@ -170,7 +171,7 @@ def _number(section: str, field: str, unit: float = 1.0, form: str = ".4g") -> C
 
 
 def number_cell(value: float | None, unit: float = 1.0, form: str = ".4g") -> Cell:
-    """A quantity in a unit."""
+    """The cell of a quantity in a unit; empty for None."""
     return Cell() if value is None else Cell(format(value / unit, form), value / unit)
 
 
@@ -242,7 +243,7 @@ PROVENANCE = [
 
 
 def best(cells: Sequence[Cell], better: Better) -> set[int]:
-    """Positions of the best value, and of those that two standard errors of the difference do not separate from it."""
+    """Positions of the best value and of all values within two standard errors of the difference from it."""
     numbers = {i: cell for i, cell in enumerate(cells) if isinstance(cell.value, float | int)}
     if not better or len(numbers) < 2:
         return set()

@@ -1,4 +1,4 @@
-"""What methods gain over the first one, with paired error bars, from the records of finished runs."""
+"""Compares methods with the first one, with paired error bars, from the records of finished runs."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from pixlat.evaluation.metrics.spread import Difference
 
 
-Entry = dict[int, Record]  # the runs of one method, by training seed
+Entry = dict[int, Record]  # the runs of one method, keyed by training seed
 
 
 @dataclass(frozen=True)
 class Gain:
-    """An entry's difference from the baseline in one metric, bias-corrected where the metric has a bias."""
+    """The difference between an entry and the baseline in one metric, bias-corrected if the metric has a bias."""
 
     metric: str
     value: float
@@ -34,26 +34,28 @@ class Gain:
 
     @property
     def deviations(self) -> float:
-        """In standard errors."""
+        """The difference in standard errors."""
         return self.value / self.se if self.se else math.copysign(math.inf, self.value) if self.value else 0.0
 
 
 def entries(records: Sequence[Record]) -> dict[str, Entry]:
     """The runs of each method, in the order in which methods first appear.
 
-    Two runs of one method and seed are a UserError.
+    Raises UserError for two runs with the same method and seed, and for fewer than two methods.
     """
-    found: dict[str, Entry] = defaultdict(dict)
+    by_method: dict[str, Entry] = defaultdict(dict)
     for record in records:
         name, seed = _label(record), record["seeds"]["train"]
-        if other := found[name].get(seed):
+        if other := by_method[name].get(seed):
             raise UserError(
                 f"{other['name']} and {record['name']} are both {name} with training seed {seed}. Give one of them."
             )
-        found[name][seed] = record
-    if len(found) < 2:
-        raise UserError(f"two methods are needed to compare, and the records are all of {', '.join(found) or 'none'}.")
-    return dict(found)
+        by_method[name][seed] = record
+    if len(by_method) < 2:
+        raise UserError(
+            f"two methods are needed to compare, but the records are all of {', '.join(by_method) or 'none'}."
+        )
+    return dict(by_method)
 
 
 def _label(record: Record) -> str:
@@ -63,38 +65,37 @@ def _label(record: Record) -> str:
 
 
 def gains(entry: Entry, baseline: Entry) -> list[Gain]:
-    """Entry minus baseline in every metric that keeps its jackknife values; over the training seeds that both have."""
+    """Entry minus baseline, over their common training seeds, in every metric whose jackknife values are recorded."""
     from pixlat.evaluation.metrics.spread import paired_differences
 
     seeds = sorted(entry.keys() & baseline.keys())
     if not seeds:
         raise UserError(
             f"{next(iter(entry.values()))['name']} was trained with seeds {sorted(entry)}, "
-            f"the baseline with {sorted(baseline)}: none is common."
+            f"the baseline with {sorted(baseline)}: they have no seed in common."
         )
     by_metric: dict[str, list[Difference]] = defaultdict(list)
     for seed in seeds:
-        for found in paired_differences(entry[seed], baseline[seed]):
-            by_metric[found.metric].append(found)
-    return [over_training_seeds(found) for found in by_metric.values() if len(found) == len(seeds)]
+        for difference in paired_differences(entry[seed], baseline[seed]):
+            by_metric[difference.metric].append(difference)
+    return [over_training_seeds(pairs) for pairs in by_metric.values() if len(pairs) == len(seeds)]
 
 
-def over_training_seeds(found: Sequence[Difference]) -> Gain:
-    """One pair as it is; of several the mean, whose error comes from how much they differ."""
-    values = [each.value_bc for each in found]
-    return Gain(
-        found[0].metric,
-        fmean(values),
-        found[0].se if len(found) == 1 else stdev(values) / len(found) ** 0.5,
-        len(found),
-    )
+def over_training_seeds(differences: Sequence[Difference]) -> Gain:
+    """The mean over training seeds. Its error is that of the mean, or for one seed the error of the difference."""
+    values = [difference.value_bc for difference in differences]
+    one_seed = len(differences) == 1
+    error = differences[0].se if one_seed else stdev(values) / len(differences) ** 0.5
+    return Gain(differences[0].metric, fmean(values), error, len(differences))
 
 
-def table(found: Mapping[str, Entry]) -> str:
-    """A table a metric: what each method reaches, for what, and how far from the first."""
-    (baseline, *_), first = found, next(iter(found.values()))
+def table(by_method: Mapping[str, Entry]) -> str:
+    """One table for each metric, with every method's score, its training cost and its difference from the first."""
+    (baseline, *_), first = by_method, next(iter(by_method.values()))
     by_name = {
-        name: {gain.metric: gain for gain in gains(entry, first)} for name, entry in found.items() if name != baseline
+        name: {gain.metric: gain for gain in gains(entry, first)}
+        for name, entry in by_method.items()
+        if name != baseline
     }
     metrics = list(dict.fromkeys(metric for of_entry in by_name.values() for metric in of_entry))
     headers = ["", "seeds", "images", "training (PMACs)", "score", f"minus {baseline}", "standard errors"]
@@ -109,10 +110,10 @@ def table(found: Mapping[str, Entry]) -> str:
         arrow = {"lower": " ↓", "higher": " ↑"}.get(style.better or "", "")
         rows = [
             [*_cells(name, entry, metric), *_gain_cells(by_name.get(name, {}).get(metric))]
-            for name, entry in found.items()
+            for name, entry in by_method.items()
         ]
         parts.append(f"{style.label}{arrow}\n{pipe_table(rows, headers, 'simple')}")
-    return "\n\n".join([*parts, *notes(found)])
+    return "\n\n".join([*parts, *notes(by_method)])
 
 
 def _cells(name: str, entry: Entry, metric: str) -> list[str]:
@@ -131,15 +132,15 @@ def _gain_cells(gain: Gain | None) -> list[str]:
     return [style.text(gain.value, gain.se, sign="+"), f"{gain.deviations:+.1f}"]
 
 
-def notes(found: Mapping[str, Entry]) -> list[str]:
-    """What keeps the differences from meaning what they seem to."""
-    runs = [run for entry in found.values() for run in entry.values()]
-    told, batches = budget_notes(runs), sorted({run["train"]["batch"] for run in runs})
+def notes(by_method: Mapping[str, Entry]) -> list[str]:
+    """Warnings about runs that cannot be compared directly."""
+    runs = [run for entry in by_method.values() for run in entry.values()]
+    warnings, batches = budget_notes(runs), sorted({run["train"]["batch"] for run in runs})
     if len(batches) > 1:
-        told.append(f"Not one batch: {', '.join(map(str, batches))} images a step.")
-    if any(len(entry) == 1 for entry in found.values()):
-        told.append(
-            "One training seed: the error is that of sampling, and another training may differ by more. "
-            "Train with seed=0,1,2 for that."
+        warnings.append(f"The runs differ in their batch: {', '.join(map(str, batches))} images a step.")
+    if any(len(entry) == 1 for entry in by_method.values()):
+        warnings.append(
+            "One training seed: the error covers sampling only, and another training may differ by more. "
+            "Train with seed=0,1,2 to measure that."
         )
-    return told
+    return warnings

@@ -1,7 +1,6 @@
-"""Which records meet in one table, and in what order: one section a protocol hash,
-guided and unguided rows apart, ranked by one metric.
+"""Sorts records into tables. Imports no torch.
 
-Imports no torch.
+Each protocol hash has a section. Within it guided and unguided rows have separate tables, each ranked by one metric.
 """
 
 from __future__ import annotations
@@ -19,30 +18,30 @@ from pixlat.evaluation.records.curve import CURVE, CurvePoint, read_curve
 from pixlat.evaluation.records.record import RESULT, Record, read_record
 
 HEADINGS = ("Unguided", "Guided", "Guidance not known", "Reconstruction")
-# the first of these that a record has ranks it; lower is better in all
+# the first of these metrics that a table has ranks it; for all of them lower is better
 PRIMARY = ("fid", "fd_dinov2", "fd_embedded", "rfid", "rfd_embedded")
 
 PETA = 1e15
-SAME = 0.01  # costs that differ by less are the same
+SAME = 0.01  # costs whose relative difference is smaller count as equal
 
 EMBEDDED_NOTE = "Embedded extractor: compare only inside this project, same hash. Not comparable with Inception FID."
 
 
 @dataclass(frozen=True)
 class Records:
-    """What was found below a folder."""
+    """All records below a folder."""
 
     rows: list[Record]
-    left_out: list[str]  # one sentence for each record that is broken or invalid, with its path
-    folders: dict[str, Path] = field(default_factory=dict)  # row_id -> where the record's pictures and logs lie
-    curves: dict[str, list[CurvePoint]] = field(default_factory=dict)  # row_id -> its scores while it trained
+    left_out: list[str]  # one sentence for each damaged or invalid record, with its path
+    folders: dict[str, Path] = field(default_factory=dict)  # row_id -> the folder with the record's pictures and logs
+    curves: dict[str, list[CurvePoint]] = field(default_factory=dict)  # row_id -> its scores during training
     # the checked claims of papers, with their folders
     claims: list[tuple[ClaimRecord, Path]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that are ranked together, best first; those without the ranking metric come last and have no rank."""
+    """Rows that are ranked together, best first. Rows without the ranking metric come last and have no rank."""
 
     heading: str
     primary: str
@@ -68,7 +67,7 @@ class Section:
 
     @cached_property
     def groups(self) -> list[Group]:
-        """Unguided rows, guided ones, those of which nobody knows, and reconstructions: each ranked on its own."""
+        """The groups of HEADINGS that have rows: unguided, guided, guidance not known, reconstructions."""
         return [
             group(chosen, heading)
             for heading in HEADINGS
@@ -77,8 +76,10 @@ class Section:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know before comparing: the extractor's reach, what real images score,
-        whether all were trained alike, and what no cost holds.
+        """Notes for readers who compare rows.
+
+        They say if the extractor is comparable with others, the score of real images, whether rows differ in training
+        cost, and which networks no cost includes.
         """
         protocol = self.rows[0]["protocol"]
         embedded = bool(protocol) and not protocol["extractor"]["comparable_with_inception_fid"]
@@ -95,36 +96,36 @@ class Section:
 
 
 def read_records(runs: Path, pattern: str = RESULT) -> Records:
-    """Every record below `runs`, hidden folders passed over, with its curve. A copy of a record counts once."""
-    found = Records([], [], {}, {})
+    """Every record below `runs` with its curve. It skips hidden folders and copies of a record."""
+    records = Records([], [], {}, {})
     for path in sorted(runs.rglob(pattern)):
         if any(part.startswith(".") for part in path.relative_to(runs).parts):
             continue
         try:
             record = read_record(path)
-            if record["row_id"] in found.folders:
+            if record["row_id"] in records.folders:
                 continue
-            found.rows.append(record)
-            found.folders[record["row_id"]] = path.parent
-            found.curves[record["row_id"]] = read_curve(path.parent / CURVE)
-        except UserError as error:  # a broken record is left out; one with a broken curve goes without
-            found.left_out.append(str(error))
-    found.claims.extend(read_claims(runs, found.left_out))
-    return found
+            records.rows.append(record)
+            records.folders[record["row_id"]] = path.parent
+            records.curves[record["row_id"]] = read_curve(path.parent / CURVE)
+        except UserError as error:  # leaves out a damaged record, or only the curve if just that is damaged
+            records.left_out.append(str(error))
+    records.claims.extend(read_claims(runs, records.left_out))
+    return records
 
 
 def sections(rows: Sequence[Record]) -> list[Section]:
-    """What was scored here, by protocol, the protocol with most rows first, what was not evaluated last."""
+    """The measured rows by protocol: the protocol with most rows first, rows without an evaluation last."""
     by_hash: dict[str | None, list[Record]] = defaultdict(list)
     for row in rows:
         if row["kind"] != "published":
             by_hash[row["protocol_hash"]].append(row)
-    found = [section(chosen) for chosen in by_hash.values()]
-    return sorted(found, key=lambda each: (each.protocol_hash is None, -len(each.rows), each.name))
+    unsorted = [section(chosen) for chosen in by_hash.values()]
+    return sorted(unsorted, key=lambda part: (part.protocol_hash is None, -len(part.rows), part.name))
 
 
 def section(rows: Sequence[Record]) -> Section:
-    """One protocol's rows. Rows of several protocols are a ValueError: they must not be ranked together."""
+    """The section of one protocol. Raises ValueError for rows of several protocols: they cannot be ranked together."""
     hashes = {row["protocol_hash"] for row in rows}
     if len(hashes) != 1:
         raise ValueError("one table, one protocol: " + ", ".join(sorted(map(str, hashes))))
@@ -132,7 +133,7 @@ def section(rows: Sequence[Record]) -> Section:
 
 
 def group(rows: Sequence[Record], heading: str) -> Group:
-    """Ranks rows of one protocol; equal scores by name."""
+    """Ranks rows of one protocol. Rows with equal scores are sorted by name."""
     primary = next((name for name in PRIMARY if any(name in row["metrics"] for row in rows)), "fd_embedded")
 
     def key(row: Record) -> tuple[bool, float, str]:
@@ -143,7 +144,7 @@ def group(rows: Sequence[Record], heading: str) -> Group:
 
 
 def heading_of(row: Record) -> str:
-    """The group within its protocol that a row belongs to: guidance of any kind is told apart."""
+    """The entry of HEADINGS for a row. Any kind of guidance counts as guided."""
     if row["protocol"] and row["protocol"]["samples"]["label_law"] == "reconstruction":
         return "Reconstruction"
     if "sampling" not in row:
@@ -152,13 +153,13 @@ def heading_of(row: Record) -> str:
 
 
 def training_macs(row: Record) -> int | None:
-    """The whole price of training in MACs, earlier stages included; None where a part of it is not known."""
+    """The MACs of training, including earlier stages; None if a part of them is not known."""
     parts = [row.get("train", {}).get("macs_total"), *(parent.get("macs_total") for parent in row.get("parents", []))]
     return None if None in parts else sum(parts)
 
 
 def budget_notes(rows: Sequence[Record]) -> list[str]:
-    """What rows that were trained differ in: the whole cost with its earlier stages, and the images that they saw."""
+    """Notes about trained rows that differ in cost (including earlier stages) or in the number of images seen."""
     trained = [row for row in rows if row.get("train", {}).get("images_seen")]
     costs = [cost for row in trained if (cost := training_macs(row)) is not None]
     images = sorted({row["train"]["images_seen"] for row in trained})
@@ -176,7 +177,7 @@ def budget_notes(rows: Sequence[Record]) -> list[str]:
 
 
 def uncounted_note(rows: Sequence[Record]) -> str:
-    """Which networks of others the rows were trained with: what their training cost is in no row."""
+    """A note that names the networks whose training no row's cost includes, because others trained them."""
     users: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         for name in uncounted_parts(row):
@@ -191,7 +192,7 @@ def uncounted_note(rows: Sequence[Record]) -> str:
 
 
 def uncounted_parts(row: Record) -> list[str]:
-    """The networks of a row, and of the runs that it is built on, that no stage of ours trained."""
+    """The networks of a row and of its earlier stages that were not trained here."""
     parents = row.get("parents", [])
     ours = {parent["checkpoint_sha256"] for parent in parents}
     parts = [
@@ -208,9 +209,9 @@ def uncounted_parts(row: Record) -> list[str]:
 
 
 def network_name(component: str, role: str) -> str:
-    """What people call a network of others.
+    """The usual name of a network.
 
-    In records EfficientNet-Lite0 is `embedded`, as the autoencoder in the package is, whose role is tokenizer.
+    Records call EfficientNet-Lite0 `embedded`, and also the autoencoder in the package, whose role is tokenizer.
     """
     return (
         "EfficientNet-Lite0 on ImageNet"
@@ -220,7 +221,7 @@ def network_name(component: str, role: str) -> str:
 
 
 def floor_note(row: Record) -> str:
-    """What held-out real images reach, also carried to the number of generated images."""
+    """A note with the distance of held-out real images, also converted to the number of generated images."""
     floor, primary = row["metrics"].get("fd_floor"), next((name for name in PRIMARY if name in row["metrics"]), None)
     if not floor or not primary:
         return ""
@@ -238,5 +239,5 @@ def floor_note(row: Record) -> str:
 
 
 def floor_at(floor: Mapping[str, float], n: int) -> float:
-    """The floor for n images: FD(n) = FD(inf) + c / n, where reweighted images count as their effective number."""
+    """The floor for n images by FD(n) = FD(inf) + c / n. Reweighted images count with their effective number."""
     return floor["value_bc"] + (floor["value"] - floor["value_bc"]) * floor.get("n_eff", floor["n"]) / n

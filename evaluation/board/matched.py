@@ -1,14 +1,12 @@
-"""Runs at equal cost: what each reaches for the same training MACs, the same images seen, or the same sampling MACs.
+"""Compares runs at equal cost: equal training MACs, equal images seen or equal sampling MACs. Imports no torch.
 
-Imports no torch.
+A run that was evaluated during its training has a curve (`evaluation/records/curve.py`), whose last point is its record.
+Between two points we interpolate the score linearly in the logarithm of the cost. We never extrapolate. The standard
+errors are interpolated in the same way, which gives an upper bound of the error for any correlation between the two
+points (they share noise and labels).
 
-A run that was evaluated while it trained has a curve (`evaluation/records/curve.py`), and its record is the last point.
-Between two points the score is interpolated linearly in the logarithm of the cost, beyond them never.
-The standard errors are interpolated the same way: that bounds the error of the mix whatever the correlation
-of the two (they share noise and labels).
-
-Sampling cost has a curve where several records are of one checkpoint,
-sampled with the same guidance at several numbers of steps.
+For the sampling cost, a curve consists of several records of one checkpoint with the same guidance and different
+numbers of steps.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's points, in ascending cost."""
+    """The points of one run, sorted by cost."""
 
     name: str
     points: Sequence[Point]
@@ -52,7 +50,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class MatchedTable:
-    """Runs at one cost, as text."""
+    """The texts of a table that compares runs at one cost."""
 
     title: str
     note: str
@@ -61,20 +59,20 @@ class MatchedTable:
 
 
 def matched_tables(group: Group, measured: Mapping[str, Sequence[CurvePoint]]) -> list[MatchedTable]:
-    """A table for each kind of cost at which at least two runs can be compared."""
-    found = []
+    """One table for each kind of cost for which at least two runs can be compared."""
+    tables = []
     for axis in AXES:
         curves = curves_of(group, axis, measured)
         budget = common_budget(curves)
         if budget is not None and any(len(curve.points) > 1 for curve in curves):
-            found.append(matched_table(group, axis, curves, budget))
-    return found
+            tables.append(matched_table(group, axis, curves, budget))
+    return tables
 
 
 def matched_table(group: Group, axis: Axis, curves: Sequence[Curve], budget: float | None) -> MatchedTable:
-    """The runs ranked at a cost; those without a score there follow with the reason.
+    """Ranks runs by their score at a cost. Runs without a score at this cost follow with the reason.
 
-    No budget: the final points only.
+    budget: the cost; None: the table lists the final points only.
     """
     title, unit, size = AXES[axis]
     scores = [(curve, at(curve, budget)) for curve in curves]
@@ -124,7 +122,7 @@ def _same(cost: float, budget: float) -> bool:
 
 
 def at(curve: Curve, budget: float | None) -> Point | None:
-    """The score at a cost: a measured point of that cost, else between its neighbours, else None."""
+    """The score at a cost: a measured point with this cost, else an interpolated one, else None."""
     if budget is None:
         return None
     measured = min(curve.points, key=lambda point: abs(math.log(point.cost / budget)))
@@ -140,7 +138,7 @@ def at(curve: Curve, budget: float | None) -> Point | None:
 
 
 def common_budget(curves: Sequence[Curve]) -> float | None:
-    """The cost at which most runs can be compared, the largest among equals; None where there are no two."""
+    """The cost at which most runs can be compared, the largest one if several tie. None if there are no two runs."""
     starts = sorted(curve.points[0].cost * (1 - SAME) for curve in curves)
     ends = sorted(curve.points[-1].cost * (1 + SAME) for curve in curves)
     counts = {
@@ -155,7 +153,7 @@ def common_budget(curves: Sequence[Curve]) -> float | None:
 
 
 def curves_of(group: Group, axis: Axis, measured: Mapping[str, Sequence[CurvePoint]]) -> list[Curve]:
-    """The curves of a group's runs over a cost; runs whose cost is zero or unknown have none."""
+    """The curves of a group's runs over a kind of cost. A run whose cost is zero or unknown has none."""
     if axis == "sampling_macs":
         return sampling_curves(group)
     curves = (training_curve(row, group.primary, axis, measured.get(row["row_id"], ())) for row in group.ranked)
@@ -163,12 +161,12 @@ def curves_of(group: Group, axis: Axis, measured: Mapping[str, Sequence[CurvePoi
 
 
 def training_curve(row: Record, metric: str, axis: Axis, measured: Sequence[CurvePoint]) -> Curve:
-    """What was measured in training, and the record itself as the last point."""
-    trained, whole = row.get("train"), training_macs(row)
-    cost = (trained or {}).get("images_seen") if axis == "images" else whole
+    """The curve of the evaluations during training, with the record as its last point."""
+    trained, total = row.get("train"), training_macs(row)
+    cost = (trained or {}).get("images_seen") if axis == "images" else total
     if trained is None or cost is None:
         return Curve(row["name"], [])
-    earlier = 0 if whole is None else whole - trained["macs_total"]
+    earlier = 0 if total is None else total - trained["macs_total"]
     points = [(line["images"] if axis == "images" else earlier + line["macs_train"], line) for line in measured]
     comparable = [
         (x, line["metrics"][metric])
@@ -179,7 +177,7 @@ def training_curve(row: Record, metric: str, axis: Axis, measured: Sequence[Curv
 
 
 def sampling_curves(group: Group) -> list[Curve]:
-    """Records that differ in their number of steps only are points of one curve."""
+    """One curve for all records that differ only in their number of sampling steps."""
     families: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for row in group.ranked:
         if not {"sampling", "checkpoint", "compute", "seeds"} <= row.keys():

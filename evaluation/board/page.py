@@ -1,9 +1,9 @@
-"""The leaderboard as one HTML page that needs no network: tables, quality against cost, curves,
-sample grids, protocols, published rows.
+"""Renders the leaderboard as one HTML page that needs no network.
 
-Everything a record says reaches the page as JSON in a script element that is not executed;
-`assets/page.js` puts it there as text. A content security policy with the hashes of the page's own scripts lets nothing
-else run and nothing be fetched. Imports no torch.
+The page shows tables, plots of quality against cost, curves, sample grids, protocols and published rows. The contents
+of records stand in the page as JSON in a script element that the browser does not execute; `assets/page.js` inserts
+them as text. A content security policy with the hashes of the page's scripts forbids any other script and any request.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from pixlat.evaluation.records.record import Record
 
 ASSETS = Path(__file__).with_name("assets")
 SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "vendor/dataTables.min.js", "page.js")
-COSTS = ("macs_image", "params", "train_macs")  # the columns that quality is drawn against
-DRAWN = 1000  # points of a plot: the Pareto front, then the best
-CURVES = 8  # runs of a group whose training is drawn: as many as there are colours
-GRIDS = 12  # sample grids of a data set
+COSTS = ("macs_image", "params", "train_macs")  # columns for the horizontal axes of the plots
+DRAWN = 1000  # largest number of points in a plot: the Pareto front first, then the best others
+CURVES = 8  # largest number of runs in a plot of training curves, the number of colours
+GRIDS = 12  # largest number of sample grids of a data set
 
 
 def to_html(records: Records, published: Sequence[PublishedRow] = ()) -> str:
-    """The whole page."""
+    """The HTML of the page."""
     scripts = [asset(name) for name in SCRIPTS]
     return Template(asset("page.html")).substitute(
         policy=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
@@ -50,12 +50,12 @@ def to_html(records: Records, published: Sequence[PublishedRow] = ()) -> str:
 
 @cache
 def asset(name: str) -> str:
-    """A file of the page."""
+    """The text of a file in `assets`."""
     return (ASSETS / name).read_text(encoding="utf-8")
 
 
 def script_json(value: Any) -> str:
-    """JSON that cannot end or open anything in the HTML around it."""
+    """JSON in which &, < and > are escaped, so that it cannot end the script element around it."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
@@ -65,14 +65,14 @@ def _sha256(script: str) -> str:
 
 
 def page_data(records: Records, published: Sequence[PublishedRow]) -> dict[str, Any]:
-    """What the page shows."""
+    """All data of the page."""
     left_out = list(records.left_out)
-    found = sections(records.rows)
+    all_sections = sections(records.rows)
     return {
-        "rows": sum(len(section.rows) for section in found),
+        "rows": sum(len(section.rows) for section in all_sections),
         "bestNote": BEST_NOTE,
-        "sections": [section_data(section, records, left_out) for section in found],
-        "grids": grids_data(found, records.folders, left_out),
+        "sections": [section_data(section, records, left_out) for section in all_sections],
+        "grids": grids_data(all_sections, records.folders, left_out),
         "claims": [claim_data(record, folder, left_out) for record, folder in records.claims],
         "published": [
             {"resolution": resolution, "table": published_table(rows)}
@@ -84,7 +84,7 @@ def page_data(records: Records, published: Sequence[PublishedRow]) -> dict[str, 
 
 
 def section_data(section: Section, records: Records, left_out: list[str]) -> dict[str, Any]:
-    """One protocol."""
+    """The data of one protocol's section."""
     first = section.rows[0]
     title = f"{first['data']['name']}, {first['data']['resolution']} px"
     if first["protocol"]:
@@ -100,7 +100,7 @@ def section_data(section: Section, records: Records, left_out: list[str]) -> dic
 
 
 def group_data(group: Group, records: Records, left_out: list[str]) -> dict[str, Any]:
-    """Rows that are ranked together: their table, their plots, and what they reach at equal cost."""
+    """The data of a group: its ranked table, its plots, and its tables at equal cost."""
     columns = columns_of(group)
     return {
         "heading": group.heading,
@@ -137,7 +137,10 @@ def published_table(rows: Sequence[PublishedRow]) -> dict[str, Any]:
 
 
 def table_data(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], marked: Sequence[Any]) -> dict[str, Any]:
-    """Columns, cells [text, value, standard error] by row, and by column the rows whose value is marked as best."""
+    """A table's columns, its rows of cells [text, value, standard error], and for each column the rows to mark as best.
+
+    marked: for each column which direction is better; None marks no row.
+    """
     cells = [[column.read(dict(row)) for row in rows] for column in columns]
     return {
         "columns": [column_data(column) for column in columns],
@@ -147,14 +150,12 @@ def table_data(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], mar
 
 
 def column_data(column: Column) -> dict[str, Any]:
-    """What a header needs."""
+    """The data of a column's header."""
     return {name: getattr(column, name) for name in ("key", "label", "unit", "better", "essential", "hint")}
 
 
 def cell_data(cell: Cell) -> list[Any]:
-    """[text], [text, value] or [text, value, error]; a value that is the text itself is left out,
-    it sorts all the same.
-    """
+    """[text], [text, value] or [text, value, error]. A value equal to the text is left out: the page sorts by the text."""
     values = [value for value in (None if cell.value == cell.text else cell.value, cell.error) if value is not None]
     return [cell.text, *values]
 
@@ -163,9 +164,7 @@ def cell_data(cell: Cell) -> list[Any]:
 
 
 def plot_data(group: Group, columns: Sequence[Column], key: str) -> dict[str, Any] | None:
-    """Quality against one cost, where there are rows to compare: which are drawn,
-    and which of them are not beaten in both.
-    """
+    """The plot of quality against one cost: the rows to draw and those on the Pareto front. None for fewer than 2 rows."""
     column = next((column for column in columns if column.key == key), None)
     if column is None:
         return None
@@ -179,9 +178,7 @@ def plot_data(group: Group, columns: Sequence[Column], key: str) -> dict[str, An
 
 
 def pareto_front(points: Sequence[tuple[int, float, float]]) -> list[int]:
-    """The first entries of those (index, cost, score) that no other beats in both,
-    lower being better, in ascending cost.
-    """
+    """The indices of the points (index, cost, score) on the Pareto front, sorted by cost. Lower is better for both."""
     front, lowest = [], float("inf")
     for index, _, score in sorted(points, key=lambda point: (point[1], point[2])):
         if score < lowest:
@@ -191,7 +188,7 @@ def pareto_front(points: Sequence[tuple[int, float, float]]) -> list[int]:
 
 
 def _floor(group: Group) -> float | None:
-    """What real images reach at the number of images of these rows, where the ranking distance has a floor."""
+    """The floor of the ranking distance for the number of images of these rows; None if it has no floor."""
     for row in group.ranked[:1]:
         floor = row["metrics"].get("fd_floor")
         if floor and floor.get("value_bc") is not None:
@@ -200,8 +197,8 @@ def _floor(group: Group) -> float | None:
 
 
 def score_curves(group: Group, measured: Mapping[str, Sequence[CurvePoint]]) -> list[dict[str, Any]]:
-    """Score against images seen and against training MACs, of the runs that were evaluated while they trained."""
-    found = []
+    """Curves of the score over images seen and over training MACs, for runs that were evaluated during training."""
+    plots = []
     for axis, label in (("images", "images seen"), ("train_macs", "training MACs")):
         curves = [curve for curve in curves_of(group, axis, measured) if len(curve.points) > 1][:CURVES]  # type: ignore[arg-type]
         lines = [
@@ -209,8 +206,8 @@ def score_curves(group: Group, measured: Mapping[str, Sequence[CurvePoint]]) -> 
             for curve in curves
         ]
         if lines:
-            found.append({"label": label, "lines": lines})
-    return found
+            plots.append({"label": label, "lines": lines})
+    return plots
 
 
 def loss_curves(group: Group, folders: Mapping[str, Path], left_out: list[str]) -> list[dict[str, Any]]:
@@ -232,10 +229,10 @@ def loss_curves(group: Group, folders: Mapping[str, Path], left_out: list[str]) 
 # -- sample grids ------------------------------------------------------------------------------------------------------
 
 
-def grids_data(found: Sequence[Section], folders: Mapping[str, Path], left_out: list[str]) -> list[dict[str, Any]]:
-    """For each data set the grids of the best run of each method, all from the same noise and labels."""
+def grids_data(parts: Sequence[Section], folders: Mapping[str, Path], left_out: list[str]) -> list[dict[str, Any]]:
+    """For each data set, the sample grid of the best run of each method. All use the same noise and labels."""
     by_data: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
-    pairs = [(group, row) for section in found for group in section.groups for row in group.rows]
+    pairs = [(group, row) for section in parts for group in section.groups for row in group.rows]
     for group, row in pairs:
         data, label = row["data"], f"{_method(row)}, {group.heading.lower()}"
         figures = by_data.setdefault((data["name"], data["revision"], data["resolution"]), {})
@@ -256,7 +253,7 @@ def grids_data(found: Sequence[Section], folders: Mapping[str, Path], left_out: 
 
 
 def claim_data(record: ClaimRecord, folder: Path, left_out: list[str]) -> dict[str, Any]:
-    """A checked claim: the sentences and tables of its record, and its picture."""
+    """The data of a checked claim: the texts and tables of its record, and its picture."""
     picture = None
     try:
         path = attachment(folder, PICTURE_FILE)
@@ -279,7 +276,7 @@ def claim_data(record: ClaimRecord, folder: Path, left_out: list[str]) -> dict[s
 
 
 def figure_data(row: Record, group: Group, label: str, grid: tuple[str, int, int]) -> dict[str, Any]:
-    """A picture with what to say below it."""
+    """The data of a picture and its caption."""
     uri, width, height = grid
     style, metric = metric_style(group.primary), row["metrics"].get(group.primary)
     score = f"{style.label} {style.text(metric['value'])}" if metric else ""

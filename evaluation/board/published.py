@@ -1,4 +1,4 @@
-"""The papers' own numbers as tables: a section of their own, without ranks."""
+"""Tables of the numbers that papers report. They form a separate section without ranks."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def published_tables(rows: Sequence[PublishedRow]) -> list[tuple[str, list[Publi
 
 
 def published_columns(rows: Sequence[PublishedRow]) -> list[Column]:
-    """The columns in which at least one of the rows has something to show."""
+    """The columns that are not empty for at least one row."""
     return [column for column in COLUMNS if any(column.read(row).text != ABSENT for row in rows)]
 
 
 def _field(name: str) -> Callable[[PublishedRow], Cell]:
-    """A number sorts as one; `?` marks what was not seen in the source."""
+    """Reads a field of a row. Numbers are sorted as numbers; `?` marks a value that we did not see in the source."""
 
     def read(row: PublishedRow) -> Cell:
         text = row.get(name) or ""
@@ -62,7 +62,7 @@ def _field(name: str) -> Callable[[PublishedRow], Cell]:
 
 
 def _macs(row: PublishedRow) -> Cell:
-    """Per forward pass, as printed; another unit than multiply-accumulates is named."""
+    """The printed cost of a forward pass. The cell names the unit unless it is GMAC."""
     cell, unit = _field("gflops_per_forward_paper")(row), row.get("flop_unit") or ""
     return (
         cell if cell.text == ABSENT or unit == "GMAC" else Cell(f"{cell.text} ({unit or 'unit unknown'})", cell.value)

@@ -1,4 +1,4 @@
-"""Draws tables of records; a record that cannot be shown is left out by name and hides no other."""
+"""Renders tables of records. It leaves out a record that cannot be shown, names it, and shows all others."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Shown = TypeVar("Shown")
 
 
 def rendered(records: Records, show: Callable[[Records], Shown]) -> Shown:
-    """`show(records)`; where it fails, without the records at which it fails: one record must not hide the others.
+    """`show(records)`. If it fails, it is called again without the records that make it fail.
 
-    They are named on stderr and as left out.
+    These records are named on stderr and in `left_out`, so that one record cannot hide the others.
     """
     try:
         return show(records)
-    except Exception:  # whatever a record leads to; what no single record explains is raised again
+    except Exception:  # a record may cause any type; if no single record causes it, we raise it again
         faults = {row["row_id"]: fault for row in records.rows if (fault := _fault(row, records, show))}
         if not faults:
             raise
@@ -35,7 +35,7 @@ def rendered(records: Records, show: Callable[[Records], Shown]) -> Shown:
 
 
 def _fault(row: Record, records: Records, show: Callable[[Records], object]) -> str | None:
-    """What keeps a record from being shown on its own, or None."""
+    """The error that `show` raises for this record alone, or None."""
     try:
         show(dataclasses.replace(records, rows=[row]))
     except Exception as error:

@@ -1,1 +1,1 @@
-"""Experiments that train several models to answer one question. Only here does evaluation name methods."""
+"""Experiments that train several models to answer one question. Only this part of evaluation names methods."""

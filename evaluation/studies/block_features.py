@@ -39,7 +39,7 @@ def cknna(x: Tensor, y: Tensor, neighbours: int = NEIGHBOURS) -> float:
     """
     if not len(x) == len(y) > neighbours:
         raise UserError(
-            f"CKNNA needs as many features of one set as of the other, and more than the {neighbours} neighbours; "
+            f"CKNNA needs two sets of equal size with more than {neighbours} features (the number of neighbours); "
             f"there are {len(x)} and {len(y)}."
         )
     (k, near_x), (m, near_y) = (_kernel(features, neighbours) for features in (x, y))
@@ -48,9 +48,7 @@ def cknna(x: Tensor, y: Tensor, neighbours: int = NEIGHBOURS) -> float:
 
 
 def _kernel(features: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
-    """The inner products less their row means (n, n), and whether a column is a near neighbour
-    of the row's image (n, n) bool.
-    """
+    """(inner products minus their row means (n, n), whether a column is a near neighbour of the row (n, n) bool)."""
     unit = F.normalize(features.float(), dim=1)
     products = unit @ unit.T
     nearest = products.clone().fill_diagonal_(-torch.inf).topk(neighbours, dim=1).indices
@@ -66,10 +64,10 @@ def linear_probe(
     epochs: int = PROBE_EPOCHS,
     seed: int = 0,
 ) -> float:
-    """Share of test images whose class a linear map of their features names, features (n, D) and classes (n,) int64.
+    """The test accuracy of a linear classifier on features (n, D) with classes (n,) int64.
 
-    As REPA's probes: features whitened a channel by the training set's moments (batch norm without parameters),
-    Adam from 1e-3 along a cosine.
+    The training is that of REPA's probes: each feature is standardised with the mean and deviation of the training set
+    (batch norm without parameters); Adam starts at 1e-3 and follows a cosine schedule.
     """
     mean, std = train[0].mean(dim=0), train[0].std(dim=0).clamp(min=1e-6)
     (x, labels), (x_test, labels_test) = (((features - mean) / std, classes) for features, classes in (train, test))
@@ -92,8 +90,9 @@ def linear_probe(
 
 @contextmanager
 def tapped(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Within the block of code, the list fills with the outputs of the modules, of several each one's first,
-    in the order in which they run.
+    """Collects the outputs of the modules in a list, in the order in which they run, while the `with` block runs.
+
+    If a module returns a tuple, the list gets its first element.
     """
     seen: list[Tensor] = []
 
@@ -109,8 +108,9 @@ def tapped(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def image_mean(tokens: Tensor) -> Tensor:
-    """The mean (B, D) over image tokens (B, N, D): the last ones, as many as fill a square;
-    class and context tokens stand before them.
+    """The mean (B, D) over the image tokens of tokens (B, N, D).
+
+    The image tokens are the last ones, the largest square number of them; class and context tokens stand before them.
     """
     return tokens[:, -(int(tokens.shape[1] ** 0.5) ** 2) :].float().mean(dim=1)
 
@@ -119,8 +119,9 @@ def image_mean(tokens: Tensor) -> Tensor:
 def block_features(
     method: Method, images: ImageSet, positions: Positions, time: float, batch: int, device: torch.device
 ) -> list[Tensor]:
-    """For each of the method's blocks the features (n, D) of the images at n positions, noised to `time`;
-    the noise is the same for every method.
+    """For each block of the method, the features (n, D) of the images at n positions, noised to `time`.
+
+    The noise is the same for every method.
     """
     method.eval()
     parts: list[list[Tensor]] = []
@@ -134,7 +135,7 @@ def block_features(
 
 @torch.no_grad()
 def encoder_features(encoder: Any, images: ImageSet, positions: Positions, batch: int, device: torch.device) -> Tensor:
-    """The encoder's tokens of the images at n positions, averaged over the tokens' places, (n, C)."""
+    """(n, C): the encoder's tokens of the images at n positions, averaged over the tokens of each image."""
     parts = [
         encoder(_pixels(images, positions[start : start + batch], device)) for start in range(0, len(positions), batch)
     ]

@@ -1,13 +1,13 @@
-"""The collapse study: how the latents of a method that trains its own encoder fare under each of its losses.
+"""The collapse study: whether the latents of a method that trains its own encoder collapse, under each of its losses.
 
   pixlat study collapse method=NAME out=runs/collapse seeds=[0,1,2]
 
 Each preset is trained from each seed with the suite's trainer. Its raw weights are measured on
 held-out images before the training and at every `train.preview_images`: effective rank and spread of
-the latents, and the share of the pixels' variance that encoding and decoding loses. Four presets are
-held to the claims of the method that avoids collapse, in this order: naive joint training,
+the latents, and the share of the pixels' variance that encoding and decoding loses. With four presets
+it checks the claims of the method that avoids collapse, in this order: naive joint training,
 + stop-gradient, + clean-latent loss, + average and masking. Writes collapse.json, collapse.md and
-collapse.png; a trained run is kept in OUT/rows and not repeated.
+collapse.png. OUT/rows keeps the measurements of every trained run, so that no run is repeated.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Keys:
     """The command's keys."""
 
     method: str | None = None  # a method with the presets below
-    out: str = "runs/collapse"  # where the results are written
+    out: str = "runs/collapse"  # folder for the results
     presets: list[str] = field(default_factory=lambda: list(PRESETS))  # the four losses, in the order of the claims
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of weights, data order and noise
-    heldout: int = 500  # held-out images measured, drawn from all classes
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # seeds of weights, data order and noise
+    heldout: int = 500  # number of held-out images to measure, drawn from all classes
 
 
 GROUPS = dict.fromkeys(("data", "train", "model"), "over the presets, as for `pixlat train`")
@@ -126,13 +126,14 @@ def study(run: RunConfig, heldout: int) -> list[Row]:
 
 
 def held_out(source: DataSource) -> ImageSet:
-    """The images that are measured; those of the training where none are held out."""
+    """The images to measure: the held-out images, or the training images if none are held out."""
     return source.heldout if len(source.heldout) else source.train
 
 
 def measure(method: Method, images: ImageSet, count: int, batch: int = 100) -> Row:
-    """Health of the latents of a fixed draw of `count` images, and "unexplained":
-    squared error of the reconstructions over that of the mean image.
+    """Statistics of the latents of `count` images (a fixed random draw), and "unexplained".
+
+    "unexplained" is the squared error of the reconstructions divided by that of the mean image.
     """
     import torch
 
@@ -171,8 +172,9 @@ class Claim:
 
 
 def claims(runs: Runs, presets: Sequence[str]) -> list[Claim]:
-    """The qualitative ordering, for each seed that all four presets share;
-    `kept` is the last effective rank over that before training.
+    """The claims about the order of the four presets, for each seed that all of them share.
+
+    `kept` is the last effective rank divided by the effective rank before training.
     """
     found = []
     for seed in sorted(set.intersection(*(set(runs[preset]) for preset in presets))):
@@ -230,8 +232,9 @@ COLUMNS = {
 
 
 def table(runs: Runs, presets: Sequence[str]) -> str:
-    """Markdown: for each preset the last measurement, as mean and range over the seeds,
-    and the effective rank before training.
+    """A Markdown table: for each preset the effective rank before training and the last measurements.
+
+    Cells show the mean and the range over seeds.
     """
     from tabulate import tabulate
 
@@ -247,12 +250,12 @@ def table(runs: Runs, presets: Sequence[str]) -> str:
 
 
 def titles(presets: Sequence[str]) -> Sequence[str]:
-    """What the presets are called in tables and pictures."""
+    """The names of the presets in tables and pictures."""
     return TITLES if len(presets) == len(TITLES) else presets
 
 
 def claims_table(found: Sequence[Claim]) -> str:
-    """Markdown: each claim with its bound, the values of the seeds, and how many hold."""
+    """A Markdown table: each claim with its bound, the values of all seeds, and for how many seeds it holds."""
     from tabulate import tabulate
 
     lines = []
@@ -271,8 +274,9 @@ def claims_table(found: Sequence[Claim]) -> str:
 
 
 def draw(runs: Runs, presets: Sequence[str], path: Path) -> None:
-    """Effective rank and std between images over the steps: a line is the mean of a preset's seeds,
-    a band their range.
+    """Plots effective rank and std between images over the steps.
+
+    A line shows the mean over a preset's seeds, a band their range.
     """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -304,8 +308,8 @@ def usage() -> str:
 
 
 def trained(run: RunConfig, heldout: int, file: Path) -> list[Row]:
-    """The measurements of a run, from its file if it is there. A file of other settings is a UserError."""
-    # rows without the last word are of the first images, which are of a few classes
+    """The measurements of a run: read from its file, or made by training. Raises UserError for other settings."""
+    # Files of early versions lack the word "drawn". They measured the first images, which show a few classes only.
     mark = f"{identity(run)}/{heldout} drawn"
     if file.exists():
         kept = json.loads(file.read_text(encoding="utf-8"))
@@ -323,11 +327,11 @@ def trained(run: RunConfig, heldout: int, file: Path) -> list[Row]:
 
 
 def work(arguments: Sequence[str]) -> str:
-    """Trains what is missing, writes the results, and returns the tables."""
+    """Trains the runs that have no measurements yet, writes the results, and returns the tables."""
     keys, passed = parse(Keys, arguments, tuple(GROUPS))
     if keys.method is None or not keys.presets or not keys.seeds:
         raise UserError(
-            f"give method=, and at least one of presets= and seeds=; now method={keys.method}, "
+            f"give method=, and at least one preset and one seed; now method={keys.method}, "
             f"presets={keys.presets}, seeds={keys.seeds}."
         )
     spec, folder = get_spec(keys.method), Path(keys.out).expanduser()
@@ -351,7 +355,7 @@ def work(arguments: Sequence[str]) -> str:
 
 
 def report(runs: Runs, found: Sequence[Claim]) -> Mapping[str, Any]:
-    """All measurements and claims as JSON holds them."""
+    """The contents of collapse.json: all measurements and claims."""
     return {"runs": runs, "claims": [vars(claim) | {"holds": claim.holds} for claim in found]}
 
 

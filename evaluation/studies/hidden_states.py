@@ -1,12 +1,12 @@
-"""What a generator's blocks know: CKNNA with a frozen encoder, and a linear probe of the classes.
+"""Measures the features of a generator's blocks: CKNNA with a frozen encoder, and a linear probe of the classes.
 
   pixlat study hidden-states run=runs/NAME
   pixlat study hidden-states run=runs/NAME time=0.3 images=1000 encoder=embedded
 
 Prints one JSON object with both numbers for every block of `method.blocks()`. The held-out images are
-a fixed draw from all classes. They are noised to `time`, the class is withheld, and a block's features
-are the mean of its image tokens (arXiv 2410.06940, section 3 and appendix). CKNNA compares them with
-the encoder's tokens, averaged alike. The probe learns on a fixed draw of training images.
+a fixed draw from all classes. They are noised to `time`, and the method does not get their class. A
+block's features are the mean of its image tokens (arXiv 2410.06940, section 3 and appendix). CKNNA
+compares them with the mean of the encoder's tokens. The probe learns on a fixed draw of training images.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Keys:
 
     run: str | None = None  # a run folder
     encoder: str = "embedded"  # the frozen encoder that the blocks are compared with
-    time: float = 0.5  # to which the images are noised: 0 is data, 1 is noise
-    images: int = 2000  # of each split
-    neighbours: int = 10  # of CKNNA
-    batch: int = 50  # images at once
+    time: float = 0.5  # how much noise the images get: 0 is data, 1 is noise
+    images: int = 2000  # number of images of each split
+    neighbours: int = 10  # number of nearest neighbours for CKNNA
+    batch: int = 50  # images per batch
 
 
 GROUPS = groups_of_a_run()
@@ -82,7 +82,7 @@ def measure(folder: Path, keys: Keys, overrides: dict[str, str]) -> dict[str, An
 
 
 def work(arguments: Sequence[str]) -> str:
-    """The measures as JSON."""
+    """Returns the measurements as JSON."""
     keys, overrides = parse(Keys, arguments, tuple(GROUPS))
     (folder,) = needed(keys, "study hidden-states", "run")
     require(0 <= keys.time <= 1, "time", keys.time, "must be between 0 (data) and 1 (noise)")
@@ -93,7 +93,7 @@ def work(arguments: Sequence[str]) -> str:
 
 @as_command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the measures as JSON. Returns the exit code, which is 2 for a mistake in the command."""
+    """Prints the measurements as JSON. Returns the exit code, which is 2 for a mistake in the command."""
     return run_command(
         sys.argv[1:] if arguments is None else arguments, lambda: help_text(str(__doc__), Keys, GROUPS), work
     )
