@@ -1,1 +1,1 @@
-"""From generated images to a ranked row: generate, features, moments, metrics, record, leaderboard."""
+"""Evaluation: generates images, extracts features, computes metrics, writes records and renders the leaderboard."""

@@ -159,7 +159,7 @@ def _patterns(groups: Sequence[str]) -> list[str]:
 
 def _values(own: Mapping[str, str], config: DictConfig) -> DictConfig:
     """The values as nested settings. Text stays as it was written, so that a folder may be called 007, 1e3 or [x]."""
-    found = OmegaConf.create()
+    nested = OmegaConf.create()
     for key, value in own.items():
         try:
             read = OmegaConf.select(OmegaConf.from_dotlist([f"{key}={value}"]), key, throw_on_missing=False)
@@ -171,9 +171,9 @@ def _values(own: Mapping[str, str], config: DictConfig) -> DictConfig:
             read = value
         text = type(_node(config, key)).__name__ == "StringNode"
         OmegaConf.update(
-            found, key, value if text and read is not None and not isinstance(read, str) else read, force_add=True
+            nested, key, value if text and read is not None and not isinstance(read, str) else read, force_add=True
         )
-    return found
+    return nested
 
 
 def _node(config: DictConfig, key: str) -> Any:
@@ -254,12 +254,12 @@ def run_command(
         print(text())
         return 0
     try:
-        told = work(arguments)
+        result = work(arguments)
     except UserError as error:
         say_last(f"error: {error}")
         return 2
-    if isinstance(told, int):
-        return told
-    if told:
-        print(told)
+    if isinstance(result, int):
+        return result
+    if result:
+        print(result)
     return 0

@@ -85,7 +85,7 @@ def write(runs: Path, out: Path) -> list[Path]:
 
 
 def _read(runs: Path, pattern: str = RESULT) -> Records:
-    """The records; what is left out is named on stderr."""
+    """Reads the records and names those that are left out on stderr."""
     if not runs.is_dir():
         raise UserError(f"runs={runs} is not a folder. Give the folder that holds the runs, by default ./runs.")
     records = read_records(runs, pattern)
@@ -136,7 +136,7 @@ def usage() -> str:
 
 
 def work(arguments: Sequence[str]) -> str:
-    """Does what the keys ask for and returns what to print. Broken records are named on stderr and left out."""
+    """Runs the action that the keys choose and returns the text to print. Leaves out damaged records."""
     keys, _ = parse(Keys, from_flags(Keys, arguments))
     require(keys.at is None or 0 < keys.at < math.inf, "at", keys.at, "must be positive")
     if keys.check or keys.update_readme:

@@ -58,7 +58,7 @@ def usage() -> str:
 
 
 def work(arguments: Sequence[str]) -> str:
-    """Does one action and returns what to tell."""
+    """Runs one action and returns the text to print."""
     actions: dict[str, Callable[[Keys], str]] = {"fetch-plan": plan_files, "verify": verify_files, "build": build}
     name, rest = action_of("reference", SYNTAX.actions, arguments)
     if name == "show":
@@ -68,7 +68,7 @@ def work(arguments: Sequence[str]) -> str:
 
 
 def plan_files(keys: Keys) -> str:
-    """What to fetch for one protocol, or for all."""
+    """The files to fetch for one protocol, or for all."""
     if keys.protocol == EMBEDDED:
         return fetch_plan(())
     chosen = [_protocol(keys)] if keys.protocol else list(PROTOCOLS.values())
@@ -76,9 +76,7 @@ def plan_files(keys: Keys) -> str:
 
 
 def verify_files(keys: Keys) -> str:
-    """Whether a protocol's files are right; a UserError where they are not,
-    so that scripts can rely on the exit code.
-    """
+    """Lists a protocol's files. Raises UserError unless all are correct, so that scripts can rely on the exit code."""
     lines, good = verify(_protocol(keys).files, {"weights": keys.weights, "reference": keys.reference})
     if not good:
         raise UserError("\n".join(lines))
@@ -103,7 +101,7 @@ def build(keys: Keys) -> str:
     if out.suffix != ".safetensors" or not out.parent.is_dir():
         raise UserError(f"out={keys.out} must end in .safetensors and lie in a folder that exists.")
     if out.exists():
-        raise UserError(f"{out} exists and is not overwritten. Choose another out=, or remove it.")
+        raise UserError(f"{out} exists already and would be overwritten. Choose another out=, or remove it.")
     folder, size = Path(str(keys.images)).expanduser(), int(keys.size or 0)
     files = image_files(folder)
     weights = checked(protocol.extractor.file, keys.weights)
@@ -150,7 +148,7 @@ def squares(files: Sequence[Path], size: int) -> Iterator[ImageBatch]:
 
 
 def digest_of(folder: Path, files: Sequence[Path], size: int) -> str:
-    """Names and sizes in bytes: reading a million files twice would take hours."""
+    """Digest of the files' names and sizes in bytes. We do not read their contents, which would take hours."""
     hasher = hashlib.sha256(f"{size}\n".encode())
     for file in files:
         hasher.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\n".encode())
@@ -161,7 +159,7 @@ def digest_of(folder: Path, files: Sequence[Path], size: int) -> str:
 
 
 def show(path: Path) -> str:
-    """The arrays of an .npz, or the facts of a built reference."""
+    """Text with the arrays of an .npz, or the metadata of a built reference."""
     from pixlat.common.files import sha256_of
 
     if not path.is_file():

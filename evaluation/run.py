@@ -12,9 +12,9 @@ record.
   pixlat evaluate npz=samples.npz protocol=adm256 labels=balanced uint8=truncate
   pixlat evaluate images=folder protocol=clean
 
-`pixlat reference fetch-plan protocol=adm256` says what files a protocol needs. Nothing is downloaded.
-With several processes (`torchrun --nproc-per-node 8 -m pixlat evaluate ...`) each makes its share of
-the images.
+`pixlat reference fetch-plan protocol=adm256` lists the files that a protocol needs. pixlat does not
+download them. With several processes (`torchrun --nproc-per-node 8 -m pixlat evaluate ...`) each makes
+its share of the images.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def usage() -> str:
 
 
 def work(arguments: Sequence[str]) -> str:
-    """Evaluates, writes the record and returns what to tell."""
+    """Evaluates, writes the record and returns the text to print."""
     keys, rest = parse(Keys, arguments, tuple(GROUPS))
     check(keys, rest)
     from pixlat.common.processes import join_processes
@@ -106,17 +106,18 @@ def work(arguments: Sequence[str]) -> str:
         records = [model_record(keys, folder, rest, request) for folder in folders]
     if not state.is_main_process:
         return ""
-    told = [save(keys, rest, record, folder) for record, folder in zip(records, (keys.run, keys.against), strict=False)]
-    return "\n\n".join(told + ([differences(records)] if keys.against else []))
+    folders = [keys.run, keys.against]
+    messages = [save(keys, rest, record, folder) for record, folder in zip(records, folders, strict=False)]
+    return "\n\n".join(messages + ([differences(records)] if keys.against else []))
 
 
 def check(keys: Keys, rest: dict[str, str]) -> None:
-    """What must be wrong whatever the files hold; said before torch is imported."""
+    """Raises UserError for keys that cannot work with any files. Runs before the import of torch."""
     given = [key for key in ("run", "checkpoint", "images", "npz") if getattr(keys, key) is not None]
     if len(given) != 1:
         raise UserError(
             "give exactly one of run=, checkpoint=, images= and npz=; "
-            f"there is {' and '.join(given) or 'none of them'}."
+            f"you gave {' and '.join(given) or 'none of them'}."
         )
     if keys.checkpoint is not None and (keys.method is None or keys.preset is None):
         raise UserError("checkpoint= needs method= and preset=, which say what network the file belongs to.")
@@ -128,8 +129,8 @@ def check(keys: Keys, rest: dict[str, str]) -> None:
             f"labels={keys.labels}: the {EMBEDDED} protocol is defined with balanced labels. Leave the key out, "
             "or choose another protocol."
         )
-    if finished and (odd := [key for key in rest if not key.startswith("data.")]):
-        raise UserError(f"{odd[0]} steers a model, and finished images have none.")
+    if finished and (unused := [key for key in rest if not key.startswith("data.")]):
+        raise UserError(f"{unused[0]} is a setting of a model, but finished images have no model. Leave the key out.")
     if keys.space is not None:
         require(finished, "space", keys.space, "is known of models; give it with images= or npz= only")
         one_of("space", keys.space, SPACES)
@@ -161,8 +162,9 @@ IGNORED_BY_PROTOCOL = {EMBEDDED: ("weights", "reference"), RECONSTRUCTIONS: ("re
 
 
 def refuse_ignored(keys: Keys, source: str) -> None:
-    """A key that this evaluation would not read is a mistake of the command, not a wish to pass over; source:
-    run, checkpoint, images or npz.
+    """Raises UserError for a key that this evaluation would silently ignore.
+
+    source: run, checkpoint, images or npz.
     """
     untouched = Keys()
     for reason, ignored in (
@@ -178,10 +180,10 @@ def refuse_ignored(keys: Keys, source: str) -> None:
 
 
 def make_request(keys: Keys, device: torch.device) -> Request:
-    """The command as evaluation/score/assess.py takes it."""
+    """The command's settings for evaluation/score/assess.py."""
     from pixlat.evaluation.score.assess import Request
 
-    # a run's is where its training has it
+    # for a run, the cache is the same folder as in its training
     cache = (Path(keys.run).expanduser().parent if keys.run else Path(keys.out)) / ".references"
     shared = (keys.labels, keys.uint8, keys.precision, keys.weights, keys.reference)
     return Request(keys.protocol, keys.num_images, tuple(keys.seeds), keys.batch, *shared, cache, device)
@@ -203,7 +205,7 @@ def model_record(keys: Keys, folder: str | None, rest: dict[str, str], request: 
 
 
 def sampling_keys(precision: str | None, uint8: str | None) -> dict[str, str]:
-    """The settings of a run in which the two keys are set anew."""
+    """The settings of a run that the two keys replace."""
     return {f"eval.{key}": value for key, value in (("precision", precision), ("uint8", uint8)) if value is not None}
 
 

@@ -59,7 +59,7 @@ def work(arguments: Sequence[str]) -> int:
 
 
 def measurements(arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What the command asks for, one after the other."""
+    """The measurements of the command, one after the other."""
     kind, rest = arguments[0], arguments[1:]
     if kind == "frechet":
         yield measure_frechet(rest)
@@ -89,7 +89,7 @@ def measure_frechet(arguments: Sequence[str]) -> dict[str, Any]:
     from pixlat.evaluation.bench.frechet import compare
 
     if arguments and not arguments[0].isdigit():
-        raise UserError(f"frechet {arguments[0]}: the number of dimensions is wanted, for example frechet 2048.")
+        raise UserError(f"frechet {arguments[0]}: give the number of dimensions, for example frechet 2048.")
     return compare(int(arguments[0]) if arguments else 2048)
 
 
@@ -99,8 +99,8 @@ def measure_neighbours(arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
 
     from pixlat.evaluation.bench.neighbours import compare
 
-    if odd := [each for each in arguments if not each.isdigit() or int(each) == 0]:
-        raise UserError(f"neighbours {odd[0]}: sizes of images are wanted, for example neighbours 256 512.")
+    if wrong := [size for size in arguments if not size.isdigit() or int(size) == 0]:
+        raise UserError(f"neighbours {wrong[0]}: give sizes of images in pixels, for example neighbours 256 512.")
     for size in arguments or ["256"]:
         yield compare(int(size), device="cuda" if torch.cuda.is_available() else "cpu")
 

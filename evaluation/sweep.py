@@ -29,7 +29,7 @@ from pixlat.evaluation.score.outcome import keep, record_of_model, table
 if TYPE_CHECKING:
     from pixlat.evaluation.score.assess import Request
 
-RANKING = ("fid", "fd_dinov2", "fd_embedded")  # the first of these that a protocol has decides
+RANKING = ("fid", "fd_dinov2", "fd_embedded")  # the first of these metrics that a protocol has ranks the settings
 SWEPT_GROUPS = ("sample",)
 
 
@@ -66,7 +66,7 @@ def usage() -> str:
 
 
 def work(arguments: Sequence[str]) -> str:
-    """Tries, evaluates, records, and returns what to tell."""
+    """Tries all settings, evaluates the best one, writes its record, and returns the text to print."""
     lists = {
         key: values
         for key, values in split_overrides(arguments).items()
@@ -107,11 +107,11 @@ def work(arguments: Sequence[str]) -> str:
 
 
 def check(keys: Keys, swept: Sequence[str]) -> None:
-    """What must be wrong whatever the files hold."""
+    """Raises UserError for keys that cannot work with any files."""
     if keys.run is None:
         raise UserError("give run=, the folder of the run whose settings are tried.")
     if not swept:
-        raise UserError("nothing is swept: give a comma list, for example sample.guidance=1,2,3 or ema=0.999,0.9999.")
+        raise UserError("no key has several values. Give a list, such as sample.guidance=1,2,3 or ema=0.999,0.9999.")
     if keys.protocol == "rfid":
         raise UserError("protocol=rfid: reconstructions have no sampling settings to try.")
     check_request(keys.protocol, None, keys.uint8, keys.precision, keys.seeds)
@@ -125,7 +125,7 @@ def check(keys: Keys, swept: Sequence[str]) -> None:
 
 
 def make_request(keys: Keys, folder: Path, device: Any, num_images: int | None, seeds: tuple[int, ...]) -> Request:
-    """The command as evaluation/score/assess.py takes it."""
+    """The command's settings for evaluation/score/assess.py."""
     from pixlat.evaluation.score.assess import Request
 
     cache = folder.parent / ".references"
@@ -145,7 +145,7 @@ def make_request(keys: Keys, folder: Path, device: Any, num_images: int | None, 
 
 
 def attempt(folder: Path, setting: dict[str, str], request: Request) -> float:
-    """The distance that one setting reaches; bias is the same for all, so the plain value ranks."""
+    """The distance of one setting. All settings have the same bias, so we compare values without bias correction."""
     metrics = _evaluate(folder, setting, request)[1].metrics
     return float(next(metrics[name]["value"] for name in RANKING if name in metrics))
 

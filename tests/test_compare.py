@@ -103,7 +103,7 @@ def test_earlier_stages_and_batches_keep_a_comparison_from_being_of_one_budget(t
     changed = build_record(
         {**{key: value for key, value in sit.items() if key != "row_id"}, "train": sit["train"] | {"batch": 8}}
     )
-    assert "Not one batch: 8, 64 images a step." in notes({"sit": {0: sit}, "other": {0: changed}})
+    assert "The runs differ in their batch: 8, 64 images a step." in notes({"sit": {0: sit}, "other": {0: changed}})
 
 
 def test_what_spoils_a_comparison_is_said(tmp_path, capsys, monkeypatch):

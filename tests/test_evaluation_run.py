@@ -304,7 +304,7 @@ def test_images_of_the_wrong_size_are_refused(place, toy_protocol, tmp_path):
         (["run=a", "npz=b"], "run and npz"),
         (["checkpoint=a"], "needs method= and preset="),
         (["npz=a", "against=b"], "compares two runs"),
-        (["npz=a", "sample.steps=3"], "sample.steps steers a model"),
+        (["npz=a", "sample.steps=3"], "sample.steps is a setting of a model"),
         (["npz=a", "protocol=adm265"], "Did you mean 'adm256'"),
         (["npz=a", "uint8=floor"], "round, truncate"),
         (["npz=a", "num_images=3"], "at least 20"),

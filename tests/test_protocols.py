@@ -446,6 +446,6 @@ def test_build_takes_any_folder_of_images(tmp_path, monkeypatch):
     assert "25 images of 8 px" in reference.work(arguments)
     entry = read_built(out, Projections(), 8).entry
     assert (entry["id"], entry["n_images"], entry["split"]) == ("mine", 25, "train")
-    with pytest.raises(UserError, match="is not overwritten"):
+    with pytest.raises(UserError, match="would be overwritten"):
         reference.work(arguments)
     assert "resolution: 8" in reference.work(["show", str(out)])

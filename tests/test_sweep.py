@@ -58,7 +58,7 @@ def test_the_best_setting_is_recorded_with_the_number_of_tries(tmp_path):
     ("arguments", "message"),
     [
         (["sample.guidance=1,2"], "give run="),
-        (["run=a", "sample.guidance=2"], "nothing is swept"),
+        (["run=a", "sample.guidance=2"], "no key has several values"),
         (["run=a", "sample.guidance=1,2", "tries=5"], "at least 20"),
         (["run=a", "sample.guidance=1,2", "try_seed=0"], "among seeds"),
         (["run=a", "sample.guidance=1,2", "protocol=rfid"], "no sampling settings"),

@@ -1,4 +1,7 @@
-"""`pixlat bench neighbours 256`: times the search for nearest training images and its first version, on the same images."""
+"""`pixlat bench neighbours 256`: times the search for nearest training images, today's and its first version.
+
+Both search the same images.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from pixlat.common.pictures.neighbours import BLOCK_VALUES, Neighbours, nearest
 
 SEARCHED = 20_000  # largest number of training images that a run searches
 SAMPLES, HELD_OUT = 20, 500
-OLD_BLOCKS = 2  # blocks of the first version to time; the total is extrapolated, because all blocks can take hours
+OLD_BLOCKS = 2  # blocks of the first version that we time; the total is extrapolated, because it can take hours
 
 
 class MadeUpImages(ImageSet):
@@ -32,7 +35,7 @@ class MadeUpImages(ImageSet):
 
 
 def compare(size: int, searched: int = SEARCHED, device: str = "cpu") -> dict[str, Any]:
-    """Seconds of a run's search at `size` px with mirror images, for the first version (extrapolated) and for today's."""
+    """Seconds of a run's search at `size` px with mirror images: the first version (extrapolated) and today's."""
     samples, held_out = noise(SAMPLES, size, seed=1), noise(HELD_OUT, size, seed=2)
     images = MadeUpImages(searched, size)
     part = min(searched, OLD_BLOCKS * max(1, BLOCK_VALUES // samples[0].size))

@@ -1,6 +1,6 @@
 """Compares runs at equal cost: equal training MACs, equal images seen or equal sampling MACs. Imports no torch.
 
-A run that was evaluated during its training has a curve (`evaluation/records/curve.py`), whose last point is its record.
+A run that was evaluated during its training has a curve (`evaluation/records/curve.py`). Its last point is the record.
 Between two points we interpolate the score linearly in the logarithm of the cost. We never extrapolate. The standard
 errors are interpolated in the same way, which gives an upper bound of the error for any correlation between the two
 points (they share noise and labels).

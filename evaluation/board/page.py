@@ -155,7 +155,7 @@ def column_data(column: Column) -> dict[str, Any]:
 
 
 def cell_data(cell: Cell) -> list[Any]:
-    """[text], [text, value] or [text, value, error]. A value equal to the text is left out: the page sorts by the text."""
+    """[text], [text, value] or [text, value, error]; a value equal to the text is left out: the page sorts by text."""
     values = [value for value in (None if cell.value == cell.text else cell.value, cell.error) if value is not None]
     return [cell.text, *values]
 
@@ -164,7 +164,10 @@ def cell_data(cell: Cell) -> list[Any]:
 
 
 def plot_data(group: Group, columns: Sequence[Column], key: str) -> dict[str, Any] | None:
-    """The plot of quality against one cost: the rows to draw and those on the Pareto front. None for fewer than 2 rows."""
+    """The plot of quality against one cost: the rows to draw and those on the Pareto front.
+
+    None if fewer than two rows have a positive cost and score.
+    """
     column = next((column for column in columns if column.key == key), None)
     if column is None:
         return None

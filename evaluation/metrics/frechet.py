@@ -1,12 +1,12 @@
 """The Fréchet distance between Gaussians, exact in float64, and its error bar.
 
 FD = |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2).
-With S1 = L L^T the last trace is the sum of the square roots of the eigenvalues of the symmetric matrix L^T S2 L:
-real by construction, and far cheaper than general eigenvalues or a matrix root (`pixlat bench frechet`).
+With S1 = L L^T the last trace is the sum of the square roots of the eigenvalues of the symmetric matrix L^T S2 L. They
+are real by construction and far cheaper than general eigenvalues or a matrix root (`pixlat bench frechet`).
 
-Cholesky, congruence and eigenvalues are LAPACK's through SciPy: NumPy's and PyTorch's BLAS have threads of their own,
-which spin for a while after a product and would take the cores from SciPy's. Since the matrices are symmetric,
-their row order is LAPACK's column order.
+SciPy's LAPACK computes the Cholesky factor, the congruence and the eigenvalues. NumPy's and PyTorch's BLAS have
+separate threads, which spin for a while after a product and would take the cores from SciPy's threads. The matrices
+are symmetric, so NumPy's row order is the same as LAPACK's column order.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Factored:
     """A reference whose covariance is factored once, S = L L^T."""
 
     gaussian: Gaussian
-    factor: Tensor  # (D, D); unless regularised only its lower triangle counts, and what stands above is no zero
-    regularised: bool  # negative eigenvalues were set to 0, or S has no full rank: Cholesky did not apply
+    factor: Tensor  # (D, D); unless regularised, only its lower triangle is valid: the upper one is not zero
+    regularised: bool  # whether Cholesky failed: S is singular, or negative eigenvalues were set to 0
 
 
 def factorise(gaussian: Gaussian) -> Factored:
-    """Cholesky; where the covariance is not positive definite, V sqrt(max(lambda, 0)) from its eigendecomposition."""
+    """The Cholesky factor, or V sqrt(max(lambda, 0)) of the eigendecomposition if S is not positive definite."""
     if gaussian.n > len(gaussian.mean):
         factor, fault = lapack.dpotrf(gaussian.cov.numpy().T, lower=1, clean=0)
         if not fault:
@@ -50,15 +50,15 @@ def frechet_distance(generated: Gaussian, reference: Factored) -> float:
     # the lower triangle of L^T S L
     middle = L.T @ S @ L if reference.regularised else lapack.dsygst(S.T, L, itype=2, lower=1)[0]
     eigenvalues = torch.from_numpy(symmetric_eigenvalues(middle))
-    # the rest is rounding noise, whose roots would add up
+    # the other eigenvalues are rounding errors, whose roots would add up
     rank = min(len(eigenvalues), generated.n - 1, reference.gaussian.n - 1)
     return _assemble(generated.mean, generated.cov.trace(), eigenvalues[-rank:], reference)
 
 
 def symmetric_eigenvalues(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """In ascending order, from the lower triangle, which is overwritten.
+    """The eigenvalues in ascending order. Reads and overwrites the lower triangle.
 
-    What LAPACK's dsyev does, without its two passes for the norm.
+    It does the same as LAPACK's dsyev without dsyev's two passes for the norm.
     """
     workspace = int(lapack.dsytrd_lwork(len(matrix), lower=1)[0])
     _, diagonal, beside, _, _ = lapack.dsytrd(matrix, lower=1, lwork=workspace, overwrite_a=1)
@@ -72,8 +72,9 @@ def symmetric_eigenvalues(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def frechet_distance_few(features: Tensor, reference: Factored) -> float:
-    """The same for n < D generated features (n, D): eigenvalues of the n x n matrix X S X^T / (n - 1)
-    with centred rows X.
+    """FD for n < D generated features (n, D).
+
+    It uses the eigenvalues of the n x n matrix X S X^T / (n - 1), where X has the centred features as rows.
     """
     features = features.double()
     mean = features.mean(0)
@@ -92,7 +93,7 @@ def _assemble(mean: Tensor, trace: Tensor, eigenvalues: Tensor, reference: Facto
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its grouped-jackknife companions."""
+    """A value with its bias-corrected value and its error, both by the grouped jackknife."""
 
     value: float
     value_bc: float  # bias-corrected
@@ -101,11 +102,12 @@ class Estimate:
 
 
 def jackknife(value: float, left_out: Sequence[float]) -> Estimate:
-    """From the statistic of all images and its values with one of K groups left out.
+    """The jackknife estimate from the statistic of all images and its values with one of K groups left out.
 
     bias-corrected = K theta - (K-1) mean theta_(-g);  SE^2 = (K-1)/K sum (theta_(-g) - mean)^2.
-                                                       Where the distance is of the size of its own
-    bias the SE is about 30 % too small: claims need several sampling seeds.
+
+    If the distance is as small as its bias, the SE is about 30 % too small. Claims therefore need several sampling
+    seeds.
     """
     values = torch.tensor(left_out, dtype=torch.float64)
     k = len(values)

@@ -1,6 +1,4 @@
-"""How near an image is to its original, pixel by pixel and window by window:
-PSNR and SSIM of 8-bit images, in float64.
-"""
+"""PSNR and SSIM of 8-bit images, computed in float64."""
 
 from __future__ import annotations
 
@@ -14,9 +12,7 @@ DATA_RANGE = 255.0
 
 
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
-    """(B,) dB: 10 log10(255^2 / MSE) over all pixels and channels of uint8 images (B, C, H, W);
-    an identical image counts as PSNR_CAP dB.
-    """
+    """(B,) dB: 10 log10(255^2 / MSE) over all pixels and channels of uint8 images (B, C, H, W), at most PSNR_CAP."""
     mse = (images.double() - originals.double()).square().flatten(1).mean(1)
     return (10 * (DATA_RANGE**2 / mse).log10()).clamp_max(PSNR_CAP)
 
@@ -24,8 +20,9 @@ def psnr(images: Tensor, originals: Tensor) -> Tensor:
 def ssim(images: Tensor, originals: Tensor) -> Tensor:
     """(B,) structural similarity (Wang et al. 2004) of uint8 images (B, C, H, W), H and W at least 11.
 
-    SSIM = (2 mx my + c1)(2 sxy + c2) / ((mx^2 + my^2 + c1)(sx^2 + sy^2 + c2)) with c = (K 255)^2, in windows of 11 x
-    11 weighted by a Gaussian of sigma 1.5 that lie wholly inside the image; the mean over windows and channels.
+    SSIM = (2 mx my + c1)(2 sxy + c2) / ((mx^2 + my^2 + c1)(sx^2 + sy^2 + c2)) with c = (K 255)^2. The moments are those
+    of windows of 11 x 11 pixels inside the image, weighted by a Gaussian of sigma 1.5. The result is the mean over
+    windows and channels.
     """
     x, y = images.double(), originals.double()
     c1, c2 = (SSIM_K1 * DATA_RANGE) ** 2, (SSIM_K2 * DATA_RANGE) ** 2
@@ -36,7 +33,7 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
 
 
 def window_mean(x: Tensor) -> Tensor:
-    """The Gaussian mean around every pixel whose window fits: (B, C, H, W) -> (B, C, H - 10, W - 10)."""
+    """The Gaussian mean around every pixel whose window is inside: (B, C, H, W) -> (B, C, H - 10, W - 10)."""
     position = torch.arange(SSIM_WINDOW, dtype=x.dtype, device=x.device) - SSIM_WINDOW // 2
     weight = (-position.square() / (2 * SSIM_SIGMA**2)).exp()
     weight = weight / weight.sum()

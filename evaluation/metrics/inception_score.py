@@ -1,6 +1,4 @@
-"""Inception score over the classifier of any extractor:
-exp of the mutual information between image and predicted class.
-"""
+"""Inception score with any extractor's classifier: exp of the mutual information between image and predicted class."""
 
 from __future__ import annotations
 
@@ -23,8 +21,8 @@ class InceptionScore:
 def inception_score(logits: Tensor, generator: str = "PCG64") -> InceptionScore:
     """IS = exp E_x KL(p(y|x) || p(y)) in each of ten parts of a shuffled set; logits (n, C) with n >= IS_SPLITS.
 
-    The shuffle has a fixed seed: without it, class-sorted images would put few classes into each part and cap
-    the score. generator: NumPy's that shuffles; with RandomState the parts are those of torch-fidelity.
+    The shuffle has a fixed seed. Without it, each part of class-sorted images would contain only few classes, which
+    limits the score. generator: the NumPy generator of the shuffle; RandomState gives the parts of torch-fidelity.
     """
     order = shuffled(len(logits), generator)
     p = logits.double().softmax(1)[torch.from_numpy(order)]
@@ -33,7 +31,7 @@ def inception_score(logits: Tensor, generator: str = "PCG64") -> InceptionScore:
 
 
 def shuffled(n: int, generator: str) -> NDArray[np.int64]:
-    """A fixed permutation of n positions by NumPy's PCG64 or RandomState."""
+    """A fixed permutation of n positions from NumPy's PCG64 or RandomState."""
     if generator == "RandomState":
         return np.random.RandomState(IS_SHUFFLE_SEED).permutation(n)
     return np.random.Generator(np.random.PCG64(IS_SHUFFLE_SEED)).permutation(n)

@@ -1,5 +1,6 @@
-"""Kernel distance (KID): the squared maximum mean discrepancy with k(x, y) = (x.y / D + 1)^3:
-an unbiased estimate, summed in float64.
+"""Kernel distance (KID): an unbiased estimate, summed in float64, of the squared maximum mean discrepancy.
+
+The kernel is k(x, y) = (x.y / D + 1)^3.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ BLOCK = 2048  # rows and columns of a kernel matrix in memory at once
 @dataclass(frozen=True)
 class KernelDistance:
     value: float
-    # over draws of the generated images, by the jackknife over groups of them;
-    # of subsets with the error of their choice
+    # The error over draws of generated images, by the jackknife over groups. If subsets are used, it includes the error
+    # that their choice causes.
     se: float
-    left_out: tuple[float, ...] = ()  # complete: the values with one group left out
+    left_out: tuple[float, ...] = ()  # the values with one group left out; empty if subsets are used
 
 
 def kernel_distance(generated: Tensor, reference: Tensor, weights: Tensor | None = None) -> KernelDistance:
     """KID of features (n, D) and (m, D) on one device; the reference's weights (m,) default to 1.
 
-    Up to KID_COMPLETE_LIMIT images a side every pair is used; beyond it the value is the mean over subsets drawn
-    with a fixed seed, as the protocols have it. How much those subsets differ says how well they stand for all pairs,
-    and not what other generated images would give: the error is the jackknife of the statistic of all pairs,
-    with the error of the choice of subsets.
+    Up to KID_COMPLETE_LIMIT images on each side, the value uses every pair. For more images it is the mean over subsets
+    drawn with a fixed seed, as in published protocols. The spread of these subsets only shows how well they represent
+    all pairs, and not how much other generated images would change the value. The error therefore combines the
+    jackknife of the statistic of all pairs with the error of the choice of subsets.
     """
     w = (
         torch.ones(len(reference), dtype=torch.float64, device=reference.device)
@@ -58,7 +59,7 @@ def kernel_distance(generated: Tensor, reference: Tensor, weights: Tensor | None
 
 
 def of_subsets(generated: Tensor, reference: Tensor, w: Tensor) -> tuple[float, float]:
-    """The mean over KID_SUBSETS subsets of both sides, and the standard error that their choice leaves in it."""
+    """(the mean over KID_SUBSETS subsets of both sides, the standard error that the choice of subsets causes)."""
     x, y = generated.double(), reference.double()
     rng = np.random.Generator(np.random.PCG64(KID_SEED))
     size = min(KID_SUBSET_SIZE, len(x), len(y))
@@ -72,11 +73,10 @@ def of_subsets(generated: Tensor, reference: Tensor, w: Tensor) -> tuple[float, 
 
 
 def complete(x: Tensor, y: Tensor, w: Tensor, groups: int) -> tuple[float, list[float]]:
-    """The U-statistic mean k(x, x') + mean k(y, y') - 2 mean k(x, y)
-    over all pairs of different images, y weighted by w.
+    """The U-statistic mean k(x, x') + mean k(y, y') - 2 mean k(x, y) over all pairs of different images.
 
-    Also its values with each group (position mod `groups`) of x left out, none for a single group.
-    The products are of the features' precision, their sums of float64.
+    w weights y. The second result has its values with each group (position mod `groups`) of x left out; it is empty for
+    a single group. Products have the precision of the features, sums have float64.
     """
     member = F.one_hot(torch.arange(len(x), device=x.device) % groups, groups).double()  # (n, K)
     count = member.sum(0)
@@ -95,8 +95,9 @@ def complete(x: Tensor, y: Tensor, w: Tensor, groups: int) -> tuple[float, list[
 
 
 def _pair_sums(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """A^T k(x, y) B in float64 for columns of weights A (n, K) and B (m, L), block by block;
-    of a set with itself (then A is B) half of the blocks.
+    """A^T k(x, y) B in float64 for columns of weights A (n, K) and B (m, L), computed block by block.
+
+    If x is y (then A must be B), it computes only half of the blocks, because the matrix is symmetric.
     """
     total = a.new_zeros(a.shape[1], b.shape[1])
     for row in range(0, len(x), BLOCK):

@@ -1,5 +1,6 @@
-"""Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020)
-from nearest-neighbour balls, block by block.
+"""Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
+
+All four use nearest-neighbour balls. Distances are computed block by block.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ BLOCK = 1024  # rows of a distance matrix in memory at once
 class Prdc:
     """Per-image values; a metric is their (weighted) mean."""
 
-    precision: Tensor  # (n,) of generated images: 1 inside the ball of some reference image, else 0
-    recall: Tensor  # (m,) of reference images: 1 inside the ball of some generated image, else 0
-    density: Tensor  # (n,) of generated images: balls of the reference around it, over k
-    coverage: Tensor  # (m,) of reference images: 1 if its ball holds a generated image, else 0
+    precision: Tensor  # (n,) for each generated image: 1 inside the ball of some reference image, else 0
+    recall: Tensor  # (m,) for each reference image: 1 inside the ball of some generated image, else 0
+    density: Tensor  # (n,) for each generated image: the number of reference balls that contain it, divided by k
+    coverage: Tensor  # (m,) for each reference image: 1 if its ball contains a generated image, else 0
 
 
 def prdc(generated: Tensor, reference: Tensor) -> Prdc:
-    """From features (n, D) and (m, D). A ball reaches to the k-th nearest other image of its own set.
+    """All four metrics of features (n, D) and (m, D).
 
-    Precision and recall: k = 3 and distance <= radius; density and coverage:
-    k = 5 and distance < radius, as their papers have it.
-    Recall is precision with the sets swapped.
+    The radius of an image's ball is the distance to the k-th nearest other image of the same set. As in the papers,
+    precision and recall use k = 3 and distance <= radius, density and coverage use k = 5 and distance < radius. Recall
+    is precision with the sets swapped.
     """
-    # squared distances come from dot products: a common offset would only cost digits
+    # we compute squared distances from dot products, where a common offset would only cost precision
     center = reference.double().mean(0)
     x, y = generated.double() - center, reference.double() - center
     x_radii = squared_radii(x, (PRECISION_K,))[:, 0]
@@ -55,7 +56,7 @@ def squared_radii(x: Tensor, ks: tuple[int, ...]) -> Tensor:
     for start in range(0, len(x), BLOCK):
         distances = squared_distances(x[start : start + BLOCK], x)
         rows = torch.arange(len(distances))
-        # oneself: by position, as the computed distance to oneself is not exactly 0
+        # excludes the image itself by its position, because its computed distance to itself is not exactly 0
         distances[rows, start + rows] = torch.inf
         nearest = distances.topk(max(ks), largest=False).values
         parts.append(nearest[:, [k - 1 for k in ks]])

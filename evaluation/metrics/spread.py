@@ -1,6 +1,4 @@
-"""Several sampling seeds of one model as one score, and the difference between two models
-that were sampled with the same seeds.
-"""
+"""Combines the scores of several sampling seeds, and compares two models that were sampled with the same seeds."""
 
 from __future__ import annotations
 
@@ -16,10 +14,10 @@ from pixlat.evaluation.records.record import Metric
 
 
 def over_seeds(parts: Sequence[dict[str, Metric]]) -> dict[str, Metric]:
-    """The metrics of each seed as their mean, with all values and their standard deviation; never the best one.
+    """The mean of every metric over seeds, with all values and their standard deviation; never the best one.
 
-    The error of a mean of S independent estimates is 1/sqrt(S) of theirs.
-    Metrics that do not depend on the seed keep what they were.
+    The error of a mean of S independent estimates is 1/sqrt(S) times the error of one.
+    A metric that is equal for all seeds stays unchanged.
     """
     if len(parts) == 1:
         return parts[0]
@@ -47,7 +45,7 @@ def _over_seeds(metrics: Sequence[Metric]) -> Metric:
 
 @dataclass(frozen=True)
 class Difference:
-    """First minus second, of one metric."""
+    """The difference, first minus second, of one metric."""
 
     metric: str
     value: float
@@ -56,17 +54,17 @@ class Difference:
 
     @property
     def deviations(self) -> float:
-        """The bias-corrected difference in standard errors; beyond 3 it is no accident of sampling."""
+        """The bias-corrected difference in standard errors. Above 3, sampling noise does not explain it."""
         return (
             self.value_bc / self.se if self.se else float(np.copysign(np.inf, self.value_bc)) if self.value_bc else 0.0
         )
 
 
 def paired_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Difference]:
-    """The metrics in which two records differ, for those whose jackknife values were kept.
+    """The differences between two records, for all metrics with recorded jackknife values.
 
-    Image i of both was made from the same seed and label, so what both share (labels, noise, the reference)
-    cancels when group g is left out of both. Records of other protocols, or sampled with other seeds, are a UserError.
+    Image i of both was made from the same seed and label. When the jackknife leaves group g out of both, the effect of
+    everything they share (labels, noise, reference) cancels. Raises UserError if protocols or sampling seeds differ.
     """
     if first["protocol_hash"] != second["protocol_hash"] or first["protocol_hash"] is None:
         raise UserError(
@@ -86,14 +84,12 @@ def paired_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> l
     ]
     shared = [name for name in shared if name != "fd_floor"]
     if not shared:
-        raise UserError(
-            "no metric of these records keeps its jackknife values. Evaluate both again with `pixlat evaluate`."
-        )
+        raise UserError("these records hold no jackknife values. Evaluate both runs again with `pixlat evaluate`.")
     return [difference(name, first["metrics"][name], second["metrics"][name]) for name in shared]
 
 
 def difference(name: str, first: Metric, second: Metric) -> Difference:
-    """The jackknife of the difference of two estimates whose groups belong together."""
+    """The difference of two estimates with the jackknife error of the paired groups."""
     left_out = [a - b for a, b in zip(first["left_out"], second["left_out"], strict=True)]
     estimate = jackknife(first["value"] - second["value"], left_out)
     return Difference(name, estimate.value, estimate.value_bc, estimate.se)
