@@ -1,6 +1,6 @@
-"""The training loop: one for all methods.
+"""The training loop of all methods.
 
-It knows phases, optimizers, averages and checkpoints; it knows no method, loss or network.
+It handles phases, optimizers, averages and checkpoints. It contains nothing about a particular method, loss or network.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Stopped(Exception):
     """A signal asked the run to stop, and the run has saved a checkpoint."""
 
     def __init__(self, signal_name: str, saved: Path) -> None:
-        super().__init__(f"stopped by {signal_name}; saved {saved}. Run the same command again to go on.")
+        super().__init__(f"stopped by {signal_name}; saved {saved}. Run the same command again to continue.")
         self.signal_number = int(signal.Signals[signal_name])
 
 
