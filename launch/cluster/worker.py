@@ -155,8 +155,8 @@ class Notice:
                 leave(0 if self.slurm else int(end.code or 0))
             except (OSError, subprocess.SubprocessError) as error:
                 raise UserError(
-                    f"the job cannot be requeued ({error}). Everything is saved. "
-                    "Run the same command again to continue."
+                    f"the job cannot be requeued ({error}). Everything is saved; "
+                    "run the same command again to continue."
                 ) from error
         leave(0 if number == signal.SIGUSR2 else 128 + number)
 
