@@ -17,7 +17,7 @@
 
 Weights are random, because speed does not depend on them. Training is timed in train.precision,
 sampling in eval.precision, as in a run. A preset's train.compile=true holds on GPUs. On a CPU, where
-compiling takes minutes, it holds only if the command asks for it. Progress is told on stderr.
+compiling takes minutes, it holds only if the command asks for it. Progress goes to stderr.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every method's published setting costs, counted by running it on shapes, beside what the papers print."""
+"""Compares the cost of every method's published setting with the printed figure. Counting runs on the meta device."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Published:
     method: str
     preset: str
     printed: float
-    accounting: str = ALL  # by which the paper's figure comes out
+    accounting: str = ALL  # the accounting that gives the paper's figure
     network: str = "network"
     overrides: Sequence[tuple[str, str]] = ()
 
@@ -76,12 +76,12 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class Counted:
-    """MACs of one row."""
+    """The counted MACs of one row."""
 
-    executed: int  # of one forward
-    explained: int  # in the paper's accounting
-    forwards: str  # executed for one image with the preset's sampler, by network
-    image: int  # of an image: all networks, guidance and decoder
+    executed: int  # MACs of one forward pass as executed
+    explained: int  # MACs of one forward pass in the paper's accounting
+    forwards: str  # number of forward passes of each network for one image with the preset's sampler
+    image: int  # MACs of one image: all networks, guidance and decoder
 
 
 def count(row: Published) -> Counted:
@@ -101,7 +101,7 @@ def count(row: Published) -> Counted:
 
 
 class AttentionCounter(TorchFunctionMode):
-    """Sums the MACs of q k^T and of weights v, (B, H, L, K) each, over all attention within the block."""
+    """Sums the MACs of the products q k^T and weights v, with q, k and v of (B, H, L, K), in the `with` block."""
 
     macs = 0
 
@@ -128,7 +128,7 @@ def attention_macs(method: Method, network: str, sample: Any) -> int:
 
 
 def once(method: Method, info: DataInfo) -> int:
-    """RAE's accounting of its wide head."""
+    """MACs in RAE's accounting, which counts the modulation of its wide head once per image."""
     channels, grid, _ = method.latent_shape  # type: ignore[misc]
     assert isinstance(channels, int) and isinstance(grid, int) and isinstance(method.network, nn.Module)
     return macs_per_forward(method.config.shape, channels, grid, info.num_classes)[1]
@@ -140,7 +140,7 @@ def rounding(printed: float) -> float:
 
 
 def measure(budget: Budget) -> Evidence:
-    """Every row: what is executed, and what the paper's accounting makes of it."""
+    """Counts every row, as executed and in the paper's accounting."""
     counted = {row: count(row) for row in PUBLISHED}
     off = {
         row: max(0.0, abs(found.explained / GIGA - row.printed) - rounding(row.printed)) / row.printed

@@ -1,5 +1,6 @@
-"""DSD, the collapse: trained naively an encoder in a diffusion model loses its rank;
-each of the paper's remedies gives some of it back.
+"""DSD, the collapse: an encoder that is naively trained with a diffusion model loses its rank.
+
+Each of the paper's remedies restores a part of it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ HELD_OUT = 200  # images measured, of all classes
 
 
 def measure(budget: Budget) -> Evidence:
-    """The study of `pixlat study collapse`; its statements about single seeds become estimates over seeds."""
+    """Runs the study of `pixlat study collapse` and turns its numbers for single seeds into estimates over seeds."""
     images = budget.choose(4800, 6400)
     runs: collapse.Runs = {}
     for preset in collapse.PRESETS:

@@ -1,4 +1,4 @@
-"""JiT, figure 4: a patch embedding squeezed through few channels does no harm, and may help."""
+"""JiT, figure 4: a bottleneck of few channels in the patch embedding does no harm and may help."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pixlat.evaluation.studies.claim_tools.emoji_runs import LEARNED, SAMPLES, j
 from pixlat.evaluation.studies.claim_tools.framework import Budget, Claim, Criterion, Estimate, Evidence
 from pixlat.evaluation.studies.claim_tools.training import bars, panels
 
-NONE, NARROWEST = 0, 4  # a 48th of a patch's 192 numbers, as 16 of 768 in the paper
-PAPERS = 32  # a sixth, as 128 of 768
+NONE, NARROWEST = 0, 4  # 4 is 1/48 of a patch's 192 numbers, as 16 of 768 in the paper
+PAPERS = 32  # 1/6 of a patch's numbers, as 128 of 768 in the paper
 
 
 def measure(budget: Budget) -> Evidence:

@@ -1,6 +1,6 @@
 """JiT, table 2: nine combinations of prediction and loss.
 
-What the network predicts decides once a patch has more numbers than the network has units.
+The choice of the prediction is decisive if a patch has more numbers than the network has units.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from pixlat.evaluation.studies.claim_tools.emoji_runs import LEARNED, SAMPLES, j
 from pixlat.evaluation.studies.claim_tools.framework import Budget, Claim, Criterion, Estimate, Evidence
 from pixlat.evaluation.studies.claim_tools.training import bars, panels
 
-SMALL, LARGE = 16, 32  # pixels of an image: patches of 4 and of 8 pixels, 48 and 192 numbers
+SMALL, LARGE = 16, 32  # image sizes in pixels; their patches of 4 and 8 pixels have 48 and 192 numbers
 Combination = tuple[int, str, str]  # image size, prediction, loss space
 
 
 def combinations(quick: bool) -> list[Combination]:
-    """All 18; for a quick run v-loss for every prediction, and every loss for x-prediction of large patches."""
+    """All 18 combinations; in a quick run only v-loss, and for x-prediction with large patches every loss."""
     every = [(size, prediction, loss) for size in (SMALL, LARGE) for prediction in SPACES for loss in SPACES]
     return [each for each in every if not quick or each[2] == "v" or each[:2] == (LARGE, "x")]
 
 
 def distance(combination: Combination, images: int, seed: int, budget: Budget) -> float:
-    """What a training with this combination reaches."""
+    """The distance after training with this combination."""
     size, prediction, loss = combination
     return jit_distance({"model.prediction": prediction, "model.loss_space": loss}, images, seed, budget.cache, size)
 
 
 def measure(budget: Budget) -> Evidence:
-    """The distance that each combination reaches."""
+    """The distances of all combinations."""
     images = budget.choose(4800, 40_000)
     found = {
         each: [distance(each, images, seed, budget) for seed in budget.seeds] for each in combinations(budget.quick)

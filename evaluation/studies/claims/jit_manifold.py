@@ -1,6 +1,4 @@
-"""JiT, figure 2: in many dimensions a network of few units can predict data on a plane,
-but neither noise nor velocity.
-"""
+"""JiT, figure 2: in many dimensions a small network can predict data on a plane, but neither noise nor velocity."""
 
 from __future__ import annotations
 
@@ -30,24 +28,24 @@ from pixlat.methods.jit.method import JiTMethod
 LOW, HIGH = 2, 512
 UNITS = 256
 BATCH = 256
-FAR = 1e4  # a sampler that diverged is far away, not undefined
+FAR = 1e4  # the limit for coordinates, also for NaN, so that the distance of a diverged sampler is large but finite
 SAMPLER = JiTSample(steps=50, solver="euler", guidance=1.0)
 
 
 class Mlp(nn.Module):
-    """Five linear layers on the image and the time, in the place of JiT's transformer."""
+    """Replaces JiT's transformer: five linear layers on the image and the time."""
 
     def __init__(self, dims: int) -> None:
         super().__init__()
         self.layers = mlp([dims + 1, *[UNITS] * 4, dims])
 
     def forward(self, z: Tensor, time: Tensor, labels: Tensor) -> Tensor:
-        """z (B, D, 1, 1), time (B,) to (B, D, 1, 1)."""
+        """Maps z (B, D, 1, 1) and time (B,) to (B, D, 1, 1)."""
         return self.layers(torch.cat((z.flatten(1), time[:, None]), dim=1))[:, :, None, None]
 
 
 def samples(prediction: str, dims: int, steps: int, seed: int) -> Tensor:
-    """(POINTS, D) from a model that was trained with v-loss, by JiT's objective and sampler."""
+    """(POINTS, D) samples of a model that was trained with v-loss. Uses JiT's objective and sampler."""
     config = JiTConfig(
         depth=1,
         width=8,
@@ -116,7 +114,7 @@ def measure(budget: Budget) -> Evidence:
 
 
 def floor() -> float:
-    """The distance of two sets of data."""
+    """The distance between two sets of points of the data."""
     torch.manual_seed(-100)
     return sliced_distance(roll(POINTS), roll(POINTS))
 

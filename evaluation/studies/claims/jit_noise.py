@@ -1,5 +1,6 @@
-"""JiT, table 3: more noise in training (a lower mu) helps x-prediction,
-and does not help where the network cannot predict its target.
+"""JiT, table 3: more noise in training (a lower mu) helps x-prediction.
+
+It does not help if the network cannot predict its target.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ PREDICTIONS = ("x", "eps")
 
 
 def means(prediction: str, quick: bool) -> tuple[float, ...]:
-    """The mu that are tried."""
+    """The values of mu to try."""
     if not quick:
         return (-1.2, BEST, -0.4, NONE)
     return (-1.6, BEST, NONE) if prediction == "x" else (-1.6, NONE)

@@ -1,6 +1,6 @@
-"""pMF, figure 2: the same toy in one step.
+"""pMF, figure 2: the toy data of jit_manifold, generated in one step.
 
-A network that returns the data behind an average velocity works where one that returns the velocity does not.
+A network that predicts x for an average velocity works where a network that predicts the velocity u fails.
 """
 
 from __future__ import annotations
@@ -37,16 +37,14 @@ PREDICTIONS = ("x", "u")
 
 
 class Sample(NamedTuple):
-    """What one trained model gives."""
+    """The results of one trained model."""
 
     points: Tensor  # (POINTS, D)
-    loss: float  # of u, a dimension, mean of the last tenth of the training
+    loss: float  # the loss of u per dimension, averaged over the last tenth of the training
 
 
 class Trunk(nn.Module):
-    """Five layers on the image, the time and the length of the step, in the place of pMF's transformer,
-    and two layers behind them for u.
-    """
+    """Replaces pMF's transformer: five layers on the image, the time and the step length, then two layers for u."""
 
     rope = None
 
@@ -55,36 +53,39 @@ class Trunk(nn.Module):
         self.layers, self.head = nn.Sequential(mlp([dims + 2, *[UNITS] * 5]), nn.ReLU()), Head(dims)
 
     def embed(self, z: Tensor, condition: Condition) -> Tensor:
-        """(B, D, 1, 1) to (B, D + 2). pMF's own network is not told the time,
-        but a point in few dimensions does not show it as an image does.
+        """(B, D, 1, 1) to (B, D + 2).
+
+        pMF's network does not get the time as an input, because a noisy image shows it. A point in few dimensions does
+        not, so the toy network gets it.
         """
         assert condition.t is not None
         return torch.cat((z.flatten(1), condition.t[:, None], condition.h[:, None]), dim=1)
 
     def shared(self, tokens: Tensor) -> tuple[Tensor, None]:
-        """What u and v have in common, without a tangent."""
+        """The layers that u and v share. The second result, a tangent, is None."""
         return self.layers(tokens), None
 
     def forward(self, z: Tensor, condition: Condition) -> Tensor:
-        """What is sampled with: u's output."""
+        """The output for u, which the sampler uses."""
         return self.head(self.shared(self.embed(z, condition))[0], None)[0]
 
 
 class Head(nn.Module):
-    """Two layers behind the trunk."""
+    """Two layers that follow the trunk."""
 
     def __init__(self, dims: int) -> None:
         super().__init__()
         self.layers = mlp([UNITS, UNITS, dims])
 
     def forward(self, tokens: Tensor, rope: None) -> tuple[Tensor, None]:
-        """(B, UNITS) to (B, D, 1, 1), without a tangent."""
+        """(B, UNITS) to (B, D, 1, 1). The second result, a tangent, is None."""
         return self.layers(tokens)[:, :, None, None], None
 
 
 def trained(prediction: str, dims: int, steps: int, seed: int, times: str = "plane") -> Sample:
-    """One step's samples of a model that was trained with pMF's objective; `times`:
-    from which part of the plane r <= t they are drawn.
+    """One-step samples of a model that was trained with pMF's objective.
+
+    times: the part of the plane r <= t from which training draws its times.
     """
     options = {
         "depth": 1,
@@ -105,9 +106,9 @@ def trained(prediction: str, dims: int, steps: int, seed: int, times: str = "pla
 
     def loss(step: int) -> Tensor:
         x = lifted(roll(BATCH), projection)
-        found = method.objective(x, torch.zeros(BATCH, dtype=torch.int64), draw(config, x))
-        errors.append(found["loss_u"].item())
-        return found["loss"]
+        losses = method.objective(x, torch.zeros(BATCH, dtype=torch.int64), draw(config, x))
+        errors.append(losses["loss_u"].item())
+        return losses["loss"]
 
     fit(
         method,

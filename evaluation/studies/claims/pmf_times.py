@@ -1,6 +1,4 @@
-"""pMF, table 3b: average velocities must be learned over the whole plane of r <= t;
-its edges alone do not make a one-step generator.
-"""
+"""pMF, table 3b: training must draw times from the whole plane r <= t. Its edges alone give no one-step generator."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from pixlat.evaluation.studies.claim_tools.training import panels
 from pixlat.evaluation.studies.claims.pmf_manifold import trained
 
 DIMS = 16
-WORSE = 0.176  # powers of ten: half as far again
+WORSE = 0.176  # in powers of ten: 1.5 times the distance
 TIMES = {"plane": "the whole plane", "diagonal": "r = t only", "zero": "r = 0 only", "edges": "r = t and r = 0"}
 
 
@@ -33,9 +31,9 @@ def measure(budget: Budget) -> Evidence:
         axis.set(xlim=(-2.5, 2.5), ylim=(-2.5, 2.5), xticks=[], yticks=[], title=title)
 
     def over_plane(times: str) -> Estimate:
-        """In powers of ten: a generator that fails may be off by any factor, and seeds by others."""
+        """The logarithm (base 10) of the ratio to the whole plane, because failures differ by large factors."""
         return Estimate.over(
-            [math.log10(other / whole) for other, whole in zip(found[times], found["plane"], strict=True)]
+            [math.log10(part / baseline) for part, baseline in zip(found[times], found["plane"], strict=True)]
         )
 
     return Evidence(

@@ -1,6 +1,4 @@
-"""RAE, section 4.3: a decoder that was trained on noisy latents decodes imperfect ones better,
-and clean ones a little worse.
-"""
+"""RAE, section 4.3: a decoder trained on noisy latents decodes imperfect latents better, clean ones slightly worse."""
 
 from __future__ import annotations
 
@@ -22,8 +20,8 @@ from pixlat.methods.rae.decoder import DecoderMethod
 from pixlat.methods.rae.vit import ViTDecoder
 
 TRAINED, HELD_OUT = 1000, 200  # images
-NOISES = (0.0, 0.2, 0.4, 0.6, 0.8)  # standard deviation on the latents, whose tokens have a variance of 1 over channels
-TAU = 0.8  # the paper's
+NOISES = (0.0, 0.2, 0.4, 0.6, 0.8)  # standard deviations of noise; the latents' tokens have variance 1 over channels
+TAU = 0.8  # the paper's value
 SHAPE = DecoderShape(width=64, depth=2, heads=4, hidden=256)
 SETTINGS = {
     "preset": "demo",
@@ -37,7 +35,7 @@ SETTINGS = {
 
 @cache
 def latents_and_images(heldout: bool) -> tuple[Tensor, Tensor]:
-    """Latents (N, C, h, h) and images (N, 3, 32, 32) of one part of the emoji."""
+    """Latents (N, C, h, h) and images (N, 3, 32, 32) of the training or the held-out emoji."""
     source = few(emoji(), TRAINED)
     x = (
         pixels(source.heldout, fixed_draw(len(source.heldout), HELD_OUT))
@@ -50,7 +48,7 @@ def latents_and_images(heldout: bool) -> tuple[Tensor, Tensor]:
 
 
 def decoder_method(noise: float) -> DecoderMethod:
-    """A small decoder with L1 alone, as it is before its training."""
+    """A small untrained decoder whose only loss is L1."""
     run = resolve(get_spec("rae_decoder"), SETTINGS | {"model.noise": str(noise)})
     method = get_class("rae_decoder")(run.model, DataInfo.of(emoji().info))
     assert isinstance(method, DecoderMethod)
@@ -60,8 +58,9 @@ def decoder_method(noise: float) -> DecoderMethod:
 
 
 def errors(noise: float, images: int, seed: int) -> list[float]:
-    """Root mean square error of held-out images decoded from latents with each of NOISES,
-    after a training with `noise`; the pixels' range is 2.
+    """Root mean square errors of held-out images after training with `noise`, one for each of NOISES on the latents.
+
+    Pixels lie in [-1, 1].
     """
     train = resolve(get_spec("rae_decoder"), SETTINGS | {"train.images": str(images)}).train
     torch.manual_seed(seed)
@@ -79,14 +78,14 @@ def errors(noise: float, images: int, seed: int) -> list[float]:
 
 @torch.no_grad()
 def decoding_error(method: DecoderMethod, sigma: float, seed: int) -> float:
-    """Of the held-out images; the noise is the same for every decoder."""
+    """Root mean square error of the held-out images. The noise is the same for every decoder."""
     latents, x = latents_and_images(heldout=True)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
     return (method.decode(latents + sigma * noise).clamp(-1, 1) - x).square().mean().sqrt().item()
 
 
 def measure(budget: Budget) -> Evidence:
-    """Errors over the noise of the latents, for a decoder that was trained with noise and for one that was not."""
+    """Errors over the noise of the latents, for a decoder trained with noise and a decoder trained without."""
     images = budget.choose(4800, 48_000)
     found = {tau: list(zip(*(errors(tau, images, seed) for seed in budget.seeds), strict=True)) for tau in (0.0, TAU)}
     figure, [[axes]] = panels(1, 1, (5.0, 3.4))

@@ -1,4 +1,4 @@
-"""RAE, section 4.2: latents of more numbers need times shifted to more noise, by the root of their number over 4096."""
+"""RAE, section 4.2: larger latents need times shifted to more noise, by the root of their size divided by 4096."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def latents() -> tuple[Tensor, Tensor]:
 
 
 def pooled(x: Tensor) -> Gaussian:
-    """Mean and covariance of latents (N, C, h, h) that were averaged over positions."""
+    """Mean and covariance of latents (N, C, h, h) after averaging over positions."""
     moments = Moments.zeros(x.shape[1])
     moments.add(x.mean(dim=(2, 3)), torch.arange(len(x)))
     return moments.total()
 
 
 def distance(base: int, images: int, seed: int) -> float:
-    """Fréchet distance of generated latents to those of the training, averaged over positions."""
+    """Fréchet distance between generated and training latents, both averaged over positions."""
     run = resolve(get_spec("rae"), SETTINGS | {"model.shift_base": str(base), "train.images": str(images)})
     torch.manual_seed(seed)
     method, (x, labels) = get_class("rae")(run.model, DataInfo.of(emoji().info)), latents()

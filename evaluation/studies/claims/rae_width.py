@@ -1,5 +1,6 @@
-"""RAE, section 4.1: a diffusion transformer must be as wide as its tokens; depth is no substitute,
-a wide and shallow head is.
+"""RAE, section 4.1: a diffusion transformer must be as wide as its tokens.
+
+More depth does not replace width, but a wide and shallow head does.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pixlat.methods.rae.config import NetworkShape, RaeConfig
 from pixlat.methods.rae.method import RaeMethod
 from pixlat.methods.rae.network import LatentDiT
 
-CHANNELS, GRID = 32, 4  # of the one latent that is learned by heart
+CHANNELS, GRID = 32, 4  # the size of the single latent that the networks memorise
 NARROW = 16
 BATCH = 32
 HEAD = (48, 2, 4)  # width, blocks, attention heads
@@ -39,13 +40,14 @@ QUICK = ("width 16", "width 16, twice as deep", "width 32 = tokens", "width 16 +
 
 
 def latent_of(seed: int) -> Tensor:
-    """(1, C, h, h)."""
+    """The latent (1, C, h, h) of a seed."""
     return torch.randn(1, CHANNELS, GRID, GRID, generator=torch.Generator().manual_seed(seed))
 
 
 def bound(shape: NetworkShape, latent: Tensor) -> float:
-    """The least loss a last layer of this width allows: the eigenvalues, beyond the first d,
-    of the covariance of all tokens' velocities, a channel.
+    """The smallest loss per channel that a last layer of width d allows.
+
+    It is the sum of all but the d largest eigenvalues of the covariance of the tokens' velocities.
     """
     width = shape.head_width or shape.width
     covariance = torch.eye(CHANNELS) + torch.cov(latent[0].flatten(1), correction=0)
@@ -53,7 +55,7 @@ def bound(shape: NetworkShape, latent: Tensor) -> float:
 
 
 def final_loss(shape: NetworkShape, steps: int, seed: int) -> float:
-    """RAE's objective on one latent, times uniform and not shifted: the mean of the last seventh of the training."""
+    """RAE's loss on one latent, averaged over the last seventh of the training. Times are uniform and not shifted."""
     method = RaeMethod(
         RaeConfig(encoder="embedded", decoder_size="demo", width=8, depth=1, heads=2, head_depth=0),
         DataInfo("latent", 1, 32, 1),

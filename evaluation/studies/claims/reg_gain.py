@@ -1,5 +1,6 @@
-"""REPA and REG against SiT, which they share every line with that is not the difference:
-quality and hidden states after equal training.
+"""Compares REPA and REG with SiT after equal training: quality and hidden states.
+
+The three methods share all code except for their differences.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from pixlat.methods.reg.method import RegMethod
 METHODS = ("sit", "repa", "reg")
 TITLES = {"sit": "SiT", "repa": "REPA", "reg": "REG"}
 ALIGNED = 2  # the number of the aligned block
-TIME = 0.5  # of the noise under which hidden states are looked at
-PROBED = 300  # held-out images of all classes whose hidden states are compared
+TIME = 0.5  # the time to which images are noised before we read hidden states
+PROBED = 300  # number of held-out images, of all classes, whose hidden states are compared
 
 SETTINGS = {
     "preset": "demo", "model.depth": "3", "model.width": "128", "model.heads": "4", "train.warmup_images": "0",
@@ -45,15 +46,18 @@ SETTINGS = {
 
 
 class Found(NamedTuple):
-    """What a training reached."""
+    """The results of one training."""
 
-    distances: list[float]  # at each milestone
-    alignment: list[float]  # CKNNA with the teacher, by block
-    agreement: float  # of REG's generated class token with the teacher's, see below; 0 for the others
+    distances: list[float]  # Fréchet distance at each milestone
+    alignment: list[float]  # CKNNA with the teacher for each block
+    agreement: float  # the result of `token_agreement` for REG; 0 for the other methods
 
 
 def run(name: str, milestones: list[int], count: int, seed: int, budget: Budget) -> Found:
-    """One method, scored after so many images; the last weights, not an average."""
+    """Trains one method and scores it after each milestone, with the current weights and not their average.
+
+    milestones: numbers of images seen; count: number of different training images.
+    """
     source, distances = few(emoji(), count), []
     method, settings = untrained(name, SETTINGS | {"train.images": str(milestones[-1])}, seed, source)
 
@@ -82,8 +86,9 @@ def teacher_features() -> Tensor:
 
 @torch.no_grad()
 def token_agreement(method: RegMethod, sample: RegSample, seed: int) -> float:
-    """Cosine of the class tokens that are generated with those that the teacher has for the same images,
-    less that for other images of the class.
+    """How well REG's generated class tokens agree with the teacher's tokens for the generated images.
+
+    It is the mean cosine with the token of the same image minus the mean cosine with another image of the same class.
     """
     labels = torch.from_numpy(balanced_labels(SAMPLES, method.data.num_classes, seed)).sort().values
     state = method.solve(labels, Noise(image_seeds(seed, range(SAMPLES))), sample)
