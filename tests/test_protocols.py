@@ -329,7 +329,7 @@ def test_wrong_statistics_are_refused(tmp_path):
     )
     assert read_floats(path, "half", (4,)).dtype == np.float64
     for key, shape, message in (
-        ("mu", (5,), "but floating point"),
+        ("mu", (5,), "but it must be floating point"),
         ("whole", (4,), "is int64"),
         ("bad", (2,), "1 values that are NaN"),
         ("sigma", (4,), "no array"),

@@ -64,7 +64,7 @@ class NpzImages:
         return self.shape[1]
 
     def labels(self) -> NDArray[np.int64] | None:
-        """(N,) the class that each image should show, where the file has them (`labels`); None where it has not."""
+        """(N,) the class that each image should show, from the array `labels`; None if the file has no such array."""
         if f"{LABELS}{SUFFIX}" not in _names(self.path):
             return None
         with _member(self.path, LABELS) as member:
