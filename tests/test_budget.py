@@ -23,6 +23,7 @@ from pixlat.evaluation.board.matched import curves_of, matched_table
 from pixlat.evaluation.records.curve import CURVE, read_curve
 from pixlat.evaluation.records.record import read_record
 from pixlat.launch.job import execute as jobs
+from pixlat.launch.job import scores
 from pixlat.launch.job.budget import within_budget
 from pixlat.launch.job.execute import run_one
 from pixlat.launch.job.stages import earlier_runs
@@ -119,7 +120,7 @@ def test_earlier_stages_are_part_of_the_budget(tmp_path):
     run = rae(2 * earlier, "train")
     longer = dataclasses.replace(run, train=dataclasses.replace(run.train, images=run.train.images + run.train.batch))
     assert macs_of(run) <= earlier < macs_of(longer)
-    with pytest.raises(UserError, match="what the earlier stages alone cost"):
+    with pytest.raises(UserError, match="the earlier stages alone cost"):
         rae(0.9 * earlier, "train")
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(UserError, match=r"what model\.decoder=.* cost is not known"):
@@ -134,7 +135,7 @@ def test_the_autoencoder_in_the_package_is_part_of_the_budget_and_of_the_record(
     assert cost > 1e13 and run.model.tokenizer == "embedded"
     budgeted = within_budget(configurations((f"method={method}", f"budget.train_macs={cost + macs_of(run)}"))[0])
     assert run.train.images - run.train.batch <= budgeted.train.images <= run.train.images
-    with pytest.raises(UserError, match="what the earlier stages alone cost"):
+    with pytest.raises(UserError, match="the earlier stages alone cost"):
         within_budget(configurations((f"method={method}", f"budget.train_macs={0.9 * cost}"))[0])
     (parent,) = earlier_runs(run, run.model)
     assert (parent["key"], parent["method"], parent["checkpoint_sha256"]) == (
@@ -151,7 +152,7 @@ def test_the_autoencoder_in_the_package_is_part_of_the_budget_and_of_the_record(
     ("arguments", "message"),
     [
         ((*SMALL, "budget.train_macs=1e3"), r"budget.train_macs=1000 allows 0 steps of 8 images"),
-        (("budget.images=1600", "train.warmup_images=1600"), "train.warmup_images=1600 come first"),
+        (("budget.images=1600", "train.warmup_images=1600"), "the warm-up alone needs train.warmup_images=1600"),
         (("budget.images=10",), "budget.images=10 allows 0 steps"),
         (("budget.images=0",), "must be positive"),
         (("budget.images=100", "train.images=100"), "both say how long"),
@@ -188,7 +189,7 @@ def data(tmp_path_factory) -> Path:
 def stand_in(monkeypatch):
     """Features in a moment; pictures have tests of their own."""
     monkeypatch.setattr("pixlat.evaluation.score.embedded.EmbeddedExtractor", Projections)
-    monkeypatch.setattr(jobs, "draw_pictures", lambda *_: None)
+    monkeypatch.setattr("pixlat.launch.job.pictures.draw_pictures", lambda *_: None)
 
 
 def start(out, data, *changes, name="run"):
@@ -258,8 +259,8 @@ class Broken(Exception):
 @pytest.mark.parametrize("moment", ["in the second score", "after the second score", "at a step between"])
 def test_a_run_stopped_anywhere_ends_with_the_same_curve(tmp_path, data, monkeypatch, moment):
     whole = start(tmp_path / "a", data, "eval.every_images=32")
-    evaluate, calls = jobs.evaluate_method, []
-    append = jobs.write_whole
+    evaluate, calls = scores.evaluate_method, []
+    append = scores.write_whole
 
     def stop_in_evaluation(*args, **kwargs):
         calls.append(1)
@@ -274,8 +275,8 @@ def test_a_run_stopped_anywhere_ends_with_the_same_curve(tmp_path, data, monkeyp
         return written
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "evaluate_method", stop_in_evaluation)
-        patch.setattr(jobs, "write_whole", stop_after_writing)
+        patch.setattr(scores, "evaluate_method", stop_in_evaluation)
+        patch.setattr(scores, "write_whole", stop_after_writing)
         if moment == "at a step between":
             forward = get_class("jit").forward
             patch.setattr(
@@ -319,7 +320,7 @@ def test_a_signal_during_a_score_ends_the_run_at_once_and_nothing_is_lost(tmp_pa
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(jobs, "evaluate_method", interrupted)
+            patch.setattr(scores, "evaluate_method", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 start(tmp_path, data, "eval.every_images=32")
     finally:
