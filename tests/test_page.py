@@ -214,7 +214,7 @@ def test_pictures_too_large_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="200 x 200 pixels are too many"):
         grid_uri(tmp_path / "grid.png")
     monkeypatch.setattr("pixlat.evaluation.board.attachments.MAX_BYTES", 10)
-    with pytest.raises(UserError, match="not put on a page"):
+    with pytest.raises(UserError, match="the page does not show it"):
         attachment(tmp_path, "grid.png")
 
 
