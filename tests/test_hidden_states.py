@@ -60,7 +60,7 @@ def test_cknna_of_equal_and_of_unrelated_features():
 
 
 def test_cknna_refuses_too_few():
-    with pytest.raises(UserError, match="more than the 10 neighbours"):
+    with pytest.raises(UserError, match=r"more than 10 features \(the number of neighbours\)"):
         cknna(features(10), features(10))
 
 

@@ -241,7 +241,7 @@ def test_only_what_was_made_alike_is_compared():
     for other, message in (
         (record("b", metrics, protocol="other"), "measured differently"),
         (record("b", metrics, seeds=(1,)), "the same seeds="),
-        (record("b", {"fid": {"value": 1.0}}), "no metric of these records"),
+        (record("b", {"fid": {"value": 1.0}}), "these records hold no jackknife values"),
     ):
         with pytest.raises(ValueError, match=message):
             paired_differences(record("a", metrics), other)
