@@ -11,7 +11,7 @@ import torch
 from evaluated_run import MODEL, Projections
 
 from pixlat.common.config.resolve import resolve
-from pixlat.launch.job import execute as jobs
+from pixlat.launch.job import execute, pictures
 from pixlat.methods import get_spec
 
 # that a process waits for another; far above what the tiny run needs, far below what a slow picture may take
@@ -29,7 +29,7 @@ def main(folder: Path, data: Path) -> None:
     """The run, and a file that says that this process is through with it."""
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    draw = jobs.save_png
+    draw = pictures.save_png
 
     def slow(*arguments: object) -> None:
         deadline = time.monotonic() + 2 * LIMIT_S
@@ -39,7 +39,7 @@ def main(folder: Path, data: Path) -> None:
             time.sleep(0.05)
         draw(*arguments)
 
-    jobs.save_png = slow
+    pictures.save_png = slow
     sys.modules["pixlat.evaluation.score.embedded"].EmbeddedExtractor = Projections
     settings = {
         **KEYS,
@@ -48,7 +48,7 @@ def main(folder: Path, data: Path) -> None:
         "name": "run",
         **{f"model.{key}": str(value) for key, value in MODEL.items()},
     }
-    jobs.run_one(resolve(get_spec("jit"), settings))
+    execute.run_one(resolve(get_spec("jit"), settings))
     (folder / f"left-{rank}").touch()
 
 

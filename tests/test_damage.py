@@ -332,7 +332,7 @@ def test_values_that_are_no_yaml_are_named(key, value):
 def test_damaged_digests_of_earlier_stages_are_refused_in_a_sentence(tmp_path, content):
     (tmp_path / "stages.json").write_text(content)
     with pytest.raises(UserError, match=r"stages.json is damaged"):
-        stages.hold_to_stages(tmp_path, [{"key": "codec", "checkpoint_sha256": "ab"}])
+        stages.record_or_check_stages(tmp_path, [{"key": "codec", "checkpoint_sha256": "ab"}])
 
 
 # -- imported and exported weights -------------------------------------------------------------------------------------
