@@ -123,7 +123,7 @@ def test_earlier_stages_are_part_of_the_budget(tmp_path):
     with pytest.raises(UserError, match="the earlier stages alone cost"):
         rae(0.9 * earlier, "train")
     (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(UserError, match=r"what model\.decoder=.* cost is not known"):
+    with pytest.raises(UserError, match=r"the cost of model\.decoder=.* is not known"):
         rae(2 * earlier, tmp_path)
 
 
