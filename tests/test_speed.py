@@ -101,7 +101,7 @@ def test_a_mistake_is_one_line():
 def test_data_are_timed_in_both_orders(monkeypatch, capsys):
     from pixlat.evaluation import speed
 
-    monkeypatch.setattr(speed, "DATA_SECONDS", 0.05)
+    monkeypatch.setattr("pixlat.evaluation.bench.data.DATA_SECONDS", 0.05)
     assert speed.main(["data", "data=synthetic", "data.image_size=16"]) == 0
     measured = json.loads(capsys.readouterr().out)
     assert measured["images"] == 4600 and min(measured["images_per_s_in_order"], measured["images_per_s_random"]) > 10
