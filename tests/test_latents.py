@@ -472,7 +472,7 @@ def test_cost_and_memory_of_a_training_without_images():
 def test_latents_that_do_not_fit_are_refused(tmp_path, cache):
     for method, changes, message in (
         ("sit", {"data.image_size": "32"}, "4600 other images"),
-        ("jit", {}, "not read by method=jit"),
+        ("jit", {}, "method=jit does not read data.latents"),
         ("sit", {"model.tokenizer": "sd-ft-ema"}, r"\(16, 4, 4\): do not fit model.tokenizer=sd-ft-ema"),
     ):
         run = {
