@@ -161,6 +161,15 @@ def test_the_wheel_lists_every_package():
     assert set(listed) == folders and len(listed) == len(folders)
 
 
+def test_type_checkers_and_editors_find_every_part_of_the_package():
+    """`.ci/typed/pixlat` has the layout of a wheel in links, because type checkers do not follow package-dir."""
+    links = ROOT / ".ci" / "typed" / "pixlat"
+    expected = {name: ROOT / name for name in PACKAGES[:4]} | {
+        path.name: path for path in (ROOT / "pixlat").glob("*.py")
+    }
+    assert {link.name: link.resolve() for link in links.iterdir()} == expected
+
+
 @pytest.mark.parametrize("package", PACKAGES[:4])
 def test_every_folder_says_what_it_is_and_everything_public_has_a_docstring(package):
     assert (ROOT / package / "README.md").exists()
