@@ -5,7 +5,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-FOLDERS = ("common", "evaluation", "launch", "methods")
+from pixlat.launch.cluster.snapshot import FOLDERS, place_in_package
 
 
 def main(wheel: Path) -> None:
@@ -13,7 +13,7 @@ def main(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"pixlat"}, tops
     tracked = subprocess.run(["git", "ls-files", "--", *FOLDERS, "pixlat"], capture_output=True, text=True, check=True)
-    files = [name if name.startswith("pixlat/") else f"pixlat/{name}" for name in tracked.stdout.split()]
+    files = [place_in_package(Path(name)).as_posix() for name in tracked.stdout.split()]
     pictures = [name for name in files if name.startswith("pixlat/methods/") and name.endswith(".png")]
     missing = sorted({*files} - {*pictures} - names)
     assert not missing, f"not in the wheel, see [tool.setuptools] in pyproject.toml: {missing}"

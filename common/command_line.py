@@ -13,6 +13,7 @@ from typing import ParamSpec
 from pixlat.common.progress import say_last
 
 P = ParamSpec("P")
+HELP_WORDS = ("-h", "--help", "help")
 
 # torch 2.15 warns about its internal use of TorchScript at the first forward-mode derivative.
 # Users cannot do anything about it, so we hide the warning.

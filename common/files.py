@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -21,9 +21,24 @@ def write_whole(path: Path, text: str) -> Path:
 
     Writes line ends as they are in `text`.
     """
+    write_atomically(path, lambda place: place.write_text(text, encoding="utf-8", newline=""))
+    return path
+
+
+def write_atomically(path: Path, write: Callable[[Path], object], sync: bool = False) -> None:
+    """Lets `write` make the file under a temporary name beside `path` and renames it. Leaves nothing if `write` fails.
+
+    sync: puts the content on the disk before, so that the file also survives a loss of power.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    return temporary.replace(path)
+    try:
+        write(temporary)
+        if sync:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_or_compare(file: Path, facts: Mapping[str, object], otherwise: str) -> None:

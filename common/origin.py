@@ -69,13 +69,18 @@ def gpu_versions() -> dict[str, str]:
     """Versions of CUDA, cuDNN and the driver. Leaves out those that this machine or this torch does not have."""
     import torch
 
-    driver = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", DRIVER.read_text()) if DRIVER.exists() else None
     versions = {
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "nvidia-driver": driver and driver[1],
+        "nvidia-driver": driver_version(),
     }
     return {name: str(value) for name, value in versions.items() if value is not None}
+
+
+def driver_version() -> str | None:
+    """The version of the loaded NVIDIA driver, such as "580.82.07"; None if none is loaded."""
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", DRIVER.read_text()) if DRIVER.exists() else None
+    return found[1] if found else None
 
 
 def _note() -> dict[str, Any]:

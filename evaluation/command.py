@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from pixlat.common.command_line import HELP_WORDS
 from pixlat.common.config.explain import describe
 from pixlat.common.config.resolve import misfit, split_overrides
 from pixlat.common.config.schema import RunConfig, flatten
@@ -23,7 +24,6 @@ from pixlat.common.errors import UserError, close_match
 from pixlat.common.progress import say_last
 
 T = TypeVar("T")
-HELP_WORDS = ("-h", "--help", "help")
 WIDTH = 100  # columns of a help text
 KEY_WIDTH = 34  # columns of the keys in it, their indent included
 

@@ -11,13 +11,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
-from pixlat.common.command_line import as_command
+from pixlat.common.command_line import HELP_WORDS, as_command
 from pixlat.common.config.explain import preset_notes
 from pixlat.common.config.resolve import resolve, split_overrides, sweep
 from pixlat.common.config.schema import RunConfig
 from pixlat.common.errors import UserError, close_match
 from pixlat.common.progress import say_last
-from pixlat.evaluation.command import HELP_WORDS, Syntax, filled, key_rows, lines_of, split_words
+from pixlat.evaluation.command import Syntax, filled, key_rows, lines_of, split_words
 from pixlat.launch.cluster.sites import with_site
 from pixlat.launch.job.budget import within_budget
 from pixlat.methods import MethodSpec, get_spec, registered

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pixlat import __version__
+from pixlat.common.command_line import HELP_WORDS, as_command
 
 if TYPE_CHECKING:
     from pixlat.evaluation.command import Syntax
 
-HELP_WORDS = ("-h", "--help", "help")
 USAGE = 2  # the exit code of a mistake in the command line
 
 
@@ -118,8 +118,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     `pixlat method=jit` is `pixlat train method=jit`, and `pixlat help train` is `pixlat train --help`.
     """
-    from pixlat.common.command_line import as_command
-
     return as_command(answer)(sys.argv[1:] if arguments is None else arguments)
 
 

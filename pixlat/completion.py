@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pixlat import cli
+from pixlat.common.command_line import HELP_WORDS
 
 if TYPE_CHECKING:
     from pixlat.evaluation.command import Syntax
@@ -73,8 +74,8 @@ PATHS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the script of a shell. Returns the exit code: 2 for a shell without one."""
-    name, *_ = [*(sys.argv[1:] if arguments is None else arguments), cli.HELP_WORDS[0]]
-    if name in cli.HELP_WORDS:
+    name, *_ = [*(sys.argv[1:] if arguments is None else arguments), HELP_WORDS[0]]
+    if name in HELP_WORDS:
         return cli.say(USAGE)
     return (
         cli.say(SCRIPTS[name])
@@ -113,7 +114,7 @@ def possible(before: Sequence[str], word: str) -> Iterator[str]:
         yield from (name for name, command in cli.COMMANDS.items() if command.group or word)
         return
     name, *rest = before
-    if name in cli.HELP_WORDS:
+    if name in HELP_WORDS:
         yield from (each for each, command in cli.COMMANDS.items() if command.group)
     elif name == "completion":
         yield from SCRIPTS
@@ -177,16 +178,10 @@ def kinds_of(syntax: Syntax, given: Sequence[str]) -> dict[str, str]:
 
 
 def fields_of(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(key, type) of a configuration's fields, nested ones expanded."""
-    from pixlat.common.config.explain import type_name
+    """(key, type) of a configuration's fields, nested ones expanded. Reads no help, for which sources are parsed."""
+    from pixlat.common.config import explain
 
-    for each in dataclasses.fields(config):
-        key = f"{prefix}.{each.name}" if prefix else each.name
-        default = each.default_factory() if callable(each.default_factory) else each.default
-        if dataclasses.is_dataclass(default):
-            yield from fields_of(type(default), key)
-        else:
-            yield key, type_name(each.type)
+    yield from ((key, explain.type_name(item.type)) for key, item, _, _ in explain.fields_of(config, prefix))
 
 
 def spec_of(given: Sequence[str]) -> MethodSpec | None:

@@ -99,11 +99,11 @@ def _fields(name: str, info: object) -> dict:
         "system": {
             "method": "jit", "variant": None, "size": None, "space": "pixel", "prediction": "x",
             "loss_space": "v", "sampler": "heun",
-},
+        },
         "data": {
             "name": info.name, "revision": info.digest, "resolution": 8,
             "num_classes": 3, "train_images": info.num_train,
-},
+        },
         "checkpoint": {"sha256": None, "step": 7, "ema_decay": 0.9, "ema_kind": "0.9"},
         "code": {"git_sha": "abc", "dirty": False, "package_versions": {}},
         "seeds": {"train": 0, "sample": [0]},
@@ -116,15 +116,15 @@ def _fields(name: str, info: object) -> dict:
         "sampling": {
             "steps": 9, "nfe_evals": 9, "net_forwards": 9, "guidance": "none", "guidance_scale": None,
             "interval": None, "dtype": "float32",
-},
+        },
         "params": {"gen_trainable": 1, "gen_total": 1, "decoder": 0, "aux_train_only": 0},
         "compute": {
             "macs_per_forward": 1, "macs_decoder": 0, "macs_per_image": 1, "attention_counted": True, "counter": "",
-},
+        },
         "speed": {
             "images_per_s": None, "latency_s_b1": None, "batch": 50, "dtype": "float32",
             "device": "cpu", "compiled": False,
-},
+        },
         "memory": {"peak_bytes_sample": None, "peak_bytes_train": None, "kind": "ru_maxrss"},
         "protocol": None,
         "selection": {"n_configs": 1, "n_samples": 0, "swept": []},

@@ -18,6 +18,14 @@ def metric(value, **more):
     return {"value": value, "value_bc": None, "se": None, "n": 1000, "unit": "1", **more}
 
 
+def parent_stage(key, name, method):
+    """An earlier run that a record is built on, as its `parents` hold it, but for its cost."""
+    return {
+        "key": key, "name": name, "method": method, "row_id": None, "checkpoint_sha256": None, "images_seen": 5,
+        "device_seconds": 1.0,
+    }  # fmt: skip
+
+
 def fields(name="run", fd=100.0, guidance="none", num_images=1000, **changes):
     """All that a run hands over for its record."""
     return {
@@ -26,7 +34,7 @@ def fields(name="run", fd=100.0, guidance="none", num_images=1000, **changes):
         "system": {
             "method": "jit", "variant": None, "size": "demo", "space": "pixel", "prediction": "x",
             "loss_space": "v", "sampler": "heun",
-},
+        },
         "data": {"name": "toy", "revision": "d", "resolution": 32, "num_classes": 10, "train_images": 4599},
         "checkpoint": {"sha256": "cd" * 32, "step": 1000, "ema_decay": 0.999, "ema_kind": "0.999"},
         "code": {"git_sha": "1234567", "dirty": True, "package_versions": {"torch": "2.14.1", "ruamel.yaml": "0.18"}},
@@ -40,16 +48,16 @@ def fields(name="run", fd=100.0, guidance="none", num_images=1000, **changes):
         "sampling": {
             "steps": 50, "nfe_evals": 99, "net_forwards": 187, "guidance": guidance, "guidance_scale": 2.9,
             "interval": [0.1, 1.0], "dtype": "f32",
-},
+        },
         "params": {"gen_trainable": 1_900_000, "gen_total": 1_950_000, "decoder": 0, "aux_train_only": 0},
         "compute": {
             "macs_per_forward": 10**9, "macs_decoder": 0, "macs_per_image": 187 * 10**9,
             "attention_counted": True, "counter": "meta",
-},
+        },
         "speed": {
             "images_per_s": 20.5, "latency_s_b1": None, "batch": 50, "dtype": "float32",
             "device": "cpu", "compiled": False,
-},
+        },
         "memory": {"peak_bytes_sample": 1, "peak_bytes_train": 2, "kind": "ru_maxrss"},
         "protocol": protocol(num_images),
         "selection": {"n_configs": 1, "n_samples": 0, "swept": []},

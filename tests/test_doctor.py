@@ -5,7 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
-from importlib.metadata import EntryPoint, PackageNotFoundError
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ import torch
 from packaging.requirements import Requirement
 
 from pixlat.common.errors import UserError
+from pixlat.common.plugins import Plugin
 from pixlat.launch import doctor
 from pixlat.launch.checkup import gpus, machine, measured, packages, scheduler
 from pixlat.launch.checkup.finding import NOTE, OK, PROBLEM, Finding, note, ok, problem, run_tool
@@ -203,12 +204,12 @@ def test_a_damaged_file_of_the_package_is_told(monkeypatch, tmp_path):
 def test_plugins_that_cannot_be_loaded_or_clash_are_named(monkeypatch):
     points = {
         "pixlat.methods": [
-            EntryPoint("gone", "no_such_module:SPEC", "pixlat.methods"),
-            EntryPoint("jit", "json:loads", "pixlat.methods"),
+            Plugin("gone", "no_such_module:SPEC", "a package"),
+            Plugin("jit", "json:loads", "a package"),
         ],
-        "pixlat.spaces": [EntryPoint("fine", "json:loads", "pixlat.spaces")],
+        "pixlat.spaces": [Plugin("fine", "json:loads", "a package")],
     }
-    monkeypatch.setattr(packages, "entry_points", lambda group: points.get(group, []))
+    monkeypatch.setattr(packages, "registered_in", lambda group: points.get(group, []))
     gone, clash, fine = packages.plugins()
     assert gone.level == PROBLEM and "ModuleNotFoundError: No module named 'no_such_module'" in gone.text
     assert clash.level == PROBLEM and "built-in method" in clash.text
@@ -364,7 +365,7 @@ def test_code_for_a_gpu(capability, architectures, runs):
 def test_what_the_system_shows_is_read(monkeypatch, tmp_path):
     driver = tmp_path / "version"
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu Jan 23\nGCC version: 11\n")
-    monkeypatch.setattr(gpus, "DRIVER", driver)
+    monkeypatch.setattr("pixlat.common.origin.DRIVER", driver)
     assert gpus.driver_version() == "570.86.15"
     for name, vendor, kind in (
         ("0000:00:02.0", "0x8086", "0x030000"),

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from records import fields, metric, protocol, record
+from records import fields, metric, parent_stage, protocol, record
 
 from pixlat.evaluation import leaderboard
 from pixlat.evaluation.board.columns import Cell, best, columns_of, metric_style
@@ -135,15 +135,7 @@ def test_rows_trained_elsewhere_show_what_is_known():
 
 
 def test_the_price_of_earlier_stages_counts():
-    parent = {
-        "key": "tokenizer",
-        "name": "t",
-        "method": "m",
-        "row_id": None,
-        "checkpoint_sha256": None,
-        "images_seen": 5,
-        "device_seconds": 1.0,
-    }
+    parent = parent_stage("tokenizer", "t", "m")
     assert training_macs(record()) == 2 * 10**18
     assert (
         training_macs(record(parents=[{**parent, "macs_total": 10**18}, {**parent, "macs_total": 5 * 10**17}]))
@@ -174,15 +166,7 @@ def test_rows_that_were_trained_for_other_costs_are_told():
     """By the whole cost with earlier stages: two runs of as many MACs of their own differ by what
     the stage before one of them took.
     """
-    parent = {
-        "key": "tokenizer",
-        "name": "t",
-        "method": "m",
-        "row_id": None,
-        "checkpoint_sha256": None,
-        "images_seen": 5,
-        "device_seconds": 1.0,
-    }
+    parent = parent_stage("tokenizer", "t", "m")
     alike, staged, unknown = (
         record("a"),
         record("b", parents=[{**parent, "macs_total": 10**18}]),

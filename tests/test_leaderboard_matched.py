@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from records import metric, record
+from records import metric, parent_stage, record
 
 from pixlat.common.errors import UserError
 from pixlat.evaluation import leaderboard
@@ -96,15 +96,7 @@ def test_without_curves_only_the_final_points_are_listed():
 
 
 def test_earlier_stages_are_part_of_the_training_cost():
-    parent = {
-        "key": "k",
-        "name": "t",
-        "method": "m",
-        "row_id": None,
-        "checkpoint_sha256": None,
-        "images_seen": 5,
-        "device_seconds": 1.0,
-    }
+    parent = parent_stage("k", "t", "m")
     row = run("chained", 50.0, 1000, parents=[{**parent, "macs_total": 7 * 10**15}])
     (curve,) = curves_of(group([row], "Unguided"), "train_macs", {row["row_id"]: [point(100, 90.0)]})
     assert [each.cost for each in curve.points] == [7.1e15, 8e15]

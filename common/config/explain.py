@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 from collections.abc import Iterator
@@ -37,14 +38,27 @@ def type_name(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
-def describe(config: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """(key, type, default, help) of every field of a config dataclass and of the dataclasses nested in it."""
-    bases = [base for base in reversed(config.__mro__) if dataclasses.is_dataclass(base)]
-    comments = {name: text for base in bases for name, text in field_comments(inspect.getsource(base))}
+def fields_of(config: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any, type]]:
+    """(key, field, default, its dataclass) of every field of a config dataclass and of those nested in it."""
     for item in dataclasses.fields(config):
         key = f"{prefix}.{item.name}" if prefix else item.name
         default = item.default_factory() if callable(item.default_factory) else item.default
         if dataclasses.is_dataclass(default):
-            yield from describe(type(default), key)
-        elif key not in ("model", "sample"):  # each method defines the fields of these two
-            yield key, type_name(item.type), "none" if default is None else str(default), comments.get(item.name, "")
+            yield from fields_of(type(default), key)
+        else:
+            yield key, item, default, config
+
+
+@functools.cache
+def comments_of(config: type) -> dict[str, str]:
+    """The help of a dataclass's own and inherited fields, by name."""
+    bases = [base for base in reversed(config.__mro__) if dataclasses.is_dataclass(base)]
+    return {name: text for base in bases for name, text in field_comments(inspect.getsource(base))}
+
+
+def describe(config: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, help) of every field of a config dataclass and of the dataclasses nested in it."""
+    for key, item, default, owner in fields_of(config, prefix):
+        if key not in ("model", "sample"):  # each method defines the fields of these two
+            meaning = comments_of(owner).get(item.name, "")
+            yield key, type_name(item.type), "none" if default is None else str(default), meaning

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pixlat.common.errors import UserError
+from pixlat.common.files import write_atomically
 
 BACKGROUND, FRAME, INK, FAINT, ALARM = (242, 242, 239), (222, 222, 218), (40, 40, 40), (110, 110, 110), (204, 41, 41)
 TILE_PIXELS = 96  # small images are enlarged to about this side
@@ -50,12 +51,15 @@ def image_grid(
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Writes a temporary file first and then renames it, so that an interruption leaves no partial file."""
-    temporary = path.with_name(path.name + ".tmp")
-    image.save(temporary, format="PNG")
-    temporary.replace(path)
+    """Writes the file atomically, so that an interruption leaves no partial file."""
+    write_atomically(path, lambda place: image.save(place, format="PNG"))
 
 
 def magnified(image: NDArray[np.uint8], scale: int) -> Image.Image:
     """Turns (3, H, W) uint8 into a picture in which each pixel becomes a square of `scale` x `scale` pixels."""
     return Image.fromarray(image.transpose(1, 2, 0).repeat(scale, 0).repeat(scale, 1))
+
+
+def spread(length: int, count: int) -> NDArray[np.int64]:
+    """At most `count` evenly spaced positions in a sequence, which may be sorted by class or style."""
+    return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(np.int64))

@@ -216,16 +216,16 @@ COST = [
     Column(
         "nfe", "NFE", _number("sampling", "nfe_evals"),
         essential=True, hint="executed velocity, score or one-step evaluations per image",
-),
+    ),
     Column("macs_image", "sampling", _number("compute", "macs_per_image", GIGA), "GMACs/image", essential=True,
            hint="multiply-accumulates of all executed forwards, guidance and decoder included; papers call them flops"),
     Column(
         "params", "params", _number("params", "gen_total", MEGA, ".2f"), "M",
         essential=True, hint="of the generator, without decoder and frozen teachers",
-),
+    ),
     Column(
         "decoder", "decoder", _nonzero("params", "decoder", MEGA, ".2f"), "M", hint="parameters from latents to pixels",
-),
+    ),
     Column("borrowed", "pre-trained parts", _borrowed, "M", hint="parameters of networks that somebody else trained"),
     Column("train_macs", "training", lambda row: number_cell(training_macs(row), PETA), "PMACs", essential=True,
            hint="forward and backward, frozen networks and all stages trained here included"),
@@ -233,7 +233,7 @@ COST = [
     Column(
         "images_s", "speed", _number("speed", "images_per_s"),
         "images/s", hint="sampling, on one device of the machine of the record",
-),
+    ),
 ]  # fmt: skip
 PROVENANCE = [
     Column("tried", "settings tried", _tried, hint="how many settings the shown one was chosen from"),

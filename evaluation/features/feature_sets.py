@@ -8,7 +8,6 @@ as much as the bias of 2000 samples).
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
+from pixlat.common.files import write_atomically
 from pixlat.common.seeds import derive
 from pixlat.common.weights.checkpoint import save_tensors
 from pixlat.evaluation.features.collect import ImageBatch, collect
@@ -127,10 +127,8 @@ def checksum(tensors: dict[str, Tensor]) -> str:
 def _write(features: FeatureSet, path: Path) -> None:
     """Writes the cache file atomically, with a checksum."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = features.tensors()
-    save_tensors(tensors, temporary, metadata={"sha256": checksum(tensors)})
-    temporary.replace(path)
+    write_atomically(path, lambda place: save_tensors(tensors, place, metadata={"sha256": checksum(tensors)}))
 
 
 def _read(path: Path, num_images: int) -> FeatureSet | None:

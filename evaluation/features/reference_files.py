@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pixlat.common.errors import UserError
-from pixlat.common.files import parse_json, sha256_of
+from pixlat.common.files import parse_json, sha256_of, write_atomically
 from pixlat.common.images.decoding import decoding_digest
 from pixlat.common.weights.checkpoint import save_tensors
 from pixlat.evaluation.features.arrays import NpzImages, read_floats
@@ -100,10 +100,9 @@ def write_built(reference: Reference, path: Path, extractor: CardExtractor, reso
         tensors |= {"spatial_mean": reference.spatial.mean, "spatial_cov": reference.spatial.cov}
     stored = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
     facts = json.dumps({"extractor": identity(extractor), "resolution": resolution, "entry": dict(reference.entry)})
-    temporary = path.with_name(f".{path.name}.tmp")
     digests = {"sha256": checksum(stored), "facts_sha256": hashlib.sha256(facts.encode()).hexdigest()}
-    save_tensors(stored, temporary, metadata={"format": FORMAT, "facts": facts, **digests})
-    temporary.replace(path)
+    metadata = {"format": FORMAT, "facts": facts, **digests}
+    write_atomically(path, lambda place: save_tensors(stored, place, metadata=metadata))
 
 
 def read_built(path: Path, extractor: CardExtractor, resolution: int) -> Reference:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
@@ -18,7 +17,7 @@ from typing import Any, TypeAlias
 from jsonschema_rs import Draft202012Validator
 
 from pixlat.common.errors import UserError
-from pixlat.common.files import read_json
+from pixlat.common.files import read_json, write_atomically
 from pixlat.evaluation.protocols.identity import digest, protocol_hash
 
 RESULT = "result.json"  # the record's file name in a run's folder
@@ -91,13 +90,8 @@ def _validator() -> Draft202012Validator:
 def write_record(record: Record, path: Path) -> None:
     """Validates the record, then writes it atomically, so that no reader sees an incomplete file."""
     validate(record)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda place: place.write_text(text, encoding="utf-8"), sync=True)
 
 
 def read_record(path: Path) -> Record:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pixlat.common.origin import DRIVER
+from pixlat.common.origin import driver_version
 from pixlat.common.precision import resolve_precision
 from pixlat.launch.checkup.finding import Finding, first_line, note, ok, problem, tool_output
 
@@ -78,12 +78,6 @@ def nccl_version() -> str | None:
 
 
 # -- what the system shows ---------------------------------------------------------------------------------------------
-
-
-def driver_version() -> str | None:
-    """The version of the loaded NVIDIA driver, such as "580.82.07"; None if none is loaded."""
-    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", DRIVER.read_text()) if DRIVER.exists() else None
-    return found[1] if found else None
 
 
 def installed_gpus() -> list[InstalledGpu]:
@@ -269,7 +263,7 @@ def runs_here(capability: str, architectures: Sequence[str]) -> bool:
     """Whether a torch with code for these architectures runs on a GPU.
 
     Code for sm_86 runs on GPUs of capability 8.6 and on later ones of generation 8, its PTX (compute_86) on later
-    generations as well.    ROCm's names (gfx942) are not compared.
+    generations as well. ROCm's names (gfx942) are not compared.
     """
     major, minor = map(int, capability.split("."))
     for kind, digits in re.findall(r"(sm|compute)_(\d+)", " ".join(architectures)):

@@ -6,7 +6,7 @@ import importlib
 import json
 import platform
 from collections.abc import Iterator
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, metadata, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from importlib.metadata import requires as declared
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 from pixlat.common.errors import UserError
 from pixlat.common.files import sha256_of
+from pixlat.common.plugins import Plugin, load_plugin, registered_in
 from pixlat.common.weights.shipped import AUTOENCODERS
 from pixlat.launch.checkup.finding import Finding, first_line, note, ok, problem
 
@@ -168,31 +169,28 @@ def check_weights(card: Path) -> None:
 
 def plugins() -> Iterator[Finding]:
     """What other packages add to pixlat, and which of it cannot be loaded."""
-    points = [point for group in PLUGIN_GROUPS for point in entry_points(group=group)]
-    for point in points:
-        yield plugin(point)
-    if not points:
+    found = [(group, plugin) for group in PLUGIN_GROUPS for plugin in registered_in(group)]
+    for group, plugin in found:
+        yield plugin_finding(group, plugin)
+    if not found:
         yield ok("No other package adds methods, spaces or extractors.")
 
 
-def plugin(point: EntryPoint) -> Finding:
-    """One plug-in, loaded. A plug-in is somebody else's code and may fail with any exception."""
-    package = point.dist.name if point.dist else "a package"
-    kind = point.group.removeprefix("pixlat.").removesuffix("s")
-    if point.group == PLUGIN_GROUPS[0] and clashes(point.name):
+def plugin_finding(group: str, plugin: Plugin) -> Finding:
+    """One plug-in, loaded."""
+    kind = group.removeprefix("pixlat.").removesuffix("s")
+    if group == PLUGIN_GROUPS[0] and clashes(plugin.name):
         sentence = (
-            f"The {kind} {point.name!r} of {package} has the name of a built-in {kind}, which is used in its place."
+            f"The {kind} {plugin.name!r} of {plugin.package} has the name of a built-in {kind}, "
+            "which is used in its place."
         )
-        return problem(sentence, f"rename it in the entry points of {package}", plugin=point.name)
+        return problem(sentence, f"rename it in the entry points of {plugin.package}", plugin=plugin.name)
     try:
-        point.load()
-    except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        sentence = f"The {kind} {point.name!r} of {package} cannot be loaded from {point.value!r}: {reason}"
-        return problem(
-            sentence, f"pip install --force-reinstall {package}  # or: pip uninstall {package}", plugin=point.name
-        )
-    return ok(f"The {kind} {point.name!r} comes from {package}.", plugin=point.name)
+        load_plugin(plugin, kind)
+    except UserError as error:
+        mend = f"pip install --force-reinstall {plugin.package}  # or: pip uninstall {plugin.package}"
+        return problem(str(error), mend, plugin=plugin.name)
+    return ok(f"The {kind} {plugin.name!r} comes from {plugin.package}.", plugin=plugin.name)
 
 
 def clashes(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The state that all parts of a run's job share, and two helpers: `agreed` and `spread`."""
+"""The state that all parts of a run's job share, and `agreed`."""
 
 from __future__ import annotations
 
@@ -61,8 +61,3 @@ class Job:
 def agreed(answer: bool) -> bool:
     """Broadcasts the main process's answer. On a network file system each process may see different files."""
     return bool(broadcast_object_list([answer])[0])
-
-
-def spread(length: int, count: int) -> NDArray[np.int64]:
-    """At most `count` evenly spaced positions in a sequence, which may be sorted by class or style."""
-    return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(np.int64))

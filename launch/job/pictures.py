@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from pixlat.common.config.resolve import evaluated_ema
 from pixlat.common.files import read_rows
 from pixlat.common.pictures.curves import training_curves
-from pixlat.common.pictures.grids import image_grid, save_png
+from pixlat.common.pictures.grids import image_grid, save_png, spread
 from pixlat.common.pictures.neighbours import merged, nearest, neighbour_picture
 from pixlat.common.precision import computing_in
 from pixlat.common.seeds import derive
 from pixlat.common.training.state import TrainState
 from pixlat.evaluation.features.ranks import sum_over_ranks
 from pixlat.evaluation.score.generate import generate, quantise
-from pixlat.launch.job.job import FoundNeighbours, Grid, Job, spread
+from pixlat.launch.job.job import FoundNeighbours, Grid, Job
 from pixlat.methods.base import Method
 
 GRID_CLASSES = 10  # most rows of the sample grid

@@ -9,6 +9,7 @@ from accelerate.utils import broadcast_object_list
 from pixlat.common.config.resolve import evaluated_ema
 from pixlat.common.files import write_whole
 from pixlat.common.hardware import peak_bytes, reset_peak
+from pixlat.common.pictures.grids import spread
 from pixlat.common.training.state import TrainState
 from pixlat.common.training.steps import total_steps
 from pixlat.evaluation.protocols.identity import protocol_hash
@@ -18,7 +19,7 @@ from pixlat.evaluation.score.embedded import Evaluation, evaluate_method
 from pixlat.evaluation.score.reconstruction import evaluate_reconstruction
 from pixlat.launch.job import record
 from pixlat.launch.job.folder import RESULT
-from pixlat.launch.job.job import Grid, Job, spread
+from pixlat.launch.job.job import Grid, Job
 from pixlat.launch.job.remarks import sample_remarks
 
 

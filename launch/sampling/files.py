@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,30 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pixlat.common.files import write_atomically
+from pixlat.common.pictures.grids import BACKGROUND, image_grid, save_png, spread
+
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the date of every member of an archive, so that the same images give the same bytes
 GRID_COLUMNS, GRID_ROWS = 10, 10
 EMPTY = -1  # a place of the grid without an image
 
 
-def write_whole_file(path: Path, write: Callable[[Path], None], sync: bool = False) -> None:
-    """Lets `write` make the file beside its place and renames it there.
-
-    sync: puts the content on the disk before, so that the file also survives a loss of power.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        if sync:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_png(path: Path, image: NDArray[np.uint8]) -> None:
     """Writes (H, W, 3) uint8 as an RGB file."""
-    write_whole_file(path, lambda place: Image.fromarray(image).save(place, format="PNG"))
+    write_atomically(path, lambda place: Image.fromarray(image).save(place, format="PNG"))
 
 
 def read_png(path: Path) -> NDArray[np.uint8]:
@@ -57,7 +43,7 @@ def write_npz(
             for name, array in others.items():
                 _add(archive, name, array.dtype, array.shape, [array])
 
-    write_whole_file(path, write)
+    write_atomically(path, write)
 
 
 def _add(
@@ -90,8 +76,7 @@ def grid_places(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], int, list
     class it shows up to 100 images.
     """
     present = np.unique(labels)
-    spread = np.linspace(0, len(present) - 1, min(GRID_ROWS, len(present)))
-    shown = present[np.unique(spread.round().astype(np.int64))]
+    shown = present[spread(len(present), GRID_ROWS)]
     rows_each = GRID_ROWS // len(shown)
     most = max(int((labels == number).sum()) for number in shown)
     columns = min(GRID_COLUMNS, most if len(shown) > 1 else int(np.ceil(most**0.5)))
@@ -114,8 +99,6 @@ def write_grid(
     path: Path, images: NDArray[np.uint8], places: NDArray[np.int64], columns: int, names: Sequence[str]
 ) -> None:
     """Draws the grid. images: (shown, H, W, 3) uint8, those of the places that are not EMPTY; names: of the rows."""
-    from pixlat.common.pictures.grids import BACKGROUND, image_grid, save_png
-
     tiles = np.empty((len(places), *images.shape[1:]), dtype=np.uint8)
     tiles[:] = BACKGROUND
     tiles[places != EMPTY] = images

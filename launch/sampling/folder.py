@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixlat.common.errors import UserError
-from pixlat.common.files import read_json, write_whole
+from pixlat.common.files import read_json, write_atomically, write_whole
 from pixlat.evaluation.score.sample_facts import SAMPLES
-from pixlat.launch.sampling.files import read_png, write_png, write_whole_file
+from pixlat.launch.sampling.files import read_png, write_png
 from pixlat.launch.sampling.request import changes
 
 PNG, NPZ, GRID = FORMATS = ("png", "npz", "grid")
@@ -188,7 +188,7 @@ class SampleFolder:
             for position, image in zip(self.positions(number), images, strict=True):
                 write_png(self.image(position), image)
         if self.keeps_arrays:
-            write_whole_file(self.array(number), lambda place: _save(place, images), sync=True)
+            write_atomically(self.array(number), lambda place: _save(place, images), sync=True)
 
     def arrays(self) -> Iterator[NDArray[np.uint8]]:
         """The kept batches in order, one in memory at a time."""
