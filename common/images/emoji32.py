@@ -18,7 +18,7 @@ from PIL import Image
 from pixlat.common.errors import UserError
 
 IMAGE_SIZE = 32
-HELD_OUT_SHARE = 0.1  # held-out share of every class; fixed, because the split is part of the data set
+HELD_OUT_SHARE = 0.2  # held-out share of every class; fixed, because the split is part of the data set
 SHA256 = {
     "emoji32.webp": "1e6b76c1cf45760f295dd5d56f3e16d9de7d86956e2e1efd06cb2046d0b5b456",
     "emoji32.json": "e89c6e92338690b6e7d8f29ca6dc92335091e7f421c332d3518623557c48aa2b",
