@@ -10,8 +10,9 @@ from torch.utils.data import Dataset
 from pixlat.common.errors import UserError
 from pixlat.evaluation.features.moments import Gaussian, Moments
 from pixlat.evaluation.metrics import frechet, kid, prdc
-from pixlat.evaluation.metrics.frechet import factorise, frechet_distance, frechet_distance_few, jackknife
+from pixlat.evaluation.metrics.frechet import factorise, frechet_distance, frechet_distance_few
 from pixlat.evaluation.metrics.inception_score import inception_score, split_score
+from pixlat.evaluation.metrics.jackknife import jackknife
 from pixlat.evaluation.metrics.kid import kernel_distance
 
 

@@ -12,8 +12,9 @@ from pixlat.evaluation.bench.frechet import compare
 from pixlat.evaluation.features.moments import Gaussian, Moments
 from pixlat.evaluation.features.networks import build_extractor
 from pixlat.evaluation.features.reference_files import Reference
-from pixlat.evaluation.metrics.frechet import factorise, frechet_distance, jackknife
+from pixlat.evaluation.metrics.frechet import factorise, frechet_distance
 from pixlat.evaluation.metrics.inception_score import inception_score
+from pixlat.evaluation.metrics.jackknife import jackknife
 from pixlat.evaluation.metrics.kid import kernel_distance
 from pixlat.evaluation.metrics.mind import monge_distance, unit_directions
 from pixlat.evaluation.metrics.prdc import prdc

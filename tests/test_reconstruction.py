@@ -17,8 +17,9 @@ from pixlat.common.images.splits import fixed_draw
 from pixlat.evaluation.features.collect import batches
 from pixlat.evaluation.features.extractor import Features
 from pixlat.evaluation.features.moments import Moments
-from pixlat.evaluation.metrics.frechet import factorise, frechet_distance, jackknife
+from pixlat.evaluation.metrics.frechet import factorise, frechet_distance
 from pixlat.evaluation.metrics.image_quality import psnr, ssim
+from pixlat.evaluation.metrics.jackknife import jackknife
 from pixlat.evaluation.protocols.identity import PSNR_CAP, protocol_hash, protocol_name
 from pixlat.evaluation.records.record import SCHEMA_FILE
 from pixlat.evaluation.score import reconstruction

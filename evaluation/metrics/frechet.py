@@ -11,7 +11,6 @@ are symmetric, so NumPy's row order is the same as LAPACK's column order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -89,28 +88,3 @@ def _assemble(mean: Tensor, trace: Tensor, eigenvalues: Tensor, reference: Facto
     offset = (mean - reference.gaussian.mean).square().sum()
     root = eigenvalues.clamp_min(0).sqrt().sum()
     return float(offset + trace + reference.gaussian.cov.trace() - 2 * root)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its bias-corrected value and its error, both by the grouped jackknife."""
-
-    value: float
-    value_bc: float  # bias-corrected
-    se: float  # jackknife standard error
-    left_out: tuple[float, ...] = ()  # the values with one group left out, for paired differences
-
-
-def jackknife(value: float, left_out: Sequence[float]) -> Estimate:
-    """The jackknife estimate from the statistic of all images and its values with one of K groups left out.
-
-    bias-corrected = K theta - (K-1) mean theta_(-g);  SE^2 = (K-1)/K sum (theta_(-g) - mean)^2.
-
-    If the distance is as small as its bias, the SE is about 30 % too small. Claims therefore need several sampling
-    seeds.
-    """
-    values = torch.tensor(left_out, dtype=torch.float64)
-    k = len(values)
-    mean = values.mean()
-    variance = (values - mean).square().sum() * (k - 1) / k
-    return Estimate(value, float(k * value - (k - 1) * mean), float(variance.sqrt()), tuple(left_out))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pixlat.evaluation.features.extractor import exact_float32
-from pixlat.evaluation.metrics.frechet import jackknife
+from pixlat.evaluation.metrics.jackknife import jackknife
 from pixlat.evaluation.protocols.identity import (
     JACKKNIFE_GROUPS,
     KID_COMPLETE_LIMIT,

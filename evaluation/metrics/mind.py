@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixlat.evaluation.metrics.frechet import Estimate, jackknife
+from pixlat.evaluation.metrics.jackknife import Estimate, jackknife
 from pixlat.evaluation.protocols.identity import JACKKNIFE_GROUPS, MAX_NEIGHBOURS, MIND_PROJECTIONS, MIND_SEED
 
 BLOCK = 100  # directions to project onto at once

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pixlat.common.errors import UserError
-from pixlat.evaluation.metrics.frechet import jackknife
+from pixlat.evaluation.metrics.jackknife import jackknife
 from pixlat.evaluation.records.record import Metric
 
 

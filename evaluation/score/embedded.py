@@ -23,15 +23,9 @@ from pixlat.evaluation.features.feature_sets import FeatureSet, feature_set
 from pixlat.evaluation.features.moments import Moments
 from pixlat.evaluation.features.ranks import rank_and_size
 from pixlat.evaluation.metrics.class_accuracy import fit_discriminant
-from pixlat.evaluation.metrics.frechet import (
-    Estimate,
-    Factored,
-    factorise,
-    frechet_distance,
-    frechet_distance_few,
-    jackknife,
-)
+from pixlat.evaluation.metrics.frechet import Factored, factorise, frechet_distance, frechet_distance_few
 from pixlat.evaluation.metrics.inception_score import inception_score
+from pixlat.evaluation.metrics.jackknife import Estimate, jackknife
 from pixlat.evaluation.metrics.kid import KernelDistance, kernel_distance
 from pixlat.evaluation.metrics.prdc import prdc
 from pixlat.evaluation.metrics.spread import over_seeds

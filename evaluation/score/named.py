@@ -11,8 +11,9 @@ from pixlat.evaluation.features.collect import Collected, ImageBatch, collect
 from pixlat.evaluation.features.moments import Gaussian, Moments
 from pixlat.evaluation.features.networks import CardExtractor
 from pixlat.evaluation.features.reference_files import Reference
-from pixlat.evaluation.metrics.frechet import factorise, frechet_distance, jackknife
+from pixlat.evaluation.metrics.frechet import factorise, frechet_distance
 from pixlat.evaluation.metrics.inception_score import inception_score, shuffled
+from pixlat.evaluation.metrics.jackknife import jackknife
 from pixlat.evaluation.metrics.kid import kernel_distance
 from pixlat.evaluation.metrics.mind import monge_distance
 from pixlat.evaluation.metrics.prdc import prdc
