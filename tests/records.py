@@ -18,6 +18,39 @@ def metric(value, **more):
     return {"value": value, "value_bc": None, "se": None, "n": 1000, "unit": "1", **more}
 
 
+def judges_protocol(num_images=1000):
+    """The protocol of several judges (evaluator 3), which names no single extractor."""
+    single = protocol(num_images)
+    extractor = single.pop("extractor")
+    judges = [{**extractor, "ranks": True, "labels_of": "toy-digest"}]
+    judges += [{**extractor, "id": "other-v1", "sha256": "ef" * 32, "ranks": False, "labels_of": None}]
+    samples = {**single["samples"], "label_law": "heldout", "label_order": "stratified"}
+    return {**single, "name": "embedded-v2", "judges": judges, "samples": samples, "evaluator_version": 3}
+
+
+def judged_fields(**changes):
+    """What a record of several judges has beside `fields`."""
+    names = ("fd_ratio", "fd_ratio_train", "fd_ratio_heldout", "kid_ratio", "memorisation", "copies")
+    means = {name: metric(2.5, se=0.2, se_real=0.1, left_out=[2.4] * 20) for name in names}
+    own = means | {name: metric(7.0) for name in ("fd", "fd_heldout", "kid", "kid_heldout")}
+    entries = judges_protocol()["judges"]
+    each = [{**{key: entry[key] for key in ("id", "sha256", "ranks")}, "metrics": own} for entry in entries]
+    return {
+        "protocol": judges_protocol(), "metrics": means, "judged_by": ["embedded-v1"], "judges": each,
+        "real": {"metrics": means, "judges": each},
+        "contact": [
+            {"judge": "other-v1", "role": "teacher", "component": "net", "used_at": "train", "via": None},
+            {"judge": "other-v1", "role": "loss", "component": "net", "used_at": "train", "via": "autoencoder"},
+        ],
+        "config": {
+            "digest": "0123456789ab", "preset": "demo",
+            "settings": {"model.prediction": "v", "train.lr": 1e-4, "sample.interval": [0.1, 1.0], "eval.ema": None},
+        },
+        "selection": {"n_configs": 10, "n_samples": 500, "swept": [], "about": "ten, by hand"},
+        **changes,
+    }  # fmt: skip
+
+
 def parent_stage(key, name, method):
     """An earlier run that a record is built on, as its `parents` hold it, but for its cost."""
     return {

@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from records import fields, metric, protocol, record
+from records import fields, judged_fields, judges_protocol, metric, parent_stage, protocol, record
 
 from pixlat.common import origin
 from pixlat.evaluation.protocols.identity import canonical_json, protocol_hash, protocol_name
@@ -170,6 +170,46 @@ def test_published_rows_need_a_source_and_a_hash_of_their_own():
         build_record({**paper, **common, "source": source, "protocol_hash": "abc"})
     with pytest.raises(RecordError):
         record(source=source)
+
+
+def test_a_record_of_several_judges():
+    row = build_record({**fields(), **judged_fields()})
+    validate(json.loads(json.dumps(row)))
+    assert from_csv(to_csv([row])) == [row]
+    freely_named = {("code", "package_versions"), ("config", "settings")}
+    objects = {path[:depth] for path, _ in leaves(row) for depth in range(len(path))} - freely_named
+    for path in objects:
+        with pytest.raises(RecordError, match="surprise"):
+            validate(changed(row, (*path, "surprise"), 1))
+    for part in ("contact", "judges"):
+        with pytest.raises(RecordError, match="surprise"):
+            build_record({**fields(), **judged_fields(**{part: [{**row[part][0], "surprise": 1}]})})
+
+
+def test_a_protocol_has_one_extractor_or_the_judges_of_evaluator_three():
+    several, single = judges_protocol(), protocol()
+    assert protocol_hash(several) != protocol_hash(single)
+    for wrong in (
+        {**several, "extractor": single["extractor"]},
+        {key: value for key, value in several.items() if key != "judges"},
+        {**several, "judges": []},
+        {**several, "evaluator_version": 2},
+        {**several, "judges": [{**several["judges"][0], "surprise": 1}]},
+        {**several, "judges": [{key: value for key, value in several["judges"][0].items() if key != "ranks"}]},
+        {**single, "extractor": several["judges"][0]},
+    ):
+        with pytest.raises(RecordError, match="protocol"):
+            record(protocol=wrong)
+
+
+def test_a_parent_keeps_its_own_parents():
+    def parent(name, *parents):
+        entry = {**parent_stage("decoder", name, "rae_decoder"), "macs_total": 7, "config": "0123456789ab"}
+        return {**entry, "pretrained_components": [], "parents": list(parents)}
+
+    assert record(parents=[parent("a", parent("b", parent("c")))])
+    with pytest.raises(RecordError, match="surprise"):
+        record(parents=[parent("a", {**parent("b"), "surprise": 1})])
 
 
 def test_csv_round_trip():
