@@ -226,7 +226,8 @@ def images_record(keys: Keys, rest: dict[str, str], request: Request) -> Record:
         data, method, space = data if rest else facts.data, facts.method, facts.space
         name = place.parent.name  # every .npz of `pixlat sample` has the same name
     found = assess_images(samples, request, data)
-    return record_of_images(keys.name or name, samples.resolution, found, npz, method, space)
+    made_with = facts.made_with if facts else None
+    return record_of_images(keys.name or name, samples.resolution, found, npz, method, space, made_with)
 
 
 def as_made(request: Request, facts: SampleFacts, keys: Keys) -> Request:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,10 @@ from pixlat.common.files import sha256_of, write_whole
 from pixlat.common.training.ema import decays_by_name
 from pixlat.common.weights.checkpoint import save_tensors
 from pixlat.common.weights.runs import RunWeights, run_weights
+from pixlat.evaluation.records.imported import imported_facts
+from pixlat.evaluation.records.parents import lineage_of_record
 from pixlat.evaluation.records.record import RESULT, Record, read_record
-from pixlat.evaluation.score.models import imported_facts, saved_run
+from pixlat.evaluation.score.models import saved_run
 from pixlat.launch.job.folder import DATA, WEIGHTS
 from pixlat.methods import MethodSpec, get_spec
 
@@ -47,12 +50,22 @@ def export_run(folder: Path, to: Path, ema: str | None, licence: str) -> str:
     }
     # `pixlat import` compares this identity with the config.yaml beside the file
     metadata["config_identity"] = identity_of(weights.config)
+    # which networks of others the run used, and on which runs it is built, for the records of whoever imports it
+    if lineage := lineage_of(folder, imported or {}):
+        metadata["lineage"] = json.dumps(lineage)
     save_tensors({key: tensor.contiguous() for key, tensor in weights.state.items()}, to / WEIGHTS, metadata)
     for file in ("config.yaml", DATA):
         if (folder / file).exists():
             shutil.copyfile(folder / file, to / file)
     write_whole(to / "README.md", card(folder, run, weights, imported or {}, name, licence, sha256_of(to / WEIGHTS)))
     return "\n".join(str(to / file) for file in FILES if (to / file).exists())
+
+
+def lineage_of(folder: Path, imported: Mapping[str, Any]) -> dict[str, Any]:
+    """The networks and earlier runs behind the weights; empty where neither a record nor an export told them."""
+    if (folder / RESULT).exists():
+        return lineage_of_record(read_record(folder / RESULT))
+    return dict(imported.get("lineage") or {})
 
 
 def card(
@@ -83,6 +96,7 @@ def card(
             "",
             *state_of(record, imported, weights, run.train),
             *scores(record),
+            *networks(lineage_of(folder, imported)),
             *expected(spec, preset),
             "## Use",
             "",
@@ -161,6 +175,18 @@ def scores(record: Mapping[str, Any]) -> list[str]:
         *rows,
         "",
     ]
+
+
+def networks(lineage: Mapping[str, Any], via: str = "") -> list[str]:
+    """The networks of others that the weights have met, and the runs that they are built on, as a list."""
+    lines = [
+        f"- {part['name']} ({part['role']}, sha256 {part['sha256'] or 'unknown'}){via}"
+        for part in lineage.get("pretrained_components", [])
+    ]
+    for parent in lineage.get("parents", []):
+        lines.append(f"- the run {parent['name']} (model.{parent['key']}, {parent['method']}){via}")
+        lines += networks(parent, f", used by {parent['name']}")
+    return lines if via or not lines else ["Made with these networks and runs:", "", *lines, ""]
 
 
 def expected(spec: MethodSpec, preset: str) -> list[str]:

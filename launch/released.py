@@ -18,11 +18,14 @@ from pixlat.common.config.resolve import load_presets, resolve
 from pixlat.common.config.saved import IMPORTED_IDENTITY, check_config, read_config
 from pixlat.common.config.schema import RunConfig
 from pixlat.common.errors import UserError
-from pixlat.common.files import write_whole
+from pixlat.common.files import parse_json, write_whole
 from pixlat.common.training.state import load_state_without_external, state_without_external
 from pixlat.common.weights import checkpoint
 from pixlat.common.weights.tensors import key_faults, read_tensors
-from pixlat.evaluation.score.models import IMPORTED, build, digest_of, saved_settings
+from pixlat.evaluation.records.imported import IMPORTED, digest_of
+from pixlat.evaluation.records.parents import LINEAGE
+from pixlat.evaluation.records.record import faults_of_fields
+from pixlat.evaluation.score.models import build, saved_settings
 from pixlat.methods import MethodSpec, get_spec, load_object, registered
 from pixlat.methods.base import Method, OpenReleased, Released
 
@@ -68,6 +71,7 @@ def import_released(
         "numbers": sum(tensor.numel() for tensor in released.state.values()),
         "preset": run.preset,
         "imported_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        **({"lineage": exported_lineage(weights_file(file))} if exported else {}),
     }
     write_folder(folder, run, state_without_external(built), facts)
     shape = ", ".join(f"{key}={value}" for key, value in architecture.items())
@@ -158,6 +162,21 @@ def metadata_of(file: Path) -> dict[str, str]:
             f"{file} does not say which average it holds, as files of `pixlat export` do. Export the run again."
         )
     return dict(origin)
+
+
+def exported_lineage(file: Path) -> dict[str, Any] | None:
+    """Which networks and earlier runs the exported run used; None if the export does not say so, as early ones."""
+    text = metadata_of(file).get("lineage")
+    if text is None:
+        return None
+    try:
+        lineage = parse_json(text)
+        faults = faults_of_fields(lineage) if isinstance(lineage, dict) else ["it is no object"]
+    except UserError as error:
+        faults = [str(error)]
+    if faults:
+        raise UserError(f"{file} is damaged: its lineage is not valid ({'; '.join(faults[:3])}). Export the run again.")
+    return {name: lineage[name] for name in LINEAGE if name in lineage}
 
 
 def importable() -> list[str]:

@@ -21,12 +21,12 @@ from pixlat.common.weights.checkpoint import latest
 from pixlat.evaluation.board.groups import group, read_records, training_macs
 from pixlat.evaluation.board.matched import curves_of, matched_table
 from pixlat.evaluation.records.curve import CURVE, read_curve
+from pixlat.evaluation.records.parents import earlier_runs
 from pixlat.evaluation.records.record import read_record
 from pixlat.launch.job import execute as jobs
 from pixlat.launch.job import scores
 from pixlat.launch.job.budget import within_budget
 from pixlat.launch.job.execute import run_one
-from pixlat.launch.job.stages import earlier_runs
 from pixlat.launch.run import configurations, main
 from pixlat.methods import get_class
 from pixlat.methods.base import DataInfo

@@ -28,7 +28,9 @@ from pixlat.common.training.state import state_without_external
 from pixlat.common.weights import checkpoint
 from pixlat.common.weights.checkpoint import Checkpoint
 from pixlat.common.weights.runs import run_weights
-from pixlat.evaluation.score.models import imported_facts, load_run, saved_run
+from pixlat.evaluation.records import parents
+from pixlat.evaluation.records.imported import imported_facts
+from pixlat.evaluation.score.models import load_run, saved_run
 from pixlat.launch.export import export_run
 from pixlat.launch.job import stages
 from pixlat.launch.job.folder import check_same
@@ -496,12 +498,12 @@ def test_stages_say_what_to_do_about_a_finished_run_without_checkpoints(finished
     shutil.copytree(finished, tmp_path / "codec")
     shutil.rmtree(tmp_path / "codec" / "checkpoints" / "step-00000007")
     monkeypatch.setattr(
-        stages,
+        parents,
         "get_spec",
         lambda method: SimpleNamespace(stages=[SimpleNamespace(key="codec", method="jit", shipped={})]),
     )
     with pytest.raises(UserError, match=r"model.codec=.*The run is finished.*restore them from a copy"):
-        stages.earlier_runs(SimpleNamespace(method="toy"), SimpleNamespace(codec=str(tmp_path / "codec")))
+        parents.earlier_runs(SimpleNamespace(method="toy"), SimpleNamespace(codec=str(tmp_path / "codec")))
 
 
 # -- who may read what is written --------------------------------------------------------------------------------------

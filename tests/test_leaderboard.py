@@ -32,9 +32,9 @@ from pixlat.evaluation.board.groups import (
 from pixlat.evaluation.board.published import from_record, published_tables
 from pixlat.evaluation.board.text import MARKERS, escape, latex_escape, to_latex, to_readme, to_terminal, with_table
 from pixlat.evaluation.leaderboard import render
+from pixlat.evaluation.records.parents import shipped_run
 from pixlat.evaluation.records.published import STATUSES, read_published
 from pixlat.evaluation.records.record import build_record, from_csv, validate, write_record
-from pixlat.launch.job.stages import shipped_run
 from pixlat.methods import get_spec
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from pixlat.common.config.resolve import evaluated_ema, resolve
 from pixlat.common.config.schema import RunConfig, Spec, flatten, to_dict
 
 # Settings that change neither a weight nor a score. Runs that differ only in these keys have the same identity.
@@ -48,6 +49,51 @@ def identity_of(saved: Mapping[str, Any]) -> str:
     """The identity of a saved configuration, which may lack keys that later versions added."""
     settings = {key: value for key, value in flatten(saved) if not inert(key) and LATER_KEYS.get(key, ...) != value}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+# Settings that no two rows of one table can differ in, or that change nothing but names and places. The seed is what
+# several runs of one configuration differ in. Data, precision, rounding and the number of images are in the protocol.
+BESIDE_THE_CONFIGURATION = (
+    "preset", "seed", "data.path", "data.latents",
+    "train.log_images", "train.checkpoint_images", "train.preview_images",
+)  # fmt: skip
+
+
+def config_entry(run: RunConfig, spec: Spec, stages: Mapping[str, str]) -> dict[str, Any]:
+    """Which settings a run was trained and sampled with: the field `config` of records.
+
+    stages: for each key of `model` that names an earlier run, the digest of that run's configuration or weights. It
+        takes the place of the key's value, which may be a folder.
+    The digest has 12 hex digits. Runs that differ only in their seed, their place or their machine have the same
+    digest; another guidance or another average of the weights gives another one. `settings` are the settings that
+    differ from those of the preset, for readers.
+    """
+    settings = configuration(run)
+    usual = configuration(resolve(spec, {"preset": run.preset}))
+    identified = {key: value for key, value in settings.items() if LATER_KEYS.get(key, ...) != value}
+    identified |= {f"model.{key}": digest for key, digest in stages.items()}
+    return {
+        "digest": hashlib.sha256(json.dumps(identified, sort_keys=True).encode()).hexdigest()[:12],
+        "settings": {key: _finite(value) for key, value in settings.items() if usual.get(key, ...) != value},
+        "preset": run.preset,
+    }
+
+
+def configuration(run: RunConfig) -> dict[str, Any]:
+    """The settings by flat key that make runs differ as methods: of training, and of sampling with its average."""
+    settings = {
+        key: value
+        for key, value in flatten(to_dict(run))
+        if not inert(key) and key not in BESIDE_THE_CONFIGURATION and not key.startswith("eval.")
+    }
+    return settings | {"eval.ema": evaluated_ema(run)}
+
+
+def _finite(value: Any) -> Any:
+    """The value for a record, whose numbers are finite and at most 1e30."""
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return str(value) if isinstance(value, int | float) and not abs(value) <= 1e30 else value
 
 
 def run_folder(run: RunConfig) -> Path:

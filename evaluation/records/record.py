@@ -82,9 +82,26 @@ def validate(record: Any) -> None:
         raise RecordError("row_id: does not fit the other fields, so the record was changed after it was written")
 
 
+def faults_of_fields(fields: Mapping[str, Any]) -> list[str]:
+    """What is wrong with some of a record's fields, each by itself; the others may be missing."""
+    return [
+        f"{'.'.join(map(str, error.instance_path)) or 'fields'}: {error.message[:300]}"
+        for error in _validator_of_fields().iter_errors(dict(fields))
+    ]
+
+
+def _schema() -> dict[str, Any]:
+    return dict(json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
+
+
 @cache
 def _validator() -> Draft202012Validator:
-    return Draft202012Validator(json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
+    return Draft202012Validator(_schema())
+
+
+@cache
+def _validator_of_fields() -> Draft202012Validator:
+    return Draft202012Validator({key: part for key, part in _schema().items() if key not in ("required", "allOf")})
 
 
 def write_record(record: Record, path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import shlex
 from collections.abc import Iterator, Mapping
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from pixlat.common.config.identity import differences, identity, identity_of
 from pixlat.common.config.resolve import evaluated_ema, resolve, split_overrides, sweep
-from pixlat.common.config.saved import IMPORTED_IDENTITY, check_config, read_config
+from pixlat.common.config.saved import check_config, read_config
 from pixlat.common.config.schema import RunConfig, flatten, to_dict
 from pixlat.common.errors import UserError
-from pixlat.common.files import parse_json, read_text, split_rows
+from pixlat.common.files import split_rows
+from pixlat.evaluation.records.imported import imported_facts
 from pixlat.evaluation.records.record import RESULT, Record, read_record
 from pixlat.methods import get_class, get_spec
 
@@ -29,11 +29,6 @@ if TYPE_CHECKING:
 
 
 ADVICE = "`--help` lists the command's keys, `pixlat train method={method} --help all` those of sample, model and data."
-IMPORTED = "imported.json"  # in a run folder of `pixlat import`: describes the released file
-NUMBER_OR_NONE = (float, int, type(None))
-# the keys of imported.json that we read, and their types
-ORIGIN: dict[str, Any] = {"file": str, "sha256": str, "ema_decay": NUMBER_OR_NONE, "weights": str, "licence": str}
-MAX_IMPORTED_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -47,6 +42,9 @@ class Model:
     checkpoint: dict[str, Any]  # the field `checkpoint` of records
     record: Record | None  # the record of its run; None if the run is not finished
     dtype: str  # the precision in which it samples: float32, tf32 or bfloat16
+    #: `run` with the word `train` where its stages were trained with it; None: `run` names no such stage
+    named: RunConfig | None = None
+    lineage: dict[str, Any] | None = None  # of an import of `pixlat export`: the networks and runs behind the weights
 
 
 def saved_run(folder: Path, overrides: Mapping[str, str]) -> RunConfig:
@@ -55,9 +53,18 @@ def saved_run(folder: Path, overrides: Mapping[str, str]) -> RunConfig:
     It applies the overrides, fills in the folders of earlier stages, and removes stored latents, which only training
     reads.
     """
+    return with_stage_folders(folder, named_run(folder, overrides))
+
+
+def named_run(folder: Path, overrides: Mapping[str, str]) -> RunConfig:
+    """The same with the word `train` in the place of earlier stages that were trained with the run."""
     check_saved(folder)
     settings = saved_settings(folder) | {"data.latents": "null"} | dict(overrides)
-    run = resolve(get_spec(str(json.loads(settings["method"]))), settings, ADVICE)
+    return resolve(get_spec(str(json.loads(settings["method"]))), settings, ADVICE)
+
+
+def with_stage_folders(folder: Path, run: RunConfig) -> RunConfig:
+    """The configuration with the folders of earlier stages in the place of the word `train`."""
     return dataclasses.replace(run, model=dataclasses.replace(run.model, **stage_folders(folder, run)))
 
 
@@ -116,41 +123,6 @@ def original_runs(folder: Path, settings: Mapping[str, Any]) -> Iterator[RunConf
                 )
 
 
-def imported_facts(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The contents of imported.json, which describes a run folder's released file; None for a run trained here.
-
-    facts: those of the folder's checkpoint, with the digest of imported.json; early imports have no digest.
-    Raises UserError if the file was changed.
-    """
-    file, imported = folder / IMPORTED, facts.get("identity") == IMPORTED_IDENTITY
-    if not imported and not file.exists():
-        return None
-    remedy = "Restore it from a copy, or import the released file again (`pixlat import`)."
-    if not imported:
-        raise UserError(f"{file} does not belong to {folder}, which was trained here and not imported. Remove it.")
-    text = read_text(file, MAX_IMPORTED_BYTES)
-    expected = facts.get("imported_sha256", digest_of(text))
-    if digest_of(text) != expected:
-        raise UserError(
-            f"{file} was changed after the import: its sha256 is {digest_of(text)}, "
-            f"but the checkpoint expects {expected}. {remedy}"
-        )
-    try:
-        origin = parse_json(text)
-    except UserError as error:
-        raise UserError(f"{file} is damaged: {error}. {remedy}") from error
-    if not isinstance(origin, dict) or any(
-        key not in origin or not isinstance(origin[key], kind) for key, kind in ORIGIN.items()
-    ):
-        raise UserError(f"{file} is damaged: it does not give {', '.join(ORIGIN)} of the released file. {remedy}")
-    return origin
-
-
-def digest_of(text: str) -> str:
-    """Hex sha256 of a text's UTF-8 bytes."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def stage_folders(folder: Path, run: RunConfig) -> dict[str, str]:
     """The folders of earlier stages that this run's configuration calls `train`, by key.
 
@@ -184,7 +156,8 @@ def load_run(folder: Path, overrides: Mapping[str, str], ema: str | None, device
     from pixlat.common.training.state import load_state_without_external
     from pixlat.common.weights.runs import run_weights
 
-    run = saved_run(folder, overrides)
+    named = named_run(folder, overrides)
+    run = with_stage_folders(folder, named)
     weights = run_weights(folder, ema)
     method, info = build(run)
     load_state_without_external(method, weights.state)
@@ -208,6 +181,8 @@ def load_run(folder: Path, overrides: Mapping[str, str], ema: str | None, device
         checkpoint,
         record,
         executed_precision(run.eval.precision, device),
+        dataclasses.replace(named, eval=dataclasses.replace(named.eval, ema=name)),
+        (origin or {}).get("lineage"),
     )
 
 

@@ -6,13 +6,18 @@ A model that was trained here already has a record, whose other fields the new r
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pixlat.common.config.identity import config_entry
 from pixlat.common.errors import UserError
 from pixlat.common.origin import code_state
 from pixlat.evaluation.protocols.identity import digest, protocol_hash
+from pixlat.evaluation.records.contact import contact_fields
+from pixlat.evaluation.records.parents import current_parents, earlier_runs, stage_digests
 from pixlat.evaluation.records.record import RESULT, Record, build_record, write_record
+from pixlat.methods import get_spec
 
 if TYPE_CHECKING:
     from pixlat.evaluation.score.assess import Request
@@ -34,10 +39,9 @@ def record_of_model(
     from pixlat.evaluation.score.models import sampling_fields
 
     trained = model.record or {}
-    copied: dict[str, Any] = {
-        key: trained[key] for key in ("kind", "data", "code", "train", "parents", "memory") if key in trained
-    }
-    info = model.info
+    of_training = ("kind", "data", "code", "train", "memory")
+    copied: dict[str, Any] = {key: trained[key] for key in of_training if key in trained}
+    info, origin = model.info, origin_of(model)
     return build_record(
         {
             "kind": "evaluated",
@@ -47,6 +51,9 @@ def record_of_model(
             },
             **copied,
             **sampling_fields(model, model.run.sample),
+            "parents": origin.parents,
+            "config": origin.config,
+            **contact_fields(*origin.met, evaluation.protocol),
             "speed": speed_fields(evaluation, request.batch, model.dtype, device_name(request.device)),
             "scored_by": code_state(),
             "name": model.name,
@@ -59,6 +66,28 @@ def record_of_model(
             "notes": "",
         }
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model was made with."""
+
+    parents: list[dict[str, Any]]  # its earlier runs, as in records
+    config: dict[str, Any]  # its settings, as in records
+    #: all networks and earlier runs that it has met: those of its training, and those that it samples with if the user
+    #: has replaced an earlier stage
+    met: tuple[list[dict[str, Any]], list[dict[str, Any]]]
+
+
+def origin_of(model: Model) -> Origin:
+    """What a model was made with, from its record or export and from the folders of its earlier runs."""
+    named, trained = model.named or model.run, model.record or model.lineage or {}
+    components = [asdict(part) for part in model.method.describe(model.run.sample).pretrained]
+    now = earlier_runs(model.run, model.run.model, verified=True)
+    parents = current_parents(trained.get("parents", []), now)
+    config = config_entry(named, get_spec(named.method), stage_digests(parents))
+    components += [part for part in trained.get("pretrained_components", []) if part not in components]
+    return Origin(parents, config, (components, parents + [entry for entry in now if entry not in parents]))
 
 
 def speed_fields(
@@ -99,8 +128,16 @@ def record_of_images(
     npz_sha256: str | None,
     method: str = UNKNOWN,
     space: str = UNKNOWN,
+    made_with: Mapping[str, Any] | None = None,
 ) -> Record:
-    """The record of finished images. `method` and `space` are what the user says about their origin."""
+    """The record of finished images. `method` and `space` are what the user says about their origin.
+
+    made_with: `pretrained_components`, `parents` and `config` of the model that made them; None: not known, and then
+        the record does not say which judges they have met.
+    """
+    origin, contact = dict(made_with or {}), {}
+    if made_with:
+        contact = contact_fields(made_with["pretrained_components"], made_with["parents"], evaluation.protocol)
     unknown = {"variant": None, "size": None, "space": space, "prediction": None, "loss_space": None, "sampler": None}
     return build_record(
         {
@@ -115,6 +152,8 @@ def record_of_images(
                 "train_images": 0,
             },
             "scored_by": code_state(),
+            **contact,
+            **origin,
             "protocol": evaluation.protocol,
             "selection": dict(UNTRIED),
             "metrics": evaluation.metrics,
@@ -130,7 +169,7 @@ def keep(record: Record, parent: Path, settings: Any) -> Path:
     The folder's name contains the protocol and a digest of the settings, so that every evaluation has its own folder.
     """
     protocol = record["protocol"]
-    name = protocol.get("name", protocol["extractor"]["id"])
+    name = protocol["name"] if "name" in protocol else protocol["extractor"]["id"]
     folder = parent / f"{name}-{protocol_hash(protocol)[:6]}-{digest(settings)[:6]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,12 @@ from pixlat.common.config.resolve import UINT8_RULES
 from pixlat.common.config.schema import DataConfig
 from pixlat.common.errors import UserError
 from pixlat.common.files import read_json
+from pixlat.evaluation.records.record import faults_of_fields
 from pixlat.evaluation.score.outcome import SPACES
 
 SAMPLES = "samples.json"
 SETTINGS = {"float32": "fp32", "tf32": "tf32", "bfloat16": "bf16"}  # executed precision -> the key that asks for it
+MADE_WITH = ("pretrained_components", "parents", "config")  # fields of records, which samples.json has of the model
 DRAWN = ("balanced", "random")  # laws whose labels come in random order
 
 
@@ -31,6 +33,8 @@ class SampleFacts:
     uint8: str
     precision: str  # fp32, tf32 or bf16
     data: DataConfig  # what the model was trained on
+    #: its networks of others, its earlier runs and its settings, as in records; None: the file is of an early version
+    made_with: dict[str, Any] | None = None
 
     def check(self, **given: str | None) -> None:
         """Raises UserError if a key of the command contradicts a fact. A key whose value is None was not given."""
@@ -69,4 +73,7 @@ def _facts(content: Mapping[str, Any]) -> SampleFacts:
     law = images["label_law"] if images["label_law"] in DRAWN else None
     trained_on = DataConfig(**{key: value for key, value in data.items() if key in known} | {"latents": None})
     precision = SETTINGS[images["precision"]]
-    return SampleFacts(str(source["method"]), source["space"], law, images["uint8"], precision, trained_on)
+    made_with = {key: source[key] for key in MADE_WITH} if MADE_WITH[0] in source else None
+    if made_with and (faults := faults_of_fields(made_with)):
+        raise ValueError(faults[0])
+    return SampleFacts(str(source["method"]), source["space"], law, images["uint8"], precision, trained_on, made_with)

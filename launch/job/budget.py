@@ -59,7 +59,8 @@ def stage_macs(run: RunConfig, stage: Stage) -> int:
 
     Weights that other people released count 0, as they do in records.
     """
-    from pixlat.launch.job.stages import shipped_run, stage_runs
+    from pixlat.evaluation.records.parents import shipped_run
+    from pixlat.launch.job.stages import stage_runs
 
     key, place = stage.key, getattr(run.model, stage.key)
     if waiting := stage_runs(run).get(key):

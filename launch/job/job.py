@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pixlat.common.accounting.macs import TrainingCost, training_cost
 from pixlat.common.config.schema import RunConfig
 from pixlat.common.datasets.load import DataSource
-from pixlat.launch.job.stages import earlier_runs
+from pixlat.evaluation.records.parents import earlier_runs
 from pixlat.methods import get_class
 from pixlat.methods.base import DataInfo
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pixlat.common.accounting.macs import TrainingCost, on_meta, sampling_cost
+from pixlat.common.config.identity import config_entry
 from pixlat.common.config.resolve import evaluated_ema, sampling_seeds
 from pixlat.common.config.schema import RunConfig
 from pixlat.common.datasets.batches import TrainingPlan
@@ -19,11 +20,13 @@ from pixlat.common.precision import executed_precision
 from pixlat.common.training.state import TrainState
 from pixlat.common.training.steps import split_batch
 from pixlat.common.weights import checkpoint
+from pixlat.evaluation.records.contact import contact_fields
+from pixlat.evaluation.records.parents import stage_digests
 from pixlat.evaluation.records.record import Record, build_record
 from pixlat.evaluation.score.embedded import Evaluation
 from pixlat.evaluation.score.models import cost_fields, system_fields
 from pixlat.evaluation.score.outcome import speed_fields
-from pixlat.methods import get_class
+from pixlat.methods import get_class, get_spec
 from pixlat.methods.base import DataInfo
 
 
@@ -43,7 +46,7 @@ def build(
     """The validated record.
 
     model: `run.model` with the folders of earlier stages in the place of `train`.
-    earlier: their entries by `launch.job.stages.earlier_runs`.
+    earlier: their entries by `evaluation.records.parents.earlier_runs`.
     peaks: bytes in training and in sampling. remarks: visible faults of the samples.
     """
     method_class = get_class(run.method)
@@ -54,6 +57,8 @@ def build(
     device, dtype = device_name(where), executed_precision(run.eval.precision, where)
     images_seen = state.step * run.train.batch
     assert state.saved is not None
+    pretrained = [dataclasses.asdict(component) for component in description.pretrained]
+    protocol = evaluation.protocol if evaluation else None
     fields: dict[str, Any] = {
         "name": folder.name,
         "system": system_fields(run, description, method.space),
@@ -86,8 +91,10 @@ def build(
             "images_per_s": images_seen / state.seconds if state.seconds else None,
             "budget": dataclasses.asdict(run.budget),
         },
-        "pretrained_components": [dataclasses.asdict(component) for component in description.pretrained],
+        "pretrained_components": pretrained,
         "parents": earlier,
+        **contact_fields(pretrained, earlier, protocol),
+        "config": config_entry(run, get_spec(run.method), stage_digests(earlier)),
         **cost_fields(method, description, sampling, dtype),
         "speed": speed_fields(evaluation, run.eval.batch, dtype, device, run.train.compile),
         "memory": {
@@ -95,7 +102,7 @@ def build(
             "peak_bytes_sample": peaks[1],
             "kind": peak_kind(state.accelerator.device),
         },
-        "protocol": evaluation.protocol if evaluation else None,
+        "protocol": protocol,
         "selection": {"n_configs": 1, "n_samples": 0, "swept": []},
         "metrics": evaluation.metrics if evaluation else {},
         "artifacts": artifacts(folder, method_class.task == "generation", method.space != "pixel"),

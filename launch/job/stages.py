@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,6 @@ from pixlat.common.config.resolve import load_presets, resolve
 from pixlat.common.config.schema import RunConfig
 from pixlat.common.errors import UserError
 from pixlat.common.files import read_json, write_whole
-from pixlat.common.weights import checkpoint
-from pixlat.common.weights.runs import no_checkpoint
-from pixlat.evaluation.records.record import read_record
 from pixlat.launch.job.folder import RESULT
 from pixlat.methods import Stage, get_spec
 
@@ -27,7 +24,6 @@ TRAIN = "train"  # the value of `model.<key>` with which the run trains the stag
 HANDED_DOWN = ("seed", "out", "dry_run", "train.precision", "train.threads", "train.trackers", "data.workers")
 OF_THE_STAGE = ("latents", "crop", "resize")  # keys of `data` that an earlier stage takes from its preset
 STAGES = "stages.json"
-COST = ("images_seen", "macs_total", "device_seconds")  # cost of an earlier run, in the record
 
 
 def stage_runs(run: RunConfig) -> dict[str, RunConfig]:
@@ -74,47 +70,6 @@ def with_stages(run: RunConfig, train: Callable[[RunConfig], object]) -> Any:
         if not (folders[key] / RESULT).exists():
             train(earlier)
     return dataclasses.replace(run.model, **{key: str(folder) for key, folder in folders.items()})
-
-
-def earlier_runs(run: RunConfig, model: Any) -> list[dict[str, Any]]:
-    """The record's entries for the earlier runs that this one uses (`parents` in the schema).
-
-    Files that other people released are not runs and have no entry.
-    """
-    entries = []
-    for stage in get_spec(run.method).stages:
-        place = getattr(model, stage.key)
-        if place in stage.shipped:
-            entries.append(shipped_run(stage, place))
-            continue
-        if place is None or not (Path(place) / "config.yaml").exists():
-            continue
-        folder = Path(place)
-        saved = checkpoint.latest(folder / "checkpoints")
-        if saved is None:
-            raise UserError(f"model.{stage.key}={folder}: {no_checkpoint(folder)} Or give another run.")
-        record: Mapping[str, Any] = read_record(folder / RESULT) if (folder / RESULT).exists() else {}
-        trained = record.get("train", {})
-        cost = {name: trained.get(name) for name in COST} | {
-            "pretrained_components": record.get("pretrained_components", [])
-        }
-        entries.append(
-            {"key": stage.key, "name": folder.name, "method": stage.method, "row_id": record.get("row_id"), **cost}
-            | {"checkpoint_sha256": checkpoint.digest(saved)}
-        )
-    return entries
-
-
-def shipped_run(stage: Stage, place: str) -> dict[str, Any]:
-    """The entry of a stage whose weights are part of the package, read from their card."""
-    file = Path(stage.shipped[place])
-    card = json.loads(file.read_text(encoding="utf-8"))
-    return {
-        "key": stage.key,
-        "name": f"{file.stem} (in the package)",
-        "method": stage.method,
-        "checkpoint_sha256": card["sha256"],
-    } | {name: card[name] for name in ("row_id", *COST, "pretrained_components")}
 
 
 def record_or_check_stages(folder: Path, earlier: list[dict[str, Any]]) -> None:

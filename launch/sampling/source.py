@@ -112,7 +112,7 @@ def _load_export(source: Source, device: torch.device) -> Model:
     from pixlat.common.files import sha256_of
     from pixlat.common.precision import executed_precision
     from pixlat.evaluation.score.models import Model
-    from pixlat.launch.released import from_export
+    from pixlat.launch.released import exported_lineage, from_export
 
     if source.hub:
         fetch(source.hub.pinned, (WEIGHTS,))
@@ -124,11 +124,12 @@ def _load_export(source: Source, device: torch.device) -> Model:
         "ema_kind": found.weights,
     }
     dtype = executed_precision(run.eval.precision, device)
-    return Model(method.to(device).eval(), run, method.data, source.name, checkpoint, None, dtype)
+    lineage = exported_lineage(source.path / WEIGHTS)
+    return Model(method.to(device).eval(), run, method.data, source.name, checkpoint, None, dtype, lineage=lineage)
 
 
 def stage_digests(source: Source, model: Model) -> dict[str, str]:
     """The checkpoints of earlier runs that the model samples with, such as its decoder, by their key of `model`."""
-    from pixlat.launch.job.stages import earlier_runs
+    from pixlat.evaluation.records.parents import earlier_runs
 
     return {entry["key"]: entry["checkpoint_sha256"] for entry in earlier_runs(source.run, model.run.model)}

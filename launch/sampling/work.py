@@ -25,6 +25,7 @@ from pixlat.common.progress import progress_bar
 from pixlat.common.seeds import image_seeds
 from pixlat.evaluation.score.generate import generate_batches
 from pixlat.evaluation.score.models import Model
+from pixlat.evaluation.score.outcome import origin_of
 from pixlat.evaluation.score.sample_facts import SAMPLES
 from pixlat.launch.job.failures import DISK, is_memory_fault
 from pixlat.launch.job.folder import locked
@@ -204,7 +205,9 @@ def provenance(task: Task, command: str) -> dict[str, Any]:
 
 
 def source_facts(source: Source, model: Model) -> dict[str, Any]:
-    """The model: where it lies, what it is, and the digest of its weights."""
+    """The model: where it lies, what it is, the digest of its weights, and what it was made with."""
+    origin = origin_of(model)
+    components, parents = origin.met
     return {
         "name": source.name,
         "kind": source.kind,
@@ -216,6 +219,10 @@ def source_facts(source: Source, model: Model) -> dict[str, Any]:
         "configuration": source.config_identity,
         "train_seed": source.run.seed,
         "checkpoint": model.checkpoint,
+        # an evaluation of these images needs them to say which judges the model has met
+        "pretrained_components": components,
+        "parents": parents,
+        "config": origin.config,
     }
 
 

@@ -249,7 +249,6 @@ class PMFMethod(Method):
         parts = [] if self.config.preconditioner == "none" else [f"{self.config.preconditioner} pre-conditioner"]
         parts += [] if self.config.time_sampler == "plane" else [f"times on the {self.config.time_sampler}"]
         parts += [] if self.config.optimizer == "muon" else [f"optimizer {self.config.optimizer}"]
-        parts += ["perceptual term shares the evaluator's network"] if "embedded" in self.perceptual else []
         return ", ".join(parts) or None
 
     # -- released weights ----------------------------------------------------------------------------------------------
