@@ -5,6 +5,7 @@
   pixlat prepare latents    the moments of every training image's latents, in files that a run
                             reads with data.latents=FOLDER
   pixlat prepare tokenizer  the weights and the facts of an autoencoder that you have trained
+  pixlat prepare judges     the networks that judge emoji32's images, trained from scratch and validated
   pixlat import             a run folder from a file that a method's authors released
   pixlat export             a run's weights as safetensors, its configuration and a model card
 
@@ -18,14 +19,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from pixlat.common.command_line import as_command
 from pixlat.common.config.resolve import resolve, split_overrides
 from pixlat.common.config.schema import RunConfig
-from pixlat.common.errors import UserError
+from pixlat.common.errors import UserError, close_match
 from pixlat.evaluation.command import (
     Syntax,
     action_of,
@@ -64,6 +65,15 @@ class TokenizerKeys:
 
     from_: str | None = None  # the folder of a finished run of method=vae
     to: str | None = None  # the new file of weights; the facts go into a .json file beside it
+
+
+@dataclass
+class JudgesKeys:
+    """The keys of `pixlat prepare judges`."""
+
+    to: str | None = None  # the new folder
+    only: str | None = None  # the id of one judge; none: all of them
+    steps: int | None = None  # steps of the training, for a trial; none: as many as the recipe has
 
 
 @dataclass
@@ -157,6 +167,26 @@ def tokenizer(keys: TokenizerKeys, _: dict[str, str]) -> str:
     )
 
 
+def judges(keys: JudgesKeys, _: dict[str, str]) -> str:
+    """Trains the judges of emoji32, or one of them, and validates them."""
+    folder = Path(*needed(keys, "prepare judges", "to")).expanduser()
+    from pixlat.evaluation.judges.shipped import JUDGES
+
+    if keys.only not in (None, *JUDGES):
+        raise UserError(
+            f"only={keys.only!r} is not a judge.{close_match(str(keys.only), JUDGES)} Judges: {', '.join(JUDGES)}."
+        )
+    if keys.steps is not None and keys.steps < 1:
+        raise UserError(f"steps={keys.steps} is not a number of training steps. Give 1 or more, or leave it out.")
+    from pixlat.evaluation.judges.prepare import prepare
+    from pixlat.evaluation.judges.recipe import RECIPES
+
+    chosen = {name: recipe for name, recipe in RECIPES.items() if keys.only in (None, name)}
+    if keys.steps is not None:
+        chosen = {name: replace(recipe, steps=keys.steps) for name, recipe in chosen.items()}
+    return prepare(folder, chosen)
+
+
 def import_file(keys: ImportKeys, rest: dict[str, str]) -> str:
     """Creates a run folder from a released file, or from a folder that `pixlat export` wrote."""
     given, method = needed(keys, "import", "file", "method")
@@ -185,10 +215,18 @@ def export(keys: ExportKeys, _: dict[str, str]) -> str:
 IMAGES = Syntax(ImagesKeys, {"data": "the data set, as for `pixlat train`"})
 LATENTS = Syntax(LatentsKeys, groups_of_a_run())
 TOKENIZER = Syntax(TokenizerKeys)
+JUDGES = Syntax(JudgesKeys)
 IMPORT = Syntax(ImportKeys, groups_of_a_run("method", "preset"))
 EXPORT = Syntax(ExportKeys)
 SYNTAX = Syntax(
-    actions={"images": IMAGES, "latents": LATENTS, "tokenizer": TOKENIZER, "import": IMPORT, "export": EXPORT}
+    actions={
+        "images": IMAGES,
+        "latents": LATENTS,
+        "tokenizer": TOKENIZER,
+        "judges": JUDGES,
+        "import": IMPORT,
+        "export": EXPORT,
+    }
 )
 
 IMAGES_HELP = """\
@@ -211,6 +249,16 @@ Two files of an autoencoder that you have trained: its weights, and its facts (r
 
   pixlat prepare tokenizer from=runs/my-autoencoder to=autoencoder.safetensors
 """
+JUDGES_HELP = """\
+The judges of emoji32: small networks that no method uses, trained from scratch on classes, art styles and Unicode
+subgroups of the training images, and tested on degraded held-out images. The package contains those that this command
+made; run it to check them or to try another recipe.
+
+  pixlat prepare judges to=judges
+  pixlat prepare judges to=trial only=emoji32-plain-v1 steps=1000
+
+Each judge takes 10 to 20 minutes on one core. The same command again continues an interrupted training.
+"""
 IMPORT_HELP = """\
 A run folder from a file that a method's authors released. `pixlat sample` and `pixlat evaluate` can use it.
 
@@ -229,6 +277,7 @@ ACTIONS: dict[str, tuple[Work, str]] = {
     "images": (images, IMAGES_HELP),
     "latents": (latents, LATENTS_HELP),
     "tokenizer": (tokenizer, TOKENIZER_HELP),
+    "judges": (judges, JUDGES_HELP),
     "import": (import_file, IMPORT_HELP),
     "export": (export, EXPORT_HELP),
 }

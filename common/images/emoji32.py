@@ -54,9 +54,11 @@ class Emoji32:
     images: NDArray[np.uint8]  # (5106, 3, 32, 32)
     labels: NDArray[np.int64]  # (5106,)
     styles: NDArray[np.int64]  # (5106,) into style_names
+    subgroups: NDArray[np.int64]  # (5106,) into subgroup_names
     codes: list[str]  # Unicode code points, hexadecimal, joined by "-"
     class_names: tuple[str, ...]
     style_names: tuple[str, ...]
+    subgroup_names: tuple[str, ...]  # the 97 subgroups of Unicode's list, in alphabetical order
 
     @property
     def concepts(self) -> list[str]:
@@ -81,14 +83,17 @@ def load_emoji32() -> Emoji32:
     index = json.loads(_read("emoji32.json"))
     with Image.open(io.BytesIO(_read("emoji32.webp"))) as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
+    subgroup_names, subgroups = np.unique(index["sub"], return_inverse=True)
     tiles = pixels.reshape(-1, IMAGE_SIZE, index["cols"], IMAGE_SIZE, 3).transpose(0, 2, 4, 1, 3)
     return Emoji32(
         images=np.ascontiguousarray(tiles.reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE)[: index["n"]]),
         labels=np.array(index["labels"], dtype=np.int64),
         styles=np.array(index["source"], dtype=np.int64),
+        subgroups=subgroups.astype(np.int64),
         codes=index["code"],
         class_names=tuple(index["classes"]),
         style_names=tuple(index["sources"]),
+        subgroup_names=tuple(subgroup_names.tolist()),
     )
 
 
