@@ -22,11 +22,12 @@ from pixlat.common.command_line import as_command
 from pixlat.common.config.resolve import one_of, require
 from pixlat.common.errors import UserError
 from pixlat.common.files import write_whole
-from pixlat.evaluation.board.groups import Records, read_records, sections
+from pixlat.evaluation.board.groups import Records, read_records
 from pixlat.evaluation.board.matched import AXES, common_budget, curves_of, matched_table
 from pixlat.evaluation.board.page import to_html
 from pixlat.evaluation.board.published import from_record
 from pixlat.evaluation.board.render import rendered, say_left_out, summary
+from pixlat.evaluation.board.standing import contact_text
 from pixlat.evaluation.board.text import pipe_table, printable, to_latex, to_markdown, to_readme, with_table
 from pixlat.evaluation.command import Syntax, from_flags, help_text, parse, run_command
 from pixlat.evaluation.records.published import PublishedRow, read_published
@@ -60,14 +61,14 @@ SYNTAX = Syntax(Keys)
 
 
 def render(records: Records, published: Sequence[PublishedRow] = ()) -> dict[str, str]:
-    """The contents of leaderboard.md, .csv, .json, .tex and .html, by suffix. CSV and JSON hold the records, unrounded,
-    and nothing else.
+    """The contents of leaderboard.md, .csv, .json, .tex and .html, by suffix. CSV and JSON hold all records, unrounded;
+    the CSV has one more column, the judges that each row has met.
     """
     rows = [*published, *(from_record(row) for row in records.rows if row["kind"] == "published")]
     return {
         "html": to_html(records, rows),
         "md": to_markdown(records, rows),
-        "csv": to_csv(records.rows),
+        "csv": to_csv({**row, "judges_met": contact_text(row)} for row in records.rows),
         "json": json.dumps(records.rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "tex": to_latex(records),
     }
@@ -106,7 +107,7 @@ def matched(runs: Path, axis: str, at: float | None) -> str:
 def _matched(records: Records, axis: str, at: float | None) -> str:
     name = next(key for key in AXES if key == axis)
     blocks = []
-    for section in sections(records.rows):
+    for section in records.sections:
         for group in section.groups:
             if curves := curves_of(group, name, records.curves):
                 table = matched_table(group, name, curves, common_budget(curves) if at is None else at * AXES[name][2])

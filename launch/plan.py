@@ -24,7 +24,7 @@ from pixlat.common.command_line import as_command
 from pixlat.common.config.resolve import one_of, published_score, require, resolve
 from pixlat.common.config.schema import RunConfig
 from pixlat.common.errors import UserError
-from pixlat.evaluation.board.groups import network_name
+from pixlat.evaluation.board.notes import network_name
 from pixlat.evaluation.command import Syntax, help_text, parse, run_command
 from pixlat.launch.hardware import (
     ASSUMED,

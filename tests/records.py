@@ -1,5 +1,6 @@
 """Valid records to vary in tests of records, tables and the page."""
 
+from hashlib import sha256
 from types import SimpleNamespace
 
 from pixlat.evaluation.protocols.identity import embedded_protocol
@@ -51,6 +52,57 @@ def judged_fields(**changes):
     }  # fmt: skip
 
 
+JUDGES = ("plain", "residual", "vit")  # they rank
+RATIOS = ("fd_ratio", "fd_ratio_train", "fd_ratio_heldout", "kid_ratio")
+
+
+def panel_protocol(num_images=1000):
+    """The protocol of three ranking judges and one that is shown only."""
+    several = judges_protocol(num_images)
+    ranking, shown = several["judges"]
+    ranked = [{**ranking, "id": name, "sha256": sha256(name.encode()).hexdigest()} for name in JUDGES]
+    return {**several, "judges": [*ranked, {**shown, "id": "embedded-v1", "sha256": EXTRACTOR.sha256}]}
+
+
+def jackknifed(value, noise, size=0.02, **more):
+    """A metric whose jackknife values are its value plus the noise (20,) times `size`; runs share the noise."""
+    left_out = [value + size * each for each in noise]
+    mean = sum(left_out) / len(left_out)
+    own = (sum((each - mean) ** 2 for each in left_out) * 19 / 20) ** 0.5
+    return metric(value, se=(own**2 + 0.03**2) ** 0.5, se_real=0.03, left_out=left_out, **more)
+
+
+def judged(name, ratio, seed=0, settings=None, method="jit", own=(0.0, 0.1, -0.1, 2.0), copies=0.06, **changes):
+    """A record of embedded-v2 whose judges say ratio + own[i]; `settings` and method decide its configuration."""
+    noise = [((7 * i + seed) % 20 - 9.5) / 10 for i in range(20)]
+    settings = settings or {}
+    digest = sha256(f"{method} {sorted(settings.items())}".encode()).hexdigest()[:12]
+
+    def metrics(value, share=copies):
+        values = {key: jackknifed(value, noise) for key in RATIOS}
+        values["memorisation"] = metric(1.2 - share, se=0.01)
+        values["copies"] = metric(share, se=0.01)
+        return values | {key: metric(0.5) for key in ("is", "precision", "recall", "density", "coverage")}
+
+    def judges(value, share=copies, shifts=own):
+        entries = zip(panel_protocol()["judges"], shifts, strict=True)
+        kept = ("id", "sha256", "ranks")
+        return [{**{key: e[key] for key in kept}, "metrics": metrics(value + shift, share)} for e, shift in entries]
+
+    base = fields(name, 1.0)
+    return record(name, **{
+        "system": {**base["system"], "method": method}, "protocol": panel_protocol(), "metrics": metrics(ratio),
+        "seeds": {"train": seed, "sample": [0]}, "judged_by": list(JUDGES), "judges": judges(ratio), "contact": [],
+        "real": {"metrics": metrics(1.0, 0.05), "judges": judges(1.0, 0.05, (0.0,) * 4)},
+        "config": {"digest": digest, "preset": "demo", "settings": settings}, **changes,
+    })  # fmt: skip
+
+
+def met(judge, role, via=None):
+    """One contact of a row with a judge."""
+    return {"judge": judge, "role": role, "component": "net", "used_at": "train", "via": via}
+
+
 def parent_stage(key, name, method):
     """An earlier run that a record is built on, as its `parents` hold it, but for its cost."""
     return {
@@ -69,7 +121,9 @@ def fields(name="run", fd=100.0, guidance="none", num_images=1000, **changes):
             "loss_space": "v", "sampler": "heun",
         },
         "data": {"name": "toy", "revision": "d", "resolution": 32, "num_classes": 10, "train_images": 4599},
-        "checkpoint": {"sha256": "cd" * 32, "step": 1000, "ema_decay": 0.999, "ema_kind": "0.999"},
+        "checkpoint": {
+            "sha256": sha256(name.encode()).hexdigest(), "step": 1000, "ema_decay": 0.999, "ema_kind": "0.999",
+        },
         "code": {"git_sha": "1234567", "dirty": True, "package_versions": {"torch": "2.14.1", "ruamel.yaml": "0.18"}},
         "seeds": {"train": 3, "sample": [0]},
         "train": {
@@ -77,7 +131,9 @@ def fields(name="run", fd=100.0, guidance="none", num_images=1000, **changes):
             "optimizer": "AdamW", "macs_total": 2 * 10**18,
             "device_seconds": 12.25, "device": "cpu", "images_per_s": 563.2,
         },
-        "pretrained_components": [{"name": "teacher", "role": "loss", "params": 5, "sha256": None, "used_at": "train"}],
+        "pretrained_components": [
+            {"name": "teacher", "role": "loss", "params": 5, "sha256": "0f" * 32, "used_at": "train"},
+        ],
         "sampling": {
             "steps": 50, "nfe_evals": 99, "net_forwards": 187, "guidance": guidance, "guidance_scale": 2.9,
             "interval": [0.1, 1.0], "dtype": "f32",

@@ -114,8 +114,18 @@ def test_points_of_another_protocol_are_not_compared():
 
 def test_one_checkpoint_sampled_in_several_step_counts_is_a_curve():
     compute = record()["compute"]
-    rows = [record(f"s{macs}", 100.0 / macs, compute={**compute, "macs_per_image": macs * 10**9}) for macs in (1, 2, 4)]
-    rows.append(record("guided more", 3.0, sampling={**record()["sampling"], "guidance_scale": 9.0}))
+    sampling, one = record()["sampling"], {"checkpoint": record()["checkpoint"]}
+    rows = [
+        record(
+            f"s{n}",
+            100.0 / n,
+            compute={**compute, "macs_per_image": n * 10**9},
+            sampling={**sampling, "steps": n},
+            **one,
+        )
+        for n in (1, 2, 4)
+    ]
+    rows.append(record("guided more", 3.0, sampling={**sampling, "guidance_scale": 9.0}, **one))
     curves = curves_of(group(rows, "Unguided"), "sampling_macs", {})
     assert sorted([each.cost / 1e9 for each in curve.points] for curve in curves) == [[1, 2, 4], [187]]
 

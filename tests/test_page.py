@@ -145,9 +145,9 @@ def test_large_boards_draw_the_front_and_the_best(monkeypatch):
     rows.append(record("free", 1.0, compute={**compute, "macs_per_image": 0}))
     board = group(rows, "Unguided")
     plot = plot_data(board, columns_of(board), "macs_image")
-    names = [board.ranked[i]["name"] for i in plot["drawn"]]
+    names = [board.ranked[i].row["name"] for i in plot["drawn"]]
     assert plot["of"] == 21 and len(names) == 5
-    assert [board.ranked[i]["name"] for i in plot["front"]] == ["cheap", "r1", "r0"]
+    assert [board.ranked[i].row["name"] for i in plot["front"]] == ["cheap", "r1", "r0"]
     assert set(names) == {"cheap", "r1", "r0", "r2", "r3"}  # the costless one has no place on a logarithmic axis
 
 

@@ -197,7 +197,7 @@ def test_everything_is_drawn_and_nothing_fetched(browser):
         "Guided",
     ]
     assert cells(browser, "run")[:2] == ["beta-none-0", "beta-none-1"]
-    assert cells(browser, "#")[-2:] == ["7", "-"]
+    assert cells(browser, "#")[-2:] == ["6-7", "-"]
     fetched = browser.execute_script(
         "return performance.getEntriesByType('resource').map((e) => e.name).filter((name) => !name.startsWith('data:'))"
     )

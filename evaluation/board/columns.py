@@ -1,4 +1,4 @@
-"""The columns of a table: how to read each quantity from a record, its unit, its format, and which direction is better.
+"""The columns of a table: how to read each quantity from an entry, its unit, its format, and which direction is better.
 
 Imports no torch.
 """
@@ -6,19 +6,25 @@ Imports no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Generic, TypeVar
 
-from pixlat.evaluation.board.groups import PETA, Group, training_macs
-from pixlat.evaluation.records.record import Record
+from pixlat.evaluation.board.entries import Entry, differing, settings_of
+from pixlat.evaluation.board.groups import Group
+from pixlat.evaluation.board.notes import PETA, training_macs
+from pixlat.evaluation.board.standing import contact_text, judge_name
+from pixlat.evaluation.board.styles import ABSENT, METRICS, Better, metric_style
+from pixlat.evaluation.metrics.spread import OF_REAL_IMAGES
 
-ABSENT = "-"
+NOTHING: dict[str, Any] = {"metrics": {}}
 MEGA, GIGA = 1e6, 1e9
+JUDGED = "fd_ratio"  # the metric of which tables show each judge's own value
 SEPARATED = 2.0  # two values differ if their difference is larger than this many of its standard errors
 
-Better = Literal["lower", "higher", None]
 ARROWS: dict[Better, str] = {"lower": " ↓", "higher": " ↑", None: ""}
+Shown = TypeVar("Shown")  # what a line of the table shows: an Entry, or a published row
 
 
 @dataclass(frozen=True)
@@ -31,143 +37,172 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Column:
-    """One quantity of a record."""
+class Column(Generic[Shown]):
+    """One quantity of a line."""
 
     key: str
     label: str
-    read: Callable[[Record], Cell]
+    read: Callable[[Shown], Cell]
     unit: str = ""
     better: Better = None
     essential: bool = False  # whether the README, LaTeX tables and narrow screens show it
     hint: str = ""
+    marked: bool = False  # whether the best cells are marked; never where collapse or copying wins
 
     @property
     def header(self) -> str:
         return self.label + (f" ({self.unit})" if self.unit else "") + ARROWS[self.better]
 
 
-@dataclass(frozen=True)
-class MetricStyle:
-    """How to print a metric. `form` is its format; "" is for a metric without a typical size (0.1 to 10,000)."""
-
-    label: str
-    form: str
-    better: Better
-    scale: float = 1.0
-    essential: bool = False
-    unit: str = ""
-
-    def text(self, value: float, error: float | None = None, sign: str = "") -> str:
-        """The text of a record's value after scaling, with its standard error.
-
-        Without a form, the value has three significant digits or, with an error, as many decimal places as the error
-        with two significant digits. It is never in scientific notation.
-        """
-        value, error = value * self.scale, None if error is None else error * self.scale
-        form, place = self.form, 0
-        if not form:
-            place = last_place(error, 2) if error else last_place(value, 3)
-            form = f",.{max(place, 0)}f"
-            value, error = round(value, place), None if error is None else round(error, place)
-        return f"{value:{sign}{form}}" + ("" if error is None else f" ± {error:{form}}")
+def columns_of(group: Group) -> list[Column[Entry]]:
+    """The columns that are not empty for at least one entry."""
+    columns = [
+        *IDENTITY, *score_columns(group.primary), *standing_columns(group), *setting_columns(group.entries), SEEDS,
+        *COST, *other_metrics(group), *judge_columns(group), *PROVENANCE,
+    ]  # fmt: skip
+    return [column for column in columns if any(column.read(entry).text != ABSENT for entry in group.entries)]
 
 
-def last_place(value: float, digits: int) -> int:
-    """The decimal place of the last of `digits` significant digits. For three digits: 2 for 1.234, -1 for 1234."""
-    return digits - 1 - math.floor(math.log10(abs(value))) if value else 0
+def marks(group: Group, columns: Sequence[Column[Entry]]) -> list[set[int]]:
+    """For each column the places of the entries to mark: trained ones that are ranked.
 
-
-METRICS = {
-    "fid": MetricStyle("FID", ".2f", "lower"),
-    "fd_dinov2": MetricStyle("FD-DINOv2", ".2f", "lower"),
-    "fd_embedded": MetricStyle("fd_embedded", ".2f", "lower"),
-    "rfid": MetricStyle("rFID", ".3f", "lower"),
-    "rfd_embedded": MetricStyle("rfd_embedded", ".2f", "lower"),
-    "sfid": MetricStyle("sFID", ".2f", "lower"),
-    "kid": MetricStyle("KID", "", "lower", scale=1000, unit="x1000"),
-    "mind": MetricStyle("MIND", ".4g", "lower"),
-    "is": MetricStyle("IS", ".1f", "higher", essential=True),
-    "precision": MetricStyle("precision", ".3f", "higher"),
-    "recall": MetricStyle("recall", ".3f", "higher"),
-    "density": MetricStyle("density", ".3f", "higher"),
-    "coverage": MetricStyle("coverage", ".3f", "higher"),
-    "class_accuracy": MetricStyle("class acc.", ".3f", "higher", essential=True),
-    "psnr": MetricStyle("PSNR", ".2f", "higher", essential=True, unit="dB"),
-    "ssim": MetricStyle("SSIM", ".3f", "higher"),
-    "lpips": MetricStyle("LPIPS", ".3f", "lower", essential=True),
-    "perceptual_embedded": MetricStyle("perceptual", ".3f", "lower"),
-}
-OF_REAL_IMAGES = ("fd_floor", "class_accuracy_real")  # equal for all rows of a table, so they stand in its notes
-
-
-def columns_of(group: Group) -> list[Column]:
-    """The columns that are not empty for at least one row."""
-    columns = [*IDENTITY, *score_columns(group.primary), *COST, *other_metrics(group), *PROVENANCE]
-    return [column for column in columns if any(column.read(row).text != ABSENT for row in group.rows)]
-
-
-def score_columns(primary: str) -> list[Column]:
-    """The ranking metric, its bias-corrected value and its spread over seeds."""
-    style = metric_style(primary)
+    In the column that ranks they are those than which no entry is better.
+    """
+    eligible = {i for i, entry in enumerate(group.ranked) if not entry.untrained}
     return [
-        Column(
-            primary,
-            style.label,
-            _metric(primary),
-            style.unit,
-            style.better,
-            True,
-            "ranks the table; ± is one standard error",
-        ),
-        Column(
-            "bias_corrected",
-            "bias-corrected",
-            _metric(primary, "value_bc"),
-            hint="the score for infinitely many images, by the grouped jackknife",
-        ),
-        Column(
-            "sd_seeds",
-            "sd of seeds",
-            _metric(primary, "sd_seeds"),
-            hint="standard deviation of the score over sampling seeds",
-        ),
+        group.leaders
+        if column.key == group.primary
+        else best(
+            [column.read(entry) if i in eligible else Cell() for i, entry in enumerate(group.entries)], column.better
+        )
+        if column.marked
+        else set()
+        for column in columns
     ]
 
 
-def other_metrics(group: Group) -> list[Column]:
-    """Columns of all other metrics of the rows. Metrics without a style come last."""
-    names = {name for row in group.rows for name in row["metrics"]} - {group.primary, *OF_REAL_IMAGES}
-    known = [name for name in METRICS if name in names]
-    return [metric_column(name) for name in [*known, *sorted(names - set(known))]]
+def setting_columns(entries: Sequence[Entry]) -> list[Column[Entry]]:
+    """A column for each setting that differs. It is essential if it tells apart entries of one method and size."""
+    by_method: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        by_method[entry.method].append(entry)
+    telling = {name for same in by_method.values() for name in differing([entry.row for entry in same])}
+    names = [
+        name for name in differing([entry.row for entry in entries]) if name != "sampling seeds" or name in telling
+    ]
+    return [Column(f"setting:{name}", name, _setting(name), essential=name in telling) for name in names]
 
 
-def metric_column(name: str) -> Column:
-    """The column with value and standard error of a metric."""
-    style = metric_style(name)
-    return Column(name, style.label, _metric(name), style.unit, style.better, style.essential)
-
-
-def metric_style(name: str) -> MetricStyle:
-    """The style of a metric. A metric without a style is shown under its own name and without a better direction."""
-    return METRICS.get(name, MetricStyle(name, ".4g", None))
-
-
-def _metric(name: str, field: str = "value") -> Callable[[Record], Cell]:
-    style = metric_style(name)
-
-    def read(row: Record) -> Cell:
-        entry = row["metrics"].get(name, {})
-        if entry.get(field) is None:
-            return Cell()
-        value, error = entry[field], entry.get("se") if field == "value" else None
-        return Cell(style.text(value, error), value * style.scale, None if error is None else error * style.scale)
+def _setting(name: str) -> Callable[[Entry], Cell]:
+    def read(entry: Entry) -> Cell:
+        told = settings_of(entry.row)
+        text = told.get(name, "preset's" if "." in name and "preset" in told else ABSENT)
+        try:
+            return Cell(text, float(text))
+        except ValueError:
+            return _text(text)
 
     return read
 
 
-def _number(section: str, field: str, unit: float = 1.0, form: str = ".4g") -> Callable[[Record], Cell]:
-    return lambda row: number_cell(row.get(section, {}).get(field), unit, form)
+def score_columns(primary: str) -> list[Column[Entry]]:
+    """The ranking metric, its values in each training, its bias-corrected value and its spread over sampling seeds."""
+    style = metric_style(primary)
+    hint = f"{style.hint}; " if style.hint else ""
+    return [
+        Column(
+            primary, style.label, _metric(primary), style.unit, style.better, True,
+            f"{hint}ranks the table; ± is one standard error, over trainings where there are several",
+        ),
+        Column("each_seed", "each training", _each_training(primary), hint="the score of every training seed"),
+        Column(
+            "bias_corrected", "bias-corrected", _metric(primary, "value_bc"),
+            hint="the score for infinitely many images, by the grouped jackknife",
+        ),
+        Column(
+            "sd_seeds", "sd of seeds", _metric(primary, "sd_seeds"),
+            hint="standard deviation of the score over sampling seeds",
+        ),
+    ]  # fmt: skip
+
+
+def _each_training(primary: str) -> Callable[[Entry], Cell]:
+    style = metric_style(primary)
+
+    def read(entry: Entry) -> Cell:
+        values = [row["metrics"][primary]["value"] for row in entry.rows if primary in row["metrics"]]
+        return _text(", ".join(map(style.text, values))) if len(values) > 1 else Cell()
+
+    return read
+
+
+def standing_columns(group: Group) -> list[Column[Entry]]:
+    """The judges that each entry has met, and why it is not ranked."""
+    reasons = {id(entry): reason for entry, reason in group.unranked}
+    return [
+        Column(
+            "contact", "judges met", _contact, essential=True,
+            hint="networks that judge here and took part in training or sampling the row, found by their digests",
+        ),
+        Column(
+            "reason", "not ranked because", lambda entry: _text(reasons.get(id(entry), ABSENT)), essential=True,
+            hint="why the row has no rank",
+        ),
+    ]  # fmt: skip
+
+
+def _contact(entry: Entry) -> Cell:
+    return _text(contact_text(entry.row)) if entry.row.get("protocol") else Cell()
+
+
+def other_metrics(group: Group) -> list[Column[Entry]]:
+    """Columns of all other metrics of the rows. Metrics without a style come last."""
+    names = {name for entry in group.entries for name in entry.row["metrics"]} - {group.primary, *OF_REAL_IMAGES}
+    known = [name for name in METRICS if name in names]
+    return [metric_column(name) for name in [*known, *sorted(names - set(known))]]
+
+
+def metric_column(name: str) -> Column[Entry]:
+    """The column with value and standard error of a metric."""
+    style = metric_style(name)
+    return Column(
+        name, style.label, _metric(name), style.unit, style.better, style.essential, style.hint, style.marked
+    )  # fmt: skip
+
+
+def judge_columns(group: Group) -> list[Column[Entry]]:
+    """The score that each judge gives alone."""
+    ids = dict.fromkeys(judge["id"] for entry in group.entries for judge in entry.row.get("judges", ()))
+    style = metric_style(JUDGED)
+    return [
+        Column(f"judge:{judge}", f"{style.label} of {judge_name(judge)}", _judged(judge), "", "lower", hint=style.hint)
+        for judge in ids
+    ]
+
+
+def _judged(judge: str) -> Callable[[Entry], Cell]:
+    def read(entry: Entry) -> Cell:
+        found = next((each for each in entry.row.get("judges", ()) if each["id"] == judge), NOTHING)
+        return metric_cell(found["metrics"].get(JUDGED, {}), JUDGED)
+
+    return read
+
+
+def _metric(name: str, field: str = "value") -> Callable[[Entry], Cell]:
+    return lambda entry: metric_cell(entry.metric(name), name, field)
+
+
+def metric_cell(found: Mapping[str, Any], name: str, field: str = "value") -> Cell:
+    """The cell of a field of a metric; only the value has an error."""
+    style, value = metric_style(name), found.get(field)
+    if value is None:
+        return Cell()
+    error = found.get("se") if field == "value" else None
+    return Cell(style.text(value, error), value * style.scale, None if error is None else error * style.scale)
+
+
+def _number(section: str, field: str, unit: float = 1.0, form: str = ".4g") -> Callable[[Entry], Cell]:
+    return lambda entry: number_cell(entry.row.get(section, {}).get(field), unit, form)
 
 
 def number_cell(value: float | None, unit: float = 1.0, form: str = ".4g") -> Cell:
@@ -175,44 +210,43 @@ def number_cell(value: float | None, unit: float = 1.0, form: str = ".4g") -> Ce
     return Cell() if value is None else Cell(format(value / unit, form), value / unit)
 
 
-def _nonzero(section: str, field: str, unit: float, form: str) -> Callable[[Record], Cell]:
-    return lambda row: number_cell(row.get(section, {}).get(field) or None, unit, form)
-
-
-def _method(row: Record) -> Cell:
-    return _text(
-        " ".join(part for part in (row["system"]["method"], row["system"]["variant"], row["system"]["size"]) if part)
-    )
+def _nonzero(section: str, field: str, unit: float, form: str) -> Callable[[Entry], Cell]:
+    return lambda entry: number_cell(entry.row.get(section, {}).get(field) or None, unit, form)
 
 
 def _text(text: str) -> Cell:
-    return Cell(text, text)
+    return Cell(text, text) if text not in ("", ABSENT) else Cell()
 
 
-def _borrowed(row: Record) -> Cell:
-    return number_cell(sum(part["params"] for part in row.get("pretrained_components", [])) or None, MEGA, ".2f")
+def _borrowed(entry: Entry) -> Cell:
+    return number_cell(sum(part["params"] for part in entry.row.get("pretrained_components", [])) or None, MEGA, ".2f")
 
 
-def _tried(row: Record) -> Cell:
-    tried = row.get("selection", {}).get("n_configs", 1)
-    return number_cell(tried if tried > 1 else None)
+def _tried(entry: Entry) -> Cell:
+    return number_cell(entry.tried if entry.tried > 1 else None)
 
 
-def _seed(row: Record) -> Cell:
-    return number_cell(row["seeds"]["train"], form=".0f") if "seeds" in row else Cell()
+def _seeds(entry: Entry) -> Cell:
+    seeds = sorted(entry.by_seed)
+    return (
+        Cell(", ".join(map(str, seeds)), float(len(seeds)) if len(seeds) > 1 else float(seeds[0])) if seeds else Cell()
+    )
 
 
-IDENTITY = [
-    Column("run", "run", lambda row: _text(row["name"]), essential=True),
-    Column("method", "method", _method, essential=True),
+def _date(entry: Entry) -> Cell:
+    return _text(max(row.get("created_utc", "") for row in entry.rows)[:10])
+
+
+IDENTITY: list[Column[Entry]] = [
+    Column("run", "run", lambda entry: _text(entry.row["name"]), essential=True),
+    Column("method", "method", lambda entry: _text(entry.method), essential=True),
     Column(
-        "space",
-        "space",
-        lambda row: _text(row["system"]["space"].replace("_", " ")),
+        "space", "space", lambda entry: _text(entry.row["system"]["space"].replace("_", " ")),
         hint="where the model denoises: pixels or latents",
     ),
-]
-COST = [
+]  # fmt: skip
+SEEDS = Column("seed", "training seeds", _seeds, essential=True, hint="trainings of which the row is the mean")
+COST: list[Column[Entry]] = [
     Column(
         "nfe", "NFE", _number("sampling", "nfe_evals"),
         essential=True, hint="executed velocity, score or one-step evaluations per image",
@@ -227,18 +261,19 @@ COST = [
         "decoder", "decoder", _nonzero("params", "decoder", MEGA, ".2f"), "M", hint="parameters from latents to pixels",
     ),
     Column("borrowed", "pre-trained parts", _borrowed, "M", hint="parameters of networks that somebody else trained"),
-    Column("train_macs", "training", lambda row: number_cell(training_macs(row), PETA), "PMACs", essential=True,
-           hint="forward and backward, frozen networks and all stages trained here included"),
-    Column("images_seen", "images seen", lambda row: number_cell(row.get("train", {}).get("images_seen"), form=",.0f")),
+    Column(
+        "train_macs", "training", lambda entry: number_cell(training_macs(entry.row), PETA), "PMACs", essential=True,
+        hint="of one training: forward and backward, frozen networks and all stages trained here included",
+    ),
+    Column("images_seen", "images seen", _number("train", "images_seen", form=",.0f")),
     Column(
         "images_s", "speed", _number("speed", "images_per_s"),
         "images/s", hint="sampling, on one device of the machine of the record",
     ),
 ]  # fmt: skip
-PROVENANCE = [
+PROVENANCE: list[Column[Entry]] = [
     Column("tried", "settings tried", _tried, hint="how many settings the shown one was chosen from"),
-    Column("seed", "seed", _seed),
-    Column("date", "date", lambda row: _text(row["created_utc"][:10])),
+    Column("date", "date", _date),
 ]
 
 

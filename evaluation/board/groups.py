@@ -6,25 +6,32 @@ Each protocol hash has a section. Within it guided and unguided rows have separa
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from pixlat.common.errors import UserError
-from pixlat.evaluation.protocols.identity import protocol_name
+from pixlat.evaluation.board.entries import Entry, entries_of
+from pixlat.evaluation.board.notes import (
+    budget_notes,
+    floor_at,
+    floor_note,
+    identity_notes,
+    judges_note,
+    name_of,
+    uncounted_note,
+)
+from pixlat.evaluation.board.ranks import Ranking, range_text, ranking
+from pixlat.evaluation.board.standing import NOT_KNOWN, contact_text, reason_not_ranked
 from pixlat.evaluation.records.claims import ClaimRecord, read_claims
 from pixlat.evaluation.records.curve import CURVE, CurvePoint, read_curve
 from pixlat.evaluation.records.record import RESULT, Record, read_record
 
 HEADINGS = ("Unguided", "Guided", "Guidance not known", "Reconstruction")
 # the first of these metrics that a table has ranks it; for all of them lower is better
-PRIMARY = ("fid", "fd_dinov2", "fd_embedded", "rfid", "rfd_embedded")
-
-PETA = 1e15
-SAME = 0.01  # costs whose relative difference is smaller count as equal
-
-EMBEDDED_NOTE = "Embedded extractor: compare only inside this project, same hash. Not comparable with Inception FID."
+PRIMARY = ("fid", "fd_dinov2", "fd_ratio", "fd_embedded", "rfid", "rfd_embedded")
+REAL_IMAGES = "held-out real images"
 
 
 @dataclass(frozen=True)
@@ -38,18 +45,51 @@ class Records:
     # the checked claims of papers, with their folders
     claims: list[tuple[ClaimRecord, Path]] = field(default_factory=list)
 
+    @cached_property
+    def sections(self) -> list[Section]:
+        """The tables of the records. Kept, because comparing all pairs of many entries takes time."""
+        return sections(self.rows)
+
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that are ranked together, best first. Rows without the ranking metric come last and have no rank."""
+    """The entries of one table: the ranked ones, best first, then the others, also best first."""
 
     heading: str
     primary: str
-    rows: list[Record]
+    ranked: list[Entry]
+    unranked: list[tuple[Entry, str]]  # with the reason
 
     @cached_property
-    def ranked(self) -> list[Record]:
-        return [row for row in self.rows if self.primary in row["metrics"]]
+    def entries(self) -> list[Entry]:
+        return [*self.ranked, *(entry for entry, _ in self.unranked)]
+
+    @cached_property
+    def ranking(self) -> Ranking:
+        return ranking(self.ranked, self.primary)
+
+    @cached_property
+    def rank_texts(self) -> list[str]:
+        """The range of ranks of every entry, "-" without one."""
+        return [*map(range_text, self.ranking.ranges), *["-"] * len(self.unranked)]
+
+    @cached_property
+    def leaders(self) -> set[int]:
+        """The places of the entries than which no ranked one is better; never of untrained networks."""
+        leading = {i for i, (first, _) in enumerate(self.ranking.ranges) if first == 1}
+        return {i for i in leading if not self.ranked[i].untrained} if len(self.ranked) > 1 else set()
+
+    @cached_property
+    def real(self) -> Entry | None:
+        """Held-out real images in the place of generated ones, as far as the records hold their values."""
+        return next((found for entry in self.entries if (found := real_images(entry.row, self.primary))), None)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the ranks rest on."""
+        unknown = sum(contact_text(entry.row) == NOT_KNOWN for entry in self.ranked)
+        note = f"Of {unknown} of {len(self.ranked)} ranked rows it is not known which judges they have met."
+        return self.ranking.notes + ([note] if unknown else [])
 
 
 @dataclass(frozen=True)
@@ -63,7 +103,7 @@ class Section:
     def name(self) -> str:
         """The protocol's name with its hash."""
         protocol = self.rows[0]["protocol"]
-        return protocol_name(protocol) if protocol else self.protocol_hash or "not evaluated"
+        return name_of(protocol) if protocol else self.protocol_hash or "not evaluated"
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -78,18 +118,19 @@ class Section:
     def notes(self) -> list[str]:
         """Notes for readers who compare rows.
 
-        They say if the extractor is comparable with others, the score of real images, whether rows differ in training
-        cost, and which networks no cost includes.
+        They say what the score means, the score of real images, whether rows differ in training cost, which networks
+        no cost includes, and how records became rows.
         """
         protocol = self.rows[0]["protocol"]
-        embedded = bool(protocol) and not protocol["extractor"]["comparable_with_inception_fid"]
+        hidden = sum(entry.hidden for group in self.groups for entry in group.entries)
         return [
             note
             for note in (
-                EMBEDDED_NOTE if embedded else "",
-                floor_note(self.rows[0]),
+                judges_note(protocol) if protocol else "",
+                floor_note(self.rows[0], primary_of(self.rows)),
                 *budget_notes(self.rows),
                 uncounted_note(self.rows),
+                *identity_notes(self.rows, hidden),
             )
             if note
         ]
@@ -133,14 +174,41 @@ def section(rows: Sequence[Record]) -> Section:
 
 
 def group(rows: Sequence[Record], heading: str) -> Group:
-    """Ranks rows of one protocol. Rows with equal scores are sorted by name."""
-    primary = next((name for name in PRIMARY if any(name in row["metrics"] for row in rows)), "fd_embedded")
+    """Sorts the entries of one protocol's rows by their score, those with equal scores by name.
 
-    def key(row: Record) -> tuple[bool, float, str]:
-        metric = row["metrics"].get(primary)
-        return (metric is None, metric["value"] if metric else 0.0, row["name"])
+    An entry that has met a judge, or that mostly copies training images, is not ranked.
+    """
+    primary = primary_of(rows)
 
-    return Group(heading, primary, sorted(rows, key=key))
+    def key(entry: Entry) -> tuple[bool, float, str]:
+        metric = entry.metric(primary)
+        return not metric, metric.get("value", 0.0), entry.row["name"]
+
+    entries = [(entry, reason_not_ranked(entry, primary)) for entry in sorted(entries_of(rows), key=key)]
+    ranked = [entry for entry, reason in entries if not reason]
+    return Group(heading, primary, ranked, [(entry, reason) for entry, reason in entries if reason])
+
+
+def primary_of(rows: Sequence[Record]) -> str:
+    """The metric that ranks these rows."""
+    return next((name for name in PRIMARY if any(name in row["metrics"] for row in rows)), "fd_embedded")
+
+
+def real_images(row: Record, primary: str) -> Entry | None:
+    """Held-out real images as an entry, from the values that a record holds; None if it holds none.
+
+    Earlier records hold the floor of the distance, which is converted to the number of generated images.
+    """
+    metrics, real, judges = row["metrics"], row.get("real"), []
+    if real is not None:
+        found, judges = real["metrics"], real["judges"]
+    else:
+        floor, ranked = metrics.get("fd_floor"), metrics.get(primary)
+        found = {"class_accuracy": metrics["class_accuracy_real"]} if "class_accuracy_real" in metrics else {}
+        if floor and ranked and floor.get("value_bc") is not None:
+            found |= {primary: {**floor, "value": floor_at(floor, ranked["n"]), "n": ranked["n"]}}
+    system = {"method": "", "variant": None, "size": None, "space": "", "sampler": None}
+    return Entry(({"name": REAL_IMAGES, "system": system, "metrics": found, "judges": judges},)) if found else None
 
 
 def heading_of(row: Record) -> str:
@@ -150,94 +218,3 @@ def heading_of(row: Record) -> str:
     if "sampling" not in row:
         return "Guidance not known"
     return "Unguided" if row["sampling"]["guidance"] == "none" else "Guided"
-
-
-def training_macs(row: Record) -> int | None:
-    """The MACs of training, including earlier stages; None if a part of them is not known."""
-    parts = [row.get("train", {}).get("macs_total"), *(parent.get("macs_total") for parent in row.get("parents", []))]
-    return None if None in parts else sum(parts)
-
-
-def budget_notes(rows: Sequence[Record]) -> list[str]:
-    """Notes about trained rows that differ in cost (including earlier stages) or in the number of images seen."""
-    trained = [row for row in rows if row.get("train", {}).get("images_seen")]
-    costs = [cost for row in trained if (cost := training_macs(row)) is not None]
-    images = sorted({row["train"]["images_seen"] for row in trained})
-    notes = []
-    if costs and max(costs) > (1 + SAME) * min(costs):
-        notes.append(
-            f"Not one cost: training took from {min(costs) / PETA:.4g} to {max(costs) / PETA:.4g} PMACs, "
-            "earlier stages included."
-        )
-    if len(costs) < len(trained):
-        notes.append(f"Of {len(trained) - len(costs)} of {len(trained)} trained rows the whole cost is not known.")
-    if len(images) > 1:
-        notes.append(f"Not one budget of images: training saw from {images[0]:,} to {images[-1]:,}.")
-    return notes
-
-
-def uncounted_note(rows: Sequence[Record]) -> str:
-    """A note that names the networks whose training no row's cost includes, because others trained them."""
-    users: dict[str, list[str]] = defaultdict(list)
-    for row in rows:
-        for name in uncounted_parts(row):
-            users[name].append(row["system"]["method"])
-    if not users:
-        return ""
-    parts = [f"{name} ({', '.join(sorted(set(methods)))})" for name, methods in sorted(users.items())]
-    return (
-        "Training costs hold every stage that was trained here. Not counted, "
-        f"because others trained them: {'; '.join(parts)}."
-    )
-
-
-def uncounted_parts(row: Record) -> list[str]:
-    """The networks of a row and of its earlier stages that were not trained here."""
-    parents = row.get("parents", [])
-    ours = {parent["checkpoint_sha256"] for parent in parents}
-    parts = [
-        *row.get("pretrained_components", []),
-        *(part for parent in parents for part in parent.get("pretrained_components", [])),
-    ]
-    return sorted(
-        {
-            network_name(part["name"], part["role"])
-            for part in parts
-            if part["sha256"] is None or part["sha256"] not in ours
-        }
-    )
-
-
-def network_name(component: str, role: str) -> str:
-    """The usual name of a network.
-
-    Records call EfficientNet-Lite0 `embedded`, and also the autoencoder in the package, whose role is tokenizer.
-    """
-    return (
-        "EfficientNet-Lite0 on ImageNet"
-        if component in ("embedded", "EmbeddedDistance") and role != "tokenizer"
-        else component
-    )
-
-
-def floor_note(row: Record) -> str:
-    """A note with the distance of held-out real images, also converted to the number of generated images."""
-    floor, primary = row["metrics"].get("fd_floor"), next((name for name in PRIMARY if name in row["metrics"]), None)
-    if not floor or not primary:
-        return ""
-    weighted = round(floor.get("n_eff", floor["n"]))
-    among = f" (their classes weighted alike, which makes them worth {weighted})" if weighted != floor["n"] else ""
-    note = f"Floor: {floor['n']} held-out real images{among} in the place of generated ones reach {floor['value']:.2f}"
-    if floor.get("value_bc") is not None and floor.get("se") is not None:
-        n = row["metrics"][primary]["n"]
-        note += (
-            f" (bias-corrected {floor['value_bc']:.2f} ± {floor['se']:.2f}), "
-            f"which makes {floor_at(floor, n):.2f} for {n} images"
-        )
-    real = row["metrics"].get("class_accuracy_real")
-    return note + (f". Class accuracy of held-out real images: {real['value']:.3f}." if real else ".")
-
-
-def floor_at(floor: Mapping[str, float], n: int) -> float:
-    """The floor for n images by FD(n) = FD(inf) + c / n. Reweighted images count with their effective number."""
-    return floor["value_bc"] + (floor["value"] - floor["value_bc"]) * floor.get("n_eff", floor["n"]) / n

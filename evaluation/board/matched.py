@@ -14,12 +14,16 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pixlat.evaluation.board.columns import ABSENT, GIGA, PETA, MetricStyle, metric_style
-from pixlat.evaluation.board.groups import SAME, Group, training_macs
+from pixlat.evaluation.board.columns import GIGA
+from pixlat.evaluation.board.groups import Group
+from pixlat.evaluation.board.notes import PETA, SAME, training_macs
+from pixlat.evaluation.board.ranks import range_text, ranges_of
+from pixlat.evaluation.board.styles import ABSENT, MetricStyle, TextTable, metric_style
+from pixlat.evaluation.metrics.student import NORMAL_QUANTILE
 from pixlat.evaluation.records.curve import CurvePoint
 from pixlat.evaluation.records.record import Record
 
@@ -46,19 +50,10 @@ class Curve:
 
     name: str
     points: Sequence[Point]
+    reason: str = ""  # why the run is not ranked; empty if it is
 
 
-@dataclass(frozen=True)
-class MatchedTable:
-    """The texts of a table that compares runs at one cost."""
-
-    title: str
-    note: str
-    headers: list[str]
-    cells: list[list[str]]
-
-
-def matched_tables(group: Group, measured: Mapping[str, Sequence[CurvePoint]]) -> list[MatchedTable]:
+def matched_tables(group: Group, measured: Mapping[str, Sequence[CurvePoint]]) -> list[TextTable]:
     """One table for each kind of cost for which at least two runs can be compared."""
     tables = []
     for axis in AXES:
@@ -69,23 +64,26 @@ def matched_tables(group: Group, measured: Mapping[str, Sequence[CurvePoint]]) -
     return tables
 
 
-def matched_table(group: Group, axis: Axis, curves: Sequence[Curve], budget: float | None) -> MatchedTable:
-    """Ranks runs by their score at a cost. Runs without a score at this cost follow with the reason.
+def matched_table(group: Group, axis: Axis, curves: Sequence[Curve], budget: float | None) -> TextTable:
+    """Ranks runs by their score at a cost, as ranges by their two errors. Runs without a score there or without a rank
+    follow with the reason.
 
     budget: the cost; None: the table lists the final points only.
     """
     title, unit, size = AXES[axis]
     scores = [(curve, at(curve, budget)) for curve in curves]
-    scores.sort(key=lambda pair: (pair[1] is None, pair[1].value if pair[1] else pair[0].points[-1].value))
+    scores.sort(key=lambda pair: (pair[1] is None, pair[0].reason != "", (pair[1] or pair[0].points[-1]).value))
     style = metric_style(group.primary)
+    ranked = [score for curve, score in scores if score and not curve.reason]
+    ranges = [range_text(each) for each in point_ranges(ranked)]
     cells = []
-    for rank, (curve, score) in enumerate(scores, start=1):
+    for i, (curve, score) in enumerate(scores):
         end = curve.points[-1]
         result = [
-            str(rank) if score else ABSENT,
+            ranges[i] if i < len(ranges) else ABSENT,
             curve.name,
             _plus_minus(score, style),
-            _how(curve, score, budget, size),
+            _how(curve, score, budget, size) + (f"; not ranked: {curve.reason}" if curve.reason else ""),
         ]
         cells.append([*result, _plus_minus(end, style), f"{end.cost / size:.4g}"])
     if budget is None:
@@ -93,9 +91,18 @@ def matched_table(group: Group, axis: Axis, curves: Sequence[Curve], budget: flo
     else:
         note = f"At {budget / size:.4g} {unit}. Interpolated in the logarithm of the cost, never beyond a run's points."
     label = metric_style(group.primary).label
-    return MatchedTable(
-        f"At {title}", note, ["rank", "run", f"{label} ↓", "how", "at its end ↓", f"{unit} in all"], cells
-    )
+    return TextTable(f"At {title}", note, ["rank", "run", f"{label} ↓", "how", "at its end ↓", f"{unit} in all"], cells)
+
+
+def point_ranges(points: Sequence[Point]) -> list[tuple[int, int]]:
+    """The ranges of ranks of scores from their two errors at 95 %."""
+    margins = [NORMAL_QUANTILE * (point.error or 0.0) for point in points]
+
+    def sign(i: int, j: int) -> float:
+        gap = points[i].value - points[j].value
+        return gap if abs(gap) > math.hypot(margins[i], margins[j]) else 0.0
+
+    return ranges_of([point.value for point in points], margins, sign)
 
 
 def _plus_minus(point: Point | None, style: MetricStyle) -> str:
@@ -156,8 +163,17 @@ def curves_of(group: Group, axis: Axis, measured: Mapping[str, Sequence[CurvePoi
     """The curves of a group's runs over a kind of cost. A run whose cost is zero or unknown has none."""
     if axis == "sampling_macs":
         return sampling_curves(group)
-    curves = (training_curve(row, group.primary, axis, measured.get(row["row_id"], ())) for row in group.ranked)
+    curves = (
+        replace(training_curve(row, group.primary, axis, measured.get(row["row_id"], ())), reason=reason)
+        for row, reason in scored_runs(group)
+    )
     return [curve for curve in curves if curve.points]
+
+
+def scored_runs(group: Group) -> Iterator[tuple[Record, str]]:
+    """Every run with a score, and why it is not ranked."""
+    for entry, reason in [*((entry, "") for entry in group.ranked), *group.unranked]:
+        yield from ((row, reason) for row in entry.rows if group.primary in row["metrics"])
 
 
 def training_curve(row: Record, metric: str, axis: Axis, measured: Sequence[CurvePoint]) -> Curve:
@@ -178,8 +194,8 @@ def training_curve(row: Record, metric: str, axis: Axis, measured: Sequence[Curv
 
 def sampling_curves(group: Group) -> list[Curve]:
     """One curve for all records that differ only in their number of sampling steps."""
-    families: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
-    for row in group.ranked:
+    families: dict[tuple[Any, ...], list[tuple[Record, str]]] = defaultdict(list)
+    for row, reason in scored_runs(group):
         if not {"sampling", "checkpoint", "compute", "seeds"} <= row.keys():
             continue
         sampling = row["sampling"]
@@ -188,14 +204,18 @@ def sampling_curves(group: Group) -> list[Curve]:
             sampling["guidance_scale"],
             str(sampling["interval"]),
             row["system"]["sampler"],
+            row["checkpoint"]["ema_kind"],
             str(row["seeds"]["sample"]),
         )
-        families[row["checkpoint"]["sha256"] or row["row_id"], *settings].append(row)
+        families[row["checkpoint"]["sha256"] or row["row_id"], *settings].append((row, reason))
     curves = (
-        _curve(rows[0]["name"], [(row["compute"]["macs_per_image"], row["metrics"][group.primary]) for row in rows])
-        for rows in families.values()
+        replace(_sampled([row for row, _ in runs], group.primary), reason=runs[0][1]) for runs in families.values()
     )
     return [curve for curve in curves if curve.points]
+
+
+def _sampled(rows: Sequence[Record], metric: str) -> Curve:
+    return _curve(rows[0]["name"], [(row["compute"]["macs_per_image"], row["metrics"][metric]) for row in rows])
 
 
 def _curve(name: str, points: Sequence[tuple[float, Mapping[str, Any]]]) -> Curve:

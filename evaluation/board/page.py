@@ -19,10 +19,13 @@ from typing import Any
 
 from pixlat.common.errors import UserError
 from pixlat.evaluation.board.attachments import attachment, grid_of, grid_uri, losses_of
-from pixlat.evaluation.board.columns import ABSENT, Cell, Column, best, columns_of, metric_style
-from pixlat.evaluation.board.groups import Group, Records, Section, floor_at, sections
+from pixlat.evaluation.board.columns import Cell, Column, Shown, columns_of, marks
+from pixlat.evaluation.board.entries import Entry
+from pixlat.evaluation.board.groups import Group, Records, Section
+from pixlat.evaluation.board.judges import judge_tables
 from pixlat.evaluation.board.matched import curves_of, matched_tables
 from pixlat.evaluation.board.published import PUBLISHED_NOTE, published_columns, published_tables
+from pixlat.evaluation.board.styles import ABSENT, metric_style
 from pixlat.evaluation.board.text import BEST_NOTE
 from pixlat.evaluation.records.claims import PICTURE_FILE, ClaimRecord
 from pixlat.evaluation.records.curve import CurvePoint
@@ -67,7 +70,7 @@ def _sha256(script: str) -> str:
 def page_data(records: Records, published: Sequence[PublishedRow]) -> dict[str, Any]:
     """All data of the page."""
     left_out = list(records.left_out)
-    all_sections = sections(records.rows)
+    all_sections = records.sections
     return {
         "rows": sum(len(section.rows) for section in all_sections),
         "bestNote": BEST_NOTE,
@@ -107,9 +110,12 @@ def group_data(group: Group, records: Records, left_out: list[str]) -> dict[str,
         "score": metric_style(group.primary).label,
         "scoreColumn": group.primary,
         "table": ranked_table(group, columns),
-        "methods": [row["system"]["method"] for row in group.rows],
-        "floor": _floor(group),
+        "notes": group.notes,
+        "methods": [entry.row["system"]["method"] for entry in group.entries],
+        "ranked": len(group.ranked),
+        "floor": group.real.metric(group.primary).get("value") if group.real else None,
         "plots": [plot for key in COSTS if (plot := plot_data(group, columns, key))],
+        "judges": [vars(table) for table in judge_tables(group)],
         "matched": [vars(table) for table in matched_tables(group, records.curves)],
         "scores": score_curves(group, records.curves),
         "losses": loss_curves(group, records.folders, left_out),
@@ -119,37 +125,35 @@ def group_data(group: Group, records: Records, left_out: list[str]) -> dict[str,
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def ranked_table(group: Group, columns: Sequence[Column]) -> dict[str, Any]:
-    """A table whose first column is the rank."""
-    table = table_data(columns, group.rows, [column.better for column in columns])
-    rank = Column("rank", "", lambda row: Cell(), essential=True, hint="rank")
+def ranked_table(group: Group, columns: Sequence[Column[Entry]]) -> dict[str, Any]:
+    """A table whose first column is the range of ranks, and whose foot is the line of held-out real images."""
+    rank: Column[Entry] = Column("rank", "", lambda entry: Cell(), essential=True, hint="range of ranks")
+    table = table_data(columns, group.entries)
     table["columns"].insert(0, column_data(rank))
-    table["best"].insert(0, [])
-    for number, cells in enumerate(table["rows"], start=1):
-        cells.insert(0, [str(number), number] if number <= len(group.ranked) else [ABSENT])
+    table["best"] = [[], *(sorted(chosen) for chosen in marks(group, columns))]
+    for place, (cells, text) in enumerate(zip(table["rows"], group.rank_texts, strict=True)):
+        cells.insert(0, [text, place] if place < len(group.ranked) else [ABSENT])
+    if group.real:
+        table["foot"] = ["", *(column.read(group.real).text for column in columns)]
     return table
 
 
 def published_table(rows: Sequence[PublishedRow]) -> dict[str, Any]:
     """A table without ranks and without best values."""
-    columns = published_columns(rows)
-    return table_data(columns, rows, [None] * len(columns))
+    return table_data(published_columns(rows), rows)
 
 
-def table_data(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], marked: Sequence[Any]) -> dict[str, Any]:
-    """A table's columns, its rows of cells [text, value, standard error], and for each column the rows to mark as best.
-
-    marked: for each column which direction is better; None marks no row.
-    """
-    cells = [[column.read(dict(row)) for row in rows] for column in columns]
+def table_data(columns: Sequence[Column[Shown]], lines: Sequence[Shown]) -> dict[str, Any]:
+    """A table's columns, its rows of cells [text, value, standard error], and no marked row in any column."""
+    cells = [[column.read(line) for line in lines] for column in columns]
     return {
         "columns": [column_data(column) for column in columns],
         "rows": [[cell_data(cell) for cell in line] for line in zip(*cells, strict=True)] if columns else [],
-        "best": [sorted(best(line, better)) for line, better in zip(cells, marked, strict=True)],
+        "best": [[] for _ in columns],
     }
 
 
-def column_data(column: Column) -> dict[str, Any]:
+def column_data(column: Column[Any]) -> dict[str, Any]:
     """The data of a column's header."""
     return {name: getattr(column, name) for name in ("key", "label", "unit", "better", "essential", "hint")}
 
@@ -163,19 +167,22 @@ def cell_data(cell: Cell) -> list[Any]:
 # -- plots -------------------------------------------------------------------------------------------------------------
 
 
-def plot_data(group: Group, columns: Sequence[Column], key: str) -> dict[str, Any] | None:
-    """The plot of quality against one cost: the rows to draw and those on the Pareto front.
+def plot_data(group: Group, columns: Sequence[Column[Entry]], key: str) -> dict[str, Any] | None:
+    """The plot of quality against one cost: the rows to draw and those on the Pareto front, which are ranked.
 
     None if fewer than two rows have a positive cost and score.
     """
     column = next((column for column in columns if column.key == key), None)
     if column is None:
         return None
-    points = [(i, column.read(row).value, row["metrics"][group.primary]["value"]) for i, row in enumerate(group.ranked)]
+    points = [
+        (i, column.read(entry).value, entry.metric(group.primary).get("value", 0.0))
+        for i, entry in enumerate(group.entries)
+    ]
     positive = [
         (i, float(cost), score) for i, cost, score in points if isinstance(cost, float | int) and cost > 0 and score > 0
     ]
-    front = pareto_front(positive)
+    front = pareto_front([point for point in positive if point[0] < len(group.ranked)])
     drawn = list(dict.fromkeys([*front, *(i for i, _, _ in positive)]))[:DRAWN]
     return {"column": key, "front": front, "drawn": sorted(drawn), "of": len(positive)} if len(positive) > 1 else None
 
@@ -188,15 +195,6 @@ def pareto_front(points: Sequence[tuple[int, float, float]]) -> list[int]:
             front.append(index)
             lowest = score
     return front
-
-
-def _floor(group: Group) -> float | None:
-    """The floor of the ranking distance for the number of images of these rows; None if it has no floor."""
-    for row in group.ranked[:1]:
-        floor = row["metrics"].get("fd_floor")
-        if floor and floor.get("value_bc") is not None:
-            return floor_at(floor, row["metrics"][group.primary]["n"])
-    return None
 
 
 def score_curves(group: Group, measured: Mapping[str, Sequence[CurvePoint]]) -> list[dict[str, Any]]:
@@ -216,7 +214,7 @@ def score_curves(group: Group, measured: Mapping[str, Sequence[CurvePoint]]) -> 
 def loss_curves(group: Group, folders: Mapping[str, Path], left_out: list[str]) -> list[dict[str, Any]]:
     """The losses of the best runs over the images seen."""
     lines = []
-    for row in group.rows[:CURVES]:
+    for row in [row for entry in group.entries for row in entry.rows][:CURVES]:
         try:
             curves = losses_of(row, folders[row["row_id"]]) if row["row_id"] in folders else {}
         except UserError as error:
@@ -235,9 +233,10 @@ def loss_curves(group: Group, folders: Mapping[str, Path], left_out: list[str]) 
 def grids_data(parts: Sequence[Section], folders: Mapping[str, Path], left_out: list[str]) -> list[dict[str, Any]]:
     """For each data set, the sample grid of the best run of each method. All use the same noise and labels."""
     by_data: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
-    pairs = [(group, row) for section in parts for group in section.groups for row in group.rows]
-    for group, row in pairs:
-        data, label = row["data"], f"{_method(row)}, {group.heading.lower()}"
+    pairs = [(group, entry) for section in parts for group in section.groups for entry in group.entries]
+    for group, entry in pairs:
+        row = entry.rows[0]
+        data, label = row["data"], f"{entry.method}, {group.heading.lower()}"
         figures = by_data.setdefault((data["name"], data["revision"], data["resolution"]), {})
         if label in figures or len(figures) >= GRIDS or row["row_id"] not in folders:
             continue
@@ -284,7 +283,3 @@ def figure_data(row: Record, group: Group, label: str, grid: tuple[str, int, int
     style, metric = metric_style(group.primary), row["metrics"].get(group.primary)
     score = f"{style.label} {style.text(metric['value'])}" if metric else ""
     return {"src": uri, "width": width, "height": height, "method": label, "run": row["name"], "score": score}
-
-
-def _method(row: Record) -> str:
-    return " ".join(part for part in (row["system"]["method"], row["system"]["variant"], row["system"]["size"]) if part)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from pixlat.evaluation.board.columns import ABSENT, Cell, Column
+from pixlat.evaluation.board.columns import Cell, Column
+from pixlat.evaluation.board.styles import ABSENT
 from pixlat.evaluation.records.published import PublishedRow
 from pixlat.evaluation.records.record import Record
 
@@ -40,7 +41,7 @@ def published_tables(rows: Sequence[PublishedRow]) -> list[tuple[str, list[Publi
     return [(resolution, [row for row in rows if row["resolution"] == resolution]) for resolution in resolutions]
 
 
-def published_columns(rows: Sequence[PublishedRow]) -> list[Column]:
+def published_columns(rows: Sequence[PublishedRow]) -> list[Column[PublishedRow]]:
     """The columns that are not empty for at least one row."""
     return [column for column in COLUMNS if any(column.read(row).text != ABSENT for row in rows)]
 
@@ -69,7 +70,7 @@ def _macs(row: PublishedRow) -> Cell:
     )
 
 
-COLUMNS = [
+COLUMNS: list[Column[PublishedRow]] = [
     Column("system", "system", _field("system"), essential=True),
     Column("space", "space", _field("space")),
     Column("epochs", "epochs", _field("epochs")),

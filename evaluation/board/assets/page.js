@@ -40,7 +40,7 @@ function whenSeen(node, draw) {
 
 // -- tables ---------------------------------------------------------------------------------------------------------------------
 
-const LONG = new Set(["note", "evaluator", "guidance", "source", "table"]);
+const LONG = new Set(["note", "evaluator", "guidance", "source", "table", "contact", "reason"]);
 const NAMES = new Set(["run", "system"]);
 
 function headerOf(column) {
@@ -80,9 +80,14 @@ function classOf(column, rows, index) {
   return rows.some((row) => typeof row[index][1] === "number") ? "number" : "text";
 }
 
+/** The line of held-out real images. It stands in the table's foot, where no order and no filter moves it. */
+function footOf(columns, rows, foot) {
+  return foot && element("tfoot", {}, element("tr", {}, ...foot.map((text, index) => element("td", { class: classOf(columns[index], rows, index) }, text === "-" ? "" : text))));
+}
+
 /** A sortable, filterable table; `redraw` is called with the row numbers that pass the filter. */
-function sortableTable({ columns, rows, best }, caption, pageRows, redraw = () => {}) {
-  const node = element("table", { "aria-label": caption });
+function sortableTable({ columns, rows, best, foot }, caption, pageRows, redraw = () => {}) {
+  const node = element("table", { "aria-label": caption }, footOf(columns, rows, foot));
   const marks = best.map((chosen) => new Set(chosen));
   const place = element("div", {}, node);
   whenAttached.push(() => {
@@ -152,7 +157,7 @@ function pointsOf(group, plot) {
   return plot.drawn.map((row) => {
     const [x, [, y, error]] = [group.table.rows[row][cost][1], group.table.rows[row][score]];
     const low = Math.max(y - (error || 0), y / 10); // a logarithmic axis has no zero
-    return { row, x, y, low, high: y + (error || 0), method: group.methods[row], space: places[row], text: details(group, row) };
+    return { row, x, y, low, high: y + (error || 0), method: group.methods[row], space: places[row], ranked: row < group.ranked, text: details(group, row) };
   });
 }
 
@@ -199,7 +204,7 @@ function scatter(group, plot, matching) {
       group.floor ? Plot.text([floorText], { y: floor[0], frameAnchor: floor.length ? "right" : "bottom-right", dy: -7, fill: "currentColor", fillOpacity: 0.65 }) : null,
       Plot.line(front, { x: "x", y: "y", curve: "step-after", stroke: "currentColor", strokeOpacity: 0.35, strokeWidth: 1.5 }),
       Plot.ruleX(points, { x: "x", y1: "low", y2: "high", stroke: (point) => colour(point.method), strokeOpacity: shown }),
-      Plot.dot(points, { x: "x", y: "y", r: 4.5, symbol: (point) => symbol(point.space), fill: (point) => colour(point.method), fillOpacity: shown, stroke: "var(--card)", strokeWidth: 0.8 }),
+      Plot.dot(points, { x: "x", y: "y", r: 4.5, symbol: (point) => symbol(point.space), fill: (point) => (point.ranked ? colour(point.method) : "var(--card)"), fillOpacity: shown, stroke: (point) => (point.ranked ? "var(--card)" : colour(point.method)), strokeOpacity: shown, strokeWidth: (point) => (point.ranked ? 0.8 : 1.6) }),
       Plot.tip(points, Plot.pointer({ x: "x", y: "y", title: "text", fill: "var(--card)", stroke: "var(--faint)", lineHeight: 1.3, maxRadius: 30 })),
     ],
     symbol: { range: SYMBOLS },
@@ -255,7 +260,8 @@ function legend(group) {
     "ul", { class: "legend" },
     ...usedMethods.map((method) => element("li", {}, swatch("circle", colour(method)), method)),
     ...usedSpaces.filter(Boolean).map((space) => element("li", {}, swatch(symbol(space), "currentColor"), space)),
-    element("li", {}, "— Pareto front: no run is both better and cheaper"),
+    element("li", {}, "— Pareto front: no ranked run is both better and cheaper"),
+    group.ranked < group.methods.length ? element("li", {}, "hollow: not ranked") : null,
   );
 }
 
@@ -273,12 +279,19 @@ function groupPart(section, group) {
   return [
     element("h3", {}, group.heading),
     table,
+    ...group.notes.map((note) => element("p", { class: "note" }, note)),
+    ...judgesPart(group, caption),
     figures.length ? element("div", { class: "plots" }, ...figures.map((each) => each.node)) : null,
     figures.length ? legend(group) : null,
     cut ? element("p", { class: "note" }, `Drawn: the ${cut.drawn.length} best of ${cut.of} rows, and the whole Pareto front.`) : null,
     ...group.matched.map((each) => folded(each.title, element("p", { class: "note" }, each.note), plainTable(each, `${caption}, ${each.title}`))),
     trainingPart(group),
   ];
+}
+
+/** What each judge says alone, and how far judges agree. */
+function judgesPart(group, caption) {
+  return group.judges.flatMap((each) => [element("h4", {}, each.title), element("p", { class: "note" }, each.note), plainTable(each, `${caption}, ${each.title}`, [0])]);
 }
 
 function trainingPart(group) {
