@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pixlat.common.cache import features_folder
 from pixlat.common.command_line import as_command
 from pixlat.common.config.resolve import one_of, require
 from pixlat.common.config.schema import DataConfig
@@ -33,7 +34,8 @@ from pixlat.common.errors import UserError
 from pixlat.evaluation.command import Syntax, help_text, lines_of, parse, run_command
 from pixlat.evaluation.protocols.identity import protocol_name
 from pixlat.evaluation.protocols.named import EMBEDDED, PROTOCOLS, RECONSTRUCTIONS, check_request
-from pixlat.evaluation.records.record import Record
+from pixlat.evaluation.records.record import RESULT, Record
+from pixlat.evaluation.records.selection import EVALUATIONS, recorded
 from pixlat.evaluation.score.outcome import SPACES, UNKNOWN, keep, record_of_images, record_of_model, table
 from pixlat.evaluation.score.sample_facts import SampleFacts, facts_of
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     import torch
 
     from pixlat.evaluation.score.assess import Request
+    from pixlat.evaluation.score.models import Model
 
 GROUPS = {
     "sample": "the method's sampler, as for `pixlat train`",
@@ -183,8 +186,7 @@ def make_request(keys: Keys, device: torch.device) -> Request:
     """The command's settings for evaluation/score/assess.py."""
     from pixlat.evaluation.score.assess import Request
 
-    # for a run, the cache is the same folder as in its training
-    cache = (Path(keys.run).expanduser().parent if keys.run else Path(keys.out)) / ".references"
+    cache = features_folder(Path(keys.run).expanduser().parent if keys.run else Path(keys.out))
     shared = (keys.labels, keys.uint8, keys.precision, keys.weights, keys.reference)
     return Request(keys.protocol, keys.num_images, tuple(keys.seeds), keys.batch, *shared, cache, device)
 
@@ -201,7 +203,14 @@ def model_record(keys: Keys, folder: str | None, rest: dict[str, str], request: 
         model = load_released(
             Path(str(keys.checkpoint)).expanduser(), str(keys.method), str(keys.preset), settings, request.device
         )
-    return record_of_model(model, assess_model(model, request), request)
+    return record_of_model(model, assess_model(model, request), request, earlier=earlier_records(keys, folder, model))
+
+
+def earlier_records(keys: Keys, folder: str | None, model: Model) -> list[Record]:
+    """The records of the same run, or of the same released file, that `save` and the training wrote."""
+    if folder is not None:
+        return recorded(Path(folder).expanduser())
+    return recorded(Path(keys.out) / model.name, (f"*/{RESULT}",))
 
 
 def sampling_keys(precision: str | None, uint8: str | None) -> dict[str, str]:
@@ -245,7 +254,7 @@ def as_made(request: Request, facts: SampleFacts, keys: Keys) -> Request:
 
 def save(keys: Keys, rest: dict[str, str], record: Record, folder: str | None) -> str:
     """Writes one record and returns its table."""
-    parent = Path(keys.out) / record["name"] if folder is None else Path(folder).expanduser() / "evaluations"
+    parent = Path(keys.out) / record["name"] if folder is None else Path(folder).expanduser() / EVALUATIONS
     settings = {**rest, "ema": keys.ema, "seeds": keys.seeds, "n": keys.num_images}
     path = keep(record, parent, settings)
     return f"{record['name']}: {protocol_name(record['protocol'])}\n{table(record)}\n{path}"

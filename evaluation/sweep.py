@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pixlat.common.cache import features_folder
 from pixlat.common.command_line import as_command
 from pixlat.common.config.resolve import split_overrides, sweep
 from pixlat.common.errors import UserError
@@ -23,6 +24,7 @@ from pixlat.common.files import write_whole
 from pixlat.evaluation.command import Syntax, help_text, parse, run_command
 from pixlat.evaluation.protocols.identity import protocol_name
 from pixlat.evaluation.protocols.named import EMBEDDED, check_request
+from pixlat.evaluation.records.selection import EVALUATIONS
 from pixlat.evaluation.run import sampling_keys
 from pixlat.evaluation.score.outcome import keep, record_of_model, table
 
@@ -91,7 +93,7 @@ def work(arguments: Sequence[str]) -> str:
     if not state.is_main_process:
         return ""
     path = keep(
-        record, folder / "evaluations", {**settings[best], "swept": lists, "seeds": keys.seeds, "tries": keys.tries}
+        record, folder / EVALUATIONS, {**settings[best], "swept": lists, "seeds": keys.seeds, "tries": keys.tries}
     )
     tried = [{"setting": setting, "score": score} for setting, score in zip(settings, scores, strict=True)]
     write_whole(path.with_name("sweep.json"), json.dumps({"selection": selection, "tries": tried}, indent=1) + "\n")
@@ -128,7 +130,7 @@ def make_request(keys: Keys, folder: Path, device: Any, num_images: int | None, 
     """The command's settings for evaluation/score/assess.py."""
     from pixlat.evaluation.score.assess import Request
 
-    cache = folder.parent / ".references"
+    cache = features_folder(folder.parent)
     return Request(
         keys.protocol,
         num_images,

@@ -6,12 +6,20 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pixlat import methods
 from pixlat.common.config.explain import describe
-from pixlat.common.config.identity import LATER_KEYS, chosen_settings, differences, identity, run_folder
+from pixlat.common.config.identity import (
+    LATER_KEYS,
+    chosen_settings,
+    config_entry,
+    differences,
+    identity,
+    run_folder,
+)
 from pixlat.common.config.resolve import resolve, split_overrides, sweep
 from pixlat.common.config.schema import RunConfig, to_dict
 from pixlat.common.errors import UserError
@@ -200,6 +208,42 @@ def test_only_settings_that_are_not_defaults_are_told() -> None:
     spec = get_spec("jit")
     assert chosen_settings(resolve(spec, {"train.lr": "0.5", "name": "x"}), spec)["train.lr"] == 0.5
     assert not {key for key in chosen_settings(resolve(spec, {"seed": "1"}), spec) if key.startswith("cluster.")}
+
+
+def entry(*overrides: str, method: str = "jit", stages: dict[str, str] | None = None) -> dict[str, Any]:
+    """The record's `config` of a demo with these settings."""
+    spec = get_spec(method)
+    return config_entry(resolve(spec, dict(pair.split("=", 1) for pair in overrides)), spec, stages or {})
+
+
+def test_runs_that_differ_in_seed_place_and_machine_only_have_one_configuration() -> None:
+    base = entry()
+    assert base == {"digest": base["digest"], "settings": {}, "preset": "demo"} and len(base["digest"]) == 12
+    for same in (
+        "seed=3", "name=x", "out=there", "train.threads=1", "train.trackers=[tensorboard]", "cluster.name=local",
+        "data.workers=2", "data.path=/other", "eval.num_images=5000", "eval.seeds=[0,1]", "eval.precision=bf16",
+        "train.log_images=100", "budget.images=147200", "eval.ema='0.999'", "train.recompute_blocks=true",
+    ):  # fmt: skip
+        assert entry(same) == base, same
+    others = [
+        "model.prediction=v", "train.images=1600", "train.lr=1e-4", "sample.guidance=1", "sample.steps=3",
+        "eval.ema=raw", "data.flip=true", "train.precision=bf16",
+    ]  # fmt: skip
+    found = [entry(other) for other in others]
+    assert len({each["digest"] for each in [base, *found]}) == 1 + len(others)
+    assert [list(each["settings"]) for each in found] == [[other.partition("=")[0]] for other in others]
+
+
+def test_an_earlier_run_counts_by_its_configuration_and_not_by_its_folder() -> None:
+    places = ("train", "runs/one", "runs/two")
+    found = [entry(f"model.decoder={place}", method="rae", stages={"decoder": "aa"}) for place in places]
+    assert len({each["digest"] for each in found}) == 1 and found[1]["settings"] == {"model.decoder": "runs/one"}
+    assert entry("model.decoder=train", method="rae", stages={"decoder": "bb"})["digest"] != found[0]["digest"]
+
+
+def test_numbers_that_a_record_cannot_hold_are_words() -> None:
+    assert entry("train.clip_grad=.inf")["settings"] == {"train.clip_grad": "inf"}
+    assert entry("train.betas=[0.5,.nan]")["settings"] == {"train.betas": [0.5, "nan"]}
 
 
 def test_a_mistake_exits_with_2_and_one_line_on_stderr():

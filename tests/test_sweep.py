@@ -7,11 +7,14 @@ import json
 import pytest
 from evaluated_run import Projections, image_folder, run_folder
 
+from pixlat.common.config.resolve import settings_tried
 from pixlat.common.errors import UserError
 from pixlat.evaluation import sweep
 from pixlat.evaluation.records.record import read_record
+from pixlat.evaluation.records.selection import with_sweep
 from pixlat.evaluation.score import assess
 from pixlat.evaluation.score import embedded as evaluate
+from pixlat.methods import get_spec
 
 
 @pytest.fixture(autouse=True)
@@ -35,11 +38,10 @@ def test_the_best_setting_is_recorded_with_the_number_of_tries(tmp_path):
     )
     (path,) = (tmp_path / "run" / "evaluations").rglob("result.json")
     record, tried = read_record(path), json.loads(path.with_name("sweep.json").read_text())
-    assert (
-        record["selection"]
-        == tried["selection"]
-        == {"n_configs": 6, "n_samples": 20, "swept": ["sample.guidance", "ema"]}
-    )
+    assert tried["selection"] == {"n_configs": 6, "n_samples": 20, "swept": ["sample.guidance", "ema"]}
+    preset = settings_tried(get_spec("jit"), "demo")  # whose own settings were chosen among others before
+    assert record["selection"] == with_sweep(preset, tried["selection"])
+    assert record["selection"]["n_configs"] == preset["n_configs"] + 5 > 6
     assert len({json.dumps(entry["setting"]) for entry in tried["tries"]}) == 6
     best = min(tried["tries"], key=lambda entry: entry["score"])["setting"]
     assert record["checkpoint"]["ema_kind"] == best["ema"] and record["sampling"]["steps"] == 1

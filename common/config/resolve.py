@@ -73,6 +73,19 @@ def load_presets(path: str) -> dict[str, dict[str, Any]]:
     return {name: resolve(name) for name in raw}
 
 
+BESIDE_SETTINGS = ("about", "expected", "selection")  # what a preset says of itself; the rest are settings of a run
+
+
+def settings_tried(spec: Spec, preset: str) -> dict[str, Any]:
+    """How many settings were tried before this preset had its values, as in records: n_configs, n_samples, about.
+
+    n_configs counts the chosen settings as well; n_samples is the number of samples of each by which they were
+    compared, 0 if they were compared in another way. Presets with the settings of a paper say nothing; then it is 1.
+    """
+    said = load_presets(spec.presets).get(preset, {}).get("selection") or {}
+    return {"n_configs": 1, "n_samples": 0, **said}
+
+
 def published_score(spec: Spec, preset: str) -> str:
     """The score that the authors published for this preset, such as "FID 1.86, IS 303.4 (Table 7)"; "" if none."""
     score = dict(load_presets(spec.presets).get(preset, {}).get("expected") or {})
@@ -100,7 +113,7 @@ def resolve(spec: Spec, overrides: Mapping[str, str], advice: str = HELP) -> Run
     config = OmegaConf.structured(RunConfig)
     config.model = OmegaConf.structured(spec.config)
     config.sample = OmegaConf.structured(spec.sample)
-    settings = {k: v for k, v in presets[preset_name].items() if k not in ("about", "expected")}
+    settings = {k: v for k, v in presets[preset_name].items() if k not in BESIDE_SETTINGS}
     config = _merge(config, settings, where=f"preset {preset_name} in {spec.presets}", advice=advice)
     config.method = spec.name
     config = _merge(config, _parsed(overrides), where="the command line", advice=advice)

@@ -5,18 +5,20 @@ A model that was trained here already has a record, whose other fields the new r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pixlat.common.config.identity import config_entry
+from pixlat.common.config.resolve import settings_tried
 from pixlat.common.errors import UserError
 from pixlat.common.origin import code_state
 from pixlat.evaluation.protocols.identity import digest, protocol_hash
 from pixlat.evaluation.records.contact import contact_fields
 from pixlat.evaluation.records.parents import current_parents, earlier_runs, stage_digests
 from pixlat.evaluation.records.record import RESULT, Record, build_record, write_record
+from pixlat.evaluation.records.selection import with_evaluations, with_sweep
 from pixlat.methods import get_spec
 
 if TYPE_CHECKING:
@@ -28,12 +30,18 @@ UNTRIED: dict[str, Any] = {"n_configs": 1, "n_samples": 0, "swept": []}
 
 
 def record_of_model(
-    model: Model, evaluation: Evaluation, request: Request, selection: Mapping[str, Any] = UNTRIED
+    model: Model,
+    evaluation: Evaluation,
+    request: Request,
+    sweep: Mapping[str, Any] | None = None,
+    earlier: Sequence[Record] = (),
 ) -> Record:
     """The record of a model's evaluation.
 
     It copies the training fields from the run's record. Without such a record it holds only the known fields, and its
     kind is `evaluated`.
+    sweep: n_configs, n_samples and swept of the sweep that chose these settings; None: no sweep did.
+    earlier: records of the same model; those with other settings count as tries.
     """
     from pixlat.common.hardware import device_name
     from pixlat.evaluation.score.models import sampling_fields
@@ -42,6 +50,12 @@ def record_of_model(
     of_training = ("kind", "data", "code", "train", "memory")
     copied: dict[str, Any] = {key: trained[key] for key in of_training if key in trained}
     info, origin = model.info, origin_of(model)
+    described = sampling_fields(model, model.run.sample)
+    now = {
+        "checkpoint": model.checkpoint, "sampling": described["sampling"], "config": origin.config,
+        "protocol": evaluation.protocol, "protocol_hash": protocol_hash(evaluation.protocol),
+    }  # fmt: skip
+    tried = settings_tried(get_spec(model.run.method), model.run.preset)
     return build_record(
         {
             "kind": "evaluated",
@@ -50,7 +64,7 @@ def record_of_model(
                 "num_classes": info.num_classes, "train_images": info.num_train,
             },
             **copied,
-            **sampling_fields(model, model.run.sample),
+            **described,
             "parents": origin.parents,
             "config": origin.config,
             **contact_fields(*origin.met, evaluation.protocol),
@@ -60,7 +74,7 @@ def record_of_model(
             "checkpoint": model.checkpoint,
             "seeds": {"train": model.run.seed, "sample": list(request.seeds)},
             "protocol": evaluation.protocol,
-            "selection": dict(selection),
+            "selection": with_sweep(tried, sweep) if sweep else with_evaluations(tried, now, earlier),
             "metrics": evaluation.metrics,
             "artifacts": {},
             "notes": "",
@@ -132,8 +146,8 @@ def record_of_images(
 ) -> Record:
     """The record of finished images. `method` and `space` are what the user says about their origin.
 
-    made_with: `pretrained_components`, `parents` and `config` of the model that made them; None: not known, and then
-        the record does not say which judges they have met.
+    made_with: `pretrained_components`, `parents`, `config` and `selection` of the model that made them; None: not
+        known, and then the record does not say which judges they have met.
     """
     origin, contact = dict(made_with or {}), {}
     if made_with:
@@ -152,13 +166,13 @@ def record_of_images(
                 "train_images": 0,
             },
             "scored_by": code_state(),
+            "selection": dict(UNTRIED),
             **contact,
             **origin,
             "protocol": evaluation.protocol,
-            "selection": dict(UNTRIED),
             "metrics": evaluation.metrics,
             "artifacts": {"samples_npz_sha256": npz_sha256},
-            "notes": "finished images: how they were made is not known here",
+            "notes": "finished images" if made_with else "finished images: how they were made is not known here",
         }
     )
 

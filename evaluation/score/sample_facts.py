@@ -19,7 +19,8 @@ from pixlat.evaluation.score.outcome import SPACES
 
 SAMPLES = "samples.json"
 SETTINGS = {"float32": "fp32", "tf32": "tf32", "bfloat16": "bf16"}  # executed precision -> the key that asks for it
-MADE_WITH = ("pretrained_components", "parents", "config")  # fields of records, which samples.json has of the model
+# fields of records, which samples.json has of the model
+MADE_WITH = ("pretrained_components", "parents", "config", "selection")
 DRAWN = ("balanced", "random")  # laws whose labels come in random order
 
 
@@ -33,7 +34,8 @@ class SampleFacts:
     uint8: str
     precision: str  # fp32, tf32 or bf16
     data: DataConfig  # what the model was trained on
-    #: its networks of others, its earlier runs and its settings, as in records; None: the file is of an early version
+    #: its networks of others, its earlier runs, its settings and how many were tried, as in records; None: the file is
+    #: of an early version
     made_with: dict[str, Any] | None = None
 
     def check(self, **given: str | None) -> None:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pixlat.common.cache import cache_folder
+from pixlat.common.cache import cache_folder, folder_bytes
 from pixlat.launch.checkup.finding import Finding, note, ok, problem
 
 GIGA = 1e9
@@ -34,6 +34,7 @@ def findings(out: str) -> Iterator[Finding]:
     yield memory()
     yield from writable("out", Path(out).expanduser())
     yield from writable("the cache", cache_folder())
+    yield cache_size(cache_folder())
     yield from shared_memory()
 
 
@@ -172,6 +173,13 @@ def writable(what: str, folder: Path) -> Iterator[Finding]:
             folder=str(folder),
         )
     yield space(what, folder, shutil.disk_usage(place).free / GIGA, advice)
+
+
+def cache_size(folder: Path) -> Finding:
+    """Where the user's cache is, and how large. Nothing in it is needed, so a large one is no fault."""
+    size = folder_bytes(folder) / GIGA
+    kept = "listings of data sets and features of real images"
+    return ok(f"The cache is {folder} and holds {size:.2f} GB ({kept}). You may remove it.", cache_gb=size)
 
 
 def space(what: str, folder: Path, free_gb: float, advice: str) -> Finding:

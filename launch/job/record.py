@@ -9,7 +9,7 @@ from typing import Any
 
 from pixlat.common.accounting.macs import TrainingCost, on_meta, sampling_cost
 from pixlat.common.config.identity import config_entry
-from pixlat.common.config.resolve import evaluated_ema, sampling_seeds
+from pixlat.common.config.resolve import evaluated_ema, sampling_seeds, settings_tried
 from pixlat.common.config.schema import RunConfig
 from pixlat.common.datasets.batches import TrainingPlan
 from pixlat.common.datasets.load import DataSource
@@ -23,6 +23,7 @@ from pixlat.common.weights import checkpoint
 from pixlat.evaluation.records.contact import contact_fields
 from pixlat.evaluation.records.parents import stage_digests
 from pixlat.evaluation.records.record import Record, build_record
+from pixlat.evaluation.records.selection import selection_of_preset
 from pixlat.evaluation.score.embedded import Evaluation
 from pixlat.evaluation.score.models import cost_fields, system_fields
 from pixlat.evaluation.score.outcome import speed_fields
@@ -103,7 +104,7 @@ def build(
             "kind": peak_kind(state.accelerator.device),
         },
         "protocol": protocol,
-        "selection": {"n_configs": 1, "n_samples": 0, "swept": []},
+        "selection": selection_of_preset(settings_tried(get_spec(run.method), run.preset)),
         "metrics": evaluation.metrics if evaluation else {},
         "artifacts": artifacts(folder, method_class.task == "generation", method.space != "pixel"),
         "notes": " ".join(

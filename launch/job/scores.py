@@ -6,6 +6,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
+from pixlat.common.cache import features_folder
 from pixlat.common.config.resolve import evaluated_ema
 from pixlat.common.files import write_whole
 from pixlat.common.hardware import peak_bytes, reset_peak
@@ -27,7 +28,7 @@ def score(job: Job, state: TrainState) -> Evaluation:
     """The scores of the current weights. Each call uses the same noise and labels."""
     with state.weights(evaluated_ema(job.run)) as method:
         evaluate = evaluate_method if job.generates else evaluate_reconstruction
-        return evaluate(method, job.run, job.source, job.accelerator.device, cache=Path(job.run.out) / ".references")
+        return evaluate(method, job.run, job.source, job.accelerator.device, cache=features_folder(Path(job.run.out)))
 
 
 def score_preview(job: Job, state: TrainState) -> None:

@@ -16,13 +16,14 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 
-from pixlat.common.config.resolve import MIN_EVAL_IMAGES
+from pixlat.common.config.resolve import MIN_EVAL_IMAGES, settings_tried
 from pixlat.common.errors import UserError
 from pixlat.common.files import sha256_of, write_whole
 from pixlat.common.hardware import device_name
 from pixlat.common.origin import code_state
 from pixlat.common.progress import progress_bar
 from pixlat.common.seeds import image_seeds
+from pixlat.evaluation.records.selection import selection_of_preset
 from pixlat.evaluation.score.generate import generate_batches
 from pixlat.evaluation.score.models import Model
 from pixlat.evaluation.score.outcome import origin_of
@@ -35,7 +36,7 @@ from pixlat.launch.sampling.files import EMPTY, grid_places, row_names, write_gr
 from pixlat.launch.sampling.folder import GRID, GRID_PNG, IMAGES, NPZ, PNG, SAMPLES_NPZ, SampleFolder, to_text
 from pixlat.launch.sampling.request import Order, all_facts
 from pixlat.launch.sampling.source import Source, load
-from pixlat.methods import get_class
+from pixlat.methods import get_class, get_spec
 
 FORMAT = "pixlat-samples-1"
 PATIENCE_S = 120.0  # until a network disk shows this machine the files that another machine wrote
@@ -223,6 +224,7 @@ def source_facts(source: Source, model: Model) -> dict[str, Any]:
         "pretrained_components": components,
         "parents": parents,
         "config": origin.config,
+        "selection": selection_of_preset(settings_tried(get_spec(source.run.method), source.run.preset)),
     }
 
 

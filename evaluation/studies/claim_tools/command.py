@@ -22,6 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeAlias
 
+from pixlat.common.cache import features_folder
 from pixlat.common.command_line import as_command
 from pixlat.common.errors import UserError
 from pixlat.common.files import write_whole
@@ -103,7 +104,7 @@ def check(name: str, quick: bool, folder: Path) -> ClaimRecord:
     (claim,) = find([name])
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    evidence = claim.measure(claim.budget(quick, folder.parent / ".references"))
+    evidence = claim.measure(claim.budget(quick, features_folder(folder.parent)))
     record = build_record(claim, evidence, quick, time.perf_counter() - start, device_name(torch.device("cpu")))
     save_figure(evidence.figure, folder / PICTURE_FILE)
     write_claim(record, folder)

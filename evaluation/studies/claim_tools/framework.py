@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Literal
 
+from pixlat.common.cache import PRIVATE
 from pixlat.common.errors import UserError, close_match
 from pixlat.evaluation.records.claims import ClaimRecord, validate
 
@@ -97,8 +98,7 @@ class Budget:
 
     quick: bool
     seeds: tuple[int, ...]
-    # a folder for results that several claims share, such as the features of real images
-    cache: Path = Path("runs/claims/.references")
+    cache: Path = Path("runs/claims") / PRIVATE  # for the features of real images
 
     def choose(self, quick: int, full: int) -> int:
         """Returns `quick` in a quick run and `full` in a full run."""
