@@ -25,6 +25,7 @@ from pixlat.evaluation.features.collect import ImageBatch, collect
 from pixlat.evaluation.features.extractor import Extractor
 from pixlat.evaluation.features.moments import Moments
 from pixlat.evaluation.features.ranks import rank_and_size, sum_over_ranks
+from pixlat.evaluation.features.shipped_features import shipped_features
 from pixlat.evaluation.protocols.identity import EVALUATOR_VERSION, JACKKNIFE_GROUPS, MAX_NEIGHBOURS, digest
 
 KINDS = {  # type and number of dimensions of each tensor of a feature set
@@ -66,9 +67,9 @@ def feature_set(
     groups: int = JACKKNIFE_GROUPS,
     balanced: bool = True,
 ) -> FeatureSet:
-    """The features of a data set: read from the cache folder, or extracted and stored there.
+    """The features of a data set: read from the cache folder or from the package, or extracted and stored there.
 
-    images: batches of all N images, in the order of labels (N,); not read if the cache has the features.
+    images: batches of all N images, in the order of labels (N,); not read if the cache or the package has the features.
     data_digest: determines images, labels and order. balanced: whether the moments weight classes equally; if not, they
     weight images equally. With several processes, each passes its share of the images and gets all features.
     """
@@ -79,6 +80,11 @@ def feature_set(
     all_labels = torch.from_numpy(labels)
     keep = sample_of(len(labels))
     weights = class_weights(all_labels) if balanced else None
+    known = shipped_features(extractor, data_digest, len(labels))
+    if known is not None:
+        moments = Moments.zeros(known.shape[1], groups)
+        moments.add(known, torch.arange(len(known)), weights)
+        return FeatureSet(moments, known[keep], all_labels[keep])
     collected = collect(images, len(labels), extractor, weights, keep, groups)
     result = FeatureSet(collected.moments, collected.features, all_labels[keep])
     if rank_and_size()[0] == 0:
