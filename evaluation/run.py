@@ -76,6 +76,8 @@ class Keys:
     precision: str | None = None
     #: round or truncate: how samples become uint8; none: the model's eval.uint8, or unknown for finished images
     uint8: str | None = None
+    #: judges of the embedded protocol, e.g. [embedded]; none: a run's eval.judges, or those of the data set
+    judges: list[str] = field(default_factory=list)
     batch: int = 50  # images at once
     weights: str | None = None  # the extractor's file; none: looked for by its name
     reference: str | None = None  # the file of reference statistics; none: looked for by its name
@@ -129,8 +131,8 @@ def check(keys: Keys, rest: dict[str, str]) -> None:
     finished = given[0] in ("images", "npz")
     if not finished and keys.labels is not None and keys.protocol == EMBEDDED:
         raise UserError(
-            f"labels={keys.labels}: the {EMBEDDED} protocol is defined with balanced labels. Leave the key out, "
-            "or choose another protocol."
+            f"labels={keys.labels}: under the {EMBEDDED} protocol a model's images get the labels of held-out images. "
+            "Leave the key out, or choose another protocol."
         )
     if finished and (unused := [key for key in rest if not key.startswith("data.")]):
         raise UserError(f"{unused[0]} is a setting of a model, but finished images have no model. Leave the key out.")
@@ -161,7 +163,7 @@ IGNORED = {
     "images": ("preset", "ema", "seeds"),
     "npz": ("preset", "ema", "seeds"),
 }
-IGNORED_BY_PROTOCOL = {EMBEDDED: ("weights", "reference"), RECONSTRUCTIONS: ("reference", "labels", "seeds")}
+IGNORED_BY_PROTOCOL = {EMBEDDED: ("weights", "reference"), RECONSTRUCTIONS: ("reference", "labels", "seeds", "judges")}
 
 
 def refuse_ignored(keys: Keys, source: str) -> None:
@@ -172,7 +174,7 @@ def refuse_ignored(keys: Keys, source: str) -> None:
     untouched = Keys()
     for reason, ignored in (
         (f"{source}=", IGNORED[source]),
-        (f"protocol={keys.protocol}", IGNORED_BY_PROTOCOL.get(keys.protocol, ())),
+        (f"protocol={keys.protocol}", IGNORED_BY_PROTOCOL.get(keys.protocol, ("judges",))),
     ):
         for key in ignored:
             if getattr(keys, key) != getattr(untouched, key):
@@ -188,7 +190,8 @@ def make_request(keys: Keys, device: torch.device) -> Request:
 
     cache = features_folder(Path(keys.run).expanduser().parent if keys.run else Path(keys.out))
     shared = (keys.labels, keys.uint8, keys.precision, keys.weights, keys.reference)
-    return Request(keys.protocol, keys.num_images, tuple(keys.seeds), keys.batch, *shared, cache, device)
+    seeds, judges = tuple(keys.seeds), tuple(keys.judges)
+    return Request(keys.protocol, keys.num_images, seeds, keys.batch, *shared, cache, device, judges=judges)
 
 
 def model_record(keys: Keys, folder: str | None, rest: dict[str, str], request: Request) -> Record:
@@ -196,7 +199,7 @@ def model_record(keys: Keys, folder: str | None, rest: dict[str, str], request: 
     from pixlat.evaluation.score.assess import assess_model
     from pixlat.evaluation.score.models import load_released, load_run
 
-    settings = rest | sampling_keys(keys.precision, keys.uint8)
+    settings = rest | sampling_keys(keys.precision, keys.uint8, keys.judges)
     if folder is not None:
         model = load_run(Path(folder).expanduser(), settings, keys.ema, request.device)
     else:
@@ -213,9 +216,10 @@ def earlier_records(keys: Keys, folder: str | None, model: Model) -> list[Record
     return recorded(Path(keys.out) / model.name, (f"*/{RESULT}",))
 
 
-def sampling_keys(precision: str | None, uint8: str | None) -> dict[str, str]:
-    """The settings of a run that the two keys replace."""
-    return {f"eval.{key}": value for key, value in (("precision", precision), ("uint8", uint8)) if value is not None}
+def sampling_keys(precision: str | None, uint8: str | None, judges: Sequence[str] = ()) -> dict[str, str]:
+    """The settings of a run that the keys replace."""
+    given = {"precision": precision, "uint8": uint8, "judges": f"[{','.join(judges)}]" if judges else None}
+    return {f"eval.{key}": value for key, value in given.items() if value is not None}
 
 
 def images_record(keys: Keys, rest: dict[str, str], request: Request) -> Record:
@@ -234,8 +238,9 @@ def images_record(keys: Keys, rest: dict[str, str], request: Request) -> Record:
         request = as_made(request, facts, keys)
         data, method, space = data if rest else facts.data, facts.method, facts.space
         name = place.parent.name  # every .npz of `pixlat sample` has the same name
-    found = assess_images(samples, request, data)
     made_with = facts.made_with if facts else None
+    met = (made_with["pretrained_components"], made_with["parents"]) if made_with else None
+    found = assess_images(samples, request, data, met)
     return record_of_images(keys.name or name, samples.resolution, found, npz, method, space, made_with)
 
 

@@ -31,7 +31,7 @@ from pixlat.evaluation.score.outcome import keep, record_of_model, table
 if TYPE_CHECKING:
     from pixlat.evaluation.score.assess import Request
 
-RANKING = ("fid", "fd_dinov2", "fd_embedded")  # the first of these metrics that a protocol has ranks the settings
+RANKING = ("fid", "fd_dinov2", "fd_ratio", "fd")  # the first of these metrics that a protocol has ranks the settings
 SWEPT_GROUPS = ("sample",)
 
 

@@ -27,7 +27,7 @@ from pixlat.common.command_line import as_command
 from pixlat.common.config.resolve import PRECISIONS, UINT8_RULES, one_of, require, sampling_seeds, split_overrides
 from pixlat.common.errors import UserError, close_match
 from pixlat.evaluation.command import Syntax, help_text, parse, run_command
-from pixlat.launch.sampling.classes import BALANCED, LISTED, read_classes
+from pixlat.launch.sampling.classes import BALANCED, LISTED, Classes, read_classes
 from pixlat.launch.sampling.folder import FORMATS, SampleFolder
 from pixlat.launch.sampling.request import Order, asked_facts
 
@@ -170,7 +170,7 @@ def order_of(keys: Keys, formats: tuple[str, ...], source: Source) -> Order:
     batch = keys.batch or source.run.eval.batch
     if keys.like is not None:
         n, seed, remark = evaluated(keys, source)
-        return Order(n, seed, batch, formats, classes, keys.average, remark)
+        return Order(n, seed, batch, formats, evaluated_classes(source, n, seed), keys.average, remark)
     n = len(classes.numbers) if classes.law == LISTED else keys.n or N
     rule = f"{keys.class_} lists the classes of {n:,} images. Leave n= out, or change the list"
     require(keys.n in (None, n), "n", keys.n, rule)
@@ -192,6 +192,15 @@ def evaluated(keys: Keys, source: Source) -> tuple[int, int, str]:
         return settings.num_images, seed, ""
     mean = f"The run's score is the mean over the seeds {all_seeds}"
     return settings.num_images, seed, f"{mean}. These are the images of seed {seed}; seed= chooses another."
+
+
+def evaluated_classes(source: Source, n: int, seed: int) -> Classes:
+    """The classes of the n images of the run's own evaluation. It reads the labels of the data set."""
+    from pixlat.common.datasets.load import load_data
+    from pixlat.evaluation.score.embedded import evaluation_labels
+
+    labels, law = evaluation_labels(load_data(source.run.data, verify=False), n, seed)
+    return Classes(law) if law == BALANCED else Classes(law, tuple(labels.tolist()))
 
 
 @as_command

@@ -2,13 +2,78 @@
 
 from hashlib import sha256
 from types import SimpleNamespace
+from typing import Any
 
-from pixlat.evaluation.protocols.identity import embedded_protocol
+from pixlat.evaluation.protocols.identity import (
+    CLASSIFIER_SHRINKAGE,
+    DENSITY_K,
+    FRECHET_ENTRY,
+    IS_SHUFFLE_SEED,
+    IS_SPLITS,
+    MAX_NEIGHBOURS,
+    PRECISION_K,
+    decoding_entry,
+    extractor_entry,
+    kid_entry,
+    samples_entry,
+)
 from pixlat.evaluation.records.record import build_record
 
 EXTRACTOR = SimpleNamespace(
     id="embedded-v1", sha256="ab" * 32, layer="pooled", resize="128", scaling="(x-127)/128", dims=320
 )
+
+
+def embedded_protocol(
+    extractor: Any,
+    data: str,
+    train_digest: str,
+    heldout_digest: str | None,
+    num_reference: int,
+    resolution: int,
+    num_images: int,
+    uint8_rule: str = "round_half_even",
+    precision: str = "float32",
+    decoding: str | None = None,
+) -> dict[str, Any]:
+    """The protocol embedded-v1 of older records: images of balanced labels against a data set's training split.
+
+    Every class of the training split has the same weight.
+
+    data: name of the data set; train_digest and heldout_digest: they determine images, labels and order of the two
+        splits; the floor uses the held-out split;
+    num_reference: number of training images; resolution: pixels; num_images: number of generated images;
+    precision: of sampling (float32, tf32, bfloat16 or unknown); decoding: `ImageSet.decoding` of the real images.
+    """
+    neighbours = {"n_ref": min(num_reference, MAX_NEIGHBOURS), "n_gen": min(num_images, MAX_NEIGHBOURS)}
+    return {
+        "extractor": extractor_entry(extractor, extractor.sha256),
+        "reference": {
+            "id": f"{data}-train",
+            "digest": train_digest,
+            "heldout_digest": heldout_digest,
+            "split": "train",
+            "n_images": num_reference,
+            "weighting": "class_balanced",
+            **decoding_entry(decoding),
+        },
+        "samples": samples_entry(num_images, "balanced", "shuffled", uint8_rule, precision),
+        "estimator": {
+            **FRECHET_ENTRY,
+            "is": {"splits": IS_SPLITS, "shuffle_seed": IS_SHUFFLE_SEED, "bias": True},
+            "kid": {"kernel": "(x.y/D+1)^3", **kid_entry(neighbours["n_ref"], num_images)},
+            "prdc": {
+                "k_precision": PRECISION_K,
+                "compare_precision": "<=",
+                "k_density": DENSITY_K,
+                "compare_density": "<",
+                **neighbours,
+            },
+            "class_accuracy": {"classifier": "linear_discriminant", "shrinkage": CLASSIFIER_SHRINKAGE},
+        },
+        "resolution": resolution,
+        "evaluator_version": 2,
+    }
 
 
 def protocol(num_images=1000):

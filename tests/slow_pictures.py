@@ -40,7 +40,7 @@ def main(folder: Path, data: Path) -> None:
         draw(*arguments)
 
     pictures.save_png = slow
-    sys.modules["pixlat.evaluation.score.embedded"].EmbeddedExtractor = Projections
+    sys.modules["pixlat.evaluation.judges.panel"].EmbeddedExtractor = Projections
     settings = {
         **KEYS,
         "data.path": str(data),

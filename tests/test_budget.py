@@ -188,7 +188,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
     """Features in a moment; pictures have tests of their own."""
-    monkeypatch.setattr("pixlat.evaluation.score.embedded.EmbeddedExtractor", Projections)
+    monkeypatch.setattr("pixlat.evaluation.judges.panel.EmbeddedExtractor", Projections)
     monkeypatch.setattr("pixlat.launch.job.pictures.draw_pictures", lambda *_: None)
 
 
@@ -237,7 +237,7 @@ def test_scores_during_training_do_not_change_it_and_the_record_is_their_last_po
     }
     assert [point["macs_train"] / point["images"] for point in points] == [record["train"]["macs_total"] / 96] * 2
     assert all(point["metrics"].keys() == record["metrics"].keys() for point in points)
-    values = [point["metrics"]["fd_embedded"]["value"] for point in (*points, record)]
+    values = [point["metrics"]["fd"]["value"] for point in (*points, record)]
     assert len(set(values)) == 3
 
 
@@ -348,11 +348,11 @@ def test_runs_are_compared_at_equal_training_from_their_curves(tmp_path, data):
 def test_several_sampling_seeds_are_recorded_with_mean_and_spread(tmp_path, data):
     folder = start(tmp_path, data, "eval.seeds=[0,1,2]")
     record = read_record(folder / "result.json")
-    fd = record["metrics"]["fd_embedded"]
+    fd = record["metrics"]["fd"]
     assert record["seeds"]["sample"] == [0, 1, 2] and len(fd["values"]) == 3 and fd["sd_seeds"] > 0
     assert fd["value"] == pytest.approx(sum(fd["values"]) / 3) and fd["n"] == 24
     single = read_record(start(tmp_path, data, "eval.seed=1", name="single") / "result.json")
-    assert single["metrics"]["fd_embedded"]["value"] == pytest.approx(fd["values"][1], rel=1e-12) and single["seeds"][
+    assert single["metrics"]["fd"]["value"] == pytest.approx(fd["values"][1], rel=1e-12) and single["seeds"][
         "sample"
     ] == [1]
     assert record["protocol_hash"] == single["protocol_hash"]

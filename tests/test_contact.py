@@ -22,8 +22,6 @@ from pixlat.evaluation import run as evaluation_command
 from pixlat.evaluation.records.contact import contact_fields, contact_of, judges_of
 from pixlat.evaluation.records.parents import current_parents, earlier_runs
 from pixlat.evaluation.records.record import build_record, read_record, write_record
-from pixlat.evaluation.score import assess
-from pixlat.evaluation.score import embedded as evaluate
 from pixlat.launch import prepare
 from pixlat.launch import sample as sample_command
 from pixlat.methods import get_class, get_spec
@@ -193,8 +191,7 @@ def test_an_autoencoder_of_ones_own_brings_what_it_has_met(tmp_path):
 @pytest.fixture
 def taught(tmp_path, monkeypatch):
     """A run folder whose record names the judge as its teacher, and a stage of a stage that met it in a loss."""
-    for module in (evaluate, assess):
-        monkeypatch.setattr(module, "EmbeddedExtractor", Projections)
+    monkeypatch.setattr("pixlat.evaluation.judges.panel.EmbeddedExtractor", Projections)
     data = image_folder(tmp_path / "data")
     small_run(tmp_path / "taught", data)
     file = tmp_path / "taught" / "result.json"

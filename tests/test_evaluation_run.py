@@ -22,7 +22,6 @@ from pixlat.evaluation.features.reference_files import build, write_built
 from pixlat.evaluation.protocols.named import PROTOCOLS
 from pixlat.evaluation.records.record import SCHEMA_FILE, read_record
 from pixlat.evaluation.score import assess
-from pixlat.evaluation.score import embedded as evaluate
 from pixlat.evaluation.score.embedded import evaluate_method
 from pixlat.evaluation.score.generate import balanced_labels, generate
 from pixlat.evaluation.score.models import load_released, load_run, saved_run
@@ -44,8 +43,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _cheap_extractor(monkeypatch):
-    for module in (evaluate, assess):
-        monkeypatch.setattr(module, "EmbeddedExtractor", Projections)
+    monkeypatch.setattr("pixlat.evaluation.judges.panel.EmbeddedExtractor", Projections)
 
 
 def records(folder):
@@ -126,7 +124,7 @@ def test_the_command_measures_what_training_would_have(place):
     }
     assert record["sampling"]["steps"] == 2 and record["sampling"]["guidance_scale"] == 1.5
     assert record["params"]["gen_trainable"] == sum(p.numel() for p in model.method.parameters() if p.requires_grad)
-    assert "fd_embedded" in shown and "result.json" in shown
+    assert "fd" in shown and "result.json" in shown
     run.work([f"run={place}/first", "device=cpu", "sample.guidance=1", "ema=raw"])  # beside it, not over it
     assert {(r["checkpoint"]["ema_kind"], r["sampling"]["guidance"] == "none") for r in records(place / "first")} == {
         ("0.9", False),
@@ -138,15 +136,15 @@ def test_a_run_without_a_record_is_evaluated_all_the_same(place):
     run.work([f"run={place}/unfinished", "device=cpu", "seeds=[0,1]"])
     (record,) = records(place / "unfinished")
     assert record["kind"] == "evaluated" and "train" not in record and record["seeds"]["sample"] == [0, 1]
-    fd = record["metrics"]["fd_embedded"]
+    fd = record["metrics"]["fd"]
     assert len(fd["values"]) == 2 and fd["value"] == pytest.approx(np.mean(fd["values"])) and fd["sd_seeds"] > 0
 
 
 def test_two_runs_on_the_same_seeds(place):
     shown = run.work([f"run={place}/first", f"against={place}/second", "device=cpu", "seeds=[3]"])
     a, b = (next(r for r in records(place / name) if r["seeds"]["sample"] == [3]) for name in ("first", "second"))
-    assert a["metrics"]["fd_embedded"]["value"] != b["metrics"]["fd_embedded"]["value"]
-    difference = a["metrics"]["fd_embedded"]["value"] - b["metrics"]["fd_embedded"]["value"]
+    assert a["metrics"]["fd"]["value"] != b["metrics"]["fd"]["value"]
+    difference = a["metrics"]["fd"]["value"] - b["metrics"]["fd"]["value"]
     assert f"{difference:+.5g}" in shown and "first minus second" in shown
 
 
@@ -261,7 +259,7 @@ def test_images_without_a_protocol_are_told_what_they_are_compared_with(place, t
         told = capsys.readouterr().err
         assert "comparing 40 images with the 72 training images of data (data=folder)" in told and "protocol=" in told
         assert ("warning: their mean brightness is 250" in told) == ("are they images of data?" in told) == warned
-    monkeypatch.setattr(assess, "evaluate", lambda *_: pytest.fail("computed before it was told"))
+    monkeypatch.setattr(assess, "load_reals", lambda *_: pytest.fail("computed before it was told"))
     np.savez(tmp_path / "large.npz", np.zeros((30, 64, 64, 3), dtype=np.uint8))
     with pytest.raises(
         UserError,
@@ -310,7 +308,7 @@ def test_images_of_the_wrong_size_are_refused(place, toy_protocol, tmp_path):
         (["npz=a", "num_images=3"], "at least 20"),
         (["npz=a", "space=latent"], "space"),
         (["run=a", "space=pixel"], "is known of models"),
-        (["run=a", "labels=random"], "balanced labels"),
+        (["run=a", "labels=random"], "labels of held-out images"),
         (["run=a", "protocol=adm256", "precision=half"], "auto, bf16, tf32, fp32"),
         (["npz=a", "precision=auto"], "Say which"),
         (["npz=a", "protocol=adm256", "data.path=b"], "compares with its own reference"),

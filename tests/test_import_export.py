@@ -21,8 +21,6 @@ from pixlat.common.files import sha256_of
 from pixlat.common.training.state import state_without_external
 from pixlat.evaluation import run
 from pixlat.evaluation.records.record import read_record
-from pixlat.evaluation.score import assess
-from pixlat.evaluation.score import embedded as evaluate
 from pixlat.evaluation.score.generate import generate
 from pixlat.evaluation.score.models import load_run
 from pixlat.launch import prepare
@@ -105,8 +103,7 @@ def test_a_released_file_becomes_a_run_that_samples_is_evaluated_and_says_where_
     jit, tmp_path, monkeypatch, capsys
 ):
     file, method = jit
-    for module in (evaluate, assess):
-        monkeypatch.setattr(module, "EmbeddedExtractor", Projections)
+    monkeypatch.setattr("pixlat.evaluation.judges.panel.EmbeddedExtractor", Projections)
     data = image_folder(tmp_path / "data")
     assert imported("method=jit", f"file={file}", "name=jit-b", f"out={tmp_path}", *JIT_KEYS) == 0, (
         capsys.readouterr().err
@@ -136,9 +133,7 @@ def test_a_released_file_becomes_a_run_that_samples_is_evaluated_and_says_where_
         "ema_kind": "model_ema1",
     }
     assert (
-        record["kind"] == "evaluated"
-        and record["metrics"]["fd_embedded"]["value"] > 0
-        and record["system"]["method"] == "jit"
+        record["kind"] == "evaluated" and record["metrics"]["fd"]["value"] > 0 and record["system"]["method"] == "jit"
     )
 
 

@@ -13,7 +13,7 @@ from pixlat.common.errors import UserError
 from pixlat.common.frozen.base import Frozen
 from pixlat.common.maths.adversarial import augment, quantise
 from pixlat.common.seeds import Noise, image_seeds, seed_step
-from pixlat.evaluation.score.embedded import EmbeddedExtractor  # noqa: F401  the evaluator must import beside every method
+from pixlat.evaluation.score.embedded import evaluate_method  # noqa: F401  the evaluator must import beside every method
 from pixlat.evaluation.studies.block_features import image_mean, tapped
 from pixlat.launch.job.dry_run import describe_run
 from pixlat.methods import get_class, get_spec, registered

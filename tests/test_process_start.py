@@ -98,7 +98,7 @@ def test_torchrun_trains_on_a_machine_without_an_accelerator(finished):
     and one was refused the other's folder.
     """
     folder, printed = finished
-    assert read_record(folder / "result.json")["metrics"]["fd_embedded"]["value"] > 0
+    assert read_record(folder / "result.json")["metrics"]["fd"]["value"] > 0
     assert printed.count(f"{folder}/result.json") == 1, "one process speaks for the run"
 
 
@@ -115,7 +115,7 @@ def test_torchrun_evaluates_on_a_machine_without_an_accelerator(finished, comman
     (made,) = set(folder.glob("evaluations/*/result.json")) - before
     assert result.stdout.count(str(made)) == 1, "one process speaks for all"
     if command[0] == "run.py":
-        first, again = (read_record(file)["metrics"]["fd_embedded"] for file in (folder / "result.json", made))
+        first, again = (read_record(file)["metrics"]["fd"] for file in (folder / "result.json", made))
         assert again["value"] == pytest.approx(first["value"], rel=1e-6)
 
 

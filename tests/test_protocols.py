@@ -18,6 +18,7 @@ import pytest
 import torch
 from jsonschema_rs import Draft202012Validator
 from PIL import Image
+from records import embedded_protocol
 
 from pixlat.common.config.schema import DataConfig
 from pixlat.common.datasets.load import load_data
@@ -26,10 +27,11 @@ from pixlat.common.images.splits import fixed_draw
 from pixlat.evaluation import reference
 from pixlat.evaluation.features import samples as samples_module
 from pixlat.evaluation.features.arrays import NpzImages, describe_arrays, read_floats
-from pixlat.evaluation.features.extractor import EmbeddedExtractor, Features
+from pixlat.evaluation.features.extractor import Features
 from pixlat.evaluation.features.reference_files import build, read_built, read_reference, write_built
 from pixlat.evaluation.features.samples import drawn_images
-from pixlat.evaluation.protocols.identity import embedded_protocol, metric_hash, protocol_hash, protocol_name
+from pixlat.evaluation.judges.panel import panel
+from pixlat.evaluation.protocols.identity import judged_protocol, metric_hash, protocol_hash, protocol_name
 from pixlat.evaluation.protocols.named import INCEPTION, PROTOCOLS, SampleRule, describe, get_protocol
 from pixlat.evaluation.protocols.needed_files import NeededFile, checked, find, verify
 from pixlat.evaluation.records.record import SCHEMA_FILE, read_record
@@ -52,15 +54,33 @@ def described(name="adm256", weights="ab" * 32, given=REFERENCE, n_features=10_0
 # -- identity ----------------------------------------------------------------------------------------------------------
 
 
+EXTRACTOR = SimpleNamespace(
+    id="embedded-v1", sha256="ab" * 32, layer="pooled", resize="128", scaling="(x-127)/128", dims=320,
+    comparable_with_inception_fid=False, resize_digest=None,
+)  # fmt: skip
+JUDGE = SimpleNamespace(extractor=EXTRACTOR, ranks=True, labels_of=None)
+
+
+def judged(*judges, train="t", heldout="h", n=1000, law="heldout", **more):
+    return judged_protocol(judges or (JUDGE,), "toy", train, heldout, 4089, 32, n, law, **more)
+
+
 def test_the_embedded_protocol_keeps_its_hash():
-    extractor = SimpleNamespace(
-        id="embedded-v1", sha256="ab" * 32, layer="pooled", resize="128", scaling="(x-127)/128", dims=320
-    )
-    assert (
-        protocol_hash(embedded_protocol(extractor, "toy", "train-digest", "heldout-digest", 4599, 32, 1000))
-        == "0fdb92f63b67"
-    )  # evaluator 2: sampling precision in, names out
-    assert protocol_hash(embedded_protocol(extractor, "toy", "t", None, 45990, 32, 50000)) == "50a78f5d7a8f"
+    assert protocol_hash(embedded_protocol(EXTRACTOR, "toy", "t", None, 45990, 32, 50000)) == "50a78f5d7a8f"
+    assert protocol_hash(judged()) == "68c7cffa121f"
+
+
+def test_everything_that_moves_a_judged_number_is_in_the_hash():
+    other = SimpleNamespace(extractor=EXTRACTOR, ranks=False, labels_of="toy")
+    variants = [
+        judged(), judged(JUDGE, other), judged(other), judged(train="u"), judged(heldout=None), judged(n=999),
+        judged(law="balanced"), judged(uint8_rule="truncate"), judged(precision="tf32"), judged(decoding="0" * 12),
+    ]  # fmt: skip
+    assert len({protocol_hash(variant) for variant in variants}) == len(variants)
+    first, second = judged(), judged()
+    second["estimator"]["memory"]["copy_quantile"] = 0.1
+    assert metric_hash(first, "fd_ratio") == metric_hash(second, "fd_ratio")
+    assert metric_hash(first, "copies") != metric_hash(second, "copies")
 
 
 def test_everything_that_moves_a_number_is_in_the_hash():
@@ -115,14 +135,14 @@ def test_names_are_not_in_the_hash():
 
 def test_the_committed_records_say_what_a_run_of_today_would():
     source = load_data(DataConfig())
+    judges = panel(source.info, [], "cpu")
     for path in sorted((ROOT / "evaluation/results").glob("*.json")):
         kept = read_record(path)["protocol"]
-        made = ("round_half_even", "float32", source.train.decoding)
+        if "judges" not in kept:
+            continue
         sizes = (len(source.train), 32, kept["samples"]["n"])
-        today = embedded_protocol(
-            EmbeddedExtractor, "emoji32", source.train.digest, source.heldout.digest, *sizes, *made
-        )
-        assert today == kept, path
+        digests = (source.train.digest, source.heldout.digest)
+        assert judged_protocol(judges, "emoji32", *digests, *sizes, "heldout") == kept, path
 
 
 def test_a_metrics_own_hash_forgets_other_estimators():

@@ -18,10 +18,10 @@ def scored(fd: float, accuracy: float, images_seen: int = 6400, se: float = 0.02
     row["train"]["images_seen"], row["data"]["num_classes"], row["notes"] = images_seen, 10, ""
     entry = {"value_bc": None, "n": 200, "unit": "1"}
     row["metrics"] = {
-        "fd_embedded": {"value": fd, "se": 1.0, **entry},
+        "fd_ratio": {"value": fd, "se": 1.0, **entry},
         "class_accuracy": {"value": accuracy, "se": se, **entry},
-        "class_accuracy_real": {"value": 0.74, "se": None, **entry},
     }
+    row["real"] = {"metrics": {"class_accuracy": {"value": 0.74, "se": None, **entry}}, "judges": []}
     return row | changes
 
 
@@ -47,7 +47,7 @@ def test_a_run_that_shows_no_class_is_told():
 def test_a_distance_no_better_than_an_untrained_run_s_is_told():
     untrained = scored(2240.6, 0.1, images_seen=0, name="bare")
     (remark,) = score_remarks(scored(3315.9, 0.5), [scored(100.0, 0.9), untrained])
-    assert "fd_embedded=3316 is no better than that of the untrained bare (2241)" in remark
+    assert "fd_ratio=3316 is no better than that of the untrained bare (2241)" in remark
     assert score_remarks(scored(2000.0, 0.5), [untrained]) == []
     assert score_remarks(scored(3315.9, 0.5), [untrained | {"protocol_hash": "another"}]) == []
 

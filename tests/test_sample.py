@@ -28,8 +28,7 @@ from pixlat.common.seeds import image_seeds
 from pixlat.common.weights import fetch as hub
 from pixlat.evaluation import run
 from pixlat.evaluation.records.record import read_record
-from pixlat.evaluation.score import assess
-from pixlat.evaluation.score import embedded as evaluate
+from pixlat.evaluation.score import assess, judged
 from pixlat.evaluation.score.generate import balanced_labels, draw_labels, generate
 from pixlat.evaluation.score.models import load_run
 from pixlat.launch import prepare, sample
@@ -462,8 +461,7 @@ def test_a_folder_with_other_things_is_left_alone(place, tmp_path):
 
 @pytest.fixture
 def _cheap_extractor(monkeypatch):
-    for module in (evaluate, assess):
-        monkeypatch.setattr(module, "EmbeddedExtractor", Projections)
+    monkeypatch.setattr("pixlat.evaluation.judges.panel.EmbeddedExtractor", Projections)
 
 
 def scored(*arguments):
@@ -475,7 +473,7 @@ def scored(*arguments):
 @pytest.mark.parametrize("limit", [10_000, 10])
 def test_the_npz_of_a_run_has_the_runs_own_score_to_the_last_digit(place, tmp_path, monkeypatch, limit):
     """Every metric and the protocol's hash, class accuracy included; also if only some are looked at for neighbours."""
-    for module in (evaluate, assess):
+    for module in (judged, assess):
         monkeypatch.setattr(module, "MAX_NEIGHBOURS", limit)
     own = scored(f"run={place}/first")
     made(place, tmp_path / "out", "like=evaluation", "as=npz")

@@ -12,8 +12,9 @@ from pixlat.evaluation.features import feature_sets, shipped_features
 from pixlat.evaluation.features.extractor import EmbeddedExtractor
 from pixlat.evaluation.features.moments import Moments
 from pixlat.evaluation.features.shipped_features import FOLDER, stored_as, write_shipped
+from pixlat.evaluation.judges.panel import Judge
 from pixlat.evaluation.metrics.frechet import factorise, frechet_distance
-from pixlat.evaluation.score.embedded import load_reference
+from pixlat.evaluation.score.embedded import load_reals
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_the_16_bits_move_a_distance_by_less_than_a_millionth(source, extractor)
 
 def test_an_evaluation_on_emoji32_extracts_no_real_image(source, extractor, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_sets, "collect", lambda *_: pytest.fail("extracted what the package holds"))
-    reference = load_reference(source, extractor, tmp_path)
+    (reference,) = load_reals(source, [Judge(extractor, ranks=True)], tmp_path, 1000)
     assert len(reference.train.labels) == len(reference.train.features) == len(source.train)
     assert int(reference.heldout.moments.count.sum()) == len(source.heldout)
     weights = feature_sets.class_weights(torch.from_numpy(source.train.labels))[:, None]

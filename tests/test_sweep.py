@@ -12,15 +12,12 @@ from pixlat.common.errors import UserError
 from pixlat.evaluation import sweep
 from pixlat.evaluation.records.record import read_record
 from pixlat.evaluation.records.selection import with_sweep
-from pixlat.evaluation.score import assess
-from pixlat.evaluation.score import embedded as evaluate
 from pixlat.methods import get_spec
 
 
 @pytest.fixture(autouse=True)
 def _cheap_extractor(monkeypatch):
-    for module in (evaluate, assess):
-        monkeypatch.setattr(module, "EmbeddedExtractor", Projections)
+    monkeypatch.setattr("pixlat.evaluation.judges.panel.EmbeddedExtractor", Projections)
 
 
 def test_the_best_setting_is_recorded_with_the_number_of_tries(tmp_path):
@@ -32,7 +29,7 @@ def test_the_best_setting_is_recorded_with_the_number_of_tries(tmp_path):
             "ema=raw,0.9",
             "sample.steps=1",
             "tries=20",
-            "num_images=30",
+            "num_images=24",
             "device=cpu",
         ]
     )
@@ -48,7 +45,7 @@ def test_the_best_setting_is_recorded_with_the_number_of_tries(tmp_path):
     assert record["sampling"]["guidance_scale"] == (
         None if best["sample.guidance"] == "1" else float(best["sample.guidance"])
     )
-    assert record["metrics"]["fd_embedded"]["n"] == 30 and record["seeds"]["sample"] == [0]
+    assert record["metrics"]["fd"]["n"] == 24 and record["seeds"]["sample"] == [0]
     lines = shown.splitlines()
     assert [line.split()[0] for line in lines[:6]] == [
         f"{score:.5g}" for score in sorted(entry["score"] for entry in tried["tries"])

@@ -30,6 +30,7 @@ LATER_KEYS: dict[str, Any] = {
     "data.resize": None,
     "train.hold_images": 0,
     "eval.seeds": [],
+    "eval.judges": [],
     "eval.precision": "fp32",
     "eval.uint8": "round",
 }

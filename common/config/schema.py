@@ -92,6 +92,8 @@ class EvalConfig:
     seed: int = 0  # seed of the noise and of the order of labels
     #: several seeds, e.g. [0,1,2]: samples num_images with each, and records mean and spread; empty: only seed
     seeds: list[int] = field(default_factory=list)
+    #: judges of the embedded protocol, e.g. [embedded]; empty: those of the data set (evaluation/judges/panel.py)
+    judges: list[str] = field(default_factory=list)
     every_images: int = 0  # training images between two lines of curve.jsonl, which hold scores; 0: none
     precision: str = "fp32"  # sampling in auto, bf16, tf32 or fp32 (common/precision.py); part of the score's protocol
     #: how sampled pixels are converted to uint8: round (half to even), or truncate (as RAE, REPA and REG do);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pixlat.common.errors import UserError
-from pixlat.evaluation.features.extractor import Extractor
+from pixlat.evaluation.features.extractor import Extractor, Features
 from pixlat.evaluation.features.moments import Moments
 from pixlat.evaluation.features.ranks import gather_rows, rank_and_size
 from pixlat.evaluation.protocols.identity import JACKKNIFE_GROUPS
@@ -47,24 +47,57 @@ def collect(
     """
     moments = Moments.zeros(extractor.dims, groups)
     spatial = Moments.zeros(spatial_dims, groups) if spatial_dims else None
-    seen = [torch.empty(0, dtype=torch.int64)]  # a process may get no image at all
-    kept, features, logits = [seen[0]], [torch.empty(0, extractor.dims)], [torch.empty(0, extractor.num_classes)]
+    collector = Collector(extractor, keep)
     for batch, indices in images:
-        output = extractor(batch).cpu()
+        output = collector.add(batch, indices)
         w = None if weights is None else weights[indices]
         moments.add(output.pooled, indices, w)
         if spatial is not None and output.spatial is not None:
             spatial.add(output.spatial, indices, w)
-        chosen = slice(None) if keep is None else keep[indices]
-        seen.append(indices)
-        kept.append(indices[chosen])
-        features.append(output.pooled[chosen])
-        logits.append(output.logits[chosen])
     for sums in filter(None, (moments, spatial)):
         sums.all_reduce()
-    check_complete(gather_rows(torch.cat(seen)), num_images)
-    order = gather_rows(torch.cat(kept)).argsort()
-    return Collected(moments, gather_rows(torch.cat(features))[order], gather_rows(torch.cat(logits))[order], spatial)
+    return Collected(moments, *collector.gathered(num_images), spatial)
+
+
+def collect_features(
+    images: Iterable[ImageBatch], num_images: int, extractors: Sequence[Extractor]
+) -> list[tuple[Tensor, Tensor]]:
+    """(features (n, D), logits (n, C)) by each extractor, of all images, on the CPU of every process.
+
+    Reads the images once. Exactly one process must deliver each of the images 0 .. num_images - 1.
+    """
+    collectors = [Collector(extractor) for extractor in extractors]
+    for batch, indices in images:
+        for collector in collectors:
+            collector.add(batch, indices)
+    return [collector.gathered(num_images) for collector in collectors]
+
+
+class Collector:
+    """Keeps an extractor's features and logits of this process's images."""
+
+    def __init__(self, extractor: Extractor, keep: Tensor | None = None) -> None:
+        """keep: (num_images,) bool, selects the images whose outputs are kept; default all."""
+        self.extractor, self.keep = extractor, keep
+        self.seen = [torch.empty(0, dtype=torch.int64)]  # a process may get no image at all
+        self.kept = list(self.seen)
+        self.features, self.logits = [torch.empty(0, extractor.dims)], [torch.empty(0, extractor.num_classes)]
+
+    def add(self, batch: Tensor, indices: Tensor) -> Features:
+        """Extracts from a batch of images with these indices. Returns the features of all of them, on the CPU."""
+        output = self.extractor(batch).cpu()
+        chosen = slice(None) if self.keep is None else self.keep[indices]
+        self.seen.append(indices)
+        self.kept.append(indices[chosen])
+        self.features.append(output.pooled[chosen])
+        self.logits.append(output.logits[chosen])
+        return output
+
+    def gathered(self, num_images: int) -> tuple[Tensor, Tensor]:
+        """(features, logits) of the kept images of all processes, in the order of their indices."""
+        check_complete(gather_rows(torch.cat(self.seen)), num_images)
+        order = gather_rows(torch.cat(self.kept)).argsort()
+        return gather_rows(torch.cat(self.features))[order], gather_rows(torch.cat(self.logits))[order]
 
 
 def check_complete(indices: Tensor, num_images: int) -> None:

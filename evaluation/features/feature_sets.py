@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from pixlat.evaluation.protocols.identity import EVALUATOR_VERSION, JACKKNIFE_GR
 
 KINDS = {  # type and number of dimensions of each tensor of a feature set
     "count": (torch.int64, 1), "weight": (torch.float64, 2), "first": (torch.float64, 2), "second": (torch.float64, 3),
-    "features": (torch.float32, 2), "labels": (torch.int64, 1),
+    "features": (torch.float32, 2), "labels": (torch.int64, 1), "logits": (torch.float32, 2),
 }  # fmt: skip
 
 
@@ -39,8 +39,9 @@ class FeatureSet:
     """Features of labelled real images."""
 
     moments: Moments  # of all images, with the weights that `balanced` of `feature_set` chooses
-    features: Tensor  # (m, D) float32, of at most MAX_NEIGHBOURS images
+    features: Tensor  # (m, D) float32, of at most `limit` images
     labels: Tensor  # (m,) int64
+    logits: Tensor  # (m, C) float32 of the extractor's classifier, or (m, 0) if they are not known
 
     @property
     def weights(self) -> Tensor:
@@ -49,13 +50,35 @@ class FeatureSet:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, as the cache file stores them."""
-        return {**self.moments.tensors(), "features": self.features, "labels": self.labels}
+        return {**self.moments.tensors(), "features": self.features, "labels": self.labels, "logits": self.logits}
+
+    def limited(self, limit: int) -> FeatureSet:
+        """The same set with the features of at most `limit` images, the same ones on every call."""
+        kept = sample_of(len(self.labels), limit)
+        return replace(self, features=self.features[kept], labels=self.labels[kept], logits=self.logits[kept])
 
 
 def class_weights(labels: Tensor) -> Tensor:
     """(N,) float64 with mean 1: N / (number of classes * number of images of the image's class)."""
     _, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
     return (len(labels) / (len(counts) * counts.double()))[inverse]
+
+
+def balanced_weights(labels: Tensor | None, n: int) -> Tensor:
+    """(n,) float64: `class_weights`, or 1 for each image if the labels are not known."""
+    return torch.ones(n, dtype=torch.float64) if labels is None else class_weights(labels)
+
+
+def jackknife_groups(labels: Tensor | None, n: int) -> Tensor:
+    """(n,) int64: the jackknife group of each image, such that the groups share the images of every class.
+
+    The labels of generated images are chosen, not drawn. Groups that differ in their classes would add an error that
+    another set of images with the same labels does not have. Without labels: position mod JACKKNIFE_GROUPS.
+    """
+    place = torch.arange(n)
+    if labels is not None:
+        place[labels.argsort(stable=True)] = torch.arange(n)
+    return place % JACKKNIFE_GROUPS
 
 
 def feature_set(
@@ -66,37 +89,42 @@ def feature_set(
     cache: Path,
     groups: int = JACKKNIFE_GROUPS,
     balanced: bool = True,
+    limit: int = MAX_NEIGHBOURS,
+    logits: bool = False,
 ) -> FeatureSet:
     """The features of a data set: read from the cache folder or from the package, or extracted and stored there.
 
     images: batches of all N images, in the order of labels (N,); not read if the cache or the package has the features.
     data_digest: determines images, labels and order. balanced: whether the moments weight classes equally; if not, they
-    weight images equally. With several processes, each passes its share of the images and gets all features.
+    weight images equally. limit: largest number of images whose features are kept; logits: whether to keep their
+    logits, which the package does not have. With several processes, each passes its share of the images and gets all
+    features.
     """
-    path = cache / f"{_cache_key(extractor, data_digest, groups, balanced)}.safetensors"
-    cached = _read(path, len(labels))
+    path = cache / f"{_cache_key(extractor, data_digest, groups, balanced, limit, logits)}.safetensors"
+    cached = _read(path, len(labels), limit)
     if _on_all_ranks(cached is not None) and cached is not None:
         return cached
     all_labels = torch.from_numpy(labels)
-    keep = sample_of(len(labels))
+    keep = sample_of(len(labels), limit)
     weights = class_weights(all_labels) if balanced else None
     known = shipped_features(extractor, data_digest, len(labels))
     if known is not None:
         moments = Moments.zeros(known.shape[1], groups)
         moments.add(known, torch.arange(len(known)), weights)
-        return FeatureSet(moments, known[keep], all_labels[keep])
+        return FeatureSet(moments, known[keep], all_labels[keep], known.new_zeros(int(keep.sum()), 0))
     collected = collect(images, len(labels), extractor, weights, keep, groups)
-    result = FeatureSet(collected.moments, collected.features, all_labels[keep])
+    kept_logits = collected.logits if logits else collected.logits[:, :0]
+    result = FeatureSet(collected.moments, collected.features, all_labels[keep], kept_logits.contiguous())
     if rank_and_size()[0] == 0:
         _write(result, path)
     return result
 
 
-def sample_of(n: int) -> Tensor:
-    """(n,) bool: selects at most MAX_NEIGHBOURS images, the same ones on every call."""
+def sample_of(n: int, limit: int = MAX_NEIGHBOURS) -> Tensor:
+    """(n,) bool: selects at most `limit` images, the same ones on every call."""
     keep = torch.zeros(n, dtype=torch.bool)
     rng = np.random.Generator(np.random.PCG64(derive("reference sample")))
-    keep[torch.from_numpy(rng.permutation(n)[:MAX_NEIGHBOURS])] = True
+    keep[torch.from_numpy(rng.permutation(n)[:limit])] = True
     return keep
 
 
@@ -107,7 +135,7 @@ def _on_all_ranks(condition: bool) -> bool:
     return not int(failures)
 
 
-def _cache_key(extractor: Extractor, data_digest: str, groups: int, balanced: bool) -> str:
+def _cache_key(extractor: Extractor, data_digest: str, groups: int, balanced: bool, limit: int, logits: bool) -> str:
     parts = [
         extractor.id,
         extractor.sha256,
@@ -117,6 +145,8 @@ def _cache_key(extractor: Extractor, data_digest: str, groups: int, balanced: bo
         data_digest,
         groups,
         balanced,
+        limit,
+        logits,
         EVALUATOR_VERSION,
     ]
     parts += [extractor.resize_digest] if extractor.resize_digest else []
@@ -137,20 +167,20 @@ def _write(features: FeatureSet, path: Path) -> None:
     write_atomically(path, lambda place: save_tensors(tensors, place, metadata={"sha256": checksum(tensors)}))
 
 
-def _read(path: Path, num_images: int) -> FeatureSet | None:
+def _read(path: Path, num_images: int, limit: int) -> FeatureSet | None:
     """The feature set that `_write` stored, or None if there is no file or a damaged one."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             expected = (file.metadata() or {}).get("sha256")
-        if not _is_feature_set(tensors, num_images) or checksum(tensors) != expected:
+        if not _is_feature_set(tensors, num_images, limit) or checksum(tensors) != expected:
             return None
     except Exception:  # No file, or a damaged one, for which the library raises many types. We extract features again.
         return None
-    return FeatureSet(Moments.from_tensors(tensors), tensors["features"], tensors["labels"])
+    return FeatureSet(Moments.from_tensors(tensors), tensors["features"], tensors["labels"], tensors["logits"])
 
 
-def _is_feature_set(tensors: Mapping[str, Tensor], num_images: int) -> bool:
+def _is_feature_set(tensors: Mapping[str, Tensor], num_images: int, limit: int) -> bool:
     """Whether the tensors have the names, types and shapes of a feature set. The checksum covers only their bytes."""
     kinds = {name: (tensor.dtype, tensor.ndim) for name, tensor in tensors.items()}
     if kinds != KINDS:
@@ -163,6 +193,7 @@ def _is_feature_set(tensors: Mapping[str, Tensor], num_images: int) -> bool:
         "second": (groups, dims, dims),
         "features": (kept, dims),
         "labels": (kept,),
+        "logits": (kept, tensors["logits"].shape[1]),
     }
     same = all(tuple(tensors[name].shape) == shape for name, shape in shapes.items())
-    return same and kept == min(num_images, MAX_NEIGHBOURS) and int(tensors["count"].sum()) == num_images
+    return same and kept == min(num_images, limit) and int(tensors["count"].sum()) == num_images

@@ -70,18 +70,21 @@ def symmetric_eigenvalues(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     return cast("NDArray[np.float64]", eigenvalues)
 
 
-def frechet_distance_few(features: Tensor, reference: Factored) -> float:
-    """FD for n < D generated features (n, D).
+def frechet_distance_few(features: Tensor, reference: Factored, weights: Tensor | None = None) -> float:
+    """FD for n < D generated features (n, D); weights (n,) default to 1.
 
-    It uses the eigenvalues of the n x n matrix X S X^T / (n - 1), where X has the centred features as rows.
+    It uses the eigenvalues of the n x n matrix X S X^T / (n - 1), where X has the centred features as rows. With
+    weights w the rows are scaled by sqrt(w), and the divisor is that of `features.moments`: sum w - sum w^2 / sum w.
     """
     features = features.double()
-    mean = features.mean(0)
-    centred = features - mean
+    w = features.new_ones(len(features)) if weights is None else weights.double()
+    mean = (w[:, None] * features).sum(0) / w.sum()
+    centred = w[:, None].sqrt() * (features - mean)
     projected = centred @ (reference.factor if reference.regularised else reference.factor.tril())
-    ddof = len(features) - 1
-    eigenvalues = torch.linalg.eigvalsh(projected @ projected.T / ddof)[-min(ddof, reference.gaussian.n - 1) :]
-    return _assemble(mean, centred.square().sum() / ddof, eigenvalues, reference)
+    divisor = w.sum() - w.square().sum() / w.sum()
+    rank = min(len(features) - 1, reference.gaussian.n - 1)
+    eigenvalues = torch.linalg.eigvalsh(projected @ projected.T / divisor)[-rank:]
+    return _assemble(mean, centred.square().sum() / divisor, eigenvalues, reference)
 
 
 def _assemble(mean: Tensor, trace: Tensor, eigenvalues: Tensor, reference: Factored) -> float:

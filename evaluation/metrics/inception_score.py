@@ -18,15 +18,18 @@ class InceptionScore:
     se: float  # standard deviation over splits / sqrt(splits)
 
 
-def inception_score(logits: Tensor, generator: str = "PCG64") -> InceptionScore:
+def inception_score(logits: Tensor, generator: str = "PCG64", weights: Tensor | None = None) -> InceptionScore:
     """IS = exp E_x KL(p(y|x) || p(y)) in each of ten parts of a shuffled set; logits (n, C) with n >= IS_SPLITS.
+
+    weights: (n,) of the images in both means, default 1.
 
     The shuffle has a fixed seed. Without it, each part of class-sorted images would contain only few classes, which
     limits the score. generator: the NumPy generator of the shuffle; RandomState gives the parts of torch-fidelity.
     """
-    order = shuffled(len(logits), generator)
-    p = logits.double().softmax(1)[torch.from_numpy(order)]
-    scores = torch.tensor([split_score(part) for part in torch.tensor_split(p, IS_SPLITS)], dtype=torch.float64)
+    order = torch.from_numpy(shuffled(len(logits), generator))
+    w = torch.ones(len(logits), dtype=torch.float64) if weights is None else weights.double()
+    parts = (each[order].tensor_split(IS_SPLITS) for each in (logits.double().softmax(1), w))
+    scores = torch.tensor([split_score(p, some) for p, some in zip(*parts, strict=True)], dtype=torch.float64)
     return InceptionScore(float(scores.mean()), float(scores.std()) / IS_SPLITS**0.5)
 
 
@@ -37,7 +40,9 @@ def shuffled(n: int, generator: str) -> NDArray[np.int64]:
     return np.random.Generator(np.random.PCG64(IS_SHUFFLE_SEED)).permutation(n)
 
 
-def split_score(p: Tensor) -> float:
+def split_score(p: Tensor, weights: Tensor | None = None) -> float:
     """exp of the mean KL divergence of the rows of p (n, C) from their mean; 0 log 0 = 0."""
-    divergence = torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))
-    return float(divergence.sum(1).mean().exp())
+    w = p.new_ones(len(p)) if weights is None else weights
+    share = w / w.sum()
+    divergence = torch.xlogy(p, p) - torch.xlogy(p, share @ p)
+    return float((share @ divergence.sum(1)).exp())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -78,20 +79,59 @@ def complete(x: Tensor, y: Tensor, w: Tensor, groups: int) -> tuple[float, list[
     w weights y. The second result has its values with each group (position mod `groups`) of x left out; it is empty for
     a single group. Products have the precision of the features, sums have float64.
     """
-    member = F.one_hot(torch.arange(len(x), device=x.device) % groups, groups).double()  # (n, K)
-    count = member.sum(0)
-    yy = (_pair_sums(y, y, w[:, None], w[:, None]) - w.square() @ _diagonal(y)) / (w.sum().square() - w.square().sum())
-    xx = _pair_sums(x, x, member, member) - torch.diag(member.T @ _diagonal(x))  # (K, K)
-    xy = _pair_sums(x, y, member, w[:, None] / w.sum())[:, 0]  # (K,)
+    group = torch.arange(len(x), device=x.device) % groups
+    return KernelReference(y, w).statistic(x, torch.ones_like(x[:, 0], dtype=torch.float64), group, plugin=False)
 
-    def statistic(n: Tensor, pairs: Tensor, cross: Tensor) -> float:
-        return float(pairs / (n * (n - 1)) + yy - 2 * cross / n)
 
-    value = statistic(count.sum(), xx.sum(), xy.sum())
-    if groups == 1:
-        return value, []
-    pairs_without = xx.sum() - 2 * xx.sum(1) + xx.diagonal()
-    return value, [statistic(count.sum() - count[g], pairs_without[g], xy.sum() - xy[g]) for g in range(groups)]
+@dataclass(frozen=True)
+class KernelReference:
+    """Features (m, D) and weights (m,) float64 of real images, with which many sets are compared.
+
+    The sum over all their pairs is computed once.
+    """
+
+    features: Tensor
+    weights: Tensor
+
+    @cached_property
+    def _pairs(self) -> Tensor:
+        w = self.weights[:, None]
+        return _pair_sums(self.features, self.features, w, w)
+
+    def _own(self, plugin: bool) -> Tensor:
+        """The weighted mean of k(y, y') over all pairs; without plugin over pairs of different images."""
+        w = self.weights
+        if plugin:
+            return self._pairs / w.sum().square()
+        return (self._pairs - w.square() @ _diagonal(self.features)) / (w.sum().square() - w.square().sum())
+
+    def statistic(self, x: Tensor, v: Tensor, group: Tensor, plugin: bool) -> tuple[float, list[float]]:
+        """The squared maximum mean discrepancy of features x (n, D) with weights v (n,) float64.
+
+        plugin=False: the U-statistic, which is unbiased and may be negative. plugin=True: the V-statistic, which also
+        counts the pairs of an image with itself: it is the squared distance of two mean embeddings, hence positive,
+        and its bias depends on the numbers of images. group: (n,) int64 from 0. The second result has the values with
+        each group of x left out; it is empty for a single group.
+        """
+        member = F.one_hot(group).double() * v[:, None]  # (n, K)
+        groups = member.shape[1]
+        own = member.square().T @ _diagonal(x)
+        xx = _pair_sums(x, x, member, member) - (0 if plugin else torch.diag(own))  # (K, K)
+        xy = _pair_sums(x, self.features, member, self.weights[:, None] / self.weights.sum())[:, 0]  # (K,)
+        yy, total, squares = self._own(plugin), member.sum(0), member.square().sum(0)
+
+        def value_of(sum_v: Tensor, sum_v2: Tensor, pairs: Tensor, cross: Tensor) -> float:
+            return float(pairs / (sum_v.square() - (0 if plugin else sum_v2)) + yy - 2 * cross / sum_v)
+
+        value = value_of(total.sum(), squares.sum(), xx.sum(), xy.sum())
+        if groups == 1:
+            return value, []
+        without = xx.sum() - 2 * xx.sum(1) + xx.diagonal()
+        left_out = [
+            value_of(total.sum() - total[g], squares.sum() - squares[g], without[g], xy.sum() - xy[g])
+            for g in range(groups)
+        ]
+        return value, left_out
 
 
 def _pair_sums(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 EVALUATOR_VERSION = 2  # increase it with any change that changes a number; tests/test_evaluate.py stores the value
@@ -44,6 +44,7 @@ PRECISION_K = 3
 DENSITY_K = 5
 MAX_NEIGHBOURS = 10_000  # images on each side for precision, recall, density, coverage, and for subsets of KID
 CLASSIFIER_SHRINKAGE = 0.03
+COPY_QUANTILE = 0.05  # share of the held-out images that are "nearest" to the training images
 MIND_PROJECTIONS = 1000
 MIND_SEED = 2020
 PSNR_CAP = 100.0  # dB, the value for an image that is identical to its original
@@ -74,32 +75,53 @@ class ExtractorIdentity(Layer, Protocol):
 
     @property
     def sha256(self) -> str: ...
+    @property
+    def comparable_with_inception_fid(self) -> bool: ...
+    @property
+    def resize_digest(self) -> str | None: ...
 
 
-def embedded_protocol(
-    extractor: ExtractorIdentity,
+JUDGED = "embedded-v2"  # the name of the judged protocol
+JUDGED_VERSION = 3  # its evaluator's version; the other protocols' numbers are those of EVALUATOR_VERSION
+
+
+class JudgeIdentity(Protocol):
+    """The part of evaluation.judges.panel.Judge that this module needs."""
+
+    @property
+    def extractor(self) -> ExtractorIdentity: ...
+    @property
+    def ranks(self) -> bool: ...
+    @property
+    def labels_of(self) -> str | None: ...
+
+
+def judged_protocol(
+    judges: Sequence[JudgeIdentity],
     data: str,
     train_digest: str,
     heldout_digest: str | None,
     num_reference: int,
     resolution: int,
     num_images: int,
+    label_law: str,
     uint8_rule: str = "round_half_even",
     precision: str = "float32",
     decoding: str | None = None,
 ) -> dict[str, Any]:
-    """The embedded protocol: it compares images of balanced labels with a data set's training split.
+    """The embedded protocol: several judges compare images with a data set's training part and its held-out part.
 
-    Every class of the training split has the same weight.
+    Every class has the same weight on all sides.
 
     data: name of the data set; train_digest and heldout_digest: they determine images, labels and order of the two
-        splits; the floor uses the held-out split;
-    num_reference: number of training images; resolution: pixels; num_images: number of generated images;
+        parts; num_reference: number of training images; resolution: pixels;
+    num_images: number of generated images; label_law: how their labels were chosen (heldout: those of held-out images);
     precision: of sampling (float32, tf32, bfloat16 or unknown); decoding: `ImageSet.decoding` of the real images.
     """
     neighbours = {"n_ref": min(num_reference, MAX_NEIGHBOURS), "n_gen": min(num_images, MAX_NEIGHBOURS)}
     return {
-        "extractor": extractor_entry(extractor, extractor.sha256),
+        "name": JUDGED,
+        "judges": [judge_entry(judge) for judge in judges],
         "reference": {
             "id": f"{data}-train",
             "digest": train_digest,
@@ -109,11 +131,11 @@ def embedded_protocol(
             "weighting": "class_balanced",
             **decoding_entry(decoding),
         },
-        "samples": samples_entry(num_images, "balanced", "shuffled", uint8_rule, precision),
+        "samples": samples_entry(num_images, label_law, "stratified", uint8_rule, precision),
         "estimator": {
             **FRECHET_ENTRY,
             "is": {"splits": IS_SPLITS, "shuffle_seed": IS_SHUFFLE_SEED, "bias": True},
-            "kid": {"kernel": "(x.y/D+1)^3", **kid_entry(neighbours["n_ref"], num_images)},
+            "kid": {"kernel": "(x.y/D+1)^3", "estimator": "plugin"},
             "prdc": {
                 "k_precision": PRECISION_K,
                 "compare_precision": "<=",
@@ -121,11 +143,21 @@ def embedded_protocol(
                 "compare_density": "<",
                 **neighbours,
             },
-            "class_accuracy": {"classifier": "linear_discriminant", "shrinkage": CLASSIFIER_SHRINKAGE},
+            "memory": {"neighbours": 1, "copy_quantile": COPY_QUANTILE},
+            "class_accuracy": {"classifier": "judge, or linear_discriminant", "shrinkage": CLASSIFIER_SHRINKAGE},
         },
         "resolution": resolution,
-        "evaluator_version": EVALUATOR_VERSION,
+        "evaluator_version": JUDGED_VERSION,
     }
+
+
+def judge_entry(judge: JudgeIdentity) -> dict[str, Any]:
+    """The part of a protocol that describes a judge."""
+    extractor = judge.extractor
+    entry = extractor_entry(
+        extractor, extractor.sha256, extractor.comparable_with_inception_fid, extractor.resize_digest
+    )
+    return entry | {"ranks": judge.ranks, "labels_of": judge.labels_of}
 
 
 def reconstruction_protocol(
@@ -251,6 +283,7 @@ def without_names(protocol: Mapping[str, Any]) -> dict[str, Any]:
 
 DISTANCE = ("fd", "cov_ddof", "dtype")
 ESTIMATORS = {
+    "kid_ratio": ("kid",), "memorisation": ("memory",), "copies": ("memory",),
     "is": ("is",), "kid": ("kid",), "mind": ("mind",), "precision": ("prdc",), "recall": ("prdc",),
     "density": ("prdc",), "coverage": ("prdc",),
     "class_accuracy": ("class_accuracy",), "class_accuracy_real": ("class_accuracy",),
@@ -277,5 +310,6 @@ def protocol_name(protocol: Mapping[str, Any]) -> str:
     """
     samples = protocol["samples"]
     named = f"{protocol['name']}: " if "name" in protocol else ""
-    compared = f"{protocol['extractor']['id']}/{protocol['reference']['id']}"
+    measured = protocol["extractor"]["id"] if "extractor" in protocol else f"{len(protocol['judges'])} judges"
+    compared = f"{measured}/{protocol['reference']['id']}"
     return f"{named}{compared}/n={samples['n']}/{samples['label_law']}#{protocol_hash(protocol)}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,11 @@ from pixlat.common.errors import UserError
 from pixlat.common.images.decoding import decoding_digest
 from pixlat.common.images.splits import fixed_draw
 from pixlat.common.precision import EXECUTED
-from pixlat.evaluation.features.collect import ImageBatch
-from pixlat.evaluation.features.extractor import EmbeddedExtractor
 from pixlat.evaluation.features.networks import CardExtractor, build_extractor
 from pixlat.evaluation.features.ranks import rank_and_size
 from pixlat.evaluation.features.reference_files import Reference, read_reference
 from pixlat.evaluation.features.samples import FolderSamples, Samples, drawn_images, drawn_labels
+from pixlat.evaluation.judges.panel import panel
 from pixlat.evaluation.metrics.spread import over_seeds
 from pixlat.evaluation.protocols.identity import MAX_NEIGHBOURS, UINT8_RULES, decoding_entry
 from pixlat.evaluation.protocols.named import EMBEDDED, NamedProtocol, SampleRule, describe, get_protocol
@@ -35,15 +33,20 @@ from pixlat.evaluation.protocols.needed_files import checked
 from pixlat.evaluation.score.embedded import (
     Clock,
     Evaluation,
-    data_protocol,
-    evaluate,
+    Making,
+    Met,
+    assembled,
     evaluate_method,
-    load_reference,
+    judge,
+    kept_heldout,
+    load_reals,
     progress,
 )
+from pixlat.evaluation.score.equal_sets import heldout_labels
 from pixlat.evaluation.score.generate import draw_labels, generate
 from pixlat.evaluation.score.models import Model
 from pixlat.evaluation.score.named import measure
+from pixlat.evaluation.score.origin import origin_of
 from pixlat.evaluation.score.reconstruction import evaluate_rebuilt, evaluate_reconstruction
 
 
@@ -64,6 +67,7 @@ class Request:
     cache: Path
     device: torch.device
     in_random_order: bool = False  # whether finished images are in random order, so that the first ones represent all
+    judges: tuple[str, ...] = ()  # for finished images under the embedded protocol; a model's are its `eval.judges`
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,8 @@ def assess_model(model: Model, request: Request) -> Evaluation:
         extractor = None if request.protocol == EMBEDDED else rfid_extractor(request)
         return evaluate_reconstruction(model.method, run, load_data(run.data), request.device, request.cache, extractor)
     if request.protocol == EMBEDDED:
-        return evaluate_method(model.method, run, load_data(run.data), request.device, request.cache, request.seeds)
+        source, met = load_data(run.data), origin_of(model).met
+        return evaluate_method(model.method, run, source, request.device, request.cache, request.seeds, met)
     return sample_and_measure(model, run, n, request)
 
 
@@ -172,17 +177,17 @@ def sample_and_measure(model: Model, run: RunConfig, n: int, request: Request) -
 # -- finished images ---------------------------------------------------------------------------------------------------
 
 
-def assess_images(samples: Samples, request: Request, data: DataConfig) -> Evaluation:
-    """Measures finished images. The embedded protocol and rfid compare them with the data set `data`."""
+def assess_images(samples: Samples, request: Request, data: DataConfig, met: Met | None = None) -> Evaluation:
+    """Measures finished images. The embedded protocol and rfid compare them with the data set `data`.
+
+    met: what the model that made the images has met; None: not known.
+    """
     n = min(len(samples), request.num_images or len(samples))
     uint8_rule = UINT8_RULES.get(request.uint8 or "", "unknown")
     precision = EXECUTED.get(request.precision or "", "unknown")
     stored = container(samples)
     decoding = decoding_digest() if stored == "lossy" else None
     rule = SampleRule(n, request.labels or "unknown", uint8_rule, stored, precision, decoding)
-    # The embedded protocol searches for neighbours among the first MAX_NEIGHBOURS images only.
-    shuffled = request.protocol == EMBEDDED and n > MAX_NEIGHBOURS and not request.in_random_order
-    stream = progress(drawn_images(samples, n, request.batch, shuffled), n, "evaluating")
     if request.protocol == "rfid":
         return evaluate_rebuilt(
             samples.batches(request.batch),
@@ -196,7 +201,8 @@ def assess_images(samples: Samples, request: Request, data: DataConfig) -> Evalu
     if request.protocol == EMBEDDED:
         source = load_data(data)
         introduce(samples, n, source, data)
-        return against_data(stream, known_labels(samples, n, shuffled, source), source, rule, request)
+        return against_data(samples, source, rule, request, met)
+    stream = progress(drawn_images(samples, n, request.batch), n, "evaluating")
     tools = prepare(request, samples.resolution)
     return Evaluation(tools.describe(rule), measure(stream, n, tools.extractor, tools.reference, tools.protocol), 0.0)
 
@@ -219,23 +225,27 @@ def known_labels(samples: Samples, n: int, shuffled: bool, source: DataSource) -
 
 
 def against_data(
-    stream: Iterator[ImageBatch],
-    labels: NDArray[np.int64] | None,
-    source: DataSource,
-    rule: SampleRule,
-    request: Request,
+    samples: Samples, source: DataSource, rule: SampleRule, request: Request, met: Met | None
 ) -> Evaluation:
     """Measures images under the embedded protocol.
 
-    labels: None if the classes that the images should show are not known; then there is no class accuracy.
+    Images with the labels of an evaluation of a model (`pixlat sample like=evaluation`) are compared as that model's.
     """
-    extractor = EmbeddedExtractor(request.device)
-    reference = load_reference(source, extractor, request.cache)
-    metrics = evaluate(stream, rule.n if labels is None else labels, extractor, reference)
-    protocol = data_protocol(extractor, source, reference, rule.n, rule.uint8_rule, rule.precision)
+    reals = load_reals(source, panel(source.info, request.judges, request.device), request.cache, rule.n)
+    labels = known_labels(samples, rule.n, False, source)
+    heldout = kept_heldout(source)
+    alike = labels is not None and len(heldout) > 0 and np.array_equal(labels, heldout_labels(heldout, rule.n))
+    # Images are compared in parts, and neighbours are searched among the first ones, so each part must represent all.
+    shuffled = not (alike or request.in_random_order) and rule.n > min(MAX_NEIGHBOURS, reals[0].block)
+    if shuffled:
+        labels = known_labels(samples, rule.n, True, source)
+    stream = progress(drawn_images(samples, rule.n, request.batch, shuffled), rule.n, "evaluating")
+    scores = judge(stream, rule.n if labels is None else labels, reals, source.info.name)
+    made = Making("heldout" if alike else rule.label_law, rule.uint8_rule, rule.precision)
+    evaluation = assembled([scores], source, reals, rule.n, made, met)
     stored = "memory" if rule.container == "lossless" else rule.container
-    protocol["samples"] |= {"label_law": rule.label_law, "container": stored, **decoding_entry(rule.decoding)}
-    return Evaluation(protocol, metrics, 0.0)
+    evaluation.protocol["samples"] |= {"container": stored, **decoding_entry(rule.decoding)}
+    return evaluation
 
 
 LIKENESS_IMAGES = 200  # images of each side that `unlike` compares

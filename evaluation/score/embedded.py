@@ -1,37 +1,34 @@
-"""The embedded protocol: streams images through the extractor and computes every metric with its error bar."""
+"""The embedded protocol: judges compare generated images with the run's own data set."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pixlat.common.config.resolve import sampling_seeds
 from pixlat.common.errors import UserError
+from pixlat.common.images.splits import fixed_draw
 from pixlat.common.precision import executed_precision
 from pixlat.common.progress import progress_bar
-from pixlat.evaluation.features.collect import Collected, ImageBatch, batches, collect
-from pixlat.evaluation.features.extractor import EmbeddedExtractor, Extractor
+from pixlat.evaluation.features.collect import ImageBatch, batches, collect_features
 from pixlat.evaluation.features.feature_sets import FeatureSet, feature_set
-from pixlat.evaluation.features.moments import Moments
 from pixlat.evaluation.features.ranks import rank_and_size
-from pixlat.evaluation.metrics.class_accuracy import fit_discriminant
-from pixlat.evaluation.metrics.frechet import Factored, factorise, frechet_distance, frechet_distance_few
-from pixlat.evaluation.metrics.inception_score import inception_score
-from pixlat.evaluation.metrics.jackknife import Estimate, jackknife
-from pixlat.evaluation.metrics.kid import KernelDistance, kernel_distance
-from pixlat.evaluation.metrics.prdc import prdc
+from pixlat.evaluation.judges.panel import Judge, panel
 from pixlat.evaluation.metrics.spread import over_seeds
-from pixlat.evaluation.protocols.identity import JACKKNIFE_GROUPS, MAX_NEIGHBOURS, UINT8_RULES, embedded_protocol
+from pixlat.evaluation.protocols.identity import JACKKNIFE_GROUPS, UINT8_RULES, judged_protocol
+from pixlat.evaluation.records.contact import contact_of
 from pixlat.evaluation.records.record import Metric
+from pixlat.evaluation.score.equal_sets import heldout_labels
 from pixlat.evaluation.score.generate import Drawing, balanced_labels, generate
+from pixlat.evaluation.score.headline import headline, judge_record, real_record
+from pixlat.evaluation.score.judged import ImageFeatures, Reals, judge_metrics, real_metrics
 
 if TYPE_CHECKING:
     from pixlat.common.config.schema import RunConfig
@@ -40,14 +37,11 @@ if TYPE_CHECKING:
     from pixlat.methods.base import Method
 
 MIN_IMAGES = JACKKNIFE_GROUPS
+KEPT_IMAGES = 50_000  # largest number of real images of each part whose features are kept
 
-
-@dataclass(frozen=True)
-class Reference:
-    """Features of the real images: of the training split, and of the held-out split if there is one."""
-
-    train: FeatureSet
-    heldout: FeatureSet | None
+Scores: TypeAlias = dict[str, Metric]
+#: the networks and earlier runs that a model has met: `pretrained_components` and `parents` of its record
+Met: TypeAlias = tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -55,37 +49,12 @@ class Evaluation:
     """The results of an evaluation that go into the record."""
 
     protocol: dict[str, Any]
-    metrics: dict[str, Metric]
+    metrics: Scores
     sampling_seconds: float  # time in which this process made its share of the images of all seeds
     images_made: int = 0  # number of images that this process made in this time
     drawing_seconds: float = 0.0  # the part of this time in which samplers waited for random numbers
-
-
-def evaluate(
-    images: Iterable[ImageBatch], labels: NDArray[np.int64] | int, extractor: Extractor, reference: Reference
-) -> dict[str, Metric]:
-    """All metrics of n generated images, n at least 20. Every process gets the same result.
-
-    labels: (n,) the classes that the images should show; or only the number n, if these are not known.
-
-    The metrics are fd_embedded, fd_floor (the distance of held-out real images from the same reference), kid, is,
-    precision, recall, density and coverage; with labels also class_accuracy, and class_accuracy_real, the classifier's
-    accuracy on held-out real images.
-    """
-    n = labels if isinstance(labels, int) else len(labels)
-    check_enough("generated", n)
-    check_enough("training", len(reference.train.labels))
-    generated = collect(images, n, extractor)
-    train = factorise(reference.train.moments.total())
-    metrics = {"fd_embedded": frechet_metric(frechet_estimate(generated, train), n, train.regularised)}
-    if reference.heldout is not None:
-        metrics["fd_floor"] = floor_metric(reference.heldout.moments, train)
-    metrics |= sample_metrics(generated, reference.train)
-    return (
-        metrics
-        if isinstance(labels, int)
-        else metrics | classifier_metrics(generated.features, torch.from_numpy(labels), reference)
-    )
+    #: of the embedded protocol: the record's fields `judged_by`, `judges` and `real`
+    judged: dict[str, Any] = field(default_factory=dict)
 
 
 def check_enough(kind: str, num_images: int) -> None:
@@ -94,92 +63,40 @@ def check_enough(kind: str, num_images: int) -> None:
         raise UserError(f"An evaluation needs at least {MIN_IMAGES} {kind} images, but there are {num_images}.")
 
 
-def frechet_estimate(generated: Collected, reference: Factored) -> Estimate:
-    """The distance of all images. The jackknife over K groups (index mod K) gives its bias and its error."""
-    features, moments = generated.features, generated.moments
-    if len(features) > features.shape[1]:
-        return jackknife(
-            frechet_distance(moments.total(), reference), [frechet_distance(g, reference) for g in moments.left_out()]
-        )
-    group = torch.arange(len(features)) % JACKKNIFE_GROUPS
-    left_out = [frechet_distance_few(features[group != g], reference) for g in range(JACKKNIFE_GROUPS)]
-    return jackknife(frechet_distance_few(features, reference), left_out)
+def judge(
+    images: Iterable[ImageBatch], labels: NDArray[np.int64] | int, reals: Sequence[Reals], data: str
+) -> list[Scores]:
+    """Every judge's metrics of n generated images, n at least 20. Every process gets the same result.
 
-
-def floor_metric(heldout: Moments, reference: Factored) -> Metric:
-    """The distance of held-out real images from the reference.
-
-    Their number differs from the number of generated images, so compare bias-corrected values.
+    labels: (n,) the classes that the images should show; or only the number n, if these are not known. data: the data
+    set's name.
     """
-    estimate = jackknife(
-        frechet_distance(heldout.total(), reference), [frechet_distance(g, reference) for g in heldout.left_out()]
-    )
-    return {
-        **frechet_metric(estimate, int(heldout.count.sum()), reference.regularised),
-        "n_eff": heldout.effective_number,
-    }
+    n = labels if isinstance(labels, int) else len(labels)
+    check_enough("generated", n)
+    check_enough("training", len(reals[0].train.labels))
+    wanted = None if isinstance(labels, int) else torch.from_numpy(labels)
+    outputs = collect_features(images, n, [each.judge.extractor for each in reals])
+    return [
+        judge_metrics(ImageFeatures(features, logits, wanted), each, data)
+        for (features, logits), each in zip(outputs, reals, strict=True)
+    ]
 
 
-def frechet_metric(estimate: Estimate, n: int, regularised: bool) -> Metric:
-    """The record's entry for a Fréchet distance. regularised: the reference's covariance was not positive definite."""
-    left_out = list(estimate.left_out)
-    return {
-        "value": estimate.value, "value_bc": estimate.value_bc, "se": estimate.se, "left_out": left_out,
-        "n": n, "unit": "feature^2", "regularised": regularised,
-    }  # fmt: skip
+def evaluation_labels(source: DataSource, n: int, seed: int) -> tuple[NDArray[np.int64], str]:
+    """(labels (n,), their law) of the images that a run generates for its score.
 
-
-def kid_metric(kid: KernelDistance, n: int) -> Metric:
-    """The record's entry for KID, which is unbiased and needs no bias-corrected value."""
-    entry = {"value": kid.value, "value_bc": None, "se": kid.se, "n": n, "unit": "1"}
-    return entry | ({"left_out": list(kid.left_out)} if kid.left_out else {})
-
-
-def sample_metrics(generated: Collected, train: FeatureSet) -> dict[str, Metric]:
-    """kid, is, precision, recall, density, coverage.
-
-    Labels are shuffled, so the first images represent all images.
+    heldout: the labels of held-out images; balanced, drawn with the seed: if there are too few held-out images.
     """
-    n = len(generated.features)
-    kid = kernel_distance(generated.features, train.features, train.weights)
-    score = inception_score(generated.logits)
-    near = prdc(generated.features[:MAX_NEIGHBOURS], train.features)
-    return {
-        "kid": kid_metric(kid, n),
-        "is": {"value": score.value, "value_bc": None, "se": score.se, "n": n, "unit": "1"},
-        "precision": mean_metric(near.precision),
-        "recall": mean_metric(near.recall, train.weights),
-        "density": mean_metric(near.density),
-        "coverage": mean_metric(near.coverage, train.weights),
-    }
+    heldout = kept_heldout(source)
+    if len(heldout):
+        return heldout_labels(heldout, n), "heldout"
+    return balanced_labels(n, source.info.num_classes, seed), "balanced"
 
 
-def mean_metric(values: Tensor, weights: Tensor | None = None) -> Metric:
-    """The record's entry for the mean of per-image values (n,).
-
-    The standard error assumes independent images. With weights, which only reference images have, there is none.
-    """
-    n = len(values)
-    mean = values.mean() if weights is None else (weights * values).sum() / weights.sum()
-    se = None if weights is not None else float(values.std()) / n**0.5
-    return {"value": float(mean), "value_bc": None, "se": se, "n": n, "unit": "1"}
-
-
-def classifier_metrics(features: Tensor, labels: Tensor, reference: Reference) -> dict[str, Metric]:
-    """class_accuracy, and class_accuracy_real if there are held-out images. No metric for data of a single class."""
-    train, heldout = reference.train, reference.heldout
-    if len(train.labels.unique()) < 2:
-        return {}
-    classifier = fit_discriminant(train.features, train.labels, train.weights)
-    metrics = {"class_accuracy": mean_metric(classifier.correct(features, labels))}
-    if heldout is not None:
-        metrics["class_accuracy_real"] = mean_metric(
-            classifier.correct(heldout.features, heldout.labels), heldout.weights
-        )
-    return metrics
-
-
-# -- a run -------------------------------------------------------------------------------------------------------------
+def kept_heldout(source: DataSource) -> NDArray[np.int64]:
+    """The labels of the held-out images that take part: none if there are fewer than MIN_IMAGES."""
+    labels = source.heldout.labels
+    return labels[fixed_draw(len(labels), KEPT_IMAGES)] if len(labels) >= MIN_IMAGES else labels[:0]
 
 
 def evaluate_method(
@@ -189,18 +106,20 @@ def evaluate_method(
     device: torch.device | str,
     cache: Path,
     seeds: Sequence[int] | None = None,
+    met: Met | None = None,
 ) -> Evaluation:
     """Samples `run.eval.num_images` images from a method and compares them with its data set.
 
     Every process must call it. cache: folder for the features of the real images, which all runs share. seeds: sampling
     seeds, by default those of the run; with several, each seed gives a set of images, and metrics are means over them.
+    met: what the model has met; None: its method's own networks.
     """
-    check_enough("generated", run.eval.num_images)
-    extractor = EmbeddedExtractor(device)
-    reference = load_reference(source, extractor, cache)
-    clock, parts = Clock(), []
+    n = run.eval.num_images
+    check_enough("generated", n)
+    reals = load_reals(source, panel(source.info, run.eval.judges, device), cache, n)
+    clock, parts, law = Clock(), [], ""
     for seed in seeds or sampling_seeds(run):
-        labels = balanced_labels(run.eval.num_images, source.info.num_classes, seed)
+        labels, law = evaluation_labels(source, n, seed)
         images = generate(
             method,
             run.sample,
@@ -212,37 +131,93 @@ def evaluate_method(
             run.eval.uint8,
             drawing=clock.drawing,
         )
-        parts.append(evaluate(progress(clock.timed(images), len(labels), "evaluating"), labels, extractor, reference))
-    made = {
-        "uint8_rule": UINT8_RULES[run.eval.uint8],
-        "precision": executed_precision(run.eval.precision, torch.device(device)),
-    }
-    protocol = data_protocol(extractor, source, reference, run.eval.num_images, **made)
-    return Evaluation(protocol, over_seeds(parts), clock.seconds, clock.images, clock.drawing.seconds)
-
-
-def data_protocol(
-    extractor: Extractor, source: DataSource, reference: Reference, num_images: int, uint8_rule: str, precision: str
-) -> dict[str, Any]:
-    """The embedded protocol for a data set. uint8_rule and precision describe how the images were generated."""
-    heldout_digest = source.heldout.digest if reference.heldout else None
-    info, train = source.info, source.train
-    sizes = (len(train), info.image_size, num_images)
-    return embedded_protocol(
-        extractor, info.name, train.digest, heldout_digest, *sizes, uint8_rule, precision, train.decoding
+        stream = progress(clock.timed(images), n, "evaluating")
+        parts.append(judge(stream, labels, reals, source.info.name))
+    made = Making(law, UINT8_RULES[run.eval.uint8], executed_precision(run.eval.precision, torch.device(device)))
+    networks = met or ([asdict(component) for component in method.components()], [])
+    evaluation = assembled(parts, source, reals, n, made, networks)
+    return replace(
+        evaluation, sampling_seconds=clock.seconds, images_made=clock.images, drawing_seconds=clock.drawing.seconds
     )
 
 
-def load_reference(source: DataSource, extractor: Extractor, cache: Path) -> Reference:
-    """The features of both splits, from the cache if it has them."""
+@dataclass(frozen=True)
+class Making:
+    """How the images were made, in the words of the protocol."""
 
-    def features_of(images: ImageSet, name: str) -> FeatureSet:
-        stream = progress(batches(images.fetch, len(images)), len(images), f"features of {name} images")
+    label_law: str
+    uint8_rule: str
+    precision: str
+
+
+def assembled(
+    parts: Sequence[Sequence[Scores]],
+    source: DataSource,
+    reals: Sequence[Reals],
+    n: int,
+    made: Making,
+    met: Met | None,
+) -> Evaluation:
+    """The evaluation from each seed's list of judges' metrics.
+
+    met: None if nothing is known about the images' origin; then the headline is that of all judges that rank.
+    """
+    protocol = data_protocol(reals, source, n, made)
+    judges = protocol["judges"]
+    contact = (contact_of(*met, judges) if met else None) or []
+    judged_by, headlines = headline(judges, parts, contact)
+    real_parts = [real_metrics(each, source.info.name) for each in reals]
+    real_headline = headline(judges, [real_parts], contact)[1] if all(real_parts) else []
+    fields = {
+        "judged_by": judged_by,
+        "judges": judge_record(judges, [over_seeds(of_judge) for of_judge in zip(*parts, strict=True)]),
+        **({"real": real_record(judges, real_parts, over_seeds(real_headline))} if real_headline else {}),
+    }
+    return Evaluation(protocol, over_seeds(headlines), 0.0, judged=fields)
+
+
+def data_protocol(reals: Sequence[Reals], source: DataSource, num_images: int, made: Making) -> dict[str, Any]:
+    """The embedded protocol for a data set and its judges."""
+    heldout_digest = source.heldout.digest if reals[0].heldout else None
+    info, train = source.info, source.train
+    sizes = (len(train), info.image_size, num_images)
+    return judged_protocol(
+        [each.judge for each in reals],
+        info.name,
+        train.digest,
+        heldout_digest,
+        *sizes,
+        made.label_law,
+        made.uint8_rule,
+        made.precision,
+        train.decoding,
+    )
+
+
+def load_reals(source: DataSource, judges: Sequence[Judge], cache: Path, n: int) -> list[Reals]:
+    """Every judge's features of both parts of a data set, from the cache if it has them, for sets of n images."""
+    heldout = fixed_draw(len(source.heldout), KEPT_IMAGES) if len(kept_heldout(source)) else None
+
+    def features_of(judge: Judge, images: ImageSet, chosen: NDArray[np.int64], name: str, logits: bool) -> FeatureSet:
+        stream = batches(lambda positions: images.fetch(chosen[positions.start : positions.stop]), len(chosen))
+        title = f"features of {name} images by {judge.id}"
         identity = images.digest if images.decoding is None else f"{images.digest}/{images.decoding}"
-        return feature_set(stream, images.labels, extractor, identity, cache)
+        identity += "" if len(chosen) == len(images) else f"/{len(chosen)} drawn"
+        shown = progress(stream, len(chosen), title)
+        return feature_set(
+            shown, images.labels[chosen], judge.extractor, identity, cache, limit=KEPT_IMAGES, logits=logits
+        )
 
-    enough = len(source.heldout) >= MIN_IMAGES
-    return Reference(features_of(source.train, "training"), features_of(source.heldout, "held-out") if enough else None)
+    everything = np.arange(len(source.train))
+    return [
+        Reals(
+            judge,
+            features_of(judge, source.train, everything, "training", False),
+            None if heldout is None else features_of(judge, source.heldout, heldout, "held-out", True),
+            n,
+        )
+        for judge in judges
+    ]
 
 
 class Clock:

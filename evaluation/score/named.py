@@ -11,6 +11,7 @@ from pixlat.evaluation.features.collect import Collected, ImageBatch, collect
 from pixlat.evaluation.features.moments import Gaussian, Moments
 from pixlat.evaluation.features.networks import CardExtractor
 from pixlat.evaluation.features.reference_files import Reference
+from pixlat.evaluation.metrics.entries import frechet_metric, kid_metric, mean_metric
 from pixlat.evaluation.metrics.frechet import factorise, frechet_distance
 from pixlat.evaluation.metrics.inception_score import inception_score, shuffled
 from pixlat.evaluation.metrics.jackknife import jackknife
@@ -20,7 +21,7 @@ from pixlat.evaluation.metrics.prdc import prdc
 from pixlat.evaluation.protocols.identity import MAX_NEIGHBOURS
 from pixlat.evaluation.protocols.named import LARGE_GROUPS, NEIGHBOURS, NamedProtocol
 from pixlat.evaluation.records.record import Metric
-from pixlat.evaluation.score.embedded import check_enough, frechet_metric, kid_metric, mean_metric
+from pixlat.evaluation.score.embedded import check_enough
 
 
 def measure(

@@ -6,19 +6,17 @@ A model that was trained here already has a record, whose other fields the new r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pixlat.common.config.identity import config_entry
 from pixlat.common.config.resolve import settings_tried
 from pixlat.common.errors import UserError
 from pixlat.common.origin import code_state
 from pixlat.evaluation.protocols.identity import digest, protocol_hash
 from pixlat.evaluation.records.contact import contact_fields
-from pixlat.evaluation.records.parents import current_parents, earlier_runs, stage_digests
 from pixlat.evaluation.records.record import RESULT, Record, build_record, write_record
 from pixlat.evaluation.records.selection import with_evaluations, with_sweep
+from pixlat.evaluation.score.origin import origin_of
 from pixlat.methods import get_spec
 
 if TYPE_CHECKING:
@@ -76,32 +74,11 @@ def record_of_model(
             "protocol": evaluation.protocol,
             "selection": with_sweep(tried, sweep) if sweep else with_evaluations(tried, now, earlier),
             "metrics": evaluation.metrics,
+            **evaluation.judged,
             "artifacts": {},
             "notes": "",
         }
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a model was made with."""
-
-    parents: list[dict[str, Any]]  # its earlier runs, as in records
-    config: dict[str, Any]  # its settings, as in records
-    #: all networks and earlier runs that it has met: those of its training, and those that it samples with if the user
-    #: has replaced an earlier stage
-    met: tuple[list[dict[str, Any]], list[dict[str, Any]]]
-
-
-def origin_of(model: Model) -> Origin:
-    """What a model was made with, from its record or export and from the folders of its earlier runs."""
-    named, trained = model.named or model.run, model.record or model.lineage or {}
-    components = [asdict(part) for part in model.method.describe(model.run.sample).pretrained]
-    now = earlier_runs(model.run, model.run.model, verified=True)
-    parents = current_parents(trained.get("parents", []), now)
-    config = config_entry(named, get_spec(named.method), stage_digests(parents))
-    components += [part for part in trained.get("pretrained_components", []) if part not in components]
-    return Origin(parents, config, (components, parents + [entry for entry in now if entry not in parents]))
 
 
 def speed_fields(
@@ -171,6 +148,7 @@ def record_of_images(
             **origin,
             "protocol": evaluation.protocol,
             "metrics": evaluation.metrics,
+            **evaluation.judged,
             "artifacts": {"samples_npz_sha256": npz_sha256},
             "notes": "finished images" if made_with else "finished images: how they were made is not known here",
         }

@@ -26,12 +26,13 @@ from pixlat.evaluation.features.extractor import EmbeddedExtractor, Extractor, e
 from pixlat.evaluation.features.feature_sets import feature_set
 from pixlat.evaluation.features.moments import Moments
 from pixlat.evaluation.features.ranks import gather_rows
+from pixlat.evaluation.metrics.entries import frechet_metric, mean_metric
 from pixlat.evaluation.metrics.frechet import factorise, frechet_distance
 from pixlat.evaluation.metrics.image_quality import psnr, ssim
 from pixlat.evaluation.metrics.jackknife import Estimate, jackknife
 from pixlat.evaluation.protocols.identity import SSIM_WINDOW, UINT8_RULES, extractor_entry, reconstruction_protocol
 from pixlat.evaluation.records.record import Metric
-from pixlat.evaluation.score.embedded import MIN_IMAGES, Evaluation, check_enough, frechet_metric, mean_metric, progress
+from pixlat.evaluation.score.embedded import MIN_IMAGES, Evaluation, check_enough, progress
 from pixlat.evaluation.score.generate import quantise
 
 if TYPE_CHECKING:

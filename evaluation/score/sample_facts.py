@@ -21,7 +21,7 @@ SAMPLES = "samples.json"
 SETTINGS = {"float32": "fp32", "tf32": "tf32", "bfloat16": "bf16"}  # executed precision -> the key that asks for it
 # fields of records, which samples.json has of the model
 MADE_WITH = ("pretrained_components", "parents", "config", "selection")
-DRAWN = ("balanced", "random")  # laws whose labels come in random order
+DRAWN = ("balanced", "random", "heldout")  # laws whose labels come in random order
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SampleFacts:
 
     method: str
     space: str
-    labels: str | None  # balanced or random; None: the labels were chosen in another way
+    labels: str | None  # balanced, random or heldout; None: the labels were chosen in another way
     uint8: str
     precision: str  # fp32, tf32 or bf16
     data: DataConfig  # what the model was trained on

@@ -29,6 +29,7 @@ from pixlat.common.training.loop import Stopped, train
 from pixlat.common.training.setup import make_accelerator
 from pixlat.common.training.state import TrainState
 from pixlat.common.training.steps import split_batch
+from pixlat.evaluation.judges.panel import check_judges
 from pixlat.launch.job.dry_run import describe_run
 from pixlat.launch.job.failures import explain
 from pixlat.launch.job.folder import RESULT, is_finished, locked, open_folder, record_data, removed_if_refused
@@ -94,6 +95,7 @@ def run_one(run: RunConfig) -> str:
     """
     source = load_data(run.data)
     info = DataInfo.of(source.info)
+    check_judges(run.eval.judges, source.info)
     method_class = get_class(run.method)
     if info.latents and not method_class.takes_moments:
         raise UserError(

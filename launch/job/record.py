@@ -106,6 +106,7 @@ def build(
         "protocol": protocol,
         "selection": selection_of_preset(settings_tried(get_spec(run.method), run.preset)),
         "metrics": evaluation.metrics if evaluation else {},
+        **(evaluation.judged if evaluation else {}),
         "artifacts": artifacts(folder, method_class.task == "generation", method.space != "pixel"),
         "notes": " ".join(
             [

@@ -17,6 +17,8 @@ CAUSES = (
     "a learning rate that is far too high or too low, or labels that do not fit the images."
 )
 
+DISTANCES = ("fd_ratio", "fd")  # of the embedded protocol; without held-out images there is no ratio
+
 
 def warning_lines(record: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> list[str]:
     """For a run's summary: the notes of its record, remarks on its scores beside `others` in the folder, causes."""
@@ -55,7 +57,7 @@ def score_remarks(record: Mapping[str, Any], others: Iterable[Mapping[str, Any]]
         return []
     remarks = []
     metrics, classes = record["metrics"], record["data"]["num_classes"]
-    shown, real = metrics.get("class_accuracy"), metrics.get("class_accuracy_real")
+    shown, real = metrics.get("class_accuracy"), record.get("real", {}).get("metrics", {}).get("class_accuracy")
     if shown and real and classes > 1:
         guessing = 1 / classes + 2 * (shown["se"] or 0)
         if shown["value"] <= guessing < real["value"] / 2:
@@ -66,18 +68,19 @@ def score_remarks(record: Mapping[str, Any], others: Iterable[Mapping[str, Any]]
     for other in others:
         if (
             _is_untrained(other, record)
-            and (own := metrics.get("fd_embedded"))
-            and own["value"] >= other["metrics"]["fd_embedded"]["value"]
+            and (name := next((each for each in DISTANCES if each in metrics), None))
+            and metrics[name]["value"] >= other["metrics"][name]["value"]
         ):
             remarks.append(
-                f"The distance fd_embedded={own['value']:.4g} is no better than that of the untrained {other['name']} "
-                f"({other['metrics']['fd_embedded']['value']:.4g})."
+                f"The distance {name}={metrics[name]['value']:.4g} is no better than that of the untrained "
+                f"{other['name']} ({other['metrics'][name]['value']:.4g})."
             )
             break
     return remarks
 
 
 def _is_untrained(other: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
-    """Whether `other` is the record of an untrained network with a distance under the same protocol."""
-    images_seen = other.get("train", {}).get("images_seen")
-    return images_seen == 0 and other["protocol_hash"] == record["protocol_hash"] and "fd_embedded" in other["metrics"]
+    """Whether `other` is the record of an untrained network with the same metrics under the same protocol."""
+    untrained = other.get("train", {}).get("images_seen") == 0
+    same = other["protocol_hash"] == record["protocol_hash"]
+    return untrained and same and record["metrics"].keys() <= other["metrics"].keys()

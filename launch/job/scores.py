@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
@@ -27,8 +28,11 @@ from pixlat.launch.job.remarks import sample_remarks
 def score(job: Job, state: TrainState) -> Evaluation:
     """The scores of the current weights. Each call uses the same noise and labels."""
     with state.weights(evaluated_ema(job.run)) as method:
-        evaluate = evaluate_method if job.generates else evaluate_reconstruction
-        return evaluate(method, job.run, job.source, job.accelerator.device, cache=features_folder(Path(job.run.out)))
+        settings = (method, job.run, job.source, job.accelerator.device, features_folder(Path(job.run.out)))
+        if not job.generates:
+            return evaluate_reconstruction(*settings)
+        met = [dataclasses.asdict(component) for component in method.components()], job.earlier
+        return evaluate_method(*settings, met=met)
 
 
 def score_preview(job: Job, state: TrainState) -> None:

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from pixlat.common.errors import UserError, close_match
 from pixlat.common.files import read_text
 
-BALANCED, RANDOM, IN_TURN, LISTED = "balanced", "random", "in turn", "listed"
+BALANCED, RANDOM, HELDOUT, IN_TURN, LISTED = "balanced", "random", "heldout", "in turn", "listed"
 LAWS = (BALANCED, RANDOM)  # the words that draw labels from all classes
+SCORED_LAWS = (*LAWS, HELDOUT)  # how the labels of evaluations are chosen
 LIST_SUFFIX = ".txt"
 MAX_LIST_BYTES = 2**28
 MAX_SHOWN = 20  # classes that a message lists
@@ -24,6 +25,7 @@ class Classes:
     """How the images get their labels.
 
     law: balanced (all classes equally often, in random order), random (the class of each image is drawn on its own),
+        heldout (`numbers` are the labels of held-out images, as an evaluation takes them),
         in turn (image i shows class i modulo their number of `numbers`), or listed (`numbers` are the labels).
     """
 
@@ -98,6 +100,8 @@ def described(classes: Classes, names: Sequence[str], num_classes: int) -> str:
     """For people: "10 classes, balanced", "vehicle, flag in turn" or "3 classes, as listed"."""
     if classes.law in LAWS:
         return f"{num_classes} classes, {classes.law}"
+    if classes.law == HELDOUT:
+        return f"{num_classes} classes, as often as among the held-out images"
     if classes.law == LISTED:
         return f"{len(set(classes.numbers))} classes, as listed"
     shown = listed([class_name(number, names) for number in classes.numbers])

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixlat.common.config.schema import RunConfig, flatten
-from pixlat.launch.sampling.classes import IN_TURN, LAWS, Classes, class_name
+from pixlat.launch.sampling.classes import IN_TURN, SCORED_LAWS, Classes, class_name
 from pixlat.launch.sampling.source import Source, stage_digests
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def wish(classes: Classes, names: Sequence[str]) -> str | list[str]:
     """The classes as a request keeps them: the law, the names of those that take turns, or the digest of a list."""
     if classes.law == IN_TURN:
         return [class_name(number, names) for number in classes.numbers]
-    return classes.law if classes.law in LAWS else f"list {labels_digest(np.array(classes.numbers))[:12]}"
+    return classes.law if classes.law in SCORED_LAWS else f"list {labels_digest(np.array(classes.numbers))[:12]}"
 
 
 def all_facts(order: Order, source: Source, model: Model, labels: NDArray[np.int64]) -> dict[str, Any]:

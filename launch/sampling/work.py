@@ -26,12 +26,12 @@ from pixlat.common.seeds import image_seeds
 from pixlat.evaluation.records.selection import selection_of_preset
 from pixlat.evaluation.score.generate import generate_batches
 from pixlat.evaluation.score.models import Model
-from pixlat.evaluation.score.outcome import origin_of
+from pixlat.evaluation.score.origin import origin_of
 from pixlat.evaluation.score.sample_facts import SAMPLES
 from pixlat.launch.job.failures import DISK, is_memory_fault
 from pixlat.launch.job.folder import locked
 from pixlat.launch.job.provenance import record_start
-from pixlat.launch.sampling.classes import LAWS, class_name, described
+from pixlat.launch.sampling.classes import SCORED_LAWS, class_name, described
 from pixlat.launch.sampling.files import EMPTY, grid_places, row_names, write_grid, write_npz
 from pixlat.launch.sampling.folder import GRID, GRID_PNG, IMAGES, NPZ, PNG, SAMPLES_NPZ, SampleFolder, to_text
 from pixlat.launch.sampling.request import Order, all_facts
@@ -253,6 +253,6 @@ def summary(task: Task, made: int, seconds: float) -> str:
         f"{folder.path}: {order.n:,} samples of {source.name} ({classes}, seed {order.seed}){rate}",
         f"  {', '.join([*(names[kind] for kind in folder.formats), SAMPLES])}",
     ]
-    if NPZ in folder.formats and order.n >= MIN_EVAL_IMAGES and order.classes.law in LAWS:
+    if NPZ in folder.formats and order.n >= MIN_EVAL_IMAGES and order.classes.law in SCORED_LAWS:
         lines.append(f"Score them with: pixlat evaluate npz={folder.path / SAMPLES_NPZ}")
     return "\n".join([*lines, *([order.remark] if order.remark else [])])

@@ -19,9 +19,9 @@ from pixlat.common.datasets.batches import TrainingPlan
 from pixlat.common.datasets.load import DataSource, load_data
 from pixlat.common.images.image_set import ArrayImages, ImageSet
 from pixlat.evaluation.features.collect import batches, collect
+from pixlat.evaluation.features.extractor import EmbeddedExtractor
 from pixlat.evaluation.features.feature_sets import feature_set
 from pixlat.evaluation.metrics.frechet import Factored, factorise, frechet_distance_few
-from pixlat.evaluation.score.embedded import EmbeddedExtractor
 from pixlat.evaluation.score.generate import balanced_labels, generate
 from pixlat.evaluation.studies.claim_tools.framework import Estimate
 from pixlat.evaluation.studies.claim_tools.training import fit
