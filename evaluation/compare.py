@@ -1,11 +1,13 @@
-"""What methods gain over the first one, with error bars, from the records of finished runs. Nothing is sampled again.
+"""What methods or settings gain over the first one, with 95 % intervals, from the records of finished runs.
 
   pixlat compare runs/sit-emoji32-demo-* runs/repa-emoji32-demo-* runs/reg-emoji32-demo-*
+  pixlat compare runs/jit-emoji32-demo-*             two settings of one method, named by what differs
 
-Runs of one method that differ in the training seed are one entry, and a seed is compared with the
-same seed. Image i of every run was made from the same noise and label, so the error of one pair is
-the jackknife of the difference (of sampling alone). With several seeds it is the error of the mean
-over them, which includes the randomness of training. Imports no torch until records are compared.
+Runs that differ only in the training seed are one entry, and a seed is compared with the same seed.
+With several seeds the interval (Student's t) is that of the mean over them, which includes the
+randomness of training. With one it is the jackknife of the difference, of sampling alone: image i of
+every run was made from the same noise and label. The verdict is better or worse if the interval
+excludes zero, else open. Nothing is sampled again. Imports no torch.
 """
 
 from __future__ import annotations

@@ -4,12 +4,21 @@ import json
 import math
 
 import pytest
-from records import metric, parent_stage, record
+from records import judged, metric, parent_stage, record
 
 from pixlat.common.errors import UserError
 from pixlat.evaluation import leaderboard
 from pixlat.evaluation.board.groups import group, read_records
-from pixlat.evaluation.board.matched import Curve, Point, at, common_budget, curves_of, matched_table, matched_tables
+from pixlat.evaluation.board.matched import (
+    Curve,
+    Point,
+    at,
+    common_budget,
+    curves_of,
+    matched_table,
+    matched_tables,
+    point_ranges,
+)
 from pixlat.evaluation.records.curve import read_curve
 from pixlat.evaluation.records.record import write_record
 
@@ -82,6 +91,30 @@ def test_runs_are_ranked_at_a_common_number_of_images():
     assert cells["long"][3:] == ["between 1000 and 2e+04", "50.00 ± 2.50", "1e+05"]
     assert cells["other"][3] == "not trained or sampled that far"
     assert "At 1e+04 images" in table.note
+
+
+def test_curves_of_several_judges_are_matched_by_their_ratio():
+    """Rows without a rank are listed with the reason, below those that have one."""
+    rows = [
+        judged("long", 2.0, train={**record()["train"], "images_seen": 4000}),
+        judged("short", 3.0, method="s", train={**record()["train"], "images_seen": 1000}),
+        judged("copies", 1.0, method="c", copies=0.9, train={**record()["train"], "images_seen": 1000}),
+    ]
+    hashed = rows[0]["protocol_hash"]
+    early = {"images": 1000, "macs_train": 10, "protocol_hash": hashed, "metrics": {"fd_ratio": metric(5.0, se=0.1)}}
+    table = matched(rows, {rows[0]["row_id"]: [early]})
+    assert [line[:3] for line in table.cells] == [
+        ["1", "short", "3.00 ± 0.06"],
+        ["2", "long", "5.00 ± 0.10"],
+        ["-", "copies", "1.00 ± 0.06"],
+    ]
+    assert table.headers[2] == "fd_ratio ↓"
+    assert table.cells[2][3] == "measured; not ranked: 90 % of its images are copies of training images"
+
+
+def test_ranks_at_equal_cost_are_ranges():
+    points = [Point(1, 1.0, 0.1), Point(1, 1.2, 0.1), Point(1, 2.0, 0.1), Point(1, 2.0, None)]
+    assert point_ranges(points) == [(1, 2), (1, 2), (3, 4), (3, 4)]
 
 
 def test_without_curves_only_the_final_points_are_listed():

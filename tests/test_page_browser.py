@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from records import metric, record
+from records import judged, met, metric, record
 
 from pixlat.evaluation import leaderboard
 from pixlat.evaluation.records.claims import write_claim
@@ -89,6 +89,28 @@ def page(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def judged_page(tmp_path_factory):
+    """A board of embedded-v2: several trainings an entry, two settings of one method, rows without a rank."""
+    runs = tmp_path_factory.mktemp("judged")
+    lite0 = [met("embedded-v1", "encoder"), met("embedded-v1", "perceptual loss", "autoencoder32 (in the package)")]
+    rows = [judged(f"jit-toy-demo-seed{seed}-abcde{seed}", 2.5 + 0.1 * seed, seed) for seed in range(3)]
+    rows += [
+        judged(f"jit-toy-demo-seed{seed}-bbcde{seed}", 2.9 + 0.1 * seed, seed, {"model.prediction": "v"})
+        for seed in range(3)
+    ]
+    rows += [judged(f"rae-seed{seed}", (3.0, 3.3, 3.1)[seed], seed, method="rae", contact=lite0) for seed in range(3)]
+    rows += [
+        judged("copies", 1.1, method="copycat", copies=0.61, params={**rows[0]["params"], "gen_total": 10**6}),
+        judged("taught", 1.3, method="taught", contact=[met("plain", "teacher")], judged_by=["residual", "vit"]),
+    ]
+    for number, row in enumerate(rows):
+        (runs / str(number)).mkdir()
+        write_record(row, runs / str(number) / "result.json")
+    assert leaderboard.main(["--runs", str(runs), "--out", str(runs)]) == 0
+    return (runs / "leaderboard.html").as_uri()
+
+
+@pytest.fixture(scope="module")
 def driver():
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
@@ -156,7 +178,9 @@ def header(browser, column, table=0):
     headers = browser.find_elements(By.CSS_SELECTOR, "table.dataTable")[table].find_elements(
         By.CSS_SELECTOR, "thead th"
     )
-    return next(each for each in headers if each.text.startswith(column))
+    found = next(each for each in headers if each.text.startswith(column))
+    browser.execute_script("arguments[0].scrollIntoView({ block: 'nearest', inline: 'center' })", found)
+    return found
 
 
 def plots(browser):
@@ -325,6 +349,51 @@ def test_themes_follow_the_system_and_the_button(driver, page):
     assert paper() == dark
 
 
+def test_real_images_stand_below_whatever_sorts_and_filters(driver, judged_page):
+    opened(driver, judged_page)
+
+    def foot():
+        rows = driver.find_elements(By.CSS_SELECTOR, "table.dataTable tfoot tr")
+        return [row.text for row in rows if row.text]
+
+    assert cells(driver, "run") == ["jit-toy-demo", "jit-toy-demo", "rae", "copies", "taught"]
+    assert cells(driver, "#") == ["1", "2-3", "2-3", "-", "-"]
+    assert len(foot()) == 1 and foot()[0].startswith("held-out real images") and "1.00 ± 0.06" in foot()[0]
+    header(driver, "fd_ratio").click()
+    assert cells(driver, "run")[0] == "copies" and len(foot()) == 1
+    driver.find_element(By.ID, "filter").send_keys("rae")
+    until(lambda: cells(driver, "run") == ["rae"])
+    assert foot()[0].startswith("held-out real images")
+    driver.find_element(By.ID, "columns").click()
+    assert "kid_ratio" in [head.text.split(" ")[0] for head in driver.find_elements(By.CSS_SELECTOR, "thead th")]
+    assert driver.execute_script("""
+      const table = document.querySelector("table.dataTable");
+      return table.tHead.rows[0].cells.length === table.tFoot.rows[0].cells.length;
+    """)
+
+
+def test_the_page_says_who_met_a_judge_and_what_each_judge_says(driver, judged_page):
+    opened(driver, judged_page)
+    assert cells(driver, "judges met")[2:] == [
+        "EfficientNet-Lite0: encoder, perceptual loss of autoencoder32",
+        "none",
+        "plain: teacher",
+    ]
+    assert cells(driver, "not ranked")[3:] == ["61 % of its images are copies of training images", "met plain"]
+    assert cells(driver, "model.prediction")[:3] == ["preset's", "v", "preset's"]
+    tables = {
+        table.get_attribute("aria-label"): table.text for table in driver.find_elements(By.CSS_SELECTOR, "table.plain")
+    }
+    ranks, agreement = (
+        next(text for name, text in tables.items() if title in name) for title in ("Ranks", "Agreement")
+    )
+    assert "(met)" in ranks
+    assert "plain and EfficientNet-Lite0" in agreement
+    hollow = "return document.querySelectorAll('.plots svg [aria-label=dot] path[fill=\"var(--card)\"]').length"
+    plots(driver)
+    assert driver.execute_script(hollow) == 6  # two rows without a rank in three plots
+
+
 # -- what it looks like ------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +405,18 @@ def test_it_fits_the_screen(driver, page, width, scheme):
     ground = picture.getpixel((2, 2))
     assert (sum(ground) < 200) == (scheme == "dark")
     assert len(picture.getcolors(2**24)) > 200
+
+
+@pytest.mark.parametrize("width", [390, 1366, 1920])
+def test_a_board_of_several_judges_fits_the_screen(driver, judged_page, width):
+    opened(driver, judged_page, width)
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+    keep(driver, f"judged-{width}")
+    overflowing = """
+      const parts = document.querySelectorAll("main h2, main h3, main h4, main p, main td.long, main th");
+      return [...parts].filter((part) => part.scrollWidth > part.clientWidth + 1).length;
+    """
+    assert driver.execute_script(overflowing) == 0
 
 
 def test_a_phone_shows_the_score_without_scrolling(driver, page):

@@ -273,6 +273,12 @@ COST: list[Column[Entry]] = [
 ]  # fmt: skip
 PROVENANCE: list[Column[Entry]] = [
     Column("tried", "settings tried", _tried, hint="how many settings the shown one was chosen from"),
+    Column(
+        "about",
+        "how they were chosen",
+        lambda entry: _text(entry.row.get("selection", {}).get("about", "")),
+        hint="what the authors of the preset tried",
+    ),
     Column("date", "date", _date),
 ]
 

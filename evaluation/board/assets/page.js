@@ -40,7 +40,7 @@ function whenSeen(node, draw) {
 
 // -- tables ---------------------------------------------------------------------------------------------------------------------
 
-const LONG = new Set(["note", "evaluator", "guidance", "source", "table", "contact", "reason"]);
+const LONG = new Set(["note", "evaluator", "guidance", "source", "table", "contact", "reason", "about"]);
 const NAMES = new Set(["run", "system"]);
 
 function headerOf(column) {
@@ -75,6 +75,7 @@ DataTable.type("absent-last", { order: { asc: (a, b) => compare(a, b, 1), desc: 
 
 function classOf(column, rows, index) {
   if (NAMES.has(column.key)) return "text name";
+  if (column.key === "contact") return "text long contact";
   if (LONG.has(column.key)) return "text long";
   if (column.key === "method") return "text method";
   return rows.some((row) => typeof row[index][1] === "number") ? "number" : "text";
