@@ -5,7 +5,7 @@
   pixlat prepare latents    the moments of every training image's latents, in files that a run
                             reads with data.latents=FOLDER
   pixlat prepare tokenizer  the weights and the facts of an autoencoder that you have trained
-  pixlat prepare judges     the networks that judge emoji32's images, trained from scratch and validated
+  pixlat prepare judges     the networks that judge images of emoji32, trained and validated
   pixlat import             a run folder from a file that a method's authors released
   pixlat export             a run's weights as safetensors, its configuration and a model card
 

@@ -335,7 +335,7 @@ def test_old_flags_of_the_status_do_what_its_keys_do(tmp_path, capsys, monkeypat
         ("pixlat plan method=jit sample.", ["sample.steps="], ["train.lr="]),
         ("pixlat evaluate protocol=adm", ["protocol=adm256"], ["protocol=embedded"]),
         ("pixlat export fr", ["from="], ["from_="]),
-        ("pixlat prepare ", ["images", "latents", "tokenizer"], []),
+        ("pixlat prepare ", ["images", "latents", "tokenizer", "judges"], []),
         ("pixlat prepare images sh", ["shard_images="], []),
         ("pixlat bench me", ["memory", "method="], []),
         ("pixlat bench memory speed.", ["speed.batch="], []),

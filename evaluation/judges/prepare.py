@@ -107,15 +107,15 @@ def costs(name: str, recipe: Recipe) -> dict[str, int]:
 
 
 def validated(extractor: Extractor, data: JudgeData) -> dict[str, Any]:
-    """The distance of the held-out images, and the ratios of degraded ones, rounded to four digits."""
+    """The distance of the held-out images, and the ratios of degraded ones, rounded to six digits."""
     validation = Validation(extractor, data)
-    ratios = {name: [float(f"{value:.4g}") for value in row] for name, row in validation.table().items()}
+    ratios = {name: [float(f"{value:.6g}") for value in row] for name, row in validation.table().items()}
     return {"fd_heldout": float(f"{validation.floor:.6g}"), "ratios": ratios}
 
 
 def table_lines(cards: Sequence[Mapping[str, Any]]) -> list[str]:
     """The validation of several judges as lines of a Markdown table; accuracies where a judge has them."""
-    head = ["", *(f"`{card['id']}`" for card in cards)]
+    head = ["images", *(f"`{card['id']}`" for card in cards)]
     rows = [["held-out accuracy: class, style, subgroup", *(accuracy_text(card) for card in cards)]]
     rows += [["held-out images", *("1" for _ in cards)]]
     titles = {name: row.title for name, row in ROWS.items()} | {COPIES: COPIES}

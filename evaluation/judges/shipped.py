@@ -44,7 +44,7 @@ JUDGES: dict[str, ShippedJudge] = {
         ),
         (
             "emoji32-residual-v1",
-            "eec5f5d046253c9c7e6649abb3af4d898d0b7c512b99e68759a4b65d84b8a833",
+            "178e24141444e9f412a680cc8c879edbc3dd531a3bb5ad844eb5c8d7b8296b61",
             "residual CNN with 3x3 kernels",
         ),
         (
