@@ -337,3 +337,18 @@ def test_json_keeps_every_row():
     made = render(Records(rows, []))
     assert [row["name"] for row in json.loads(made["json"])] == ["jit-seed0", "jit-seed1"]
     assert made["csv"].splitlines()[0].endswith("judges_met")
+
+
+def test_data_without_held_out_images_are_ranked_by_the_distance():
+    """There is no ratio then; a single judge's distance in its own units ranks, and the note says so."""
+    rows = [
+        judged(name, 1.0, method=name, metrics={"fd": metric(value, se=1.0)})
+        for name, value in (("a", 50.0), ("b", 90.0))
+    ]
+    bare = [{key: value for key, value in row.items() if key not in ("real", "judges")} for row in rows]
+    table = group(bare, "Unguided")
+    assert table.primary == "fd" and table.rank_texts == ["1", "2"] and table.real is None
+    page = to_markdown(Records(bare, []))
+    assert "Without held-out images there is no ratio" in page and "fd_ratio" not in page
+    with_ratio = to_markdown(Records([judged("a", 2.0)], []))
+    assert "Judges: plain, residual, vit. EfficientNet-Lite0: shown, ranks nothing." in with_ratio

@@ -9,7 +9,7 @@ from pixlat.common.errors import UserError
 from pixlat.evaluation.board.columns import GIGA
 from pixlat.evaluation.board.entries import Entry, configurations, told_apart
 from pixlat.evaluation.board.groups import PRIMARY
-from pixlat.evaluation.board.notes import PETA, budget_notes, earlier_stages, name_of, training_macs
+from pixlat.evaluation.board.notes import PETA, budget_notes, earlier_stages, training_macs
 from pixlat.evaluation.board.standing import contact_text, met_in_ranking, share_of_copies
 from pixlat.evaluation.board.styles import METRICS, metric_style
 from pixlat.evaluation.board.text import pipe_table, printable
@@ -20,6 +20,7 @@ from pixlat.evaluation.metrics.spread import (
     over_trainings,
     paired_differences,
 )
+from pixlat.evaluation.protocols.identity import protocol_name
 from pixlat.evaluation.records.record import Record
 
 ONE_SEED = (
@@ -91,7 +92,7 @@ def table(named: Mapping[str, Entry]) -> str:
     metrics = sorted({metric for of_entry in by_name.values() for metric in of_entry}, key=_place)
     parts = [
         (
-            f"{name_of(first.row['protocol'])}; a difference below 0 is a gain where lower is better (↓). "
+            f"{protocol_name(first.row['protocol'])}; a difference below 0 is a gain where lower is better (↓). "
             "Intervals of 95 % (Student's t) of differences between equal training seeds."
         )
     ]

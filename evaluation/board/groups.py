@@ -19,18 +19,18 @@ from pixlat.evaluation.board.notes import (
     floor_note,
     identity_notes,
     judges_note,
-    name_of,
     uncounted_note,
 )
 from pixlat.evaluation.board.ranks import Ranking, range_text, ranking
 from pixlat.evaluation.board.standing import NOT_KNOWN, contact_text, reason_not_ranked
+from pixlat.evaluation.protocols.identity import protocol_name
 from pixlat.evaluation.records.claims import ClaimRecord, read_claims
 from pixlat.evaluation.records.curve import CURVE, CurvePoint, read_curve
 from pixlat.evaluation.records.record import RESULT, Record, read_record
 
 HEADINGS = ("Unguided", "Guided", "Guidance not known", "Reconstruction")
 # the first of these metrics that a table has ranks it; for all of them lower is better
-PRIMARY = ("fid", "fd_dinov2", "fd_ratio", "fd_embedded", "rfid", "rfd_embedded")
+PRIMARY = ("fid", "fd_dinov2", "fd_ratio", "fd_embedded", "fd", "rfid", "rfd_embedded")
 REAL_IMAGES = "held-out real images"
 
 
@@ -103,7 +103,7 @@ class Section:
     def name(self) -> str:
         """The protocol's name with its hash."""
         protocol = self.rows[0]["protocol"]
-        return name_of(protocol) if protocol else self.protocol_hash or "not evaluated"
+        return protocol_name(protocol) if protocol else self.protocol_hash or "not evaluated"
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -126,7 +126,7 @@ class Section:
         return [
             note
             for note in (
-                judges_note(protocol) if protocol else "",
+                judges_note(protocol, primary_of(self.rows)) if protocol else "",
                 floor_note(self.rows[0], primary_of(self.rows)),
                 *budget_notes(self.rows),
                 uncounted_note(self.rows),

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pixlat.evaluation.board.standing import judge_name
-from pixlat.evaluation.protocols.identity import protocol_name
 from pixlat.evaluation.records.record import Record
 
 PETA = 1e15
@@ -16,12 +15,7 @@ SAME = 0.01  # costs whose relative difference is smaller count as equal
 EMBEDDED_NOTE = "Embedded extractor: compare only inside this project, same hash. Not comparable with Inception FID."
 
 
-def name_of(protocol: Mapping[str, Any]) -> str:
-    """The protocol's readable name. Of several judges it names none: the notes do."""
-    return protocol_name(protocol if "extractor" in protocol else {**protocol, "extractor": {"id": "judges"}})
-
-
-def judges_note(protocol: Mapping[str, Any]) -> str:
+def judges_note(protocol: Mapping[str, Any], primary: str) -> str:
     """What the ranking number means and which judges it is made of; empty for extractors that papers use as well."""
     if "judges" not in protocol:
         return "" if protocol["extractor"]["comparable_with_inception_fid"] else EMBEDDED_NOTE
@@ -29,12 +23,14 @@ def judges_note(protocol: Mapping[str, Any]) -> str:
         ", ".join(judge_name(judge["id"]) for judge in protocol["judges"] if judge["ranks"] is ranks)
         for ranks in (True, False)
     )
-    shown = f" {others}: shown, ranks nothing." if others else ""
-    return (
+    meaning = (
         "fd_ratio: how many times as far the images are from the real ones as real images that nobody has seen; the "
-        f"larger of the ratios to training and to held-out images, averaged over the judges {ranking}.{shown} "
-        "Not comparable with FID."
+        "larger of the ratios to training and to held-out images, averaged over the ranking judges"
+        if primary == "fd_ratio"
+        else "Without held-out images there is no ratio to unseen ones. Distances are in the judge's own units"
     )
+    shown = f" {others}: shown, ranks nothing." if others else ""
+    return f"{meaning}. Judges: {ranking}.{shown} Not comparable with Inception FID."
 
 
 def training_macs(row: Mapping[str, Any]) -> int | None:
