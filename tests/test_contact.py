@@ -5,6 +5,7 @@ evaluation, export, import and sampling.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from pixlat.evaluation import run as evaluation_command
 from pixlat.evaluation.records.contact import contact_fields, contact_of, judges_of
 from pixlat.evaluation.records.parents import current_parents, earlier_runs
 from pixlat.evaluation.records.record import build_record, read_record, write_record
+from pixlat.evaluation.score.origin import networks_used
 from pixlat.launch import prepare
 from pixlat.launch import sample as sample_command
 from pixlat.methods import get_class, get_spec
@@ -183,6 +185,16 @@ def test_an_autoencoder_of_ones_own_brings_what_it_has_met(tmp_path):
     ]
     (taught / "result.json").unlink()  # nobody knows what an unfinished run has met
     assert contact_of_demo(demo("sit", tokenizer=taught)) is None
+
+
+def test_a_network_that_a_description_forgets_is_met_all_the_same():
+    run = demo("repa")
+    method, _ = networks_of(run)
+    described = replace(method.describe(run.sample), pretrained=())
+    used = networks_used(method, described)
+    assert [part["role"] for part in used] == ["tokenizer", "teacher"]
+    assert contact_of(used, [], [LITE0]) == [met("embedded-v1", "teacher", component="embedded")]
+    assert networks_used(method, method.describe(run.sample)) == used
 
 
 # -- through the commands ----------------------------------------------------------------------------------------------

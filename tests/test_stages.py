@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from pixlat.common.config.identity import run_folder
 from pixlat.common.config.resolve import resolve
 from pixlat.common.training.state import state_without_external
 from pixlat.common.weights.runs import run_weights
+from pixlat.evaluation.score.models import load_run
+from pixlat.evaluation.score.origin import origin_of
 from pixlat.launch.job.execute import run_all
 from pixlat.methods import MethodSpec, Stage, get_spec
-from pixlat.methods.base import Batch, DataInfo, Description, Method
+from pixlat.methods.base import Batch, DataInfo, Description, Method, Pretrained
 
 PATCH = 4
 
@@ -76,7 +79,7 @@ class Latent(Method):
     """The mean latent of each class, decoded by the codec's run."""
 
     space = "latent_vae"
-    external = ("codec",)
+    external: ClassVar = {"codec": Pretrained("codec", "both")}
 
     def __init__(self, config: LatentConfig, data: DataInfo) -> None:
         super().__init__(config, data)
@@ -200,6 +203,24 @@ def test_another_earlier_checkpoint_is_refused(chain, capsys):
     shutil.rmtree(codec / "checkpoints" / "step-00000004")
     assert run_all([run]) == 2
     assert "was built on another checkpoint of model.codec" in capsys.readouterr().err
+
+
+def test_seeds_and_evaluations_of_a_chain_have_one_configuration(chain):
+    """The earlier run counts by its own configuration, whether `train` or its folder names it."""
+    first, second = (configured({**chain, "seed": seed}) for seed in ("0", "1"))
+    assert run_all([first, second]) == 0
+    one, two = (record(run_folder(run)) for run in (first, second))
+    assert one["config"] == two["config"] and one["config"]["settings"] == {}
+    assert one["parents"][0]["config"] == two["parents"][0]["config"]
+    assert one["parents"][0]["checkpoint_sha256"] != two["parents"][0]["checkpoint_sha256"]
+    evaluated = origin_of(load_run(run_folder(first), {}, None, torch.device("cpu")))
+    assert evaluated.config == one["config"] and evaluated.parents == one["parents"]
+    raw = origin_of(load_run(run_folder(first), {}, "raw", torch.device("cpu"))).config
+    assert raw["digest"] != one["config"]["digest"] and raw["settings"] == {"eval.ema": "raw"}
+    codec = run_folder(first).parent / one["parents"][0]["name"]
+    named = configured({**chain, "model.codec": str(codec), "seed": "2"})
+    assert run_all([named]) == 0
+    assert record(run_folder(named))["config"]["digest"] == one["config"]["digest"]
 
 
 def test_a_stage_without_that_preset_says_how_to_go_on(chain, tmp_path, capsys):

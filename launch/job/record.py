@@ -26,6 +26,7 @@ from pixlat.evaluation.records.record import Record, build_record
 from pixlat.evaluation.records.selection import selection_of_preset
 from pixlat.evaluation.score.embedded import Evaluation
 from pixlat.evaluation.score.models import cost_fields, system_fields
+from pixlat.evaluation.score.origin import networks_used
 from pixlat.evaluation.score.outcome import speed_fields
 from pixlat.methods import get_class, get_spec
 from pixlat.methods.base import DataInfo
@@ -94,7 +95,7 @@ def build(
         },
         "pretrained_components": pretrained,
         "parents": earlier,
-        **contact_fields(pretrained, earlier, protocol),
+        **contact_fields(networks_used(state.method, description), earlier, protocol),
         "config": config_entry(run, get_spec(run.method), stage_digests(earlier)),
         **cost_fields(method, description, sampling, dtype),
         "speed": speed_fields(evaluation, run.eval.batch, dtype, device, run.train.compile),
