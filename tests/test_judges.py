@@ -289,6 +289,9 @@ def test_training_ends_continues_and_refuses_another_recipe(tmp_path, few):
         assert key in prepare.NORMALISATION or torch.equal(tensor, tensor.half().float())  # as in the file
     with pytest.raises(UserError, match="the state of another training"):
         train_judge(name, replace(SMALL, seed=1), few, state)
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"state\.safetensors is damaged"):
+        train_judge(name, SMALL, few, state)
 
 
 def test_no_held_out_image_is_trained_on(data):

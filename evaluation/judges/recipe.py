@@ -2,8 +2,8 @@
 
 Each judge learns four things about an image at once: its class, its art style, its Unicode subgroup, and what it looks
 like (`networks.describe`). The last one is the cure for blind spots: labels alone let a network overlook noise, blur
-and the order of patches. It describes real images and is never shown a degraded one, so the validation table
-(degradations.py) remains a test on images of a kind that no judge has been trained on.
+and the order of patches. It describes the training images as they are shown, which is shifted, rotated and scaled, but
+never degraded. So the validation table (degradations.py) tests a judge on images of a kind that it was not trained on.
 
 One thread and one seed determine the weights. Every step draws from (judge, seed, step), so an interrupted training
 continues from its last saved state with the same numbers.
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pixlat.common.config.schema import DataConfig
@@ -54,9 +54,7 @@ class Recipe:
     smoothing: float = 0.1  # of the labels of classes and subgroups
     style_weight: float = 0.5
     description_weight: float = 1.0
-    upright: float = (
-        0.5  # share of images that are only shifted, by whole pixels, so that they stay as sharp as they were
-    )
+    upright: float = 0.5  # share of images that are shifted by whole pixels only, and so stay as sharp as they were
     shift: float = 3.0  # pixels, at most, in both directions
     rotation: float = 0.25  # radians, at most
     zoom: float = 1.2  # scale from 1 / zoom to zoom
@@ -157,9 +155,12 @@ class Training:
 
     def resume(self, file: Path) -> None:
         """Continues from the state in a file. UserError if it is of another judge, recipe or data."""
-        with safe_open(file, framework="pt") as opened:
-            facts = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                facts = opened.metadata() or {}
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise UserError(f"{file} is damaged: {error}. Remove it to train this judge from the start.") from error
         if facts.get("identity") != self.identity:
             raise UserError(
                 f"{file} is the state of another training: {facts.get('identity')}. This one is {self.identity}. "
@@ -200,29 +201,22 @@ def finished(network: JudgeNetwork, train: Part) -> JudgeNetwork:
     """Rounds the weights to float16 and sets the shift and the scale of the features, in place."""
     network.eval().requires_grad_(False)
     network.load_state_dict({key: tensor.half() for key, tensor in network.state_dict().items()})
-    pooled = outputs_of(network, train.images).pooled.double()
+    pooled = pooled_features(network, train.images).double()
     network.shift.copy_(pooled.mean(0))
     network.scale.copy_(pooled.var(0, correction=0).mean().rsqrt())
     return network
 
 
-class Everything(NamedTuple):
-    """The features of images and what the heads make of them."""
-
-    pooled: Tensor  # (N, D)
-    outputs: Outputs
-
-
-def outputs_of(network: JudgeNetwork, images: Tensor) -> Everything:
-    """Features, not normalised, and outputs for images (N, 3, 32, 32) uint8."""
-    with torch.inference_mode():
-        pooled = torch.cat([network.pooled(batch.float()) for batch in images.split(64)])
-        return Everything(pooled.clone(), network.heads(pooled))
+@torch.no_grad()
+def pooled_features(network: JudgeNetwork, images: Tensor) -> Tensor:
+    """Features (N, D), not normalised, of images (N, 3, 32, 32) uint8."""
+    return torch.cat([network.pooled(batch.float()) for batch in images.split(64)])
 
 
+@torch.no_grad()
 def accuracies(network: JudgeNetwork, part: Part) -> dict[str, float]:
     """The share of images whose class, style and subgroup the judge names."""
-    outputs = outputs_of(network, part.images).outputs
+    outputs = network.heads(pooled_features(network, part.images))
     pairs = {
         "class": (outputs.classes, part.classes),
         "style": (outputs.styles, part.styles),
