@@ -9,8 +9,6 @@ from pixlat.common import cache
 from pixlat.common.cache import cache_folder, features_folder, folder_bytes
 from pixlat.evaluation import run
 from pixlat.evaluation.features import feature_sets
-from pixlat.evaluation.score import assess
-from pixlat.evaluation.score import embedded as evaluate
 from pixlat.launch.checkup import machine
 
 
@@ -45,8 +43,7 @@ def test_where_it_cannot_be_written_the_folder_of_runs_has_its_own_and_says_so_o
 
 
 def test_an_evaluation_in_another_folder_of_runs_reads_the_same_features(tmp_path, monkeypatch):
-    for module in (evaluate, assess):
-        monkeypatch.setattr(module, "EmbeddedExtractor", Projections)
+    monkeypatch.setattr("pixlat.evaluation.judges.panel.EmbeddedExtractor", Projections)
     run_folder(tmp_path / "one" / "run", image_folder(tmp_path / "data"))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     run.work([f"run={tmp_path}/one/run", "device=cpu"])

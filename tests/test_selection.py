@@ -12,8 +12,6 @@ from pixlat.evaluation import run, sweep
 from pixlat.evaluation.protocols.identity import protocol_hash
 from pixlat.evaluation.records.record import build_record, read_record
 from pixlat.evaluation.records.selection import recorded, selection_of_preset, with_evaluations, with_sweep
-from pixlat.evaluation.score import assess
-from pixlat.evaluation.score import embedded as evaluate
 from pixlat.methods import get_spec, registered
 
 UNTUNED = {"n_configs": 1, "n_samples": 0}
@@ -86,8 +84,7 @@ def test_every_demo_says_how_often_it_was_tried_and_published_settings_say_nothi
 
 
 def test_the_commands_count(tmp_path, monkeypatch):
-    for module in (evaluate, assess):
-        monkeypatch.setattr(module, "EmbeddedExtractor", Projections)
+    monkeypatch.setattr("pixlat.evaluation.judges.panel.EmbeddedExtractor", Projections)
     place = tmp_path / "run"
     run_folder(place, image_folder(tmp_path / "data"))
     demo = settings_tried(get_spec("jit"), "demo")
