@@ -1,7 +1,7 @@
-"""What methods or settings gain over the first one, with 95 % intervals, from the records of finished runs.
+"""What methods or settings gain over the first one, with 95 % intervals, from finished runs.
 
   pixlat compare runs/sit-emoji32-demo-* runs/repa-emoji32-demo-* runs/reg-emoji32-demo-*
-  pixlat compare runs/jit-emoji32-demo-*             two settings of one method, named by what differs
+  pixlat compare runs/jit-emoji32-demo-*           two settings of one method, named by what differs
 
 Runs that differ only in the training seed are one entry, and a seed is compared with the same seed.
 With several seeds the interval (Student's t) is that of the mean over them, which includes the

@@ -18,8 +18,9 @@ from pixlat.common.frozen.tokenizer import read_autoencoder_card
 from pixlat.common.training.optim import learning_rate
 from pixlat.common.training.steps import total_steps
 from pixlat.common.weights.checkpoint import latest
-from pixlat.evaluation.board.groups import group, read_records, training_macs
+from pixlat.evaluation.board.groups import group, read_records
 from pixlat.evaluation.board.matched import curves_of, matched_table
+from pixlat.evaluation.board.notes import training_macs
 from pixlat.evaluation.records.curve import CURVE, read_curve
 from pixlat.evaluation.records.parents import earlier_runs
 from pixlat.evaluation.records.record import read_record

@@ -16,7 +16,7 @@ from pixlat.common.datasets.summary import DataSummary
 from pixlat.common.errors import UserError
 from pixlat.common.images.image_set import ArrayImages
 from pixlat.common.seeds import Noise, image_seeds
-from pixlat.evaluation.board.groups import floor_at
+from pixlat.evaluation.board.notes import floor_at
 from pixlat.evaluation.features.collect import batches, collect
 from pixlat.evaluation.features.extractor import EmbeddedExtractor, Features
 from pixlat.evaluation.features.feature_sets import class_weights, feature_set

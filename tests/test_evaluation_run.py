@@ -18,6 +18,7 @@ from pixlat.common.errors import UserError
 from pixlat.common.files import sha256_of
 from pixlat.evaluation import run
 from pixlat.evaluation.board.columns import IDENTITY
+from pixlat.evaluation.board.entries import Entry
 from pixlat.evaluation.features.reference_files import build, write_built
 from pixlat.evaluation.protocols.named import PROTOCOLS
 from pixlat.evaluation.records.record import SCHEMA_FILE, read_record
@@ -218,7 +219,7 @@ def test_finished_images_are_of_an_unknown_space_unless_it_is_given(place, toy_p
     )
     assert (told["system"]["method"], told["system"]["space"]) == ("rae", "latent_rae")
     assert (unknown["system"]["method"], unknown["system"]["space"]) == ("unknown", "unknown")
-    assert [column.read(unknown).text for column in IDENTITY if column.key == "space"] == ["unknown"]
+    assert [column.read(Entry((unknown,))).text for column in IDENTITY if column.key == "space"] == ["unknown"]
     schema = json.loads(SCHEMA_FILE.read_text())["properties"]["system"]["properties"]["space"]["enum"]
     assert tuple(schema) == SPACES
 
