@@ -13,13 +13,13 @@ from typing import Any
 
 from pixlat.evaluation.board.entries import Entry
 from pixlat.evaluation.metrics.student import NORMAL_QUANTILE
+from pixlat.evaluation.protocols.identity import COPY_QUANTILE
 from pixlat.evaluation.records.contact import contact_of, judges_of
 from pixlat.evaluation.records.record import Record
 
 Judge = Mapping[str, Any]  # id, sha256, ranks: an entry of protocol.judges
 Contact = Mapping[str, Any]  # judge, role, component, used_at, via: an entry of a record's contact
 
-MOST_COPIES = 0.25  # a larger share of copies of training images, by its 95 % bound, is not ranked
 NAMES = {"embedded-v1": "EfficientNet-Lite0"}
 NOT_KNOWN = "not known"
 REMARK = re.compile(r" \([^)]*\)")  # as in "autoencoder32 (in the package)"
@@ -99,9 +99,9 @@ def _reason(row: Record) -> str:
 
 
 def share_of_copies(row: Record) -> float:
-    """The share of copies if it is larger than MOST_COPIES at 95 %, else 0."""
+    """The share of copies if it is larger than that of unseen real images at 95 %, else 0."""
     copies = row["metrics"].get("copies")
-    if copies and copies["value"] - NORMAL_QUANTILE * (copies.get("se") or 0.0) > MOST_COPIES:
+    if copies and copies["value"] - NORMAL_QUANTILE * (copies.get("se") or 0.0) > COPY_QUANTILE:
         return float(copies["value"])
     return 0.0
 
