@@ -133,7 +133,7 @@ def test_the_autoencoder_in_the_package_is_part_of_the_budget_and_of_the_record(
     """It was trained here, so what it cost is in the budget, in the record's parents and in the price of the row."""
     (run,) = configurations((f"method={method}",))
     cost = read_autoencoder_card()["macs_total"]
-    assert cost > 1e13 and run.model.tokenizer == "embedded"
+    assert cost > 9e12 and run.model.tokenizer == "embedded"
     budgeted = within_budget(configurations((f"method={method}", f"budget.train_macs={cost + macs_of(run)}"))[0])
     assert run.train.images - run.train.batch <= budgeted.train.images <= run.train.images
     with pytest.raises(UserError, match="the earlier stages alone cost"):

@@ -402,17 +402,17 @@ def test_samples_open_only_ordinary_files_of_known_formats(tmp_path, monkeypatch
 def features(n: int = 4) -> FeatureSet:
     moments = Moments.zeros(2, 2)
     moments.add(torch.arange(2.0 * n).view(n, 2).cos(), torch.arange(n))
-    return FeatureSet(moments, torch.arange(2.0 * n).view(n, 2).cos(), torch.arange(n) % 2)
+    return FeatureSet(moments, torch.arange(2.0 * n).view(n, 2).cos(), torch.arange(n) % 2, torch.zeros(n, 0))
 
 
 def test_flipped_bits_of_the_feature_cache_are_found_or_change_nothing(tmp_path):
     """Among them renamed, reshaped and retyped tensors, whose bytes are all right."""
     file, good = tmp_path / "cache.safetensors", features()
     feature_sets._write(good, file)
-    assert feature_sets._read(file, 4) is not None and feature_sets._read(file, 5) is None
+    assert feature_sets._read(file, 4, 4) is not None and feature_sets._read(file, 5, 5) is None
     found = 0
     for where in flips(file):
-        read = feature_sets._read(file, 4)
+        read = feature_sets._read(file, 4, 4)
         if read is None:
             found += 1
             continue
