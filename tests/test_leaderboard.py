@@ -78,7 +78,7 @@ def test_rows_are_ranked_and_formatted():
         "1", "better", "jit demo", "pixel", "**50.00 ± 2.50**", "10.00", "none", "-", "3", "99", "187", "1.95",
         "0.00", "2000", "6,900", "20.5", "12.0", "14.2", "0.500", "0.250", "0.750", "0.125", "0.625", "2026-11-22",
     ]  # fmt: skip
-    assert rows[2][7] == "no fd_embedded"
+    assert rows[2][7] == "not evaluated"
     assert (
         "| fd_embedded ↓" in made["md"]
         and "| sampling (GMACs/image)" in made["md"]

@@ -259,7 +259,8 @@ def test_copies_unknown_contact_and_other_judges_have_no_rank():
     assert contact_text(unknown) == "not known"
     assert reason_not_ranked(entries_of([unknown])[0], "fd_ratio") == "not recorded which judges it met"
     unscored = record("unscored", metrics={})
-    assert reason_not_ranked(entries_of([unscored])[0], "fid") == "no fid"
+    assert reason_not_ranked(entries_of([unscored])[0], "fid") == "not evaluated"
+    assert reason_not_ranked(entries_of([some])[0], "fid") == "no fid"
 
 
 # -- marks, real images, judges ----------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from pixlat.evaluation.records.record import RESULT, Record, read_record
 HEADINGS = ("Unguided", "Guided", "Guidance not known", "Reconstruction")
 # the first of these metrics that a table has ranks it; for all of them lower is better
 PRIMARY = ("fid", "fd_dinov2", "fd_ratio", "fd_embedded", "fd", "rfid", "rfd_embedded")
+BEST_NOTE = "Bold: no ranked row is significantly better."
 REAL_IMAGES = "held-out real images"
 
 
@@ -86,10 +87,11 @@ class Group:
 
     @property
     def notes(self) -> list[str]:
-        """What the ranks rest on."""
+        """What the marks mean, and what the ranks rest on."""
         unknown = sum(contact_text(entry.row) == NOT_KNOWN for entry in self.ranked)
         note = f"Of {unknown} of {len(self.ranked)} ranked rows it is not known which judges they have met."
-        return self.ranking.notes + ([note] if unknown else [])
+        marks = [BEST_NOTE] if len(self.ranked) > 1 else []
+        return marks + self.ranking.notes + ([note] if unknown else [])
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from pixlat.evaluation.board.judges import judge_tables
 from pixlat.evaluation.board.matched import curves_of, matched_tables
 from pixlat.evaluation.board.published import PUBLISHED_NOTE, published_columns, published_tables
 from pixlat.evaluation.board.styles import ABSENT, metric_style
-from pixlat.evaluation.board.text import BEST_NOTE
 from pixlat.evaluation.records.claims import PICTURE_FILE, ClaimRecord
 from pixlat.evaluation.records.curve import CurvePoint
 from pixlat.evaluation.records.published import PublishedRow
@@ -73,7 +72,6 @@ def page_data(records: Records, published: Sequence[PublishedRow]) -> dict[str, 
     all_sections = records.sections
     return {
         "rows": sum(len(section.rows) for section in all_sections),
-        "bestNote": BEST_NOTE,
         "sections": [section_data(section, records, left_out) for section in all_sections],
         "grids": grids_data(all_sections, records.folders, left_out),
         "claims": [claim_data(record, folder, left_out) for record, folder in records.claims],
@@ -110,7 +108,7 @@ def group_data(group: Group, records: Records, left_out: list[str]) -> dict[str,
         "score": metric_style(group.primary).label,
         "scoreColumn": group.primary,
         "table": ranked_table(group, columns),
-        "notes": group.notes,
+        "notes": [note.replace("Bold", "Shaded") for note in group.notes],
         "methods": [entry.row["system"]["method"] for entry in group.entries],
         "ranked": len(group.ranked),
         "floor": group.real.metric(group.primary).get("value") if group.real else None,

@@ -78,7 +78,7 @@ def contact_text(row: Record) -> str:
 def reason_not_ranked(entry: Entry, primary: str) -> str:
     """Why an entry has no rank; empty if it has one."""
     if primary not in entry.row["metrics"]:
-        return f"no {primary}"
+        return f"no {primary}" if entry.row["metrics"] else "not evaluated"
     return next((reason for row in entry.rows if (reason := _reason(row))), "")
 
 

@@ -313,7 +313,6 @@ function sectionPart(section) {
     element("h2", {}, section.title),
     element("p", { class: "hash" }, section.name),
     ...section.notes.map((note) => element("p", { class: "note" }, note)),
-    element("p", { class: "note" }, data.bestNote.replace("Bold", "Shaded")),
     ...section.groups.flatMap((group) => groupPart(section, group)).filter(Boolean),
     section.protocol ? folded("The protocol, whose hash this is", element("pre", { tabindex: "0" }, section.protocol)) : null,
   );
