@@ -61,9 +61,9 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "emoji32-plain-v1": Recipe(steps=2000, style_weight=0.3),
+    "emoji32-plain-v1": Recipe(steps=3000),
     "emoji32-residual-v1": Recipe(steps=4000),
-    "emoji32-vit-v1": Recipe(steps=1250, style_weight=0.3),
+    "emoji32-vit-v1": Recipe(steps=2500),
 }
 
 

@@ -39,7 +39,7 @@ JUDGES: dict[str, ShippedJudge] = {
     for name, sha256, title in (
         (
             "emoji32-plain-v1",
-            "fc3cfd5c8792cb44d89d1607c9f0734e06e29c83b3c63f754225ae544ea4cfa6",
+            "4cdb279bfa19bee7ebc582e7a3da029b2bf957bc8c206cf98154372f1b4afa2d",
             "plain CNN with 5x5 kernels",
         ),
         (
@@ -49,7 +49,7 @@ JUDGES: dict[str, ShippedJudge] = {
         ),
         (
             "emoji32-vit-v1",
-            "bb40f2e555c21bcc4d19c4b82876d9d0ea397bd20dfb0764162c53e320ceda9a",
+            "78b223b611c100e823b9d8e7ac0c2eb4bab721e551bedad405c5555b4ee815cf",
             "small vision transformer",
         ),
     )
