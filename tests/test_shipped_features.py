@@ -13,6 +13,7 @@ from pixlat.evaluation.features.extractor import EmbeddedExtractor
 from pixlat.evaluation.features.moments import Moments
 from pixlat.evaluation.features.shipped_features import FOLDER, stored_as, write_shipped
 from pixlat.evaluation.judges.panel import Judge
+from pixlat.evaluation.judges.shipped import JUDGES, load_judge
 from pixlat.evaluation.metrics.frechet import factorise, frechet_distance
 from pixlat.evaluation.score.embedded import load_reals
 
@@ -27,11 +28,13 @@ def extractor():
     return EmbeddedExtractor()
 
 
-def test_rows_of_the_file_are_what_the_network_computes(source, extractor):
+@pytest.mark.parametrize("name", ["embedded-v1", *JUDGES])
+def test_rows_of_the_file_are_what_the_network_computes(source, extractor, name):
     """A few of every part; each number within half a step, and what machines differ by."""
-    for images in (source.train, source.heldout):
+    extractor = load_judge(name) if name in JUDGES else extractor
+    for images in (source.train, *([] if name in JUDGES else [source.heldout])):
         known = shipped_features.shipped_features(extractor, images.digest, len(images))
-        assert known is not None and known.shape == (len(images), 320) and known.dtype == torch.float32
+        assert known is not None and known.shape == (len(images), extractor.dims) and known.dtype == torch.float32
         rows = [*range(0, len(images), len(images) // 5)][:6]
         live = extractor(torch.from_numpy(np.concatenate([images.fetch([row]) for row in rows]))).pooled
         step = (known.amax(0) - known.amin(0)) / shipped_features.LEVELS

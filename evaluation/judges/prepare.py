@@ -11,10 +11,13 @@ from typing import Any
 import torch
 
 from pixlat.common.accounting.macs import count_macs
+from pixlat.common.config.schema import DataConfig
+from pixlat.common.datasets.load import load_data
 from pixlat.common.files import read_json, sha256_of, write_atomically, write_whole
 from pixlat.common.origin import git_state
 from pixlat.common.weights.checkpoint import save_tensors
 from pixlat.evaluation.features.extractor import EmbeddedExtractor, Extractor
+from pixlat.evaluation.features.shipped_features import write_shipped
 from pixlat.evaluation.judges.degradations import COPIES, ROWS, Validation, faults_of
 from pixlat.evaluation.judges.networks import IMAGE_SIZE, JudgeNetwork, build
 from pixlat.evaluation.judges.recipe import JudgeData, Recipe, accuracies, judge_data, one_thread, train_judge
@@ -27,13 +30,15 @@ NORMALISATION = ("shift", "scale")  # constants of the features, which stay floa
 def prepare(folder: Path, recipes: Mapping[str, Recipe]) -> str:
     """Trains and validates the judges of these recipes; returns the table, and what is wrong with a judge.
 
-    For each judge it writes ID.safetensors and ID.json; the same for the table of EfficientNet-Lite0, which is not
-    trained here. Finished judges of the same recipe are not trained again.
+    For each judge it writes ID.safetensors, ID.json and features/ID.safetensors (store_features); the table's part also
+    for EfficientNet-Lite0, which is not trained here. Finished judges of the same recipe are not trained again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = judge_data()
     cards = [finished_card(folder, name, recipe, data) or prepare_one(folder, name, recipe, data)
              for name, recipe in recipes.items()]  # fmt: skip
+    for card in cards:
+        store_features(folder, card)
     compared = folder / f"{EmbeddedExtractor.id}.json"
     if not compared.exists():
         facts = {"id": EmbeddedExtractor.id, "sha256": EmbeddedExtractor.sha256, **validated(EmbeddedExtractor(), data)}
@@ -79,6 +84,15 @@ def prepare_one(folder: Path, name: str, recipe: Recipe, data: JudgeData) -> dic
         }
     write_whole(folder / f"{name}.json", json.dumps(card, indent=1) + "\n")
     return card
+
+
+def store_features(folder: Path, card: Mapping[str, Any]) -> None:
+    """Writes a judge's features of the training images, so that a first evaluation need not extract them.
+
+    The package has them beside those of EfficientNet-Lite0. It has none of the held-out images, which also need logits.
+    """
+    extractor = load_file(card["id"], folder / f"{card['id']}.safetensors", card["sha256"])
+    write_shipped(extractor, {"training": load_data(DataConfig()).train}, folder / "features")
 
 
 def tensors_of(network: JudgeNetwork) -> dict[str, torch.Tensor]:
