@@ -134,7 +134,7 @@ def test_the_run_folder_is_complete_and_named_at_the_end(finished):
         and first["packages"]["torch"] == torch.__version__.split("+")[0]
         and first["code"]["git_sha"]
     )
-    assert "fd_embedded" in printed and "run" in printed
+    assert "fd_ratio" in printed and "run" in printed
 
 
 def test_the_record_tells_score_cost_and_origin(finished):
@@ -149,9 +149,8 @@ def test_the_record_tells_score_cost_and_origin(finished):
         record["compute"]["macs_per_forward"] * record["sampling"]["net_forwards"], rel=1e-9
     )
     assert record["params"]["gen_total"] > record["params"]["gen_trainable"] > 0
-    assert {"fd_embedded", "fd_floor", "kid", "is", "precision", "recall", "density", "coverage"} <= record[
-        "metrics"
-    ].keys()
+    wanted = {"fd_ratio", "fd", "kid", "memorisation", "is", "precision", "recall", "density", "coverage"}
+    assert wanted <= record["metrics"].keys() and record["real"]["metrics"]["fd_ratio"]["value"] == 1
     assert record["checkpoint"]["step"] == 20 and record["artifacts"]["grid_png"] == "samples.png"
 
 
@@ -308,7 +307,7 @@ def test_slow_pictures_do_not_hold_up_other_processes(tmp_path):
     printed = [child.communicate(timeout=300)[0] for child in children]
     assert [child.returncode for child in children] == [0, 0], printed
     record = read_record(tmp_path / "run/result.json")
-    assert record["metrics"]["fd_embedded"]["value"] > 0
+    assert record["metrics"]["fd"]["value"] > 0
     for name in ("grid_png", "neighbours_png", "curve_png"):
         assert (tmp_path / "run" / record["artifacts"][name]).exists()
 
