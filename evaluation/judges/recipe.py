@@ -1,9 +1,8 @@
 """Trains the judges of emoji32 from scratch, on the training part only.
 
 Each judge learns four things about an image at once: its class, its art style, its Unicode subgroup, and what it looks
-like (`networks.describe`). The last one is the cure for blind spots: labels alone let a network overlook noise, blur
-and the order of patches. It describes the training images as they are shown, which is shifted, rotated and scaled, but
-never degraded. So the validation table (degradations.py) tests a judge on images of a kind that it was not trained on.
+like (`networks.describe`). It sees the training images shifted, rotated and scaled, but never degraded. So the
+validation table (degradations.py) tests a judge on images of a kind that it was not trained on.
 
 One thread and one seed determine the weights. Every step draws from (judge, seed, step), so an interrupted training
 continues from its last saved state with the same numbers.
