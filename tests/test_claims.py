@@ -395,10 +395,10 @@ def held_out(monkeypatch):
 
 
 def even(counts):
-    """Every class is there, and none has more than one and a half of its share;
-    of the first 200 images six classes are missing, of the first 300 three.
+    """Every class is there, and none has more than twice its share;
+    of the first 200 images eight classes are missing, of the first 300 seven.
     """
-    return counts.min() > 0.25 and counts.max() < 1.5
+    return counts.min() > 0.25 and counts.max() < 2
 
 
 def test_hidden_states_are_compared_on_images_of_all_classes(held_out, monkeypatch):
@@ -472,7 +472,7 @@ def test_a_class_token_agrees_with_its_own_image(monkeypatch):
         return torch.cat((state[:, : -method.token_width], token.to(state)), dim=1)
 
     monkeypatch.setattr(method, "solve", perfect)
-    assert reg_gain.token_agreement(method, run.sample, 0) > 0.01 > abs(random)
+    assert reg_gain.token_agreement(method, run.sample, 0) > 0.04 > 2 * abs(random)
 
 
 # -- the full run in the repository ------------------------------------------------------------------------------------

@@ -314,16 +314,20 @@ def test_activation_bytes_grow_with_the_batch():
     [path for path in sorted(RESULTS.glob("*.json")) if read_record(path)["train"]["images_seen"]],
     ids=lambda path: path.stem,
 )
-def test_the_readme_tells_the_costs_that_the_code_counts(file):
+def test_the_readme_tells_the_costs_that_the_code_counts(file, monkeypatch):
     """Training and sampling of each row's preset.
 
     Where a change moves a count, the record is restated, with a sentence in its notes, or made anew.
     """
     record = read_record(file)
-    run = resolve(get_spec(record["system"]["method"]), {"preset": record["system"]["size"]})
+    seen = {"train.images": str(record["train"]["images_seen"])}  # a record may be of an earlier budget of its preset
+    run = resolve(get_spec(record["system"]["method"]), {"preset": record["system"]["size"], **seen})
+    if record["protocol"]["evaluator_version"] < 3:  # of the split before the judges, with 10 % held out
+        monkeypatch.setattr("pixlat.common.datasets.load.HELD_OUT_SHARE", 0.1)
     source, implementation = load_data(run.data), get_class(run.method)
+    assert source.info.digest == record["data"]["revision"]
     info = DataInfo.of(source.info)
-    assert (run.train.images, run.train.batch) == (record["train"]["images_seen"], record["train"]["batch"])
+    assert run.train.batch == record["train"]["batch"]
     trained = training_macs(
         run, training_cost(implementation, run.model, info), source, record["checkpoint"]["step"], 1
     )
