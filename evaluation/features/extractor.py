@@ -145,3 +145,14 @@ def exact_float32() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
         if on_cpu is not None:
             on_cpu.fp32_precision = cpu_precision
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Computes on one thread within the block, so that sums are formed in one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

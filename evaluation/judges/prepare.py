@@ -16,11 +16,11 @@ from pixlat.common.datasets.load import load_data
 from pixlat.common.files import read_json, sha256_of, write_atomically, write_whole
 from pixlat.common.origin import git_state
 from pixlat.common.weights.checkpoint import save_tensors
-from pixlat.evaluation.features.extractor import EmbeddedExtractor, Extractor
+from pixlat.evaluation.features.extractor import EmbeddedExtractor, Extractor, one_thread
 from pixlat.evaluation.features.shipped_features import write_shipped
 from pixlat.evaluation.judges.degradations import COPIES, ROWS, Validation, faults_of
 from pixlat.evaluation.judges.networks import IMAGE_SIZE, JudgeNetwork, build
-from pixlat.evaluation.judges.recipe import JudgeData, Recipe, accuracies, judge_data, one_thread, train_judge
+from pixlat.evaluation.judges.recipe import JudgeData, Recipe, accuracies, judge_data, train_judge
 from pixlat.evaluation.judges.shipped import JUDGES, load_file
 
 SHIPPED_TENSORS = torch.float16

@@ -13,8 +13,6 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +33,7 @@ from pixlat.common.images.splits import held_out
 from pixlat.common.progress import progress_bar
 from pixlat.common.seeds import derive
 from pixlat.common.weights.checkpoint import save_tensors
+from pixlat.evaluation.features.extractor import one_thread
 from pixlat.evaluation.judges.networks import NETWORKS, JudgeNetwork, Outputs, describe
 
 SAVE_EVERY = 200  # steps
@@ -222,17 +221,6 @@ def accuracies(network: JudgeNetwork, part: Part) -> dict[str, float]:
         "subgroup": (outputs.subgroups, part.subgroups),
     }
     return {name: float((logits.argmax(1) == labels).double().mean()) for name, (logits, labels) in pairs.items()}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Computes on one thread within the block, so that sums are formed in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def lr_factor(step: int, recipe: Recipe) -> float:

@@ -9,6 +9,7 @@ larger ratio counts, because copies of training images are near to these and no 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -17,12 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pixlat.evaluation.features.extractor import one_thread
 from pixlat.evaluation.features.feature_sets import FeatureSet, balanced_weights, jackknife_groups
 from pixlat.evaluation.features.moments import Moments
 from pixlat.evaluation.judges.panel import Judge
 from pixlat.evaluation.metrics.class_accuracy import LinearDiscriminant, fit_discriminant
 from pixlat.evaluation.metrics.entries import balanced_metric, frechet_metric, plain_metric
-from pixlat.evaluation.metrics.frechet import Factored, factorise, frechet_distance, frechet_distance_few
+from pixlat.evaluation.metrics.frechet import SMALL, Factored, factorise, frechet_distance, frechet_distance_few
 from pixlat.evaluation.metrics.inception_score import inception_score
 from pixlat.evaluation.metrics.jackknife import Estimate, jackknife
 from pixlat.evaluation.metrics.kid import KernelReference
@@ -71,9 +73,10 @@ class Target:
 
     def frechet(self, images: ImageFeatures) -> Estimate:
         """The Fréchet distance of the images, with the jackknife over their groups."""
-        groups = images.groups
-        left_out = [self._frechet(images.part(groups != g)) for g in range(JACKKNIFE_GROUPS)]
-        return jackknife(self._frechet(images), left_out)
+        groups, small = images.groups, images.features.shape[1] <= SMALL
+        with one_thread() if small else nullcontext():  # threads gain nothing with small matrices, and wait for others
+            left_out = [self._frechet(images.part(groups != g)) for g in range(JACKKNIFE_GROUPS)]
+            return jackknife(self._frechet(images), left_out)
 
     def _frechet(self, images: ImageFeatures) -> float:
         """The distance with the class weights of these images, so that every class weighs alike in each part."""
